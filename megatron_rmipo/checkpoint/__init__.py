@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face in and out, Megatron `torch_dist` in between."""

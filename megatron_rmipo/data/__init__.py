@@ -1,0 +1,1 @@
+"""From preference files to packs of tokens. Knows neither models nor objectives."""

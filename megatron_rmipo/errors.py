@@ -1,0 +1,27 @@
+"""Errors a user can cause.
+
+Every error of this family is shown as one message without a traceback (``--debug`` shows it). A message names the file, line, field
+or flag, the value found, and the remedy. Our own invariants use ``assert`` instead.
+"""
+
+from __future__ import annotations
+
+
+class RmipoError(Exception):
+    """A fault the user can mend. Base of all typed errors of this package."""
+
+
+class ConfigError(RmipoError):
+    """A flag, a YAML entry or a combination of them cannot work."""
+
+
+class DataError(RmipoError):
+    """Preference data, or a prepared data set, cannot be used."""
+
+
+class ConversionError(RmipoError):
+    """A Hugging Face checkpoint cannot be read, mapped or written."""
+
+
+class CheckpointError(RmipoError):
+    """A Megatron checkpoint is missing, incomplete or made for something else."""

@@ -1,0 +1,1 @@
+"""The policy: Megatron-Core GPT model, packed attention, vocabulary-parallel log-probs."""

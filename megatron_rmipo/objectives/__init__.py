@@ -1,0 +1,1 @@
+"""The objectives: small files of pure tensor code. They import torch alone."""

@@ -1,0 +1,1 @@
+"""Process groups, and Megatron-Core on a machine without CUDA."""
