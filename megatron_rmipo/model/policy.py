@@ -1,0 +1,307 @@
+"""The policy: Megatron-Core's GPTModel over packed rows, ending in log-probs instead of logits.
+
+Shape letters: T packed tokens, N scored tokens, H hidden, D rotary channels, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.architecture import ModelArchitecture, RopeScaling, padded_vocab_size
+from megatron_rmipo.model.attention import PackedAttention
+from megatron_rmipo.model.logprobs import linear_logprobs
+from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm for the local layer spec.
+
+    Megatron-Core's wrapper around torch's norm refuses sequence parallelism; this one marks its weight, so that Megatron sums
+    its gradient over the tensor-parallel group.
+
+    Args:
+        config: ``sequence_parallel`` and ``params_dtype`` are read.
+        hidden_size: H.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalize the last dimension (statistics in fp32 for lower dtypes)."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class LogprobHead(ColumnParallelLinear):
+    """The output layer, called for log-probs of targets instead of logits of every token.
+
+    It is a module call, not a function on the bare weight, because DDP gathers a module's parameters in hooks on that call.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, target: Tensor, *, weight: Tensor | None, vocab_size: int, chunk_tokens: int
+    ) -> Tensor:
+        """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
+
+        The gradient of ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters.
+        """
+        return linear_logprobs(
+            hidden,
+            self.weight if weight is None else weight,
+            target,
+            self.tp_group,
+            vocab_size=vocab_size,
+            chunk_tokens=chunk_tokens,
+            reduce_hidden_grad=not self.config.sequence_parallel,
+        )
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose forward takes a packed row and, on the last pipeline stage, returns log-probs of the scored tokens.
+
+    Parameters, their names and ``sharded_state_dict`` are GPTModel's own, so its checkpoints are Megatron checkpoints.
+    """
+
+    def __init__(self, config: TransformerConfig, spec: Any, arch: ModelArchitecture, groups: ProcessGroups, **kwargs: Any) -> None:
+        chunk_tokens, vocab_size = kwargs.pop("chunk_tokens"), kwargs.pop("vocab_size")
+        super().__init__(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=vocab_size,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(arch.rotary_base),
+            pg_collection=groups.megatron_collection(),
+            **kwargs,
+        )
+        self.architecture = arch
+        self.chunk_tokens = chunk_tokens
+        self.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(arch).to(self.rotary_pos_emb.inv_freq.device)
+        if self.post_process:
+            # The layer stays as GPTModel built it (weight, sharding, tying); only what a call of it computes changes.
+            self.output_layer.__class__ = LogprobHead
+
+    def forward(  # type: ignore[override]
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        segments: Tensor,
+        source: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        """Run this stage over one packed row. Every tensor-parallel rank of the stage calls it together.
+
+        Args:
+            token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
+            segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention`.
+            source: int64 ``[N]``, the token whose hidden state predicts.
+            target: int64 ``[N]``, the id it predicts.
+
+        Returns:
+            On the last stage fp32 ``[N]`` log-probs, else hidden states ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence
+            parallelism) for the next stage.
+        """
+        hidden = self.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self._rotary_table(position_ids)
+        )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+        scored = hidden[:, 0].index_select(0, source)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(
+            scored, target, weight=weight, vocab_size=self.architecture.vocab_size, chunk_tokens=self.chunk_tokens
+        )
+
+    def _rotary_table(self, position_ids: Tensor) -> Tensor:
+        """Angles ``[T, 1, 1, D]`` of each token's own position: a response's positions restart where its prompt ended."""
+        rotary = self.rotary_pos_emb
+        if rotary.inv_freq.device != position_ids.device:
+            rotary.inv_freq = rotary.inv_freq.to(position_ids.device)
+        angles = torch.outer(position_ids.to(rotary.inv_freq.dtype), rotary.inv_freq)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+def rotary_inverse_frequencies(arch: ModelArchitecture) -> Tensor:
+    """fp32 ``[kv_channels / 2]`` inverse frequencies of rotary embeddings, with ``llama3`` scaling where the model has it.
+
+    Source: the ``llama3`` rope type of Hugging Face configs: wavelengths beyond the original context over
+    ``low_freq_factor`` are slowed by ``factor``, those under it over ``high_freq_factor`` kept, the band between blended.
+    """
+    exponents = torch.arange(0, arch.kv_channels, 2, dtype=torch.int64).to(torch.float32) / arch.kv_channels
+    frequencies = 1.0 / (arch.rotary_base**exponents)
+    scaling = arch.rope_scaling
+    return frequencies if scaling is None else _scale_llama3(frequencies, scaling)
+
+
+def _scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    wavelengths = 2 * math.pi / frequencies
+    context = scaling.original_max_position_embeddings
+    blend = (context / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    slow = wavelengths > context / scaling.low_freq_factor
+    fast = wavelengths < context / scaling.high_freq_factor
+    return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, blended))
+
+
+def transformer_engine_available() -> bool:
+    """Whether Megatron-Core found Transformer Engine."""
+    from megatron.core.extensions import transformer_engine
+
+    return bool(getattr(transformer_engine, "HAVE_TE", False)) and torch.cuda.is_available()
+
+
+def transformer_config(
+    arch: ModelArchitecture,
+    groups: ProcessGroups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    recompute_granularity: str | None = None,
+    recompute_method: str | None = None,
+    recompute_num_layers: int | None = None,
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron's TransformerConfig of a model of the Llama kind, for packed rows of varying length.
+
+    Args:
+        arch: the model.
+        groups: gives the tensor and pipeline parallel sizes.
+        dtype: fp32 or bf16 parameters and activations.
+        sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
+        recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
+        **overrides: further TransformerConfig fields.
+    """
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "layernorm_epsilon": arch.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": groups.tp_size,
+        "pipeline_model_parallel_size": groups.pp_size,
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # The schedule then divides gradients by the number of pairs of the global batch, not by micro-batches.
+        "calculate_per_token_loss": True,
+        # Packs differ in length, so stages tell each other the shape.
+        "variable_seq_lengths": groups.pp_size > 1,
+        # The default dispatcher is refused with variable lengths, even in a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
+        "recompute_granularity": recompute_granularity,
+        "recompute_method": recompute_method,
+        "recompute_num_layers": recompute_num_layers,
+        "use_cpu_initialization": not on_gpu,
+        # The fused rotary kernel wants positions in order; shared prompts have them restart.
+        "apply_rope_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": on_gpu and transformer_engine_available(),
+        "bias_dropout_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
+        "batch_p2p_comm": on_gpu,
+    }
+    return TransformerConfig(**{**settings, **overrides})
+
+
+def _gradient_accumulation_kernel_available() -> bool:
+    try:
+        import fused_weight_gradient_mlp_cuda  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_policy(
+    arch: ModelArchitecture,
+    config: TransformerConfig,
+    groups: ProcessGroups,
+    *,
+    transformer_impl: str = "auto",
+    attention_backend: str = "auto",
+    make_vocab_size_divisible_by: int = 128,
+    chunk_tokens: int = 1024,
+) -> PolicyModel:
+    """Build this rank's part of the policy, with random weights. Every rank calls it together.
+
+    Args:
+        arch: the model.
+        config: from :func:`transformer_config`.
+        groups: the process groups of this rank.
+        transformer_impl: ``local`` (Megatron-Core's own layers), ``transformer_engine``, or ``auto``: the latter where it is
+            installed and there is a GPU.
+        attention_backend: ``sdpa``, ``flex``, or ``auto``: flex on a GPU, sdpa elsewhere.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
+        chunk_tokens: scored tokens whose logits exist at a time.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and absent.
+    """
+    have_te = transformer_engine_available()
+    if transformer_impl == "transformer_engine" and not have_te:
+        raise ConfigError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed or there is no GPU. "
+            "Install the extra with pip install 'megatron_rmipo[te]' on a GPU machine, or use --transformer-impl local."
+        )
+    use_te = transformer_impl == "transformer_engine" or (transformer_impl == "auto" and have_te)
+    if attention_backend == "auto":
+        attention_backend = "flex" if torch.cuda.is_available() else "sdpa"
+    model = PolicyModel(
+        config,
+        _block_spec(config, use_te, attention_backend),
+        arch,
+        groups,
+        vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
+        chunk_tokens=chunk_tokens,
+    )
+    return model.to(current_device())
+
+
+def _block_spec(config: TransformerConfig, use_te: bool, attention_backend: str) -> TransformerBlockSubmodules:
+    """Megatron's own layer spec with our attention inside, and norms that allow sequence parallelism."""
+    if use_te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+    core_attention = ModuleSpec(module=PackedAttention, params={"backend": attention_backend})
+    layer.submodules.self_attention.submodules.core_attention = core_attention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)

@@ -1,0 +1,119 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron-Core asks ``torch.cuda`` for the current device, for streams and for random states, and writes ``device="cuda"`` in its
+schedules and optimizers. :func:`install_cpu_runtime` answers those questions with the CPU. It is the only place that patches torch,
+does so only where CUDA is absent, and leaves a machine with CUDA untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed = False
+
+# Literal device="cuda" reaches these factories inside Megatron-Core; nothing else needs rewriting.
+_FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites ``device="cuda"`` to the CPU, and drops ``pin_memory``, in calls of tensor factories and ``Tensor.to``."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _cuda_type_name(func(*args))
+        if kwargs and ("device" in kwargs or "pin_memory" in kwargs) and (func in _FACTORIES or func is torch.Tensor.to):
+            kwargs = dict(kwargs)
+            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return func(*args, **(kwargs or {}))
+
+
+def _cuda_type_name(type_name: str) -> str:
+    # The optimizers compare Tensor.type() with "torch.cuda.FloatTensor" and its like.
+    return type_name.replace("torch.", "torch.cuda.", 1) if not type_name.startswith("torch.cuda.") else type_name
+
+
+class _InertStream:
+    """Stands where a CUDA stream or event would; the CPU has one queue, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def _inert_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def install_cpu_runtime() -> bool:
+    """Make Megatron-Core run on the CPU of this process. Idempotent.
+
+    Returns:
+        True where the shims are in place, False where CUDA is present and nothing was touched.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed:
+        return True
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    for name in ("synchronize", "empty_cache", "set_device", "_lazy_init", "reset_peak_memory_stats", "nvtx_range_pop"):
+        setattr(cuda, name, _do_nothing)
+    for name in ("Stream", "Event"):
+        setattr(cuda, name, _InertStream)
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _InertStream()
+    cuda.stream = cuda.device = _inert_context
+    cuda._lazy_call = lambda call, **kwargs: call()
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+        module.manual_seed = module.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.default_generators = (torch.default_generator,)
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    module_class: Any = torch.nn.Module
+    module_class.cuda = lambda self, *args, **kwargs: self
+    _patch_megatron_random()
+    # Entered once for the life of the process: Megatron-Core creates its tensors from many places.
+    _CudaMeansCpu().__enter__()
+    _installed = True
+    return True
+
+
+def _patch_megatron_random() -> None:
+    # These were bound at import from torch.cuda internals that need a driver.
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    module: Any = megatron_random
+
+    @functools.wraps(module._get_cuda_rng_state)
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @functools.wraps(module._set_cuda_rng_state)
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    module._get_cuda_rng_state = get_state
+    module._set_cuda_rng_state = set_state

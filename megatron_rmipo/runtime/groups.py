@@ -1,0 +1,163 @@
+"""Process groups: the one module that reads Megatron's global ``parallel_state``.
+
+Everything else is handed a :class:`ProcessGroups` value, so that it says in its arguments who must call it together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.runtime.cpu import install_cpu_runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessGroups:
+    """The process groups this rank belongs to.
+
+    Attributes:
+        tp: ranks that share each layer and the vocabulary.
+        pp: ranks that hold the stages of one model replica, first stage first.
+        dp: ranks that hold the same shard of different replicas.
+        mp: all ranks of one model replica (TP x PP).
+        world: every rank.
+    """
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    mp: dist.ProcessGroup
+    world: dist.ProcessGroup
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def megatron_collection(self) -> ProcessGroupCollection:
+        """The same groups in the form Megatron-Core's modules take."""
+        return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def current_device() -> torch.device:
+    """The device this rank computes on: its GPU, or the CPU where CUDA is absent."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def initialize_runtime(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    *,
+    seed: int = 1234,
+    backend: str | None = None,
+    timeout_minutes: float = 10.0,
+) -> ProcessGroups:
+    """Start torch.distributed and Megatron's process groups. Called once by every rank, before any model is built.
+
+    Ranks come from torchrun's environment; without it the process is a world of one.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer.
+        pipeline_model_parallel_size: number of pipeline stages.
+        seed: seeds Python, NumPy, torch and Megatron's per-rank trackers.
+        backend: ``nccl`` or ``gloo``; by default nccl with CUDA, gloo without.
+        timeout_minutes: a collective that waits longer than this fails on every rank.
+
+    Raises:
+        ConfigError: the world size is not a multiple of TP x PP.
+    """
+    on_cpu = install_cpu_runtime()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_ranks = tensor_model_parallel_size * pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{pipeline_model_parallel_size} needs a number of ranks that is a multiple of {model_ranks}, but there are "
+            f"{world_size}. Start {model_ranks * max(1, world_size // model_ranks)} ranks with torchrun --nproc-per-node."
+        )
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        backend = backend or ("gloo" if on_cpu else "nccl")
+        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    _seed_everything(seed, parallel_state.get_pipeline_model_parallel_rank())
+    return ProcessGroups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        mp=parallel_state.get_model_parallel_group(),
+        world=dist.group.WORLD,
+    )
+
+
+def shutdown_runtime() -> None:
+    """Destroy the process groups, so that the process may start others or exit without warnings."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _seed_everything(seed: int, pipeline_rank: int) -> None:
+    # Stages hold different layers, so they start from different states; tensor-parallel ranks are told apart by Megatron.
+    stage_seed = seed + 100 * pipeline_rank
+    random.seed(stage_seed)
+    np.random.seed(stage_seed)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
