@@ -1,0 +1,227 @@
+"""RMiPO: SimPO's reward with a margin per pair, modulated by how much of the preference the prompt explains.
+
+Notation: ``Lw, Ll`` sum log p(y | x) of the chosen and rejected response, ``Uw, Ul`` sum log p(y) of the response alone, ``bar``
+the mean per scored token, ``dpmi`` the difference in pointwise mutual information with the prompt. Shape letter: P pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_rmipo.objectives.base import (
+    LogpNeeds,
+    LossOutput,
+    Objective,
+    PairLogps,
+    reward_metrics,
+    smoothed_log_sigmoid_loss,
+)
+from megatron_rmipo.objectives.options import check_choice, check_number, check_switch
+from megatron_rmipo.objectives.sft import chosen_nll
+
+MarginScale = Literal["gamma", "beta_gamma"]
+PmiNormalization = Literal["sum", "mean"]
+UnconditionalContext = Literal["bos", "none"]
+MarginSchedule = Literal["exponential", "linear", "cosine", "none"]
+
+PRESETS: dict[str, dict[str, str]] = {
+    # As printed in the paper: equation 8 and appendix C.
+    "paper": {"margin_scale": "gamma", "pmi_normalization": "sum", "unconditional_context": "bos"},
+    # What the authors' released trainer computes.
+    "official": {"margin_scale": "beta_gamma", "pmi_normalization": "mean", "unconditional_context": "none"},
+}
+DEFAULT_GAMMA_MIN = 0.3
+DEFAULT_GAMMA_MAX = 1.6
+
+
+@dataclasses.dataclass(frozen=True)
+class RmipoConfig:
+    """Options of ``rmipo``. Those left None are filled in where they mean something; the others stay None.
+
+    Raises:
+        ValueError: an option is outside its range, or is set although another one makes it meaningless.
+    """
+
+    preset: Literal["paper", "official"] = dataclasses.field(
+        default="paper",
+        metadata={
+            "help": "paper: as printed; official: as the authors' trainer computes it. Fills the three switches left unset"
+        },
+    )
+    margin_scale: MarginScale | None = dataclasses.field(
+        default=None,
+        metadata={"help": "subtracted from the reward difference: gamma (preset paper) or beta_gamma, beta * gamma (official)"},
+    )
+    pmi_normalization: PmiNormalization | None = dataclasses.field(
+        default=None,
+        metadata={"help": "mutual information of a whole response, sum (preset paper), or per token, mean (official)"},
+    )
+    unconditional_context: UnconditionalContext | None = dataclasses.field(
+        default=None,
+        metadata={"help": "before y in log p(y): bos (preset paper), or none, leaving its first token unscored (official)"},
+    )
+    beta: float = dataclasses.field(default=2.0, metadata={"help": "scale of the reward"})
+    gamma_min: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": f"smallest margin, of pairs the prompt tells apart clearly (default {DEFAULT_GAMMA_MIN:g})"},
+    )
+    gamma_max: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": f"largest margin, of pairs with dpmi <= 0; of all with schedule none (default {DEFAULT_GAMMA_MAX:g})"},
+    )
+    margin_schedule: MarginSchedule = dataclasses.field(
+        default="exponential",
+        metadata={"help": "how the margin falls from gamma_max to gamma_min; none: gamma_max for every pair"},
+    )
+    margin_signal: Literal["pmi", "gap"] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "what moves the margin: pmi (default), or gap, the difference in mean log-probability, without log p(y)"
+        },
+    )
+    length_normalization: bool = dataclasses.field(
+        default=True, metadata={"help": "reward = beta * mean log-probability per token; off: beta * sum"}
+    )
+    label_smoothing: float = dataclasses.field(
+        default=0.0, metadata={"help": "assumed share of pairs labelled the wrong way round, 0 to 0.5"}
+    )
+    sft_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "weight of the token-mean negative log-likelihood of the chosen responses"}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, tuple(PRESETS))
+        check_choice("margin_schedule", self.margin_schedule, ("exponential", "linear", "cosine", "none"))
+        check_number("beta", self.beta, low=0.0, low_is_valid=False)
+        check_switch("length_normalization", self.length_normalization)
+        check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
+        check_number("sft_weight", self.sft_weight, low=0.0)
+        self._fill("margin_scale", PRESETS[self.preset]["margin_scale"], ("gamma", "beta_gamma"))
+        self._fill_bounds()
+        self._fill_signal()
+
+    def _fill_bounds(self) -> None:
+        if self.gamma_max is None:
+            object.__setattr__(self, "gamma_max", DEFAULT_GAMMA_MAX)
+        check_number("gamma_max", self.gamma_max, low=0.0)
+        if self.margin_schedule == "none":
+            self._refuse("gamma_min", "margin_schedule none gives every pair the margin gamma_max")
+            return
+        if self.gamma_min is None:
+            object.__setattr__(self, "gamma_min", DEFAULT_GAMMA_MIN)
+        check_number("gamma_min", self.gamma_min, low=0.0)
+        if self.gamma_min > self.gamma_max:  # type: ignore[operator]
+            raise ValueError(f"gamma_min {self.gamma_min:g} is greater than gamma_max {self.gamma_max:g}")
+
+    def _fill_signal(self) -> None:
+        if self.margin_schedule == "none":
+            self._refuse("margin_signal", "margin_schedule none gives every pair the same margin")
+        else:
+            self._fill("margin_signal", "pmi", ("pmi", "gap"))
+        if self.margin_signal == "pmi":
+            self._fill("pmi_normalization", PRESETS[self.preset]["pmi_normalization"], ("sum", "mean"))
+            self._fill("unconditional_context", PRESETS[self.preset]["unconditional_context"], ("bos", "none"))
+        else:
+            reason = f"no mutual information is computed with margin_{'signal gap' if self.margin_signal else 'schedule none'}"
+            self._refuse("pmi_normalization", reason)
+            self._refuse("unconditional_context", reason)
+
+    def _fill(self, name: str, default: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, default)
+        check_choice(name, getattr(self, name), choices)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if getattr(self, name) is not None:
+            raise ValueError(f"{name} {getattr(self, name)!r} would do nothing: {reason}; leave it out")
+
+
+class Rmipo(Objective):
+    """``L = -logsigmoid(beta (bar Lw - bar Ll) - gamma(dpmi))``, no gradient through ``gamma``.
+
+    Preset ``paper``: ``dpmi = (Lw - Uw) - (Ll - Ul)``. Preset ``official``: ``dpmi = (bar Lw - bar Uw) - (bar Ll - bar Ul)``, the
+    first token of each response unscored in ``U``, and ``beta * gamma`` in place of ``gamma``. The metric ``gamma`` is always the
+    margin before that factor, so that it lies between ``gamma_min`` and ``gamma_max`` in both.
+
+    A response of which no token is scored in ``U`` (one token, context ``none``) tells nothing about the prompt: its mutual
+    information counts as 0, where the authors' code divides 0 by 0.
+
+    Source: RMiPO (arXiv 2604.24804) section 3.2 and appendix C; schedules: its table 7.
+    """
+
+    name: ClassVar[str] = "rmipo"
+    Config: ClassVar[type] = RmipoConfig
+    config: RmipoConfig
+
+    @property
+    def needs(self) -> LogpNeeds:
+        """The unconditional pass in the chosen context, or none when the margin does not depend on mutual information."""
+        return LogpNeeds(unconditional=self.config.unconditional_context)
+
+    def __call__(self, logps: PairLogps) -> LossOutput:
+        """Loss and metrics per pair."""
+        config = self.config
+        chosen_mean = logps.chosen_logps / logps.chosen_lengths
+        rejected_mean = logps.rejected_logps / logps.rejected_lengths
+        if config.length_normalization:
+            chosen_rewards, rejected_rewards = config.beta * chosen_mean, config.beta * rejected_mean
+        else:
+            chosen_rewards, rejected_rewards = config.beta * logps.chosen_logps, config.beta * logps.rejected_logps
+        metrics = reward_metrics(chosen_rewards, rejected_rewards)
+        with torch.no_grad():
+            if config.margin_signal == "pmi":
+                signal = self._pmi_difference(logps)
+                metrics["dpmi"] = signal
+            else:
+                signal = chosen_mean - rejected_mean
+            gamma = self._margin(signal)
+        margin = config.beta * gamma if config.margin_scale == "beta_gamma" else gamma
+        losses = smoothed_log_sigmoid_loss(chosen_rewards - rejected_rewards - margin, config.label_smoothing)
+        nll = chosen_nll(logps)
+        if config.sft_weight > 0.0:
+            losses = losses + config.sft_weight * nll
+        metrics["gamma"] = gamma
+        metrics["logps/chosen"] = chosen_mean.detach()
+        metrics["logps/rejected"] = rejected_mean.detach()
+        metrics["nll/chosen"] = nll.detach()
+        distributions = tuple(name for name in ("gamma", "dpmi", "rewards/margins") if name in metrics)
+        return LossOutput(losses=losses, metrics=metrics, distributions=distributions)
+
+    def _pmi_difference(self, logps: PairLogps) -> Tensor:
+        """``pmi(chosen) - pmi(rejected)``, ``[P]``."""
+        assert logps.uncond_chosen_logps is not None
+        assert logps.uncond_rejected_logps is not None
+        assert logps.uncond_chosen_lengths is not None
+        assert logps.uncond_rejected_lengths is not None
+        chosen = self._pmi(logps.chosen_logps, logps.chosen_lengths, logps.uncond_chosen_logps, logps.uncond_chosen_lengths)
+        rejected = self._pmi(
+            logps.rejected_logps, logps.rejected_lengths, logps.uncond_rejected_logps, logps.uncond_rejected_lengths
+        )
+        return chosen - rejected
+
+    def _pmi(self, logps: Tensor, lengths: Tensor, uncond_logps: Tensor, uncond_lengths: Tensor) -> Tensor:
+        """``log p(y | x) - log p(y)``, of the response or per token, ``[P]``; 0 where no token of ``log p(y)`` is scored."""
+        if self.config.pmi_normalization == "mean":
+            logps, uncond_logps = logps / lengths, uncond_logps / uncond_lengths
+        pmi = logps - uncond_logps
+        return torch.where(uncond_lengths > 0, pmi, torch.zeros_like(pmi))
+
+    def _margin(self, signal: Tensor) -> Tensor:
+        """Margin of each pair, ``[P] -> [P]``: ``gamma_max`` where the signal is at most 0, falling to ``gamma_min`` above."""
+        config = self.config
+        assert config.gamma_max is not None
+        if config.margin_schedule == "none":
+            return torch.full_like(signal, config.gamma_max)
+        assert config.gamma_min is not None
+        if config.margin_schedule == "exponential":
+            weight = torch.exp(-signal.clamp(min=0.0))
+        elif config.margin_schedule == "linear":
+            weight = 1.0 - signal.clamp(min=0.0, max=1.0)
+        else:
+            weight = (1.0 + torch.cos(math.pi * signal.clamp(min=0.0, max=1.0))) / 2.0
+        return config.gamma_min + (config.gamma_max - config.gamma_min) * weight

@@ -1,0 +1,71 @@
+"""Names and options: what is known, what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.objectives.registry import OBJECTIVES, all_options, build_objective
+from megatron_rmipo.objectives.rmipo import Rmipo
+from tests.objectives.pairs import random_pairs
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_objective_is_built_by_name_and_gives_finite_losses(name: str) -> None:
+    objective = build_objective(name, {})
+    assert type(objective) is OBJECTIVES[name]
+    assert objective.name == name
+    output = objective(random_pairs(7, seed=0))
+    assert output.losses.shape == (7,)
+    assert output.losses.isfinite().all()
+    assert set(output.distributions) <= set(output.metrics)
+    assert all(metric.shape == (7,) for metric in output.metrics.values())
+
+
+def test_unset_options_fall_back_and_set_ones_arrive() -> None:
+    objective = build_objective("rmipo", {"beta": 3.0, "sft_weight": None, "preset": "official"})
+    assert (objective.config.beta, objective.config.sft_weight, objective.config.margin_scale) == (3.0, 0.0, "beta_gamma")
+
+
+def test_an_objective_of_ones_own_is_built_from_module_and_class() -> None:
+    assert isinstance(build_objective("megatron_rmipo.objectives.rmipo:Rmipo", {"beta": 1.5}), Rmipo)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("rmpo", {}, ["'rmpo'", "did you mean 'rmipo'", "simpo"]),
+        ("zzz", {}, ["'zzz'.", "rmipo, simpo, sft"]),
+        ("simpo", {"gamma_min": 0.3}, ["'simpo'", "gamma_min", "0.3", "rmipo would", "gamma_beta_ratio"]),
+        ("rmipo", {"gamma_beta_ratio": 0.5}, ["gamma_beta_ratio", "simpo would", "gamma_max"]),
+        ("rmipo", {"gama_min": 0.5}, ["gama_min", "did you mean gamma_min"]),
+        ("sft", {"beta": 2.0}, ["'sft'", "beta", "no options"]),
+        ("no.such.module:Loss", {}, ["cannot be imported", "no.such"]),
+        ("megatron_rmipo.objectives.rmipo:Nothing", {}, ["cannot be imported", "Nothing"]),
+        ("megatron_rmipo.objectives.base:PairLogps", {}, ["not a subclass"]),
+    ],
+)
+def test_refusals_name_the_remedy(name: str, options: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        build_objective(name, options)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_all_options_cover_every_objective_with_help_types_and_choices() -> None:
+    options = all_options()
+    assert options["beta"].type is float
+    assert set(options["beta"].helps) == {"rmipo", "simpo"}
+    assert options["preset"].choices == ("paper", "official")
+    assert options["margin_schedule"].choices == ("exponential", "linear", "cosine", "none")
+    assert options["gamma_min"].type is float
+    assert options["length_normalization"].type is bool
+    assert all(text for option in options.values() for text in option.helps.values())
+
+
+def test_needs_follow_the_options() -> None:
+    assert build_objective("rmipo", {}).needs == LogpNeeds(unconditional="bos")
+    assert build_objective("rmipo", {"preset": "official"}).needs == LogpNeeds(unconditional="none")
+    assert build_objective("rmipo", {"margin_signal": "gap"}).needs == LogpNeeds()
+    assert build_objective("simpo", {}).needs == LogpNeeds()
