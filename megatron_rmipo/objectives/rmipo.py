@@ -104,6 +104,7 @@ class RmipoConfig:
         self._fill("margin_scale", PRESETS[self.preset]["margin_scale"], ("gamma", "beta_gamma"))
         self._fill_bounds()
         self._fill_signal()
+        self._check_preset()
 
     def _fill_bounds(self) -> None:
         if self.gamma_max is None:
@@ -130,6 +131,14 @@ class RmipoConfig:
             reason = f"no mutual information is computed with margin_{'signal gap' if self.margin_signal else 'schedule none'}"
             self._refuse("pmi_normalization", reason)
             self._refuse("unconditional_context", reason)
+
+    def _check_preset(self) -> None:
+        # A saved configuration holds all three switches; another preset on top of it must not be ignored silently.
+        switches = {name: getattr(self, name) for name in PRESETS[self.preset] if getattr(self, name) is not None}
+        if all(value != PRESETS[self.preset][name] for name, value in switches.items()):
+            other = next(name for name in PRESETS if name != self.preset)
+            given = ", ".join(f"{name} {value}" for name, value in switches.items())
+            raise ValueError(f"preset {self.preset!r} would do nothing: {given} is preset {other!r}; leave them out")
 
     def _fill(self, name: str, default: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) is None:

@@ -121,7 +121,9 @@ def float64_loss(pairs: PairLogps, config: RmipoConfig) -> tuple[list[float], li
 def test_every_combination_agrees_with_float64(
     scale: str, normalization: str, context: str, schedule: str, length_normalization: bool
 ) -> None:
+    official = (scale, normalization, context) == ("beta_gamma", "mean", "none")
     config = RmipoConfig(
+        preset="official" if official else "paper",
         margin_scale=scale,
         pmi_normalization=normalization,
         unconditional_context=context,
@@ -285,6 +287,11 @@ def test_a_saved_configuration_builds_the_same_objective_again(options: dict[str
         ({"margin_schedule": "none", "gamma_min": 0.3}, ["gamma_min", "would do nothing"]),
         ({"margin_schedule": "none", "margin_signal": "pmi"}, ["margin_signal", "would do nothing"]),
         ({"margin_schedule": "none", "pmi_normalization": "sum"}, ["pmi_normalization", "margin_schedule none"]),
+        (
+            {"preset": "official", "margin_scale": "gamma", "pmi_normalization": "sum", "unconditional_context": "bos"},
+            ["preset 'official' would do nothing", "preset 'paper'"],
+        ),
+        ({"margin_signal": "gap", "margin_scale": "beta_gamma"}, ["preset 'paper' would do nothing", "preset 'official'"]),
         ({"margin_signal": "gap", "unconditional_context": "bos"}, ["unconditional_context", "margin_signal gap"]),
     ],
 )
