@@ -1,0 +1,177 @@
+"""Which pairs make a global batch, and how it is cut into packs. Pure functions: the same on every rank, exact over a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_rmipo.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class PairOrder:
+    """The order in which a run sees pairs: every epoch a new permutation of all of them.
+
+    Attributes:
+        num_pairs: pairs in the data set.
+        seed: of the permutations.
+        shuffle: False keeps the stored order in every epoch.
+    """
+
+    num_pairs: int
+    seed: int
+    shuffle: bool = True
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Indices of all pairs in the order of epoch ``number`` (from 0), int64 ``[num_pairs]``."""
+        if not self.shuffle:
+            return np.arange(self.num_pairs)
+        return np.random.default_rng((self.seed, number)).permutation(self.num_pairs)
+
+    def batch(self, consumed_pairs: int, size: int, total_pairs: int) -> np.ndarray:
+        """Indices of the next global batch.
+
+        Args:
+            consumed_pairs: pairs seen so far in the run; all that the order depends on besides the seed.
+            size: global batch size.
+            total_pairs: where the run ends; the last batch may be smaller.
+        """
+        end = min(consumed_pairs + size, total_pairs)
+        assert consumed_pairs < end, (consumed_pairs, total_pairs)
+        parts = []
+        for number in range(consumed_pairs // self.num_pairs, (end - 1) // self.num_pairs + 1):
+            first = number * self.num_pairs
+            parts.append(self.epoch(number)[max(consumed_pairs - first, 0) : end - first])
+        return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """What a pair costs, in any one unit (floating point operations, say): linear in tokens, in attended area, in scored tokens.
+
+    Attributes:
+        per_token: layers, for each token that runs through them.
+        per_area: attention, for each (query, key) that is kept.
+        per_scored_token: the output layer, for each token that is scored.
+    """
+
+    per_token: float
+    per_area: float
+    per_scored_token: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSizes:
+    """Sizes of a number of pairs under one layout, each a NumPy array over the pairs.
+
+    Attributes:
+        tokens: int64, tokens that stand in the row.
+        costs: float64, by the cost model.
+    """
+
+    tokens: np.ndarray
+    costs: np.ndarray
+
+
+def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bool, with_rejected: bool) -> PairSizes:
+    """Sizes of pairs laid out by :func:`megatron_rmipo.data.packing.pack_pairs`.
+
+    Args:
+        lengths: int ``[P, 3]``: prompt, chosen, rejected tokens.
+        cost: the cost model.
+        share_prompts, with_rejected: the layout.
+    """
+    prompt, chosen, rejected = np.asarray(lengths, dtype=np.int64).T
+    first = prompt + chosen - 1
+    if not with_rejected:
+        tokens, area, scored = first, _causal(first), chosen
+    elif share_prompts:
+        second = rejected - 1
+        tokens, scored = first + second, chosen + rejected
+        area = _causal(first) + _causal(second) + second * prompt
+    else:
+        second = prompt + rejected - 1
+        tokens, scored, area = first + second, chosen + rejected, _causal(first) + _causal(second)
+    return _sizes(tokens, area, scored, cost)
+
+
+def unconditional_sizes(lengths: np.ndarray, cost: CostModel, *, has_context_token: bool, with_rejected: bool) -> PairSizes:
+    """Sizes of the responses alone, laid out by :func:`megatron_rmipo.data.packing.pack_responses`."""
+    responses = np.asarray(lengths, dtype=np.int64)[:, 1 : 3 if with_rejected else 2]
+    per_response = responses - (0 if has_context_token else 1)
+    return _sizes(per_response.sum(1), _causal(per_response).sum(1), per_response.sum(1), cost)
+
+
+def _causal(length: np.ndarray) -> np.ndarray:
+    return length * (length + 1) // 2
+
+
+def _sizes(tokens: np.ndarray, area: np.ndarray, scored: np.ndarray, cost: CostModel) -> PairSizes:
+    return PairSizes(tokens, cost.per_token * tokens + cost.per_area * area + cost.per_scored_token * scored)
+
+
+def spread_over_ranks(costs: np.ndarray, num_ranks: int) -> list[list[int]]:
+    """Share pairs among data-parallel ranks so that the costliest rank costs as little as possible.
+
+    Longest processing time first: each pair, costliest first, goes to the rank that has least so far.
+
+    Returns:
+        For each rank the pairs it takes, as positions in ``costs``, costliest first. A rank may get none.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, rank) for rank in range(num_ranks)]
+    for position in np.argsort(-costs, kind="stable").tolist():
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(position)
+        heapq.heappush(loads, (load + float(costs[position]), rank))
+    return shares
+
+
+def cut_into_packs(share: Sequence[int], tokens: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Cut one rank's pairs into as few packs of at most ``max_tokens`` tokens as an even spread allows.
+
+    Args:
+        share: positions of the pairs.
+        tokens: tokens of every pair of the global batch, by position.
+        max_tokens: capacity of a pack (``--tokens-per-microbatch``).
+
+    Returns:
+        Packs of positions, none empty, the positions of a pack in ascending order.
+    """
+    if not share:
+        return []
+    largest = int(max(tokens[position] for position in share))
+    assert largest <= max_tokens, "checked against the data set before training"
+    num_packs = math.ceil(sum(int(tokens[position]) for position in share) / max_tokens)
+    ordered = sorted(share, key=lambda position: (-int(tokens[position]), position))
+    while True:
+        packs: list[list[int]] = [[] for _ in range(num_packs)]
+        loads = [(0, pack) for pack in range(num_packs)]
+        for position in ordered:
+            load, pack = heapq.heappop(loads)
+            packs[pack].append(position)
+            heapq.heappush(loads, (load + int(tokens[position]), pack))
+        if max(load for load, _ in loads) <= max_tokens:
+            return [sorted(pack) for pack in packs if pack]
+        num_packs += 1
+
+
+def check_capacity(
+    sizes: PairSizes, max_tokens: int, describe: Callable[[int], str], flag: str = "--tokens-per-microbatch"
+) -> None:
+    """Refuse a data set with a pair that fits no pack.
+
+    Raises:
+        ConfigError: names the largest pair, its tokens and the value that would work.
+    """
+    if sizes.tokens.size and int(sizes.tokens.max()) > max_tokens:
+        largest = int(sizes.tokens.argmax())
+        needed = int(sizes.tokens[largest])
+        raise ConfigError(
+            f"{flag} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {int((sizes.tokens > max_tokens).sum())} "
+            f"pairs in all do not fit. Use {flag} {needed} or more, or prepare the data with a smaller --seq-length."
+        )

@@ -1,0 +1,126 @@
+"""What a run starts from: which model, which prepared data, and whether they belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_rmipo.checkpoint.store import hf_assets_directory, latest_complete_iteration
+from megatron_rmipo.config import Config
+from megatron_rmipo.data.loader import PairCollection
+from megatron_rmipo.data.pair_store import PairStore
+from megatron_rmipo.data.tokenize import load_tokenizer
+from megatron_rmipo.errors import ConfigError, DataError
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.training.validation import parse_blend, parse_split
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where the weights come from.
+
+    Attributes:
+        arch: the model.
+        assets: directory of its Hugging Face config and tokenizer.
+        hf_weights: directory of safetensors, or None where a checkpoint is loaded.
+        checkpoint: directory of Megatron checkpoints, or None.
+    """
+
+    arch: ModelArchitecture
+    assets: Path
+    hf_weights: Path | None
+    checkpoint: Path | None
+
+
+def find_model(config: Config) -> ModelSource:
+    """``--load`` where it holds a complete checkpoint, else ``--load-hf``.
+
+    Raises:
+        ConfigError: neither is given, or ``--load`` is empty and there is nothing else to start from.
+    """
+    load, load_hf = config.checkpoint.load, config.model.load_hf
+    if load is not None:
+        iteration = latest_complete_iteration(Path(load))
+        if iteration is not None:
+            assets = hf_assets_directory(Path(load), iteration)
+            return ModelSource(read_architecture(assets), assets, None, Path(load))
+        if load_hf is None:
+            raise ConfigError(
+                f"--load {load}: no complete checkpoint there. Name a directory that holds one, convert a model with "
+                f"tools/convert_hf_to_megatron.py, or start from a Hugging Face model with --load-hf DIR."
+            )
+    if load_hf is None:
+        raise ConfigError("no model to start from: give --load-hf DIR (a Hugging Face model) or --load DIR (a checkpoint).")
+    return ModelSource(read_architecture(Path(load_hf)), Path(load_hf), Path(load_hf), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """Prepared pairs of a run.
+
+    Attributes:
+        train: pairs to train on.
+        held_out: pairs to evaluate on, or None.
+        num_held_out: how many of them.
+        bos_token_id: of the tokenizer they were made with, or None.
+    """
+
+    train: PairCollection
+    held_out: PairCollection | None
+    num_held_out: int
+    bos_token_id: int | None
+
+
+def open_data(config: Config, source: ModelSource) -> RunData:
+    """Open ``--data-path`` and the held-out pairs, and check that they fit the model.
+
+    Raises:
+        ConfigError: no data is named, or a flag asks for more than there is.
+        DataError: a data set is missing, incomplete, empty, or made with another tokenizer.
+    """
+    if not config.data.data_path:
+        raise ConfigError("no data to train on: give --data-path PREFIX (of PREFIX.bin, .idx and .json).")
+    tokenizer = load_tokenizer(str(source.assets)).info
+    check = partial(_check_store, fingerprint=tokenizer.fingerprint, config=config, source=source)
+    train = _open_blend(config.data.data_path, "--data-path", check)
+    held_out = None
+    if config.data.valid_data_path:
+        held_out = _open_blend(config.data.valid_data_path, "--valid-data-path", check)
+    elif config.data.split:
+        train, held_out = train.split(parse_split(config.data.split)[1])
+    num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
+    return RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
+
+
+def _open_blend(values: Sequence[str], flag: str, check: Callable[[PairStore, str], None]) -> PairCollection:
+    blend = parse_blend(values, flag)
+    stores = [PairStore(prefix) for _, prefix in blend]
+    for store in stores:
+        check(store, flag)
+    return PairCollection(stores) if len(stores) == 1 else PairCollection.blend(stores, [weight for weight, _ in blend])
+
+
+def _check_store(store: PairStore, flag: str, *, fingerprint: str, config: Config, source: ModelSource) -> None:
+    made_with = store.manifest.tokenizer
+    if len(store) == 0:
+        raise DataError(f"{flag} {store.prefix}: no pairs in it. Look at {store.prefix}.json for why rows were dropped.")
+    if made_with.fingerprint != fingerprint:
+        raise DataError(
+            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, {made_with.fingerprint[:12]}) than "
+            f"the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: tools/preprocess_preferences.py --tokenizer-model "
+            f"{source.assets}."
+        )
+    if made_with.vocab_size > source.arch.vocab_size:
+        raise DataError(
+            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} has "
+            f"vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
+        )
+    longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
+    if int(longest.max()) > config.data.seq_length:
+        raise ConfigError(
+            f"--seq-length {config.data.seq_length}: pair {int(longest.argmax())} of {store.prefix} is {int(longest.max())} tokens long. "
+            f"Use --seq-length {int(longest.max())}, or prepare the data again with --seq-length {config.data.seq_length}."
+        )

@@ -1,0 +1,169 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from megatron_rmipo.config import Config
+from megatron_rmipo.data.batching import PairOrder
+from megatron_rmipo.data.loader import BatchBuilder, RankBatch, iterate_batches
+from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.metrics import summarize
+from megatron_rmipo.training.passes import PairMetrics
+from megatron_rmipo.training.reporting import Reporter
+from megatron_rmipo.training.setup import TrainingState
+from megatron_rmipo.training.signals import StopRequest
+from megatron_rmipo.training.step import StepOutcome, evaluate_batch, train_step
+from megatron_rmipo.training.throughput import Throughput
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included.
+        consumed_pairs: pairs seen.
+        skipped_steps: steps whose loss or gradient was not finite.
+    """
+
+    step: int = 0
+    consumed_pairs: int = 0
+    skipped_steps: int = 0
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything the loop needs.
+
+    Attributes:
+        train_iters: the step after which the run is complete.
+        total_pairs: pairs of the whole run.
+        held_out: builder of evaluation batches, or None.
+        num_held_out: pairs of an evaluation.
+        save: writes a checkpoint of the run as it is.
+    """
+
+    config: Config
+    groups: ProcessGroups
+    state: TrainingState
+    objective: Objective
+    progress: Progress
+    pairs: BatchBuilder
+    order: PairOrder
+    train_iters: int
+    total_pairs: int
+    held_out: BatchBuilder | None
+    num_held_out: int
+    reporter: Reporter
+    throughput: Throughput
+    save: Callable[[], None]
+
+
+def train(run: Run) -> bool:
+    """Train from where ``run.progress`` stands. All ranks call it together.
+
+    Returns:
+        Whether the run is complete; False where a signal or ``--exit-interval`` ended it before.
+
+    Raises:
+        RmipoError: more steps than ``--max-skipped-steps`` were not finite.
+    """
+    settings = run.config.training
+    if settings.eval_at_start and run.progress.step == 0:
+        evaluate(run)
+    saved_at = evaluated_at = run.progress.step
+    with StopRequest(run.groups) as stop:
+        for batch in _batches(run):
+            outcome = _timed_step(run, batch)
+            step = run.progress.step
+            if not outcome.updated:
+                _count_skipped_step(run, batch, outcome)
+            if step % run.config.logging.log_interval == 0 or step == run.train_iters:
+                run.reporter.log("train", _record(run, batch, outcome))
+            if settings.eval_interval and step % settings.eval_interval == 0:
+                evaluate(run)
+                evaluated_at = step
+            if run.config.checkpoint.save_interval and step % run.config.checkpoint.save_interval == 0:
+                run.save()
+                saved_at = step
+            if stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
+                break
+    complete = run.progress.step >= run.train_iters
+    if complete and evaluated_at != run.progress.step:
+        evaluate(run)
+    if saved_at != run.progress.step:
+        run.save()
+    return complete
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Mean metrics over the held-out pairs, logged. All ranks call it together; empty without held-out pairs."""
+    if run.held_out is None:
+        return {}
+    lengths = run.held_out.pairs.lengths[: run.num_held_out]
+    batch_size = run.config.training.global_batch_size
+    parts = []
+    for first in range(0, run.num_held_out, batch_size):
+        indices = np.arange(first, min(first + batch_size, run.num_held_out))
+        batch = run.held_out.build(indices, mean_chosen_length=float(lengths[:, 1].mean()))
+        parts.append(evaluate_batch(run.state, batch, run.objective, run.groups))
+    values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
+    summary = summarize(values, parts[0].distributions)
+    run.reporter.log("eval", {"step": run.progress.step, "consumed_pairs": run.progress.consumed_pairs, **summary})
+    return summary
+
+
+def _batches(run: Run) -> Iterator[RankBatch]:
+    return iterate_batches(
+        run.pairs,
+        run.order,
+        batch_size=run.config.training.global_batch_size,
+        total_pairs=run.total_pairs,
+        consumed_pairs=run.progress.consumed_pairs,
+        num_workers=run.config.data.num_workers,
+    )
+
+
+def _timed_step(run: Run, batch: RankBatch) -> StepOutcome:
+    started = time.perf_counter()
+    outcome = train_step(run.state, batch, run.objective, run.groups)
+    run.throughput.add(batch, time.perf_counter() - started)
+    run.progress.step += 1
+    run.progress.consumed_pairs += batch.num_pairs
+    return outcome
+
+
+def _record(run: Run, batch: RankBatch, outcome: StepOutcome) -> dict[str, float | int]:
+    """What is shown of a step, means over its global batch."""
+    metrics: PairMetrics = outcome.metrics
+    return {
+        "step": run.progress.step,
+        "consumed_pairs": run.progress.consumed_pairs,
+        "lr": outcome.learning_rate,
+        "grad_norm": outcome.grad_norm,
+        "skipped_steps": run.progress.skipped_steps,
+        **summarize(metrics.values, metrics.distributions),
+        **run.throughput.take(),
+    }
+
+
+def _count_skipped_step(run: Run, batch: RankBatch, outcome: StepOutcome) -> None:
+    run.progress.skipped_steps += 1
+    indices = [int(batch.pair_indices[number]) for number in outcome.offending_pairs]
+    named = ", ".join(run.pairs.pairs.describe(index) for index in indices[:5]) + (", ..." if len(indices) > 5 else "")
+    cause = f"the loss of {len(indices)} pairs is not finite ({named})" if indices else f"the gradient norm is {outcome.grad_norm}"
+    run.reporter.warn(f"step {run.progress.step} skipped, weights unchanged: {cause}")
+    if run.progress.skipped_steps > run.config.training.max_skipped_steps:
+        raise RmipoError(
+            f"{run.progress.skipped_steps} steps were skipped because a loss or gradient was not finite, more than "
+            f"--max-skipped-steps {run.config.training.max_skipped_steps}. Last: {cause}. Lower --lr, or look at these pairs with "
+            f"tools/inspect_pairs.py."
+        )

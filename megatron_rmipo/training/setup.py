@@ -1,0 +1,158 @@
+"""Model, DDP, optimizer and learning-rate schedule of a run, as Megatron-Core builds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_rmipo.config import Config, OptimizerConfig, ParallelConfig
+from megatron_rmipo.data.batching import CostModel
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
+from megatron_rmipo.runtime.groups import ProcessGroups
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """What a training step changes.
+
+    Attributes:
+        model: the policy in Megatron's DDP wrapper.
+        policy: the policy itself.
+        optimizer, scheduler: Megatron's.
+    """
+
+    model: DistributedDataParallel
+    policy: PolicyModel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
+    """This rank's part of the policy with random weights. All ranks call it together."""
+    megatron_config = transformer_config(
+        arch,
+        groups,
+        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute_granularity=config.model.recompute_granularity,
+        recompute_method=config.model.recompute_method,
+        recompute_num_layers=config.model.recompute_num_layers,
+    )
+    return build_policy(
+        arch,
+        megatron_config,
+        groups,
+        transformer_impl=config.model.transformer_impl,
+        attention_backend=config.model.attention_backend,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        chunk_tokens=config.model.logprob_chunk_tokens,
+    )
+
+
+def build_training_state(policy: PolicyModel, config: Config, groups: ProcessGroups, *, train_iters: int) -> TrainingState:
+    """Wrap the policy for training. All ranks call it together, after its weights are loaded.
+
+    The optimizer takes its fp32 master weights from the policy as it is now.
+    """
+    collection = groups.megatron_collection()
+    model = _wrap(policy, config.parallel)
+    optimizer_config = _megatron_optimizer_config(config.optimizer, config.parallel, bf16=config.model.bf16)
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        [model],
+        config_overrides=get_standard_config_overrides(optimizer_config),
+        use_gloo_process_groups=False,
+        pg_collection=collection,
+    )
+    _connect(policy, model, optimizer, collection)
+    scheduler = build_scheduler(optimizer, config.optimizer, train_iters)
+    return TrainingState(model, policy, optimizer, scheduler)
+
+
+def _wrap(policy: PolicyModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # A non-finite gradient skips the step, with the pairs that caused it named; DDP's own check would end the run.
+        check_for_nan_in_grad=False,
+    )
+    module: Any = Float16Module(policy.config, policy) if policy.config.bf16 else policy
+    # Weights are loaded or seeded the same on every data-parallel rank, so there is nothing to broadcast.
+    return DistributedDataParallel(policy.config, ddp_config, module)
+
+
+def _megatron_optimizer_config(optimizer: OptimizerConfig, parallel: ParallelConfig, *, bf16: bool) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer=optimizer.optimizer,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+
+
+def _connect(policy: PolicyModel, model: DistributedDataParallel, optimizer: MegatronOptimizer, collection: Any) -> None:
+    # Megatron's schedules find these on the model's config.
+    config = policy.config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=collection)
+    if model.ddp_config.overlap_grad_reduce:
+        config.no_sync_func = model.no_sync
+        config.grad_sync_func = model.start_grad_sync
+    if model.ddp_config.overlap_param_gather:
+        config.param_sync_func = model.start_param_sync
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule, counted in optimizer steps."""
+    warmup = config.lr_warmup_iters
+    if config.lr_warmup_fraction is not None:
+        warmup = round(config.lr_warmup_fraction * train_iters)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(warmup, train_iters - 1),
+        lr_decay_steps=train_iters,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        # A resumed run goes on with this run's schedule; the checkpoint gives only how far it is.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def cost_model(arch: ModelArchitecture) -> CostModel:
+    """What balance between ranks is judged by: multiply-adds of the layers, the attention and the output layer."""
+    query_size = arch.num_attention_heads * arch.kv_channels
+    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
+    attention = arch.hidden_size * (2 * query_size + key_value_size)
+    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
+    return CostModel(
+        per_token=float(arch.num_layers * (attention + mlp)),
+        per_area=float(arch.num_layers * 2 * query_size),
+        per_scored_token=float(arch.hidden_size * arch.vocab_size),
+    )

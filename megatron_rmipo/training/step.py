@@ -1,0 +1,87 @@
+"""One optimizer step, and one evaluation: what the loop repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_rmipo.data.loader import RankBatch
+from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.passes import PairMetrics, evaluation_pass, gradient_pass, unconditional_pass
+from megatron_rmipo.training.setup import TrainingState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """What one step did, the same on every rank.
+
+    Attributes:
+        metrics: per pair of the global batch.
+        grad_norm: L2 norm of the gradient over all parameters, before clipping.
+        updated: False where a loss or the gradient was not finite and the weights stayed as they were.
+        learning_rate: the one the step used.
+    """
+
+    metrics: PairMetrics
+    grad_norm: float
+    updated: bool
+    learning_rate: float
+
+    @property
+    def offending_pairs(self) -> list[int]:
+        """Numbers of the batch's pairs whose loss is not finite."""
+        return torch.nonzero(~torch.isfinite(self.metrics.values["loss"])).flatten().tolist()
+
+
+def train_step(state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups) -> StepOutcome:
+    """Passes, gradient norm, update. All ranks call it together."""
+    state.model.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    unconditional = _score_unconditionally(state, batch, groups)
+    state.model.train()
+    metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
+    learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    finite_losses = bool(torch.isfinite(metrics.values["loss"]).all())
+    grad_norm, updated = _update(state.optimizer, allowed=finite_losses)
+    # A skipped step still uses up its place in the schedule: the run's length is counted in batches seen.
+    state.scheduler.step(increment=1)
+    return StepOutcome(metrics, grad_norm, updated, learning_rate)
+
+
+@torch.no_grad()
+def evaluate_batch(state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups) -> PairMetrics:
+    """The objective's metrics for one batch, weights untouched. All ranks call it together."""
+    unconditional = _score_unconditionally(state, batch, groups)
+    state.model.eval()
+    return evaluation_pass(state.model, batch, objective, unconditional, groups)
+
+
+def _score_unconditionally(state: TrainingState, batch: RankBatch, groups: ProcessGroups) -> torch.Tensor | None:
+    if not batch.unconditional:
+        return None
+    # Evaluation mode also switches activation recomputation off, which would only cost here.
+    state.model.eval()
+    with torch.no_grad():
+        return unconditional_pass(state.model, batch, groups)
+
+
+@torch.no_grad()
+def _update(optimizer: MegatronOptimizer, *, allowed: bool) -> tuple[float, bool]:
+    """(gradient norm before clipping, whether the weights were updated).
+
+    Megatron's own ``step`` clips and updates in one go; the norm has to be looked at in between, before weights are touched.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not (allowed and math.isfinite(grad_norm)):
+        return grad_norm, False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    return grad_norm, bool(optimizer.step_with_ready_grads())
