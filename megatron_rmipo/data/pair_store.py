@@ -1,0 +1,336 @@
+"""Tokenized preference pairs on disk: Megatron's IndexedDataset with a document per pair, and a manifest beside it.
+
+``PREFIX.bin`` and ``PREFIX.idx`` hold, for each pair, one document of three sequences: prompt, chosen, rejected. ``PREFIX.json``
+(the manifest) says with which tokenizer and template they were made and what was left out. It is written last: a data set without
+a manifest was never finished and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rmipo.errors import DataError
+
+MANIFEST_VERSION = 1
+SEQUENCES_PER_PAIR = 3
+PERCENTILES = (5, 25, 50, 75, 95, 99)
+PARTS = ("prompt", "chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPair:
+    """One preference pair as token ids, int64 ``[length]`` each.
+
+    The prompt has at least one token and starts with BOS where the tokenizer has one; each response has at least one token and, unless
+    the data were made with ``--overlong official``, ends with EOS or the template's end-of-turn token.
+    """
+
+    prompt: npt.NDArray[np.int64]
+    chosen: npt.NDArray[np.int64]
+    rejected: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+    """What must agree between a data set and the model trained on it.
+
+    Attributes:
+        fingerprint: see :func:`megatron_rmipo.data.tokenize.tokenizer_fingerprint`.
+        vocab_size: highest token id plus one, added tokens included.
+        bos_token_id, eos_token_id: None where the tokenizer has none.
+    """
+
+    fingerprint: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """``PREFIX.json``: where a data set comes from and what it holds.
+
+    ``num_pairs``, ``num_tokens``, ``lengths`` and ``file_bytes`` are filled in by :meth:`PairStoreWriter.finalize`.
+
+    Attributes:
+        tokenizer: the tokenizer that made the ids.
+        tokenizer_name: the path or name given for it.
+        template_name: ``tokenizer``, a built-in template's name, or the template file's name.
+        template_hash: sha256 of the template's text.
+        seq_length: most tokens of a prompt with its longer response.
+        overlong: what was done with longer pairs.
+        max_prompt_length: the prompt's limit of ``--overlong official``.
+        format: the format of the rows.
+        sources: per input: its name, and its size in bytes where it is a file.
+        counts: rows read, kept, truncated, and rejected by reason (``rejected/REASON``).
+        num_pairs, num_tokens: what the files hold.
+        lengths: tokens of prompt, chosen, rejected and total (prompt with the longer response): mean, max, percentiles.
+        file_bytes: sizes of the ``bin`` and ``idx`` files.
+    """
+
+    tokenizer: TokenizerInfo
+    tokenizer_name: str = ""
+    template_name: str = ""
+    template_hash: str = ""
+    seq_length: int = 0
+    overlong: str = ""
+    max_prompt_length: int | None = None
+    format: str = ""
+    sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_pairs: int = 0
+    num_tokens: int = 0
+    lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    file_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    version: int = MANIFEST_VERSION
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            DataError: it is missing, unreadable, or of another version.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{path}: not found. Without its manifest the data set was never finished, or the prefix is wrong.\n"
+                "Make it with tools/preprocess_preferences.py, and give the prefix without .bin, .idx or .json."
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path}: not a readable manifest ({error}). Preprocess the data again.") from None
+        if not isinstance(fields, dict) or fields.get("version") != MANIFEST_VERSION:
+            found = fields.get("version") if isinstance(fields, dict) else type(fields).__name__
+            raise DataError(f"{path}: version {found!r}, this code reads {MANIFEST_VERSION}. Preprocess the data again.")
+        try:
+            fields["tokenizer"] = TokenizerInfo(**fields["tokenizer"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a manifest of preference pairs ({error}). Preprocess the data again.") from None
+
+    def to_json(self) -> str:
+        """The text of ``PREFIX.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def store_paths(prefix: str | Path) -> dict[str, Path]:
+    """The files of a data set by extension (``bin``, ``idx``, ``json``)."""
+    return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
+
+
+def summarize_lengths(lengths: npt.NDArray[np.int32]) -> dict[str, dict[str, float]]:
+    """Mean, max and percentiles of the columns of ``lengths`` ``[num_pairs, 3]`` and of prompt plus longer response."""
+    if len(lengths) == 0:
+        return {}
+    columns = dict(zip(PARTS, lengths.T, strict=True))
+    columns["total"] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    return {
+        name: {
+            "mean": round(float(column.mean()), 2),
+            "max": int(column.max()),
+            **{f"p{p}": round(float(np.percentile(column, p)), 1) for p in PERCENTILES},
+        }
+        for name, column in columns.items()
+    }
+
+
+@contextlib.contextmanager
+def _disk_errors_named(prefix: str) -> Iterator[None]:
+    """Turn a failed write into an error that names the data set and leaves the earlier files alone."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{prefix}: could not be written ({error.strerror or error}). Nothing was changed at this prefix; "
+            "free some space or choose another --output-prefix."
+        ) from error
+
+
+class PairStoreWriter:
+    """Write a data set. A context manager: leaving it without :meth:`finalize` removes what was written.
+
+    The files grow under ``PREFIX.incomplete.*`` names and are renamed when whole, the manifest last.
+
+    Args:
+        prefix: path without extension. Its folder is made if missing.
+        vocab_size: decides the integer type of the ids (uint16 below 65,500, else int32).
+        overwrite: replace a data set that stands at the prefix.
+
+    Raises:
+        DataError: files stand at the prefix and ``overwrite`` is off, or it cannot be written.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int, *, overwrite: bool = False) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.prefix = str(prefix)
+        self._paths = store_paths(self.prefix)
+        self._partial = store_paths(f"{self.prefix}.incomplete")
+        check_output_prefix(self.prefix, overwrite=overwrite)
+        self._lengths: list[int] = []
+        self._vocab_size = vocab_size
+        self._finished = False
+        with _disk_errors_named(self.prefix):
+            self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
+            self._builder = IndexedDatasetBuilder(str(self._partial["bin"]), dtype=DType.optimal_dtype(vocab_size))
+
+    def __enter__(self) -> PairStoreWriter:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if not self._finished:
+            self.abandon()
+
+    def __len__(self) -> int:
+        """Pairs added so far."""
+        return len(self._lengths) // SEQUENCES_PER_PAIR
+
+    def add(self, pair: TokenizedPair) -> None:
+        """Append one pair."""
+        parts = (pair.prompt, pair.chosen, pair.rejected)
+        self.add_flat(np.concatenate(parts), [len(part) for part in parts])
+
+    def add_flat(self, tokens: npt.NDArray[Any], lengths: list[int]) -> None:
+        """Append one pair given as prompt, chosen and rejected behind one another, and their three lengths."""
+        assert len(lengths) == SEQUENCES_PER_PAIR and sum(lengths) == len(tokens), (lengths, len(tokens))
+        assert min(lengths) >= 1 and 0 <= tokens.min() and tokens.max() < self._vocab_size, (lengths, tokens.max())
+        with _disk_errors_named(self.prefix):
+            self._builder.add_document(tokens, lengths)
+        self._lengths.extend(lengths)
+
+    def finalize(self, manifest: Manifest) -> Manifest:
+        """Write the index, rename all files into place and write the manifest last.
+
+        Returns:
+            The manifest as written, with counts, lengths and file sizes.
+
+        Raises:
+            DataError: there are no pairs, or the disk failed.
+        """
+        if not self._lengths:
+            self.abandon()
+            raise DataError(f"{self.prefix}: no pairs to write.")
+        lengths = np.array(self._lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
+        try:
+            with _disk_errors_named(self.prefix):
+                self._builder.finalize(str(self._partial["idx"]))
+                complete = dataclasses.replace(
+                    manifest,
+                    num_pairs=len(lengths),
+                    num_tokens=int(lengths.sum(dtype=np.int64)),
+                    lengths=summarize_lengths(lengths),
+                    file_bytes={kind: self._partial[kind].stat().st_size for kind in ("bin", "idx")},
+                )
+                self._partial["json"].write_text(complete.to_json(), encoding="utf-8")
+                for path in self._partial.values():
+                    _flush_to_disk(path)
+                self._paths["json"].unlink(missing_ok=True)  # an interrupted replacement must not pass for the earlier data set
+                for kind in ("bin", "idx", "json"):
+                    os.replace(self._partial[kind], self._paths[kind])
+        except DataError:
+            self.abandon()
+            raise
+        self._finished = True
+        return complete
+
+    def abandon(self) -> None:
+        """Close and remove the partial files."""
+        self._finished = True
+        with contextlib.suppress(OSError):
+            self._builder.data_file.close()
+        for path in self._partial.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def check_output_prefix(prefix: str, *, overwrite: bool) -> None:
+    """Refuse a prefix at which files stand already, unless they may be replaced.
+
+    Raises:
+        DataError: naming the files found.
+    """
+    found = [path for path in store_paths(prefix).values() if path.exists()]
+    if found and not overwrite:
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{prefix}: {names} already there. Pass --overwrite to replace them, or choose another --output-prefix.")
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+class PairStore:
+    """A finished data set, memory-mapped.
+
+    Args:
+        prefix: path without extension.
+
+    Attributes:
+        manifest: what ``PREFIX.json`` says.
+        lengths: int32 ``[num_pairs, 3]``: tokens of prompt, chosen, rejected.
+
+    Raises:
+        DataError: a file is missing, or does not belong to the others.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self._paths = store_paths(self.prefix)
+        self.manifest = Manifest.read(self._paths["json"])
+        for kind in ("bin", "idx"):
+            self._check_size(kind)
+        self._data = self._open()
+        self.lengths = self._read_lengths()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)} in {self.prefix}")
+        first = (index % len(self)) * SEQUENCES_PER_PAIR
+        return TokenizedPair(*(self._data[first + part].astype(np.int64) for part in range(SEQUENCES_PER_PAIR)))
+
+    def __reduce__(self) -> tuple[type[PairStore], tuple[str]]:
+        return PairStore, (self.prefix,)  # loader workers map the files again instead of receiving copies
+
+    def _check_size(self, kind: str) -> None:
+        path, expected = self._paths[kind], self.manifest.file_bytes.get(kind)
+        if not path.is_file():
+            raise DataError(f"{path}: missing, though {self._paths['json'].name} is there. Copy all three files, or preprocess again.")
+        found = path.stat().st_size
+        if found != expected:
+            raise DataError(
+                f"{path}: {found} bytes, but {self._paths['json'].name} says {expected}: truncated, or from another run. "
+                "Copy all three files of one run, or preprocess again."
+            )
+
+    def _open(self) -> Any:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        try:
+            return IndexedDataset(self.prefix)
+        except (AssertionError, ValueError, KeyError, OSError) as error:
+            raise DataError(f"{self._paths['idx']}: not a readable Megatron index ({error}). Preprocess again.") from None
+
+    def _read_lengths(self) -> npt.NDArray[np.int32]:
+        sequence_lengths, documents = self._data.sequence_lengths, self._data.document_indices
+        expected = np.arange(0, SEQUENCES_PER_PAIR * self.manifest.num_pairs + 1, SEQUENCES_PER_PAIR)
+        token_bytes = int(sequence_lengths.sum(dtype=np.int64)) * self._data.index.dtype_size
+        if not np.array_equal(documents, expected) or token_bytes != self.manifest.file_bytes["bin"]:
+            raise DataError(
+                f"{self._paths['idx']}: does not describe {self.manifest.num_pairs} pairs of three sequences in "
+                f"{self._paths['bin'].name}: the files are from different runs. Preprocess again."
+            )
+        return np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
