@@ -1,0 +1,113 @@
+"""Model floating point operations of preference pairs, and what devices can do.
+
+Counted are the multiplications and additions of matrix products that the loss needs: layers for each token that stands in the
+packed row, attention for each (query, key) that is kept, the output layer for each scored token; backward twice the forward.
+Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, rotary
+embeddings, softmax and the optimizer are left out as usual. A sliding window is not counted: rows that would need it are refused.
+
+Shape letter: P pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_rmipo.model.architecture import ModelArchitecture
+
+# Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.
+_PEAK_FLOPS: dict[str, tuple[float, float]] = {
+    "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12),
+    "A10": (125e12, 31.2e12),
+    "RTX A6000": (154.8e12, 38.7e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+    "L4": (121e12, 30.3e12),
+    "L40S": (362e12, 91.6e12),
+    "H20": (148e12, 44e12),
+    "H100": (989.4e12, 66.9e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H800": (989.4e12, 66.9e12),
+    "H800 PCIe": (756e12, 51e12),
+    "H200": (989.4e12, 66.9e12),
+    "H200 NVL": (835e12, 60e12),
+    "GH200": (989.4e12, 66.9e12),
+    "B200": (2250e12, 75e12),
+    "MI300X": (1307.4e12, 163.4e12),
+}
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of one device at best, dense.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name()`` gives it.
+        dtype: what is computed in: bfloat16, float16 or float32.
+
+    Returns:
+        None where the device or the dtype is not known.
+    """
+    words = device_name.replace("-", " ").split()
+    matches = [name for name in _PEAK_FLOPS if _contains(words, name.split())]
+    if not matches:
+        return None
+    low_precision, single_precision = _PEAK_FLOPS[max(matches, key=len)]
+    return {torch.bfloat16: low_precision, torch.float16: low_precision, torch.float32: single_precision}.get(dtype)
+
+
+def _contains(words: list[str], part: list[str]) -> bool:
+    return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
+
+
+def pair_flops(
+    arch: ModelArchitecture,
+    lengths: np.ndarray,
+    *,
+    share_prompts: bool = True,
+    with_rejected: bool = True,
+    unconditional: str | None = None,
+    forward_only: bool = False,
+) -> np.ndarray:
+    """Model FLOPs of pairs in one step, over all ranks.
+
+    Args:
+        arch: the model.
+        lengths: int ``[P, 3]``: tokens of prompt, chosen, rejected.
+        share_prompts: the prompt runs once for both responses.
+        with_rejected: the rejected response is computed at all.
+        unconditional: the forward-only pass over the responses alone: ``"bos"`` scores all their tokens, ``"none"`` all but the
+            first, None leaves the pass out.
+        forward_only: an evaluation: no backward.
+
+    Returns:
+        float64 ``[P]``.
+    """
+    prompt, *responses = np.asarray(lengths, dtype=np.float64).T
+    responses = responses[: 2 if with_rejected else 1]
+    forward = np.zeros_like(prompt)
+    for number, response in enumerate(responses):
+        # The last token of a response predicts nothing and does not run. After the first response the prompt only serves as keys.
+        alone = share_prompts and number > 0
+        tokens = response - 1.0 if alone else prompt + response - 1.0
+        forward += _forward_flops(arch, tokens, keys_before=prompt if alone else 0.0, scored=response)
+    total = forward if forward_only else 3.0 * forward
+    for response in responses if unconditional is not None else []:
+        tokens = response if unconditional == "bos" else response - 1.0
+        total = total + _forward_flops(arch, tokens, keys_before=0.0, scored=tokens)
+    return total
+
+
+def _forward_flops(
+    arch: ModelArchitecture, tokens: np.ndarray, *, keys_before: np.ndarray | float, scored: np.ndarray
+) -> np.ndarray:
+    """Forward FLOPs of one causal run of ``tokens`` tokens that also attends to ``keys_before`` keys ahead of it (``[P]``)."""
+    query_size = arch.num_attention_heads * arch.kv_channels
+    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
+    projections = arch.hidden_size * (2 * query_size + key_value_size)
+    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
+    area = tokens * (tokens + 1.0) / 2.0 + tokens * keys_before
+    per_layer = 2.0 * (projections + mlp) * tokens + 4.0 * query_size * area
+    flops: np.ndarray = arch.num_layers * per_layer + 2.0 * arch.hidden_size * arch.vocab_size * scored
+    return flops
