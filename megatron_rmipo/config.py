@@ -51,7 +51,7 @@ class ModelConfig:
     """Model: where its weights come from and how it is computed."""
 
     load_hf: str | None = _option(
-        None, "Hugging Face model directory to start from; each rank reads only its own slices of the safetensors.", "DIR"
+        None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
         "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from megatron_rmipo.config import Config, ObjectiveConfig
 from megatron_rmipo.config_values import ValueType, convert, field_types
+from megatron_rmipo.config_yaml import Given, read_yaml
 from megatron_rmipo.errors import ConfigError
 
 # Flags of Megatron-LM's trainer that people bring along, and what stands in their place.
@@ -34,14 +33,6 @@ _INSTEAD = {
     "max_position_embeddings": "the architecture comes with the model (--load-hf, --load)",
     "train_samples": "use --epochs or --train-iters",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """A raw value and where it was found, as messages name it."""
-
-    raw: object
-    source: str
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,41 +78,8 @@ def parse_config(
     if unknown and not problems:
         problems = [f"{unknown[0]!r} belongs to no flag"]
     _refuse(problems)
-    given.update({key: _Given(raw, _flag(key)) for key, raw in vars(values).items() if key != "config"})
+    given.update({key: Given(raw, _flag(key)) for key, raw in vars(values).items() if key != "config"})
     return _assemble(given, name, objectives)
-
-
-def read_yaml(path: Path) -> dict[str, _Given]:
-    """The entries of a flat YAML mapping, each with its file and line.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML or not a flat mapping, or has a key twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: the file cannot be read: {error}") from error
-    loader = yaml.SafeLoader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return {}
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"--config {path}: expected lines of the form 'flag_name: value'.")
-        given: dict[str, _Given] = {}
-        for key_node, value_node in root.value:
-            key = str(loader.construct_object(key_node)).replace("-", "_")
-            source = f"{path}:{key_node.start_mark.line + 1}: {key}"
-            if isinstance(value_node, yaml.MappingNode):
-                raise ConfigError(f"{source}: the file is flat; put the entries below it at the left margin and remove '{key}:'.")
-            if key in given:
-                raise ConfigError(f"{source}: given twice, first in {given[key].source.rpartition(':')[0]}.")
-            given[key] = _Given(loader.construct_object(value_node, deep=True), source)
-        return given
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def _normalize(argv: Sequence[str]) -> list[str]:
@@ -238,7 +196,7 @@ def _add_flag(group: Any, key: str, kind: ValueType, text: str, metavar: str | N
     group.add_argument(_flag(key), dest=key, nargs="+" if kind.is_list else None, metavar=metavar, help=text)
 
 
-def _assemble(given: Mapping[str, _Given], name: str, objectives: Mapping[str, type]) -> Config:
+def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, type]) -> Config:
     problems: list[str] = []
 
     def converted(kinds: Mapping[str, ValueType]) -> dict[str, Any]:
@@ -266,7 +224,7 @@ def _assemble(given: Mapping[str, _Given], name: str, objectives: Mapping[str, t
     return Config(**{key: section(**section_values[section]) for key, section in zip(names, _sections(), strict=True)})
 
 
-def _unused_option(given: _Given, key: str, name: str, objectives: Mapping[str, type]) -> str:
+def _unused_option(given: Given, key: str, name: str, objectives: Mapping[str, type]) -> str:
     users = ", ".join(sorted(other for other, options in objectives.items() if key in field_types(options)))
     own = ", ".join(_flag(option) for option in field_types(objectives[name])) or "none"
     return f"{given.source}: --objective {name} has no such option (it is one of: {users}). Options of {name}: {own}"

@@ -1,0 +1,51 @@
+"""A YAML file of flags: a flat mapping, every entry remembered with its file and line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from megatron_rmipo.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A raw value and where it was found, as messages name it."""
+
+    raw: object
+    source: str
+
+
+def read_yaml(path: Path) -> dict[str, Given]:
+    """The entries of a flat YAML mapping, each with its file and line.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or not a flat mapping, or has a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: the file cannot be read: {error}") from error
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"--config {path}: expected lines of the form 'flag_name: value'.")
+        given: dict[str, Given] = {}
+        for key_node, value_node in root.value:
+            key = str(loader.construct_object(key_node)).replace("-", "_")
+            source = f"{path}:{key_node.start_mark.line + 1}: {key}"
+            if isinstance(value_node, yaml.MappingNode):
+                raise ConfigError(f"{source}: the file is flat; put the entries below it at the left margin and remove '{key}:'.")
+            if key in given:
+                raise ConfigError(f"{source}: given twice, first in {given[key].source.rpartition(':')[0]}.")
+            given[key] = Given(loader.construct_object(value_node, deep=True), source)
+        return given
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    finally:
+        loader.dispose()

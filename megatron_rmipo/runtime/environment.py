@@ -1,0 +1,44 @@
+"""What is installed: other people's packages that break a run, or that a run asks for in vain."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from megatron_rmipo.errors import ConfigError
+
+
+def check_environment(*, wandb: bool = False) -> None:
+    """Refuse an environment in which a run would fail late or hang. Cheap; imports none of what it looks for.
+
+    Args:
+        wandb: whether the run logs to Weights & Biases.
+
+    Raises:
+        ConfigError: a package of the wrong kind or a missing one, with the command that mends it.
+    """
+    apex = _package_directory("apex")
+    # Megatron-Core imports whatever is called apex. NVIDIA's holds these two; the one on PyPI is a web toolkit.
+    if apex is not None and not ((apex / "multi_tensor_apply").is_dir() and (apex / "optimizers").is_dir()):
+        raise ConfigError(
+            f"{apex}: this 'apex' is not NVIDIA's (the PyPI project of that name is another one, for the Pyramid web framework), "
+            "and Megatron-Core would import it. Remove it with 'pip uninstall apex'. NVIDIA's is optional and built from its "
+            "source: see README.md, 'NVIDIA's apex'."
+        )
+    if importlib.util.find_spec("psutil") is None:
+        raise ConfigError("psutil is missing; without it Megatron-Core hangs while saving a checkpoint. Run: pip install psutil")
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb-project: wandb is not installed. Run: pip install 'megatron-rmipo[wandb]', or leave it out")
+
+
+def _package_directory(name: str) -> Path | None:
+    """Where a top-level package or module lies, or None; a single-file module counts by its file."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # imported already, by something that set no __spec__
+        return None
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(spec.origin) if spec.origin else None

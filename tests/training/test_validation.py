@@ -1,0 +1,147 @@
+import dataclasses
+
+import pytest
+
+from megatron_rmipo.config import Config
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.training.arguments import parse_arguments
+from megatron_rmipo.training.validation import parse_blend, parse_split, validate
+
+ARCH = ModelArchitecture(
+    family="llama",
+    num_layers=6,
+    hidden_size=96,
+    ffn_hidden_size=264,
+    num_attention_heads=12,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=503,
+    max_position_embeddings=2048,
+    rotary_base=1e4,
+    layernorm_epsilon=1e-5,
+)
+BASE = ("--data-path", "A", "--load-hf", "M")
+
+
+def config_of(*argv: str) -> Config:
+    return parse_arguments([*BASE, *argv])
+
+
+def refusal(*argv: str, world_size: int = 1, architecture: ModelArchitecture = ARCH) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(config_of(*argv), architecture, world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size"),
+    [
+        ((), 1),
+        (("--tensor-model-parallel-size", "4", "--sequence-parallel"), 4),
+        (("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"), 12),
+        (("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"), 3),
+        (("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "6"), 1),
+        (("--recompute-granularity", "selective"), 1),
+        (("--split", "99,1", "--eval-interval", "5", "--eval-pairs", "10"), 1),
+        (("--valid-data-path", "0.5", "A", "1.5", "B"), 1),
+        (("--save", "out", "--save-interval", "5", "--keep-last", "2", "--load", "out", "--finetune", "--no-load-optim"), 1),
+        (("--lr-warmup-iters", "3", "--train-iters", "3", "--min-lr", "6e-7"), 1),
+    ],
+)
+def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> None:
+    validate(config_of(*argv), ARCH, world_size)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "words"),
+    [
+        (("--tensor-model-parallel-size", "3"), 3, ["--tensor-model-parallel-size 3", "12", "4", "264", "would work: 1, 2, 4"]),
+        (("--pipeline-model-parallel-size", "4"), 4, ["--pipeline-model-parallel-size 4", "6 layers", "would work: 1, 2, 3, 6"]),
+        (("--tensor-model-parallel-size", "4"), 6, ["multiple of 4", "there are 6", "start 4"]),
+        (("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"), 5, ["multiple of 6", "start 6", "1, 5"]),
+        (("--global-batch-size", "3"), 4, ["--global-batch-size 3", "at least 4"]),
+        (("--seq-length", "2049"), 1, ["--seq-length 2049", "2048"]),
+        (("--sequence-parallel",), 1, ["--sequence-parallel", "--tensor-model-parallel-size"]),
+        (("--overlap-param-gather",), 1, ["--overlap-param-gather", "--use-distributed-optimizer"]),
+        (("--recompute-granularity", "full"), 1, ["--recompute-method uniform --recompute-num-layers 1"]),
+        (("--recompute-method", "uniform"), 1, ["--recompute-granularity full"]),
+        (
+            (
+                "--recompute-granularity",
+                "full",
+                "--recompute-method",
+                "block",
+                "--recompute-num-layers",
+                "4",
+                "--pipeline-model-parallel-size",
+                "2",
+            ),
+            2,
+            ["--recompute-num-layers 4", "3 layers", "1 to 3"],
+        ),
+        (("--tokens-per-microbatch", "2047"), 1, ["--tokens-per-microbatch 2047", "--seq-length 2048", "4096"]),
+        (("--split", "99"), 1, ["--split 99", "99,1"]),
+        (("--split", "99,0"), 1, ["--split 99,0"]),
+        (("--split", "99,1", "--valid-data-path", "B"), 1, ["--split and --valid-data-path"]),
+        (("--valid-data-path", "A", "B", "C"), 1, ["--valid-data-path A B C", "0.7 A 0.3 B"]),
+        (("--eval-interval", "5"), 1, ["--eval-interval", "--valid-data-path"]),
+        (("--lr", "0"), 1, ["--lr 0"]),
+        (("--lr", "1e-6", "--min-lr", "1e-5"), 1, ["--min-lr", "1e-06"]),
+        (("--lr-warmup-fraction", "1"), 1, ["--lr-warmup-fraction 1"]),
+        (("--lr-warmup-fraction", "0.1", "--lr-warmup-iters", "3"), 1, ["--lr-warmup-fraction and --lr-warmup-iters"]),
+        (("--lr-warmup-iters", "4", "--train-iters", "3"), 1, ["--lr-warmup-iters 4", "--train-iters 3"]),
+        (("--adam-beta2", "1"), 1, ["--adam-beta2 1"]),
+        (("--adam-eps", "0"), 1, ["--adam-eps 0"]),
+        (("--clip-grad", "-1"), 1, ["--clip-grad -1", "at least 0"]),
+        (("--train-iters", "3", "--epochs", "2"), 1, ["--train-iters 3", "--epochs 2"]),
+        (("--epochs", "0"), 1, ["--epochs 0"]),
+        (("--train-iters", "0"), 1, ["--train-iters 0", "at least 1"]),
+        (("--save-interval", "5"), 1, ["--save-interval", "--save DIR"]),
+        (("--no-load-rng",), 1, ["--no-load-rng", "--load DIR"]),
+        (("--save-hf-dtype", "float32"), 1, ["--save-hf-dtype", "--save-hf DIR"]),
+        (("--wandb-exp-name", "x"), 1, ["--wandb-exp-name", "--wandb-project"]),
+        (("--log-interval", "0"), 1, ["--log-interval 0"]),
+        (("--tensor-model-parallel-size", "0"), 1, ["--tensor-model-parallel-size 0", "at least 1"]),
+        (("--distributed-timeout-minutes", "0"), 1, ["--distributed-timeout-minutes 0"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_would(argv: tuple[str, ...], world_size: int, words: list[str]) -> None:
+    message = refusal(*argv, world_size=world_size)
+    assert all(word in message for word in words), message
+    # One fault each: none of the other checks may fire on the same flags.
+    assert message.count("\n") == 1, message
+
+
+def test_nothing_to_start_from_and_no_data_are_both_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(parse_arguments([]), ARCH, 1)
+    assert "--data-path" in str(caught.value)
+    assert "--load-hf" in str(caught.value)
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    message = refusal("--tensor-model-parallel-size", "3", "--pipeline-model-parallel-size", "4", "--lr", "0", world_size=7)
+    assert message.count("\n  - ") == 4
+
+
+def test_query_groups_bound_tensor_parallelism_too() -> None:
+    assert "would work: 1" in refusal(
+        "--tensor-model-parallel-size", "4", world_size=4, architecture=dataclasses.replace(ARCH, num_query_groups=1)
+    )
+
+
+def test_blend_weights_are_scaled() -> None:
+    assert parse_blend(["A"]) == [(1.0, "A")]
+    assert parse_blend(["3", "A", "1", "B"]) == [(0.75, "A"), (0.25, "B")]
+    for values in ([], ["A", "B"], ["1", "A", "2"], ["0", "A", "1", "B"], ["nan", "A", "1", "B"]):
+        with pytest.raises(ConfigError, match="--data-path"):
+            parse_blend(values)
+
+
+def test_split_gives_shares() -> None:
+    assert parse_split("99,1") == (0.99, 0.01)
+    assert parse_split("1.5,0.5") == (0.75, 0.25)
+    for split in ("99", "98,1,1", "a,b", "0,1", "-1,2"):
+        with pytest.raises(ConfigError, match="--split"):
+            parse_split(split)
