@@ -1,0 +1,79 @@
+# make demo | test | test-fast | check | test-gpu | bench | clean
+#
+# PYTHON=python3.12   another interpreter, with an environment of its own (.venv-3.12)
+# TORCH=torch==2.13.0 the torch to install first; PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL say where pip may find a CPU build
+# WORKERS=2           processes of the test suite
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+VERSION_SCRIPT := import sys; print("%d.%d" % sys.version_info[:2])
+CANDIDATES := python3.11 python3.12 python3
+FIRST_PYTHON := $(shell for p in $(CANDIDATES); do if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+GIVEN_PYTHON := $(PYTHON)
+PYTHON ?= $(or $(FIRST_PYTHON),python3.11)
+WORKERS ?= 2
+
+# pyenv's launchers answer only to the versions it was told of; where that is the obstacle, ask it for the one that is wanted.
+PY_VERSION := $(shell $(PYTHON) -c '$(VERSION_SCRIPT)' 2>/dev/null)
+ifeq ($(PY_VERSION),)
+PYENV_FOUND := $(shell pyenv versions --bare 2>/dev/null | grep -E "^$(subst .,\.,$(patsubst python%,%,$(notdir $(PYTHON))))\." | tail -n 1)
+ifneq ($(PYENV_FOUND),)
+override PYTHON := $(shell pyenv prefix $(PYENV_FOUND))/bin/python
+PY_VERSION := $(shell $(PYTHON) -c '$(VERSION_SCRIPT)' 2>/dev/null)
+endif
+endif
+
+# An interpreter that was asked for gets an environment of its own, unless it is 3.11, the usual one.
+VENV := $(if $(GIVEN_PYTHON),$(if $(filter 3.11,$(PY_VERSION)),.venv,.venv-$(PY_VERSION)),.venv)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# On Python 3.11 the pair the suite is developed with (pip adds megatron-core 0.16.1, the last for 3.11); later, the newest of both.
+TORCH ?= $(if $(filter 3.11,$(PY_VERSION)),torch==2.13.0,torch)
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: help venv demo test test-fast test-gpu check bench clean
+
+help:
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml
+	@if [ -z "$(PY_VERSION)" ]; then echo "make: '$(PYTHON)' does not run; set PYTHON to a Python 3.11 or later" >&2; exit 1; fi
+	@echo "Installing into $(VENV) (Python $(PY_VERSION), $(TORCH)); the first time this takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=24' 'setuptools>=77' wheel
+	@# First and alone, so that nothing else's wish for torch brings another build.
+	@$(PIP) install '$(TORCH)'
+	@$(PIP) install --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c 'import torch, megatron.core as m; print("torch", torch.__version__, "megatron-core", m.__version__)'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/run_rmipo_llama3_8b.sh
+
+test: $(STAMP)
+	$(PYTEST)
+
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+test-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'tools/*.sh' 'benchmarks/*.sh')
+
+bench: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs work
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

