@@ -1,0 +1,79 @@
+"""The loss does not depend on how the batch is cut: 24 pairs at every layout against transformers in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron_rmipo.objectives.registry import build_objective
+
+from tests.harness import run_distributed
+from tests.integration.problem import collection, dense_answer, make_hf_model, make_pairs
+from tests.integration.worlds import Case, run_cases
+
+OFFICIAL = {"preset": "official"}
+WORLDS = {
+    1: [
+        Case("one pair a pack", tokens_per_microbatch=48),
+        Case("all in one pack"),
+        Case("prompts not shared", share_prompts=False),
+        Case("few packs", tokens_per_microbatch=200),
+        Case("full recomputation", recompute=True, tokens_per_microbatch=200),
+        Case("official preset", options=OFFICIAL, tokens_per_microbatch=120),
+        Case("simpo", objective="simpo", tokens_per_microbatch=120),
+        Case("sft", objective="sft", tokens_per_microbatch=120),
+    ],
+    2: [
+        Case("TP 2", tp=2, tokens_per_microbatch=200),
+        Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("TP 2, sequence parallel, recomputation", tp=2, sequence_parallel=True, recompute=True),
+        Case("TP 2, prompts not shared", tp=2, share_prompts=False, tokens_per_microbatch=120),
+        Case("TP 2, official preset", tp=2, options=OFFICIAL),
+        Case("PP 2", pp=2, tokens_per_microbatch=120),
+        Case("PP 2, one pair a pack", pp=2, tokens_per_microbatch=48),
+        Case("PP 2, recomputation", pp=2, recompute=True, tokens_per_microbatch=120),
+        Case("DP 2", tokens_per_microbatch=120),
+        Case("DP 2, one pair a pack", tokens_per_microbatch=48),
+        Case("DP 2, overlapped reduction", overlap=True, tokens_per_microbatch=120),
+        Case("DP 2, sft", objective="sft", tokens_per_microbatch=120),
+    ],
+    4: [
+        Case("TP 2 x PP 2", tp=2, pp=2, tokens_per_microbatch=120),
+        Case("TP 2 x PP 2, sequence parallel", tp=2, pp=2, sequence_parallel=True, tokens_per_microbatch=120),
+        Case("TP 2 x DP 2", tp=2, tokens_per_microbatch=120),
+        Case("PP 2 x DP 2", pp=2, tokens_per_microbatch=120),
+    ],
+}
+
+
+def check(case: Case, result: dict[str, Any], answers: dict[str, Any]) -> None:
+    loss, gradients, metrics = answers[case.objective + str(case.options)]
+    assert result["loss"] == pytest.approx(loss, rel=1e-5), case.name
+    for name, values in metrics.items():
+        assert result["metrics"][name].tolist() == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4), (case.name, name)
+    assert result["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        error = (result["gradients"][name].double() - gradient).norm() / gradient.norm()
+        assert error < 1e-4, (case.name, name, float(error))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("world_size", sorted(WORLDS))
+def test_same_loss_and_gradients_however_the_batch_is_cut(world_size: int, tied: bool, tmp_path: Path) -> None:
+    hf_dir = make_hf_model(tmp_path / "model", tied=tied)
+    pairs = make_pairs()
+    cases = WORLDS[world_size] if not tied else WORLDS[world_size][:6:5]
+    answers = {}
+    for case in cases:
+        key = case.objective + str(case.options)
+        if key not in answers:
+            answers[key] = dense_answer(hf_dir, pairs, build_objective(case.objective, case.options))
+    results = run_distributed(run_cases, world_size, cases, str(hf_dir), collection(pairs))[0]
+    for case, result in zip(cases, results, strict=True):
+        assert result is not None
+        check(case, result, answers)
+    packs = {case.name: result["packs"] for case, result in zip(cases, results, strict=True) if result}
+    if world_size == 1 and not tied:
+        assert packs["one pair a pack"] > packs["few packs"] > packs["all in one pack"] == 1, packs

@@ -1,0 +1,129 @@
+"""What one rank does in the multi-process tests: build the policy at a layout, run the passes, give back loss and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
+from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
+from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from megatron_rmipo.training.passes import gradient_pass, unconditional_pass
+from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state, cost_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.integration.problem import BOS
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layout and cut of the same global batch."""
+
+    name: str
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    tokens_per_microbatch: int = 10_000
+    share_prompts: bool = True
+    recompute: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    objective: str = "rmipo"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def config(self) -> Config:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return Config(
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=self.tp,
+                pipeline_model_parallel_size=self.pp,
+                sequence_parallel=self.sequence_parallel,
+                use_distributed_optimizer=self.distributed_optimizer,
+                overlap_grad_reduce=self.overlap,
+                overlap_param_gather=self.overlap and self.distributed_optimizer,
+            ),
+            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_tokens=7, **(recompute if self.recompute else {})),
+            optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
+        )
+
+
+def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: int = 10) -> TrainingState:
+    """The policy with the Hugging Face weights, wrapped for training."""
+    arch = read_architecture(hf_dir)
+    policy = build_model(arch, case.config(), groups)
+    load_hf_weights(policy, hf_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    return build_training_state(policy, case.config(), groups, train_iters=train_iters)
+
+
+def build_batches(case: Case, pairs: PairCollection, state: TrainingState, groups: ProcessGroups) -> BatchBuilder:
+    needs = build_objective(case.objective, case.options).needs
+    layout = BatchLayout(
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        tokens_per_microbatch=case.tokens_per_microbatch,
+        cost=cost_model(state.policy.architecture),
+        share_prompts=case.share_prompts,
+        with_rejected=needs.rejected,
+        unconditional=needs.unconditional,
+        bos_token_id=BOS,
+        multiple_of=case.tp if case.sequence_parallel else 1,
+    )
+    return BatchBuilder(pairs, layout)
+
+
+def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection) -> dict[str, Any] | None:
+    """The global batch's loss, metrics and gradients by Hugging Face name; None except on the rank that has them all."""
+    groups = initialize_runtime(case.tp, case.pp)
+    objective = build_objective(case.objective, case.options)
+    state = build_state(case, Path(hf_dir), groups)
+    batch = build_batches(case, pairs, state, groups).build(np.arange(len(pairs)))
+    state.model.zero_grad_buffer()
+    unconditional = None
+    if batch.unconditional:
+        state.model.eval()
+        with torch.no_grad():
+            unconditional = unconditional_pass(state.model, batch, groups)
+    state.model.train()
+    metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
+    gradients = gather_gradients(state, Path(hf_dir), groups)
+    num_packs = len(batch.conditional)
+    shutdown_without_distributed()
+    if gradients is None:
+        return None
+    return {"loss": metrics.values["loss"].double().mean().item(), "metrics": metrics.values, "gradients": gradients, "packs": num_packs}
+
+
+def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) -> dict[str, Tensor] | None:
+    """Gradients as if they were weights of a Hugging Face checkpoint: the exporter puts shards and stages together."""
+    for parameter in state.policy.parameters():
+        parameter.data = parameter.main_grad.to(torch.float32)  # type: ignore[attr-defined]
+    if groups.dp_rank != 0:
+        return None
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, src=0, group=groups.mp)
+    out = Path(folder[0]) / "gradients"
+    arch = state.policy.architecture
+    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, tp_group=groups.tp, pp_group=groups.pp)
+    if groups.rank != 0:
+        return None
+    return {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def shutdown_without_distributed() -> None:
+    """End Megatron's groups and torch's, so that the next case of this process starts anew."""
+    dist.barrier()
+    shutdown_runtime()
+
+
+def run_cases(cases: list[Case], hf_dir: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
+    """Several cases one after the other in one set of processes, which are slow to start."""
+    return [loss_and_gradients(case, hf_dir, pairs) for case in cases]

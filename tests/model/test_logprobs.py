@@ -1,0 +1,146 @@
+"""Vocabulary-parallel log-probs against dense float64, values and every gradient, at odd sizes and on every shard boundary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron_rmipo.model.logprobs import linear_logprobs, vocab_parallel_logprobs
+from torch import Tensor
+
+from tests.harness import run_distributed
+
+NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37
+
+
+def dense_problem(padded_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float64 hidden ``[N, H]``, weight ``[padded, H]``, target ``[N]``, upstream gradient ``[N]``."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(padded_rows, HIDDEN, generator=generator, dtype=torch.float64)
+    # Both sides of every shard boundary (shard-local id 0 among them) for two ranks and for four, first and last id.
+    edges = {edge + side for edge in (padded_rows // 4, padded_rows // 2) for side in (-1, 0, 1)}
+    special = torch.tensor(sorted(edge for edge in {0, VOCAB - 1} | edges if edge < VOCAB))
+    target = torch.cat([special, torch.randint(VOCAB, (NUM_TOKENS - special.numel(),), generator=generator)])
+    return hidden, weight, target, torch.randn(NUM_TOKENS, generator=generator, dtype=torch.float64)
+
+
+def dense_reference(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs, hidden gradient, weight gradient, logits gradient) by plain torch in float64, padding columns left out."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = hidden @ weight[:VOCAB].t()
+    logits.retain_grad()
+    logprobs = torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0]
+    logprobs.backward(grad)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert logits.grad is not None
+    return logprobs.detach(), hidden.grad, weight.grad, logits.grad
+
+
+# (rows of the padded weight, tokens of a chunk, whether the hidden gradient is reduced). With 80 rows on four ranks the last rank
+# and a part of the one before it hold padding alone.
+CASES = [(40, 5, True), (40, 100, False), (48, 3, True), (80, 3, True), (80, 13, False)]
+
+
+def all_cases_on_this_rank() -> list[dict[str, Tensor]]:
+    """This rank's part of every case: the fused form, and the plain one on the same problem."""
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    results = []
+    for padded_rows, chunk_tokens, reduce_hidden_grad in CASES:
+        rows = padded_rows // group.size()
+        shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
+        hidden, weight, target, grad = dense_problem(padded_rows)
+        leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
+        logprobs = linear_logprobs(
+            *leaves, target, group, vocab_size=VOCAB, chunk_tokens=chunk_tokens, reduce_hidden_grad=reduce_hidden_grad
+        )
+        logprobs.backward(grad)
+        logits = (hidden @ weight.t())[:, shard].clone().requires_grad_()
+        before = logits.detach().clone()
+        plain = vocab_parallel_logprobs(logits, target, group, vocab_size=VOCAB)
+        plain.backward(grad)
+        assert torch.equal(logits, before), "the caller's logits were changed"
+        gradients = {"hidden": leaves[0].grad, "weight": leaves[1].grad, "logits": logits.grad}
+        results.append({"logprobs": logprobs.detach(), "plain": plain.detach(), **gradients})
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_both_forms_match_dense_float64_at_every_shard(world_size: int) -> None:
+    by_rank = run_distributed(all_cases_on_this_rank, world_size)
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    for number, (padded_rows, _, reduce_hidden_grad) in enumerate(CASES):
+        logprobs, hidden_grad, weight_grad, logits_grad = dense_reference(*dense_problem(padded_rows))
+        results = [result[number] for result in by_rank]
+        for result in results:
+            torch.testing.assert_close(result["logprobs"], logprobs, **exact)
+            torch.testing.assert_close(result["plain"], logprobs, **exact)
+        hidden_grads = torch.stack([result["hidden"] for result in results])
+        whole = hidden_grads if reduce_hidden_grad else hidden_grads.sum(0, keepdim=True)
+        torch.testing.assert_close(whole, hidden_grad.expand_as(whole), **exact)
+        torch.testing.assert_close(torch.cat([result["weight"] for result in results]), weight_grad, **exact)
+        logits_grads = torch.cat([result["logits"] for result in results], dim=1)
+        torch.testing.assert_close(logits_grads[:, :VOCAB], logits_grad, **exact)
+        assert not logits_grads[:, VOCAB:].any(), "padding columns must get no gradient"
+
+
+def test_fp32_error_against_float64() -> None:
+    hidden, weight, target, grad = dense_problem(VOCAB)
+    logprobs, hidden_grad, weight_grad, _ = dense_reference(hidden, weight, target, grad)
+    hidden32, weight32 = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    ours = linear_logprobs(hidden32, weight32, target, chunk_tokens=4)
+    ours.backward(grad.float())
+    assert ours.dtype == torch.float32
+    assert hidden32.grad is not None
+    assert weight32.grad is not None
+    torch.testing.assert_close(ours.detach().double(), logprobs, rtol=0, atol=1e-5)
+    for gradient, reference in ((hidden32.grad, hidden_grad), (weight32.grad, weight_grad)):
+        assert (gradient.double() - reference).norm() / reference.norm() < 2e-6
+
+
+def test_bf16_weights_give_fp32_logprobs_and_fp32_summed_gradients() -> None:
+    hidden, weight, target, grad = dense_problem(VOCAB)
+    rounded = (hidden.bfloat16(), weight.bfloat16())
+    logprobs, _, weight_grad, _ = dense_reference(rounded[0].double(), rounded[1].double(), target, grad)
+    leaves = [tensor.clone().requires_grad_() for tensor in rounded]
+    ours = linear_logprobs(leaves[0], leaves[1], target, chunk_tokens=1)
+    ours.backward(grad.float())
+    assert ours.dtype == torch.float32
+    assert leaves[1].grad is not None
+    assert leaves[1].grad.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.detach().double(), logprobs, rtol=0, atol=0.1)
+    assert (leaves[1].grad.double() - weight_grad).norm() / weight_grad.norm() < 2e-2
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+def test_gradcheck(chunk_tokens: int) -> None:
+    hidden, weight, target, _ = dense_problem(VOCAB + 3)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprobs(h, w, target, vocab_size=VOCAB, chunk_tokens=chunk_tokens), leaves
+    )
+
+
+def test_gradcheck_of_the_plain_form() -> None:
+    hidden, weight, target, _ = dense_problem(VOCAB + 3)
+    logits = (hidden @ weight.t()).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: vocab_parallel_logprobs(z, target, vocab_size=VOCAB), (logits,))
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, weight, target, _ = dense_problem(VOCAB)
+    ours = linear_logprobs(1e4 * hidden.float(), weight.float(), target)
+    assert torch.isfinite(ours).all()
+
+
+def test_nothing_scored_gives_an_empty_result_and_zero_gradients() -> None:
+    hidden = torch.zeros(0, HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCAB, HIDDEN, requires_grad=True)
+    result = linear_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    assert result.shape == (0,)
+    result.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
