@@ -92,7 +92,7 @@ def pair_flops(
         alone = share_prompts and number > 0
         tokens = response - 1.0 if alone else prompt + response - 1.0
         forward += _forward_flops(arch, tokens, keys_before=prompt if alone else 0.0, scored=response)
-    total = forward if forward_only else 3.0 * forward
+    total: np.ndarray = forward if forward_only else 3.0 * forward
     for response in responses if unconditional is not None else []:
         tokens = response if unconditional == "bos" else response - 1.0
         total = total + _forward_flops(arch, tokens, keys_before=0.0, scored=tokens)
