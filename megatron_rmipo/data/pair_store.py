@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -144,6 +147,13 @@ def summarize_lengths(lengths: npt.NDArray[np.int32]) -> dict[str, dict[str, flo
     }
 
 
+def _indexed_dataset() -> ModuleType:
+    """Megatron's module, imported when needed (seconds), without its remarks on GPU libraries that data do not use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+        return importlib.import_module("megatron.core.datasets.indexed_dataset")
+
+
 @contextlib.contextmanager
 def _disk_errors_named(prefix: str) -> Iterator[None]:
     """Turn a failed write into an error that names the data set and leaves the earlier files alone."""
@@ -171,8 +181,7 @@ class PairStoreWriter:
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int, *, overwrite: bool = False) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
+        indexed_dataset = _indexed_dataset()
         self.prefix = str(prefix)
         self._paths = store_paths(self.prefix)
         self._partial = store_paths(f"{self.prefix}.incomplete")
@@ -182,7 +191,8 @@ class PairStoreWriter:
         self._finished = False
         with _disk_errors_named(self.prefix):
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
-            self._builder = IndexedDatasetBuilder(str(self._partial["bin"]), dtype=DType.optimal_dtype(vocab_size))
+            dtype = indexed_dataset.DType.optimal_dtype(vocab_size)
+            self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._partial["bin"]), dtype=dtype)
 
     def __enter__(self) -> PairStoreWriter:
         return self
@@ -317,10 +327,8 @@ class PairStore:
             )
 
     def _open(self) -> Any:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         try:
-            return IndexedDataset(self.prefix)
+            return _indexed_dataset().IndexedDataset(self.prefix)
         except (AssertionError, ValueError, KeyError, OSError) as error:
             raise DataError(f"{self._paths['idx']}: not a readable Megatron index ({error}). Preprocess again.") from None
 

@@ -1,0 +1,180 @@
+"""Rendering conversations with chat templates: the tokenizer's own, one from a file, or a built-in one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_rmipo.data.rows import RowFault, Turn
+from megatron_rmipo.data.templates import BUILT_IN_TEMPLATES, NEEDED_TOKENS
+from megatron_rmipo.data.tokenize import PreferenceTokenizer
+from megatron_rmipo.errors import DataError
+
+_PROBE = "qzj"  # letters no template writes itself
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %}`` marks the assistant's text in some templates; rendering passes it through."""
+
+    tags = {"generation"}  # noqa: RUF012 - the name and form jinja2 asks for
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment chat templates are written for; sandboxed, since a template comes with a downloaded model.
+
+    ``strftime_now`` is left out on purpose: templates then write a fixed date, and the same data gives the same ids tomorrow.
+    """
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: object, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = tojson
+    return environment
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Callable[..., str]:
+    return _environment().from_string(source).render
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with the special tokens it may write.
+
+    Attributes:
+        name: ``tokenizer``, a built-in name, or a file's name.
+        source: its Jinja text.
+        special_tokens: variables such as ``bos_token``.
+    """
+
+    name: str
+    source: str
+    special_tokens: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the template's text."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether texts are rendered already, so that special tokens in them are meant."""
+        return self.name == "none"
+
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+        """The conversation as text.
+
+        Raises:
+            RowFault: the template refuses it.
+        """
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return _compiled(self.source)(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.special_tokens,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RowFault("template", "prompt", f"the chat template {self.name} refuses the conversation: {error}") from None
+
+    def render_pair(self, prompt: Sequence[Turn], responses: Sequence[str]) -> tuple[str, list[str]]:
+        """The prompt up to where the answer starts, and the text each response adds to it.
+
+        Raises:
+            RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
+        """
+        prompt_text = self.render(prompt, add_generation_prompt=True)
+        response_texts = []
+        for response in responses:
+            whole = self.render((*prompt, Turn("assistant", response)), add_generation_prompt=False)
+            if not whole.startswith(prompt_text):
+                raise RowFault(
+                    "template",
+                    "prompt",
+                    f"the chat template {self.name} renders the prompt differently once an answer follows, so there is no boundary",
+                )
+            response_texts.append(whole[len(prompt_text) :])
+        return prompt_text, response_texts
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """What the template writes behind an answer."""
+        _, (text,) = self.render_pair((Turn("user", "x"),), (_PROBE,))
+        return text.rpartition(_PROBE)[2]
+
+
+def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTemplate:
+    """The template of ``--chat-template``: None for the tokenizer's own, a built-in name, or a file.
+
+    Raises:
+        DataError: there is none, it cannot be parsed, cannot render a plain question and answer, or does not fit the tokenizer.
+    """
+    special_tokens = tokenizer.spec.special_tokens
+    if choice is None:
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"{tokenizer.spec.name}: the tokenizer has no chat template.\n"
+                f"Choose one with --chat-template: {', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file."
+            )
+        template = ChatTemplate("tokenizer", tokenizer.chat_template, special_tokens)
+    elif choice in BUILT_IN_TEMPLATES:
+        template = ChatTemplate(choice, BUILT_IN_TEMPLATES[choice], {"bos_token": "", "eos_token": "", **special_tokens})
+        missing = [token for token in NEEDED_TOKENS.get(choice, ()) if token not in tokenizer.backend.special_ids]
+        if missing:
+            raise DataError(
+                f"--chat-template {choice}: the tokenizer {tokenizer.spec.name} has no {', '.join(missing)}; "
+                "it would break them into pieces. Choose the template your model was made with."
+            )
+    else:
+        template = ChatTemplate(Path(choice).name, _read_template(choice), special_tokens)
+    _check(template)
+    return template
+
+
+def _read_template(choice: str) -> str:
+    path = Path(choice).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError(
+            f"--chat-template {choice}: neither a built-in template ({', '.join(BUILT_IN_TEMPLATES)}) nor a readable file ({reason})."
+        ) from None
+    if path.suffix == ".json":
+        fields: Any = json.loads(text) if text.lstrip().startswith("{") else None
+        text = fields.get("chat_template", "") if isinstance(fields, dict) else ""
+    if not text.strip():
+        raise DataError(f"--chat-template {choice}: holds no template.")
+    return text
+
+
+def _check(template: ChatTemplate) -> None:
+    try:
+        _, (answer,) = template.render_pair((Turn("user", "x"),), (_PROBE,))
+    except RowFault as fault:
+        raise DataError(f"--chat-template {template.name}: cannot render a plain question and answer. {fault.message}.") from None
+    if _PROBE not in answer:
+        raise DataError(f"--chat-template {template.name}: leaves out the assistant's answer (it wrote {answer!r}).")
