@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from megatron_rmipo.data.batching import CostModel, conditional_sizes, unconditional_sizes
 from megatron_rmipo.model.architecture import ModelArchitecture
 
 # Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.
@@ -61,6 +62,19 @@ def _contains(words: list[str], part: list[str]) -> bool:
     return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
 
 
+def forward_cost_model(arch: ModelArchitecture) -> CostModel:
+    """Forward FLOPs (a multiply-add counts two) of the layers per token, of attention per kept score, of the head per scored token."""
+    query_size = arch.num_attention_heads * arch.kv_channels
+    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
+    projections = arch.hidden_size * (2 * query_size + key_value_size)
+    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
+    return CostModel(
+        per_token=2.0 * arch.num_layers * (projections + mlp),
+        per_area=4.0 * arch.num_layers * query_size,
+        per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,
+    )
+
+
 def pair_flops(
     arch: ModelArchitecture,
     lengths: np.ndarray,
@@ -84,30 +98,10 @@ def pair_flops(
     Returns:
         float64 ``[P]``.
     """
-    prompt, *responses = np.asarray(lengths, dtype=np.float64).T
-    responses = responses[: 2 if with_rejected else 1]
-    forward = np.zeros_like(prompt)
-    for number, response in enumerate(responses):
-        # The last token of a response predicts nothing and does not run. After the first response the prompt only serves as keys.
-        alone = share_prompts and number > 0
-        tokens = response - 1.0 if alone else prompt + response - 1.0
-        forward += _forward_flops(arch, tokens, keys_before=prompt if alone else 0.0, scored=response)
+    cost = forward_cost_model(arch)
+    forward = conditional_sizes(lengths, cost, share_prompts=share_prompts, with_rejected=with_rejected).costs
     total: np.ndarray = forward if forward_only else 3.0 * forward
-    for response in responses if unconditional is not None else []:
-        tokens = response if unconditional == "bos" else response - 1.0
-        total = total + _forward_flops(arch, tokens, keys_before=0.0, scored=tokens)
+    if unconditional is not None:
+        alone = unconditional_sizes(lengths, cost, has_context_token=unconditional == "bos", with_rejected=with_rejected)
+        total = total + alone.costs
     return total
-
-
-def _forward_flops(
-    arch: ModelArchitecture, tokens: np.ndarray, *, keys_before: np.ndarray | float, scored: np.ndarray
-) -> np.ndarray:
-    """Forward FLOPs of one causal run of ``tokens`` tokens that also attends to ``keys_before`` keys ahead of it (``[P]``)."""
-    query_size = arch.num_attention_heads * arch.kv_channels
-    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
-    projections = arch.hidden_size * (2 * query_size + key_value_size)
-    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
-    area = tokens * (tokens + 1.0) / 2.0 + tokens * keys_before
-    per_layer = 2.0 * (projections + mlp) * tokens + 4.0 * query_size * area
-    flops: np.ndarray = arch.num_layers * per_layer + 2.0 * arch.hidden_size * arch.vocab_size * scored
-    return flops

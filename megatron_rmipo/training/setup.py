@@ -15,7 +15,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rmipo.config import Config, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.batching import CostModel
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -142,17 +141,4 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, train
         # A resumed run goes on with this run's schedule; the checkpoint gives only how far it is.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-    )
-
-
-def cost_model(arch: ModelArchitecture) -> CostModel:
-    """What balance between ranks is judged by: multiply-adds of the layers, the attention and the output layer."""
-    query_size = arch.num_attention_heads * arch.kv_channels
-    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
-    attention = arch.hidden_size * (2 * query_size + key_value_size)
-    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
-    return CostModel(
-        per_token=float(arch.num_layers * (attention + mlp)),
-        per_area=float(arch.num_layers * 2 * query_size),
-        per_scored_token=float(arch.hidden_size * arch.vocab_size),
     )

@@ -17,13 +17,13 @@ class Throughput:
 
     Args:
         world_size: ranks the work is shared by.
-        batch_flops: model floating point operations of pairs with the given int ``[P, 3]`` lengths.
+        pair_flops: model floating point operations ``[P]`` of pairs with the given int ``[P, 3]`` lengths.
         peak_flops: of one device at the run's dtype, per second; None where it is not known.
     """
 
-    def __init__(self, world_size: int, batch_flops: Callable[[np.ndarray], float], peak_flops: float | None) -> None:
+    def __init__(self, world_size: int, pair_flops: Callable[[np.ndarray], np.ndarray], peak_flops: float | None) -> None:
         self._world_size = world_size
-        self._batch_flops = batch_flops
+        self._pair_flops = pair_flops
         self._peak_flops = peak_flops
         self._clear()
 
@@ -39,7 +39,7 @@ class Throughput:
         self._tokens += batch.num_tokens
         self._padding += batch.num_padding
         self._row_tokens += sum(row.num_tokens for row in batch.conditional + batch.unconditional)
-        self._flops += self._batch_flops(batch.lengths)
+        self._flops += float(self._pair_flops(batch.lengths).sum())
 
     def take(self) -> dict[str, float]:
         """Rates since the last call. Padding share and memory are this rank's own.

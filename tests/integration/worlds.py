@@ -16,8 +16,9 @@ from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
 from megatron_rmipo.model.families import read_architecture
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from megatron_rmipo.training.flops import forward_cost_model
 from megatron_rmipo.training.passes import gradient_pass, unconditional_pass
-from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state, cost_model
+from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def build_batches(case: Case, pairs: PairCollection, state: TrainingState, group
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         tokens_per_microbatch=case.tokens_per_microbatch,
-        cost=cost_model(state.policy.architecture),
+        cost=forward_cost_model(state.policy.architecture),
         share_prompts=case.share_prompts,
         with_rejected=needs.rejected,
         unconditional=needs.unconditional,

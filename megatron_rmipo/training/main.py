@@ -1,0 +1,238 @@
+"""The trainer's entry point: configuration in, trained model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
+from megatron_rmipo.checkpoint.store import load_checkpoint, save_checkpoint
+from megatron_rmipo.config import Config
+from megatron_rmipo.data.batching import PairOrder, check_capacity
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
+from megatron_rmipo.errors import ConfigError, RmipoError
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.runtime.environment import check_environment
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from megatron_rmipo.training.arguments import parse_arguments
+from megatron_rmipo.training.flops import forward_cost_model, pair_flops, peak_flops
+from megatron_rmipo.training.inputs import ModelSource, RunData, find_model, open_data
+from megatron_rmipo.training.loop import Progress, Run, train
+from megatron_rmipo.training.reporting import Reporter
+from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
+from megatron_rmipo.training.throughput import Throughput
+from megatron_rmipo.training.validation import validate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say. Returns the exit code: 0 done, 1 a fault the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run_training(parse_arguments(arguments))
+    except RmipoError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        elif _speaks_for_its_node(error):
+            print(f"{_rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def run_training(config: Config) -> bool:
+    """One run. Called by every rank; everything a user can get wrong is checked before the model is built.
+
+    Returns:
+        Whether the run is complete (False where a signal or ``--exit-interval`` ended it before).
+
+    Raises:
+        RmipoError: a fault the user can mend.
+    """
+    check_environment(wandb=config.logging.wandb_project is not None)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    source = find_model(config)
+    validate(config, source.arch, world_size)
+    objective = _build_objective(config)
+    data = open_data(config, source)
+    data_layout = partial(_layout, config, source, data, objective)
+    _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
+
+    groups = initialize_runtime(
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+        seed=config.training.seed,
+        backend=config.parallel.distributed_backend,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    total_pairs, train_iters = _run_length(config, data.train)
+    state, progress = _load(config, source, groups, train_iters)
+    with _reporter(config, groups, train_iters, progress) as reporter:
+        rank_layout = data_layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        run = Run(
+            config=config,
+            groups=groups,
+            state=state,
+            objective=objective,
+            progress=progress,
+            pairs=BatchBuilder(data.train, rank_layout),
+            order=PairOrder(len(data.train), config.training.seed),
+            train_iters=train_iters,
+            total_pairs=total_pairs,
+            held_out=BatchBuilder(data.held_out, rank_layout) if data.held_out is not None else None,
+            num_held_out=data.num_held_out,
+            reporter=reporter,
+            throughput=_throughput(config, source.arch, rank_layout, groups),
+            save=partial(_save, config, source, state, progress, groups),
+        )
+        complete = train(run)
+        if complete and config.checkpoint.save_hf:
+            _save_hf(config, state.policy, source, groups)
+    shutdown_runtime()
+    return complete
+
+
+def _build_objective(config: Config) -> Objective:
+    try:
+        return build_objective(config.objective.objective, config.objective.options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _layout(
+    config: Config, source: ModelSource, data: RunData, objective: Objective, *, dp_rank: int, dp_size: int
+) -> BatchLayout:
+    needs = objective.needs
+    if needs.unconditional == "bos" and data.bos_token_id is None:
+        raise ConfigError(
+            f"--objective {objective.name} scores responses after a BOS token, but the tokenizer in {source.assets} has none. "
+            f"Use --unconditional-context none, which leaves the first token of log p(y) unscored."
+        )
+    parallel = config.parallel
+    return BatchLayout(
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        cost=forward_cost_model(source.arch),
+        share_prompts=config.model.share_prompts,
+        with_rejected=needs.rejected,
+        unconditional=needs.unconditional,
+        bos_token_id=data.bos_token_id,
+        multiple_of=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+    )
+
+
+def _check_rows_fit(data: RunData, layout: BatchLayout) -> None:
+    for pairs in (data.train, data.held_out):
+        if pairs is not None:
+            check_capacity(layout.conditional_sizes(pairs.lengths), layout.tokens_per_microbatch, pairs.describe)
+
+
+def _reporter(config: Config, groups: ProcessGroups, train_iters: int, progress: Progress) -> Reporter:
+    if groups.rank == 0:
+        config.save_config(config.log_directory / "config.yaml")
+    tensorboard_dir = config.logging.tensorboard_dir
+    return Reporter(
+        config.log_directory,
+        tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None,
+        wandb_project=config.logging.wandb_project,
+        wandb_exp_name=config.logging.wandb_exp_name,
+        total_steps=train_iters,
+        config=config.to_flat_dict(),
+        enabled=groups.rank == 0,
+        resumed_step=progress.step or None,
+    )
+
+
+def _throughput(config: Config, arch: ModelArchitecture, layout: BatchLayout, groups: ProcessGroups) -> Throughput:
+    flops = partial(
+        pair_flops,
+        arch,
+        share_prompts=layout.share_prompts,
+        with_rejected=layout.with_rejected,
+        unconditional=layout.unconditional,
+    )
+    peak = None
+    if torch.cuda.is_available():
+        peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16 if config.model.bf16 else torch.float32)
+    return Throughput(groups.world_size, flops, peak)
+
+
+def _save(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:
+    if config.checkpoint.save is None:
+        return
+    with_optimizer = not config.checkpoint.no_save_optim
+    save_checkpoint(
+        Path(config.checkpoint.save),
+        progress.step,
+        model=state.model,
+        optimizer=state.optimizer if with_optimizer else None,
+        scheduler=state.scheduler if with_optimizer else None,
+        train_state=dataclasses.asdict(progress),
+        config=config.to_flat_dict(),
+        assets_dir=source.assets,
+        groups=groups,
+        keep_last=config.checkpoint.keep_last,
+    )
+
+
+def _run_length(config: Config, pairs: PairCollection) -> tuple[int, int]:
+    """(pairs of the run, optimizer steps of the run)."""
+    batch_size = config.training.global_batch_size
+    if config.training.train_iters is not None:
+        return config.training.train_iters * batch_size, config.training.train_iters
+    total_pairs = max(1, round((config.training.epochs or 1.0) * len(pairs)))
+    return total_pairs, -(-total_pairs // batch_size)
+
+
+def _load(config: Config, source: ModelSource, groups: ProcessGroups, train_iters: int) -> tuple[TrainingState, Progress]:
+    policy = build_model(source.arch, config, groups)
+    if source.hf_weights is not None:
+        load_hf_weights(policy, source.hf_weights, source.arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+        return build_training_state(policy, config, groups, train_iters=train_iters), Progress()
+    assert source.checkpoint is not None
+    state = build_training_state(policy, config, groups, train_iters=train_iters)
+    resumes = not config.checkpoint.finetune
+    with_optimizer = resumes and not config.checkpoint.no_load_optim
+    loaded = load_checkpoint(
+        source.checkpoint,
+        model=state.model,
+        optimizer=state.optimizer if with_optimizer else None,
+        scheduler=state.scheduler if with_optimizer else None,
+        load_rng=resumes and not config.checkpoint.no_load_rng,
+        groups=groups,
+    )
+    return state, Progress(**loaded) if resumes and loaded else Progress()
+
+
+def _save_hf(config: Config, policy: PolicyModel, source: ModelSource, groups: ProcessGroups) -> None:
+    assert config.checkpoint.save_hf is not None
+    if groups.dp_rank == 0:
+        export_hf(
+            policy,
+            source.arch,
+            source.assets,
+            Path(config.checkpoint.save_hf),
+            dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
+            tp_group=groups.tp,
+            pp_group=groups.pp,
+        )
+    dist.barrier(group=groups.world)
+
+
+def _rank_label() -> str:
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _speaks_for_its_node(error: RmipoError) -> bool:
+    # Before the ranks are connected they all read the same input and would all say the same.
+    return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
