@@ -1,0 +1,114 @@
+"""What travels with weights (config, generation config, tokenizer), and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_rmipo.errors import ConversionError
+
+_ASSET_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def copy_hf_assets(source_dir: Path, target_dir: Path) -> list[str]:
+    """Copy config, generation config, tokenizer and chat templates, whichever are there.
+
+    Args:
+        source_dir: a Hugging Face model directory, or the ``hf/`` folder of a checkpoint.
+        target_dir: made if missing.
+
+    Returns:
+        Names of what was copied.
+
+    Raises:
+        ConversionError: ``source_dir`` has no config.json.
+    """
+    if not (source_dir / "config.json").is_file():
+        raise ConversionError(f"{source_dir} holds no config.json to put beside the weights.")
+    target_dir.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for path in sorted({path for pattern in _ASSET_PATTERNS for path in source_dir.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, target_dir / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target_dir / path.name)
+        copied.append(path.name)
+    return copied
+
+
+def set_config_dtype(config_path: Path, dtype: torch.dtype) -> None:
+    """Make a config.json tell the dtype its weights are stored in."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    field = "dtype" if "dtype" in config else "torch_dtype"
+    name = str(dtype).removeprefix("torch.")
+    if config.get(field) != name:
+        config[field] = name
+        config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_output_directory(directory: Path, flag: str) -> None:
+    """Check that ``directory`` can be written as a new one: it is missing or empty.
+
+    Args:
+        directory: where a model is to go.
+        flag: the flag that named it, for the message.
+
+    Raises:
+        ConversionError: it is a file, or holds something.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ConversionError(f"{flag} {directory} is a file. Name a directory that does not exist yet.")
+    if directory.is_dir() and (entries := sorted(path.name for path in directory.iterdir())):
+        shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
+        raise ConversionError(f"{flag} {directory} exists and holds {shown}. Name another directory, or remove this one.")
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when the block ends, and is removed when it raises.
+
+    Args:
+        directory: the final name; missing or empty.
+
+    Yields:
+        ``NAME.incomplete`` beside it. A leftover of an interrupted attempt is replaced.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_directory(partial)
+        os.replace(partial, directory)
+        sync_directory(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries to the disk, so that a rename outlives a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
