@@ -36,7 +36,7 @@ use_embedded_example() {
     HF_MODEL="$INPUTS/model"
     SFT_DATA="$INPUTS/sft.jsonl"
     DATA="$INPUTS/train.jsonl"
-    VALID_DATA="$INPUTS/valid.jsonl"
+    VALID_DATA="$INPUTS/heldout.jsonl"
     TP=${TP:-$((GPUS_PER_NODE % 2 ? 1 : 2))}
     # A small model shows more in fp32, and a CPU is slow in anything else.
     PRECISION_ARGS=(--no-bf16)

@@ -113,7 +113,7 @@ train_stage() {
 run_stages() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     if [[ -n "${EMBEDDED:-}" ]]; then
-        stage "make the embedded inputs" "$INPUTS/complete" \
+        stage "make the embedded inputs" "$HF_MODEL/config.json" \
             python examples/embedded/make_inputs.py --output "$INPUTS" --seed 1
     elif [[ -z "${DRY_RUN:-}" && ! -e "$HF_MODEL/config.json" ]]; then
         die "HF_MODEL=$HF_MODEL: no config.json there; name the directory of a Hugging Face model"

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "data": {"errors", "config"},
     "model": {"errors", "config", "runtime", "data", "objectives"},
     "checkpoint": {"errors", "config", "runtime", "data", "objectives", "model"},
+    "embedded": {"errors"},
     "training": {"errors", "config", "runtime", "data", "objectives", "model", "checkpoint"},
     "train": {"errors", "training"},
 }

@@ -131,6 +131,12 @@ def test_query_groups_bound_tensor_parallelism_too() -> None:
     )
 
 
+def test_a_sliding_window_must_not_be_reached() -> None:
+    windowed = dataclasses.replace(ARCH, sliding_window=512)
+    validate(config_of("--seq-length", "512"), windowed, 1)
+    assert "up to 512" in refusal("--seq-length", "513", architecture=windowed)
+
+
 def test_blend_weights_are_scaled() -> None:
     assert parse_blend(["A"]) == [(1.0, "A")]
     assert parse_blend(["3", "A", "1", "B"]) == [(0.75, "A"), (0.25, "B")]

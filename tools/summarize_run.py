@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Show what a run did to its held-out pairs.
+
+python tools/summarize_run.py --log-dir work/llama3-8b/rmipo/logs
+"""
+
+import sys
+
+from megatron_rmipo.training.summary import main
+
+if __name__ == "__main__":
+    sys.exit(main())
