@@ -108,8 +108,8 @@ def _layout_problems(config: Config, arch: ModelArchitecture, world_size: int) -
         )
     if arch.sliding_window is not None and config.data.seq_length > arch.sliding_window:
         yield (
-            f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.sliding_window} tokens, which "
-            f"attention over packed pairs does not cut at; up to {arch.sliding_window} would work"
+            f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.sliding_window} tokens, "
+            f"which attention over packed pairs does not cut at; up to {arch.sliding_window} would work"
         )
     layers = arch.num_layers // pipeline
     if config.model.recompute_num_layers is not None and config.model.recompute_num_layers > layers:

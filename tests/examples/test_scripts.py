@@ -1,0 +1,232 @@
+"""The scripts people run: their commands are printed, parsed and, with stand-ins for python and torchrun, run through."""
+
+import os
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rmipo.config import Config
+from megatron_rmipo.training.arguments import parse_arguments
+from megatron_rmipo.training.validation import flag_problems
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("run_*.sh"))
+LLAMA = "run_rmipo_llama3_8b.sh"
+# A stand-in notes how it was called and writes what the real command writes last.
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>"$CALLS"
+while (($#)); do
+    case $1 in
+        --output) mkdir -p "$2/model" && echo "{}" >"$2/model/config.json" ;;
+        --output-prefix) mkdir -p "$(dirname "$2")" && echo "{}" >"$2.json" ;;
+        --save) mkdir -p "$2" && echo "${STEP:-release}" >"$2/latest_checkpointed_iteration.txt" ;;
+        --save-hf) if [[ -z "${INTERRUPTED:-}" ]]; then mkdir -p "$2" && echo "{}" >"$2/config.json"; fi ;;
+    esac
+    shift
+done
+"""
+
+
+def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    """What a script sees: a PATH with the stand-ins in front, and no variable of the scripts but those given."""
+    tools = tmp_path / "bin"
+    tools.mkdir(exist_ok=True)
+    for name in ("python", "torchrun"):
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(stat.S_IRWXU)
+    base = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(tmp_path / "calls")}
+    return {**base, "WORK_DIR": str(tmp_path / "work"), **variables}
+
+
+def run_script(name: str, variables: dict[str, str], *flags: str, expect: int = 0) -> str:
+    result = subprocess.run(
+        ["bash", str(ROOT / "examples" / name), *flags], env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def calls(tmp_path: Path) -> list[str]:
+    """The commands since the last look."""
+    path = tmp_path / "calls"
+    found = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return found
+
+
+def commands(output: str) -> list[list[str]]:
+    return [shlex.split(line) for line in output.splitlines() if line.startswith(("python ", "torchrun "))]
+
+
+def trainings(output: str) -> list[Config]:
+    """The configurations of the trainer's commands, as the trainer itself reads them."""
+    lines = [command for command in commands(output) if command[0] == "torchrun"]
+    return [parse_arguments(line[line.index("megatron_rmipo.train") + 1 :]) for line in lines]
+
+
+def own_inputs(tmp_path: Path) -> dict[str, str]:
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    return {"HF_MODEL": str(model), "DATA": "pairs.jsonl"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_prints_commands_that_parse_and_does_nothing(script: str, tmp_path: Path) -> None:
+    output = run_script(script, environment(tmp_path, DRY_RUN="1", GPUS_PER_NODE="2"))
+    assert "embedded example" in output
+    assert calls(tmp_path) == []
+    assert not (tmp_path / "work").exists()
+    sft, rmipo = trainings(output)
+    assert (sft.objective.objective, rmipo.objective.objective) == ("sft", "rmipo")
+    for config in (sft, rmipo):
+        assert flag_problems(config) == []
+        assert config.parallel.tensor_model_parallel_size == 2
+    for command in commands(output):
+        if command[0] == "python":
+            assert (ROOT / command[1]).is_file(), command[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_own_inputs_train_with_the_papers_settings(script: str, tmp_path: Path) -> None:
+    variables = environment(tmp_path, DRY_RUN="1", HF_MODEL="/models/m", DATA="pairs.jsonl", GPUS_PER_NODE="8")
+    (config,) = trainings(run_script(script, variables))
+    assert flag_problems(config) == []
+    assert config.objective.options["beta"] == 2.0
+    assert (config.objective.options["gamma_min"], config.objective.options["gamma_max"]) == (0.3, 1.6)
+    assert config.objective.options["preset"] == "paper"
+    assert (config.training.global_batch_size, config.data.seq_length, config.training.epochs) == (128, 2048, 1.0)
+    assert (config.optimizer.optimizer, config.optimizer.lr_decay_style, config.optimizer.lr_warmup_fraction) == (
+        "adam",
+        "cosine",
+        0.1,
+    )
+    assert 3e-7 <= config.optimizer.lr <= 1e-6
+    assert config.model.bf16
+    assert config.parallel.use_distributed_optimizer
+    assert config.parallel.tensor_model_parallel_size == 4
+
+
+def test_the_layout_follows_the_variables(tmp_path: Path) -> None:
+    layout = {"GPUS_PER_NODE": "2", "NUM_NODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "6001", "PP": "2"}
+    output = run_script(LLAMA, environment(tmp_path, DRY_RUN="1", HF_MODEL="m", DATA="d", **layout), "--epochs", "2")
+    (line,) = [command for command in commands(output) if command[0] == "torchrun"]
+    words = " ".join(line)
+    assert "--nproc-per-node 2 --nnodes 3 --node-rank 1 --master-addr first --master-port 6001" in words
+    (config,) = trainings(output)
+    assert (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size) == (2, 2)
+    assert config.training.epochs == 2.0
+
+
+def test_one_of_model_and_data_alone_is_refused(tmp_path: Path) -> None:
+    assert "go together" in run_script(LLAMA, environment(tmp_path, DATA="pairs.jsonl"), expect=1)
+    assert calls(tmp_path) == []
+
+
+def test_a_model_directory_without_config_is_refused(tmp_path: Path) -> None:
+    variables = environment(tmp_path, HF_MODEL=str(tmp_path), DATA="pairs.jsonl")
+    assert "no config.json" in run_script(LLAMA, variables, expect=1)
+    assert calls(tmp_path) == []
+
+
+def test_stages_run_in_order_and_are_skipped_when_complete(tmp_path: Path) -> None:
+    variables = environment(tmp_path)
+    run_script(LLAMA, variables)
+    programs = [call.split()[1] for call in calls(tmp_path) if call.startswith("python")]
+    assert programs == [
+        "examples/embedded/make_inputs.py",
+        "tools/preprocess_preferences.py",
+        "tools/preprocess_preferences.py",
+        "tools/convert_hf_to_megatron.py",
+        "tools/preprocess_preferences.py",
+        "tools/summarize_run.py",
+    ]
+    output = run_script(LLAMA, variables)
+    assert [call.split()[1] for call in calls(tmp_path)] == ["tools/summarize_run.py"]
+    assert output.count("already there") == 7
+
+
+def test_only_what_is_missing_is_made_again(tmp_path: Path) -> None:
+    variables = environment(tmp_path)
+    run_script(LLAMA, variables)
+    calls(tmp_path)
+    (tmp_path / "work/data/valid.json").unlink()
+    run_script(LLAMA, variables)
+    assert ["valid" in call for call in calls(tmp_path)] == [True, False]
+
+
+def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None:
+    inputs = own_inputs(tmp_path)
+    run_script(LLAMA, environment(tmp_path, **inputs))
+    message = run_script(LLAMA, environment(tmp_path, **{**inputs, "DATA": "others.jsonl"}), expect=1)
+    assert "pairs.jsonl" in message
+    assert "others.jsonl" in message
+    assert "WORK_DIR" in message
+    message = run_script(LLAMA, environment(tmp_path, **inputs), "--epochs", "3", expect=1)
+    assert "other settings" in message
+    # Another layout trains the same model.
+    run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"))
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    inputs = own_inputs(tmp_path)
+    output = run_script(LLAMA, environment(tmp_path, **inputs, INTERRUPTED="1", STEP="40"))
+    assert "stopped before its end" in output
+    first = calls(tmp_path)
+    assert first[-1].startswith("torchrun")
+    assert "--finetune" in first[-1]
+    output = run_script(LLAMA, environment(tmp_path, **inputs))
+    assert "goes on from iteration 40" in output
+    training, summary = calls(tmp_path)
+    assert f"--load {tmp_path}/work/rmipo --save" in training
+    assert "--finetune" not in training
+    assert "summarize_run" in summary
+
+
+def test_the_base_setting_starts_from_its_own_fine_tuning(tmp_path: Path) -> None:
+    variables = environment(
+        tmp_path, DRY_RUN="1", HF_MODEL="m", DATA="d", SFT_DATA="s", CHAT_TEMPLATE="llama3", DATA_SPLIT="train_prefs"
+    )
+    output = run_script(LLAMA, variables)
+    sft, rmipo = trainings(output)
+    assert (sft.objective.objective, sft.optimizer.lr) == ("sft", 2e-5)
+    assert rmipo.checkpoint.load == sft.checkpoint.save
+    prepared = [" ".join(command) for command in commands(output) if "preprocess" in command[1]]
+    assert all("--chat-template llama3" in command for command in prepared)
+    assert ["--split train_prefs" in command for command in prepared] == [True, False]
+
+
+def test_slurm_gives_every_node_its_rank(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    variables = environment(tmp_path, DRY_RUN="1", HF_MODEL="m", DATA="d")
+    (tools / "scontrol").write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    (tools / "srun").write_text('#!/bin/sh\nSLURM_NODEID=1 exec "$@"\n')
+    for name in ("scontrol", "srun"):
+        (tools / name).chmod(stat.S_IRWXU)
+    variables |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12345", "SLURM_GPUS_ON_NODE": "8"}
+    result = subprocess.run(
+        ["bash", "examples/launchers/slurm.sbatch", "--epochs", "2"],
+        env=variables, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr node7 --master-port 32345" in result.stdout
+    assert trainings(result.stdout)[0].training.epochs == 2.0
+
+
+def test_the_kubernetes_job_starts_a_script_with_variables_it_reads() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "examples/launchers/kubernetes.yaml").read_text()))
+    service, job = documents
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    pod = job["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert (ROOT / container["command"][-1].split()[-1]).is_file()
+    known = "".join((ROOT / "examples" / name).read_text() for name in ("stages.sh", "settings.sh", LLAMA))
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert all(f"{name}" in known for name in values)
+    assert values["NUM_NODES"] == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
+    assert values["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
