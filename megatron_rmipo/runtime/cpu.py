@@ -47,13 +47,19 @@ def _cuda_type_name(type_name: str) -> str:
 
 
 class _InertStream:
-    """Stands where a CUDA stream or event would; the CPU has one queue, so there is nothing to wait for."""
+    """Stands where a CUDA stream, event or device context would; the CPU has one queue, so there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+        return _inert_function()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
 
 @contextlib.contextmanager
@@ -61,8 +67,9 @@ def _inert_context(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _inert_function() -> Callable[..., None]:
+    # A new one each time: torch.compile keeps a table of torch.cuda's functions and refuses one that stands in it twice.
+    return lambda *args, **kwargs: None
 
 
 def install_cpu_runtime() -> bool:
@@ -79,16 +86,19 @@ def install_cpu_runtime() -> bool:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     for name in ("synchronize", "empty_cache", "set_device", "_lazy_init", "reset_peak_memory_stats", "nvtx_range_pop"):
-        setattr(cuda, name, _do_nothing)
+        setattr(cuda, name, _inert_function())
     for name in ("Stream", "Event"):
         setattr(cuda, name, _InertStream)
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _InertStream()
-    cuda.stream = cuda.device = _inert_context
+    cuda.current_stream = lambda *args, **kwargs: _InertStream()
+    cuda.default_stream = lambda *args, **kwargs: _InertStream()
+    cuda.stream = _inert_context
+    cuda.device = _InertStream
     cuda._lazy_call = lambda call, **kwargs: call()
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda device="cuda": torch.get_rng_state()
         module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-        module.manual_seed = module.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+        module.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.default_generators = (torch.default_generator,)
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
 from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
 from megatron_rmipo.model.families import read_architecture
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
 from megatron_rmipo.training.flops import forward_cost_model
 from megatron_rmipo.training.passes import gradient_pass, unconditional_pass
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
@@ -97,7 +98,7 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection) -> dict[s
     metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
     gradients = gather_gradients(state, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
-    shutdown_without_distributed()
+    end_case()
     if gradients is None:
         return None
     return {"loss": metrics.values["loss"].double().mean().item(), "metrics": metrics.values, "gradients": gradients, "packs": num_packs}
@@ -119,10 +120,10 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     return {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def shutdown_without_distributed() -> None:
-    """End Megatron's groups and torch's, so that the next case of this process starts anew."""
+def end_case() -> None:
+    """End Megatron's groups, so that the next case of this process makes its own; torch.distributed goes on."""
     dist.barrier()
-    shutdown_runtime()
+    parallel_state.destroy_model_parallel()
 
 
 def run_cases(cases: list[Case], hf_dir: str, pairs: PairCollection) -> list[dict[str, Any] | None]:

@@ -1,0 +1,103 @@
+"""The order of pairs, their spread over ranks, the cut into packs."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from megatron_rmipo.data.batching import (
+    CostModel,
+    PairOrder,
+    check_capacity,
+    conditional_sizes,
+    cut_into_packs,
+    spread_over_ranks,
+    unconditional_sizes,
+)
+from megatron_rmipo.data.packing import pack_pairs, pack_responses
+from megatron_rmipo.errors import ConfigError
+
+from tests.integration.problem import make_pairs
+
+COST = CostModel(per_token=3.0, per_area=0.25, per_scored_token=2.0)
+
+
+def test_every_epoch_shows_every_pair_once_in_another_order() -> None:
+    order = PairOrder(num_pairs=23, seed=9)
+    batches = [order.batch(consumed, 5, 46) for consumed in range(0, 46, 5)]
+    assert [len(batch) for batch in batches] == [5] * 9 + [1]
+    seen = np.concatenate(batches)
+    assert sorted(seen[:23].tolist()) == sorted(seen[23:].tolist()) == list(range(23))
+    assert seen[:23].tolist() != seen[23:].tolist()
+
+
+def test_the_order_depends_on_seed_and_consumed_pairs_alone() -> None:
+    one, other = PairOrder(23, 9), PairOrder(23, 9)
+    assert one.batch(15, 5, 46).tolist() == other.batch(15, 5, 46).tolist()
+    # Another batch size after a resume goes on where the run was.
+    assert np.concatenate([other.batch(15, 3, 46), other.batch(18, 2, 46)]).tolist() == one.batch(15, 5, 46).tolist()
+    assert PairOrder(23, 10).batch(15, 5, 46).tolist() != one.batch(15, 5, 46).tolist()
+
+
+def test_a_batch_larger_than_the_data_spans_epochs() -> None:
+    batch = PairOrder(4, 0).batch(0, 11, 11)
+    assert np.bincount(batch).tolist() in ([3, 3, 3, 2], [3, 3, 2, 3], [3, 2, 3, 3], [2, 3, 3, 3])
+
+
+@pytest.mark.parametrize(("share_prompts", "with_rejected"), [(True, True), (False, True), (True, False)])
+def test_conditional_sizes_are_those_of_the_row(share_prompts: bool, with_rejected: bool) -> None:
+    pairs = make_pairs()
+    lengths = np.array([[p.prompt.size, p.chosen.size, p.rejected.size] for p in pairs])
+    sizes = conditional_sizes(lengths, COST, share_prompts=share_prompts, with_rejected=with_rejected)
+    for pair, tokens, cost in zip(pairs, sizes.tokens, sizes.costs, strict=True):
+        row = pack_pairs([pair], [0], share_prompts=share_prompts, with_rejected=with_rejected)
+        area = sum(length * (length + 1) // 2 + length * prefix for _, length, _, prefix in row.segments.tolist())
+        assert tokens == row.num_tokens
+        assert cost == 3.0 * row.num_tokens + 0.25 * area + 2.0 * row.num_scored
+
+
+@pytest.mark.parametrize("context", [1, None])
+def test_unconditional_sizes_are_those_of_the_row(context: int | None) -> None:
+    pairs = [pair for pair in make_pairs() if pair.chosen.size > 1 or pair.rejected.size > 1 or context]
+    lengths = np.array([[p.prompt.size, p.chosen.size, p.rejected.size] for p in pairs])
+    sizes = unconditional_sizes(lengths, COST, has_context_token=context is not None, with_rejected=True)
+    for pair, tokens, cost in zip(pairs, sizes.tokens, sizes.costs, strict=True):
+        row = pack_responses([pair], [0], context_token_id=context)
+        area = sum(length * (length + 1) // 2 for _, length, _, _ in row.segments.tolist())
+        assert tokens == row.num_tokens
+        assert cost == 3.0 * row.num_tokens + 0.25 * area + 2.0 * row.num_scored
+
+
+def test_ranks_share_all_pairs_evenly() -> None:
+    costs = np.random.default_rng(1).lognormal(sigma=0.8, size=128)
+    for num_ranks, bound in ((8, 1.01), (16, 1.02)):
+        shares = spread_over_ranks(costs, num_ranks)
+        assert sorted(itertools.chain(*shares)) == list(range(128))
+        loads = [costs[share].sum() for share in shares]
+        assert max(loads) / np.mean(loads) < bound
+
+
+def test_fewer_pairs_than_ranks_leaves_ranks_without() -> None:
+    assert sorted(len(share) for share in spread_over_ranks(np.ones(2), 3)) == [0, 1, 1]
+
+
+def test_packs_hold_every_pair_once_within_capacity() -> None:
+    tokens = np.random.default_rng(2).integers(5, 60, size=41)
+    share = list(range(3, 41))
+    packs = cut_into_packs(share, tokens, 97)
+    assert sorted(itertools.chain(*packs)) == share
+    assert max(tokens[pack].sum() for pack in packs) <= 97
+    assert len(packs) <= -(-tokens[share].sum() // 97) + 2
+
+
+def test_one_pair_of_exactly_the_capacity_fits() -> None:
+    assert cut_into_packs([0, 1], np.array([10, 10]), 10) == [[0], [1]] or cut_into_packs([0, 1], np.array([10, 10]), 10) == [[1], [0]]
+    assert cut_into_packs([], np.array([10]), 10) == []
+
+
+def test_a_pair_that_fits_no_pack_is_named_with_the_value_that_would_work() -> None:
+    sizes = conditional_sizes(np.array([[5, 3, 3], [50, 20, 30]]), COST, share_prompts=True, with_rejected=True)
+    with pytest.raises(ConfigError, match=r"--tokens-per-microbatch 60: pair 1 needs 98 tokens.*1 pairs.*98 or more"):
+        check_capacity(sizes, 60, lambda number: f"pair {number}")
+    check_capacity(sizes, 98, lambda number: f"pair {number}")

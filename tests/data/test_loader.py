@@ -1,0 +1,66 @@
+"""Blends, splits, and the global batch as data-parallel ranks see it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from megatron_rmipo.data.batching import CostModel, PairOrder
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection, iterate_batches
+
+from tests.integration.problem import PairList, collection, make_pairs
+
+COST = CostModel(1.0, 0.01, 1.0)
+
+
+def layout(dp_rank: int = 0, dp_size: int = 1, **changes: object) -> BatchLayout:
+    settings = {"tokens_per_microbatch": 120, "cost": COST, "unconditional": "bos", "bos_token_id": 1, **changes}
+    return BatchLayout(dp_rank=dp_rank, dp_size=dp_size, **settings)  # type: ignore[arg-type]
+
+
+def test_ranks_together_hold_every_pair_of_the_batch_once() -> None:
+    pairs = collection(make_pairs())
+    indices = np.array([3, 20, 7, 1, 11, 13, 5])
+    batches = [BatchBuilder(pairs, layout(rank, 3)).build(indices) for rank in range(3)]
+    for rows in ([row for b in batches for row in b.conditional], [row for b in batches for row in b.unconditional]):
+        numbers = torch.cat([row.pair_numbers for row in rows]).tolist()
+        assert sorted(numbers) == sorted([*range(7), *range(7)])
+    for batch in batches:
+        assert batch.num_pairs == 7
+        assert batch.mean_chosen_length == pytest.approx(np.mean([pairs[i].chosen.size for i in indices]))
+        assert all(row.num_tokens <= 120 for row in batch.conditional)
+    assert {batch.num_tokens for batch in batches} == {sum(r.num_tokens for b in batches for r in b.conditional + b.unconditional)}
+
+
+def test_a_rank_without_pairs_runs_a_filler_that_does_not_count() -> None:
+    batch = BatchBuilder(collection(make_pairs()), layout(2, 3)).build(np.array([3, 20]))
+    assert [row.pair_numbers.tolist() for row in batch.conditional] == [[-1, -1]]
+    assert [row.pair_numbers.tolist() for row in batch.unconditional] == [[-1, -1]]
+
+
+def test_workers_give_the_same_batches_and_a_later_start_the_same_tail() -> None:
+    pairs = collection(make_pairs())
+    builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+    plain = list(iterate_batches(builder, order, batch_size=5, total_pairs=33))
+    workers = list(iterate_batches(builder, order, batch_size=5, total_pairs=33, num_workers=2))
+    tail = list(iterate_batches(builder, order, batch_size=5, total_pairs=33, consumed_pairs=15))
+    assert [batch.num_pairs for batch in plain] == [5] * 6 + [3]
+    for one, other in (*zip(plain, workers, strict=True), *zip(plain[3:], tail, strict=True)):
+        assert one.pair_indices.tolist() == other.pair_indices.tolist()
+        assert [row.token_ids.tolist() for row in one.conditional] == [row.token_ids.tolist() for row in other.conditional]
+
+
+def test_a_blend_keeps_the_shares_and_repeats_the_shorter_set() -> None:
+    short, long = PairList(make_pairs(6)), PairList(make_pairs(24, seed=8))
+    blend = PairCollection.blend([short, long], [0.5, 0.5])  # type: ignore[list-item]
+    assert len(blend) == 48
+    assert [blend.describe(index) for index in (0, 6, 23, 24, 47)] == [f"pair {n} of memory" for n in (0, 0, 5, 0, 23)]
+    assert blend[25].chosen.tolist() == long[1].chosen.tolist()
+    assert blend.lengths[7].tolist() == short.lengths[1].tolist()
+
+
+def test_a_split_holds_out_the_last_pairs() -> None:
+    train, held_out = collection(make_pairs()).split(0.1)
+    assert (len(train), len(held_out)) == (22, 2)
+    assert held_out[0].prompt.tolist() == make_pairs()[22].prompt.tolist()
+    assert held_out.lengths.shape == (2, 3)
