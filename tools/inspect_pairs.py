@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show preprocessed pairs as text with the boundary marked, and histograms of their lengths.
 
-    python tools/inspect_pairs.py data/pairs 3
+python tools/inspect_pairs.py data/pairs 3
 """
 
 import sys

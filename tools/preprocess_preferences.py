@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn preference data into Megatron's indexed format.
 
-    python tools/preprocess_preferences.py --input pairs.jsonl --tokenizer-model DIR --output-prefix data/pairs --workers 8
+python tools/preprocess_preferences.py --input pairs.jsonl --tokenizer-model DIR --output-prefix data/pairs --workers 8
 """
 
 import sys

@@ -111,8 +111,8 @@ def _map_components(component: dict[str, Any] | None, members: str) -> dict[str,
 class SentencePieceBackend:
     """A bare sentencepiece model, from its serialized bytes.
 
-    Control pieces (``<s>``, ``</s>``) in a rendered text become their ids. As Mistral's and Llama's own code does, text behind a control
-    piece starts a sequence anew: the model's dummy space is put before it.
+    Control pieces (``<s>``, ``</s>``) in a rendered text become their ids. As in Mistral's and Llama's own code, text behind a
+    control piece starts a sequence anew: the model's dummy space is put before it.
     """
 
     def __init__(self, model: bytes) -> None:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_rmipo.data.rows import RowFault, Turn
-from megatron_rmipo.data.templates import BUILT_IN_TEMPLATES, NEEDED_TOKENS
+from megatron_rmipo.data.templates import ANSWER_FORMS, BUILT_IN_TEMPLATES, NEEDED_TOKENS, AnswerForm
 from megatron_rmipo.data.tokenize import PreferenceTokenizer
 from megatron_rmipo.errors import DataError
 
@@ -35,12 +35,13 @@ class _GenerationBlock(Extension):
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment chat templates are written for; sandboxed, since a template comes with a downloaded model.
+def _environment(trusted: bool) -> Environment:
+    """The environment chat templates are written for; sandboxed unless trusted, since a template comes with a downloaded model.
 
     ``strftime_now`` is left out on purpose: templates then write a fixed date, and the same data gives the same ids tomorrow.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    kind = Environment if trusted else ImmutableSandboxedEnvironment
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -54,8 +55,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Callable[..., str]:
-    return _environment().from_string(source).render
+def _compiled(source: str, trusted: bool) -> Callable[..., str]:
+    return _environment(trusted).from_string(source).render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +67,13 @@ class ChatTemplate:
         name: ``tokenizer``, a built-in name, or a file's name.
         source: its Jinja text.
         special_tokens: variables such as ``bos_token``.
+        answer: how a built-in template writes an answer; None for others, whose conversations are rendered whole to see it.
     """
 
     name: str
     source: str
     special_tokens: dict[str, str]
+    answer: AnswerForm | None = None
 
     @property
     def digest(self) -> str:
@@ -90,7 +93,7 @@ class ChatTemplate:
         """
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            return _compiled(self.source)(
+            return _compiled(self.source, self.answer is not None)(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -107,6 +110,8 @@ class ChatTemplate:
             RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
         """
         prompt_text = self.render(prompt, add_generation_prompt=True)
+        if self.answer is not None:
+            return prompt_text, [self.answer.render(response, self.special_tokens) for response in responses]
         response_texts = []
         for response in responses:
             whole = self.render((*prompt, Turn("assistant", response)), add_generation_prompt=False)
@@ -114,7 +119,7 @@ class ChatTemplate:
                 raise RowFault(
                     "template",
                     "prompt",
-                    f"the chat template {self.name} renders the prompt differently once an answer follows, so there is no boundary",
+                    f"the chat template {self.name} renders the prompt differently once an answer follows: there is no boundary",
                 )
             response_texts.append(whole[len(prompt_text) :])
         return prompt_text, response_texts
@@ -141,7 +146,8 @@ def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTem
             )
         template = ChatTemplate("tokenizer", tokenizer.chat_template, special_tokens)
     elif choice in BUILT_IN_TEMPLATES:
-        template = ChatTemplate(choice, BUILT_IN_TEMPLATES[choice], {"bos_token": "", "eos_token": "", **special_tokens})
+        special_tokens = {"bos_token": "", "eos_token": "", **special_tokens}
+        template = ChatTemplate(choice, BUILT_IN_TEMPLATES[choice], special_tokens, ANSWER_FORMS[choice])
         missing = [token for token in NEEDED_TOKENS.get(choice, ()) if token not in tokenizer.backend.special_ids]
         if missing:
             raise DataError(
@@ -161,7 +167,7 @@ def _read_template(choice: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(
-            f"--chat-template {choice}: neither a built-in template ({', '.join(BUILT_IN_TEMPLATES)}) nor a readable file ({reason})."
+            f"--chat-template {choice}: not a readable file ({reason}), and none of {', '.join(BUILT_IN_TEMPLATES)}."
         ) from None
     if path.suffix == ".json":
         fields: Any = json.loads(text) if text.lstrip().startswith("{") else None

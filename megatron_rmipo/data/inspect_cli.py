@@ -20,13 +20,19 @@ _HISTOGRAM_BINS, _BAR_WIDTH = 12, 40
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="inspect_pairs.py", description="Show preprocessed pairs as text, and how long they are.")
+    parser = argparse.ArgumentParser(
+        prog="inspect_pairs.py", description="Show preprocessed pairs as text, and how long they are."
+    )
     parser.add_argument("prefix", metavar="PREFIX", help="path of the data set without extension")
-    parser.add_argument("number", metavar="N", nargs="?", type=int, default=3, help="how many pairs to show (default: %(default)s)")
+    parser.add_argument(
+        "number", metavar="N", nargs="?", type=int, default=3, help="how many pairs to show (default: %(default)s)"
+    )
     parser.add_argument("--start", type=int, default=0, help="first pair to show, from 0 (default: %(default)s)")
     parser.add_argument("--tokenizer-model", metavar="DIR|FILE|NAME", help="tokenizer (default: the one the data set names)")
     parser.add_argument("--ids", action="store_true", help="show token ids too")
-    parser.add_argument("--max-chars", type=int, default=1200, help="show at most so many characters of a text, 0 for all (default: %(default)s)")
+    parser.add_argument(
+        "--max-chars", type=int, default=1200, help="show at most so many characters of a text, 0 for all (default: %(default)s)"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
@@ -75,8 +81,10 @@ def _load_matching_tokenizer(store: PairStore, name: str | None) -> PreferenceTo
     return tokenizer
 
 
-def describe_pair(store: PairStore, index: int, tokenizer: PreferenceTokenizer, *, max_chars: int = 0, with_ids: bool = False) -> str:
-    """A pair as text: prompt and chosen response with the boundary marked, and the rejected response behind the prompt's last words."""
+def describe_pair(
+    store: PairStore, index: int, tokenizer: PreferenceTokenizer, *, max_chars: int = 0, with_ids: bool = False
+) -> str:
+    """A pair as text, the boundary between prompt and responses marked."""
     pair = store[index]
     prompt = pair.prompt.tolist()
     text = tokenizer.decode(prompt)
@@ -92,13 +100,16 @@ def describe_pair(store: PairStore, index: int, tokenizer: PreferenceTokenizer, 
 def _beginning(text: str, max_chars: int) -> str:
     if not max_chars or len(text) <= max_chars:
         return text
-    return f"{text[: max_chars - max_chars // 4]} [... {len(text) - max_chars} characters ...] {text[len(text) - max_chars // 4 :]}"
+    return (
+        f"{text[: max_chars - max_chars // 4]} [... {len(text) - max_chars} characters ...] {text[len(text) - max_chars // 4 :]}"
+    )
 
 
 def _ending(text: str, max_chars: int) -> str:
     if not max_chars or len(text) <= max_chars:
         return text
-    return f"{text[: max_chars // 4]} [... {len(text) - max_chars} characters ...] {text[len(text) - (max_chars - max_chars // 4) :]}"
+    head, tail = max_chars // 4, max_chars - max_chars // 4
+    return f"{text[:head]} [... {len(text) - max_chars} characters ...] {text[len(text) - tail :]}"
 
 
 def describe_store(store: PairStore) -> str:
@@ -116,7 +127,11 @@ def describe_store(store: PairStore) -> str:
     columns = {part: lengths[:, number] for number, part in enumerate(PARTS)}
     columns["prompt with the longer response"] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for name, column in columns.items():
-        lines += ["", f"{name}, tokens (mean {column.mean():.0f}, median {np.median(column):.0f}, max {column.max()})", histogram(column)]
+        lines += [
+            "",
+            f"{name}, tokens (mean {column.mean():.0f}, median {np.median(column):.0f}, max {column.max()})",
+            histogram(column),
+        ]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """The RMiPO authors' own tokenization and truncation, faults included, for reproducing their runs.
 
-Prompt and response are encoded together; the boundary is where the prompt's own tokens end, one token earlier if the last of them changed.
-A pair beyond the limit has its prompt cut to its last ``max_prompt_length`` tokens (BOS is lost), then both responses to their first
-``max_length - max_prompt_length`` (EOS is lost).
+Prompt and response are encoded together; the boundary is where the prompt's own tokens end, one token earlier if the last of them
+changed. A pair beyond the limit has its prompt cut to its last ``max_prompt_length`` tokens (BOS is lost), then both responses to
+their first ``max_length - max_prompt_length`` (EOS is lost).
 
 Source: ``build_tokenized_answer`` and ``tokenize_row`` of the authors' trainer, https://github.com/liavonpenn/rmipo (d21db9b0).
 """
@@ -16,7 +16,7 @@ from megatron_rmipo.errors import DataError
 
 
 def render_official(template: ChatTemplate, pair: PreferencePair) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected as the authors render them: without a generation prompt, each answer as a conversation of its own.
+    """Prompt, chosen and rejected as the authors render them: no generation prompt, each answer as a conversation of its own.
 
     Raises:
         RowFault: the template refuses a conversation.
@@ -46,7 +46,9 @@ def encode_official(
     splits = [len(alone) if whole[: len(alone)] == alone else len(alone) - 1 for whole in together]
     prompts = [_with_bos(whole[:split], bos) for whole, split in zip(together, splits, strict=True)]
     if prompts[0] != prompts[1]:
-        raise RowFault("boundary", "", f"the prompt's last tokens are {prompts[0][-3:]} before chosen and {prompts[1][-3:]} before rejected")
+        raise RowFault(
+            "boundary", "", f"the prompt's last tokens are {prompts[0][-3:]} before chosen and {prompts[1][-3:]} before rejected"
+        )
     responses = [_with_eos(whole[split:], eos) for whole, split in zip(together, splits, strict=True)]
     ids, longer = prompts[0], max(map(len, responses))
     truncated = len(ids) + longer > max_length

@@ -7,39 +7,64 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rmipo.data.encode import OVERLONG_POLICIES
+from megatron_rmipo.data.formats import FORMATS
 from megatron_rmipo.data.pair_store import Manifest
 from megatron_rmipo.data.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.rows import FORMATS
 from megatron_rmipo.data.templates import BUILT_IN_TEMPLATES
 from megatron_rmipo.errors import RmipoError
 
 _DESCRIPTION = """\
-Turn preference data into Megatron's indexed format: PREFIX.bin, PREFIX.idx and PREFIX.json. Rows that cannot be used are counted by
-reason and listed in PREFIX.rejects.jsonl."""
+Turn preference data into Megatron's indexed format: PREFIX.bin, PREFIX.idx and PREFIX.json. Rows that cannot be used are counted
+by reason and listed in PREFIX.rejects.jsonl."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(prog="preprocess_preferences.py", description=_DESCRIPTION)
     group = parser.add_argument_group("input")
-    group.add_argument("--input", required=True, nargs="+", metavar="FILE|NAME", help="jsonl, json (also .gz), parquet or arrow files, directories, or Hugging Face data set names")
+    group.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE|NAME",
+        help="jsonl, json (also .gz), parquet or arrow files, directories, or Hugging Face data set names",
+    )
     group.add_argument("--split", help="split of a directory or named data set")
     group.add_argument("--format", choices=tuple(FORMATS), help="format of the rows (default: recognised)")
-    group.add_argument("--columns", metavar="NAME=COLUMN,...", help="column names, such as prompt=question,chosen=good,rejected=bad")
+    group.add_argument(
+        "--columns", metavar="NAME=COLUMN,...", help="column names, such as prompt=question,chosen=good,rejected=bad"
+    )
     group.add_argument("--keep-ties", action="store_true", help="keep pairs whose two scores are equal")
     group.add_argument("--strict", action="store_true", help="rejected rows are an error, nothing is written")
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-model", required=True, metavar="DIR|FILE|NAME", help="Hugging Face tokenizer, or sentencepiece .model file")
-    group.add_argument("--chat-template", metavar="NAME|FILE", help=f"{', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file (default: the tokenizer's own)")
+    group.add_argument(
+        "--tokenizer-model", required=True, metavar="DIR|FILE|NAME", help="Hugging Face tokenizer, or sentencepiece .model file"
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help=f"{', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file (default: the tokenizer's own)",
+    )
     group = parser.add_argument_group("length")
-    group.add_argument("--seq-length", type=int, default=2048, help="most tokens of a prompt with its longer response (default: %(default)s)")
-    group.add_argument("--overlong", choices=OVERLONG_POLICIES, default=OVERLONG_POLICIES[0], help="longer pairs: shorten the prompt from its beginning, drop the pair, stop, or truncate as the authors' code does (default: %(default)s)")
+    group.add_argument(
+        "--seq-length", type=int, default=2048, help="most tokens of a prompt with its longer response (default: %(default)s)"
+    )
+    group.add_argument(
+        "--overlong",
+        choices=OVERLONG_POLICIES,
+        default=OVERLONG_POLICIES[0],
+        help="longer pairs: cut the prompt's beginning, drop the pair, stop, or do as the authors' code (default: %(default)s)",
+    )
     group.add_argument("--max-prompt-length", type=int, help="prompt's limit, for --overlong official")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the data set without extension")
     group.add_argument("--overwrite", action="store_true", help="replace what stands at the prefix")
-    group.add_argument("--workers", type=int, default=1, help="worker processes; the result does not depend on it (default: %(default)s)")
-    group.add_argument("--log-interval", type=int, default=1000, help="rows between two progress lines off a terminal (default: %(default)s)")
+    group.add_argument(
+        "--workers", type=int, default=1, help="worker processes; the result does not depend on it (default: %(default)s)"
+    )
+    group.add_argument(
+        "--log-interval", type=int, default=1000, help="rows between two progress lines off a terminal (default: %(default)s)"
+    )
     group.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
@@ -55,7 +80,9 @@ def summary(manifest: Manifest, prefix: str) -> str:
     if rejected:
         lines.append(f"  rejected {counts['rejected']}: {', '.join(rejected)}; listed in {prefix}.rejects.jsonl")
     if counts["truncated"]:
-        lines.append(f"  {counts['truncated']} pairs longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})")
+        lines.append(
+            f"  {counts['truncated']} pairs longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})"
+        )
     for name, values in manifest.lengths.items():
         shown = ", ".join(f"{key} {values[key]:g}" for key in ("mean", "p50", "p95", "max"))
         lines.append(f"  {name + ' tokens:':<17} {shown}")

@@ -1,15 +1,14 @@
-"""Rows of preference data sets in their many shapes -> :class:`PreferencePair`.
+"""A preference pair, the columns it comes from, and the reasons why a row cannot be used.
 
-A format is one function from a row (column -> value) to a pair; :data:`FORMATS` lists them. A row that cannot be used raises
-:class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists.
+Such a row raises :class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists. How the columns make a
+pair is the business of :mod:`megatron_rmipo.data.formats`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from megatron_rmipo.errors import DataError
 
@@ -30,20 +29,6 @@ REASONS = {
     "boundary": "the vocabulary merges text across the boundary differently for the two responses (with --overlong official)",
 }
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 # Where public data sets keep the two scores; a tie between them says that nobody preferred anything.
 SCORE_COLUMNS = (
     ("chosen_score", "rejected_score"),
@@ -53,8 +38,6 @@ SCORE_COLUMNS = (
     ("rating_chosen", "rating_rejected"),
 )
 COLUMN_NAMES = ("prompt", "chosen", "rejected", "system", "conversations", "chosen_score", "rejected_score")
-HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
-
 Row = Mapping[str, Any]
 
 
@@ -73,16 +56,14 @@ class RowFault(Exception):
         self.reason, self.field, self.message = reason, field, message
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One message: ``role`` is ``system``, ``user``, ``assistant`` or ``tool``."""
 
     role: str
     content: str
 
 
-@dataclasses.dataclass(frozen=True)
-class PreferencePair:
+class PreferencePair(NamedTuple):
     """A prompt of one or more turns, the last not the assistant's, and two answers to it."""
 
     prompt: tuple[Turn, ...]
@@ -96,191 +77,30 @@ def text_of(row: Row, field: str) -> str:
     Raises:
         RowFault: it is absent or not text.
     """
-    value = _value_of(row, field)
+    value = value_of(row, field)
     if not isinstance(value, str):
-        raise RowFault("not_text", field, f"text expected, found {_shown(value)}")
+        raise RowFault("not_text", field, f"text expected, found {shown(value)}")
     return value
 
 
-def _value_of(row: Row, field: str) -> Any:
+def value_of(row: Row, field: str) -> Any:
+    """The value in a column.
+
+    Raises:
+        RowFault: there is none.
+    """
     value = row.get(field)
     if value is None:
-        raise RowFault("missing_field", field, "null" if field in row else f"absent; the row has {', '.join(row) or 'no columns'}")
+        raise RowFault(
+            "missing_field", field, "null" if field in row else f"absent; the row has {', '.join(row) or 'no columns'}"
+        )
     return value
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value's type and beginning, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
-
-
-def _turn(message: object, field: str) -> Turn:
-    """A message in OpenAI's (role, content) or ShareGPT's (from, value) spelling."""
-    if not isinstance(message, Mapping):
-        raise RowFault("not_text", field, f"a message with role and content expected, found {_shown(message)}")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowFault("malformed", field, f"a message has the role {role!r}; known: {', '.join(ROLES)}")
-    if isinstance(content, list):  # a list of typed parts, text alone
-        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            raise RowFault("not_text", field, f"a message has parts other than text: {_shown(content)}")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise RowFault("not_text", field, f"the {role} message's content is {_shown(content)}")
-    return Turn(ROLES[role], content)
-
-
-def _turns(value: object, field: str) -> tuple[Turn, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RowFault("not_text", field, f"a list of messages expected, found {_shown(value)}")
-    return tuple(_turn(message, field) for message in value)
-
-
-def _answer(value: object, field: str) -> tuple[tuple[Turn, ...], str]:
-    """Split a response given as text, one message, or messages whose last is the assistant's, into (turns before, text)."""
-    if isinstance(value, str):
-        return (), value
-    turns = (_turn(value, field),) if isinstance(value, Mapping) else _turns(value, field)
-    if not turns:
-        raise RowFault("empty_response", field, "an empty list of messages")
-    if turns[-1].role != "assistant":
-        raise RowFault("bad_turns", field, f"the last message is the {turns[-1].role}'s, not the assistant's")
-    return turns[:-1], turns[-1].content
-
-
-def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and not (turns and turns[0].role == "system"):
-        return (Turn("system", system), *turns)
-    return turns
-
-
-def parse_strings(row: Row) -> PreferencePair:
-    """Columns prompt, chosen and rejected as text; the prompt is one user turn."""
-    prompt = text_of(row, "prompt")
-    return PreferencePair(_with_system(row, (Turn("user", prompt),)), text_of(row, "chosen"), text_of(row, "rejected"))
-
-
-def parse_messages(row: Row) -> PreferencePair:
-    """Columns chosen and rejected as message lists that end with the answer, with or without a prompt column.
-
-    With a list of messages as prompt, the lists may repeat it or hold the answer alone; with a text as prompt (as in
-    UltraFeedback-binarized) and whole conversations beside it, the conversations count.
-    """
-    before_chosen, chosen = _answer(_value_of(row, "chosen"), "chosen")
-    before_rejected, rejected = _answer(_value_of(row, "rejected"), "rejected")
-    _require_same_prompt(before_chosen, before_rejected)
-    prompt = row.get("prompt")
-    given = () if prompt is None else (Turn("user", prompt),) if isinstance(prompt, str) else _turns(prompt, "prompt")
-    if not isinstance(prompt, str) and before_chosen[: len(given)] != given:
-        before_chosen = given + before_chosen
-    elif not before_chosen:
-        before_chosen = given
-    if not before_chosen:
-        raise RowFault("missing_field", "prompt", "no prompt column, and no messages before the answers")
-    return PreferencePair(_with_system(row, before_chosen), chosen, rejected)
-
-
-def parse_sharegpt(row: Row) -> PreferencePair:
-    """Column conversations (from/value or role/content messages), answers in chosen and rejected."""
-    turns = _turns(_value_of(row, "conversations"), "conversations")
-    before_chosen, chosen = _answer(_value_of(row, "chosen"), "chosen")
-    before_rejected, rejected = _answer(_value_of(row, "rejected"), "rejected")
-    _require_same_prompt(before_chosen, before_rejected)
-    if before_chosen and before_chosen[: len(turns)] != turns:
-        raise RowFault("prompt_mismatch", "chosen", "the messages before the answer are not the conversation")
-    return PreferencePair(_with_system(row, before_chosen or turns), chosen, rejected)
-
-
-def parse_hh(row: Row) -> PreferencePair:
-    """Anthropic-HH transcripts; with a prompt column it holds the transcript and chosen and rejected the answers alone."""
-    if row.get("prompt") is not None:
-        prompt = transcript_turns(text_of(row, "prompt"), "prompt")
-        if prompt[-1] == Turn("assistant", ""):  # the transcript ends with the mark that the answer follows
-            prompt = prompt[:-1]
-        return PreferencePair(prompt, text_of(row, "chosen").strip(), text_of(row, "rejected").strip())
-    chosen = transcript_turns(text_of(row, "chosen"), "chosen")
-    rejected = transcript_turns(text_of(row, "rejected"), "rejected")
-    for field, turns in (("chosen", chosen), ("rejected", rejected)):
-        if turns[-1].role != "assistant":
-            raise RowFault("bad_turns", field, "the transcript ends with a Human turn, there is no answer")
-    _require_same_prompt(chosen[:-1], rejected[:-1])
-    return PreferencePair(chosen[:-1], chosen[-1].content, rejected[-1].content)
-
-
-def transcript_turns(text: str, field: str) -> tuple[Turn, ...]:
-    r"""Turns of ``\n\nHuman: ...\n\nAssistant: ...``; text before the first mark is a system turn.
-
-    Raises:
-        RowFault: there is no ``Human:`` mark.
-    """
-    if text.startswith(HUMAN_MARK.lstrip()):
-        text = "\n\n" + text
-    head, *pieces = _split_at_marks(text)
-    if not any(role == "user" for role, _ in pieces):
-        raise RowFault("malformed", field, f"no {HUMAN_MARK!r} in the transcript {_shown(text)}")
-    turns = [Turn(role, content.strip()) for role, content in pieces]
-    return tuple(([Turn("system", head[1].strip())] if head[1].strip() else []) + turns)
-
-
-def _split_at_marks(text: str) -> list[tuple[str, str]]:
-    parts: list[tuple[str, str]] = []
-    role, position = "system", 0
-    while True:
-        marks = [(text.find(mark, position), mark, name) for mark, name in ((HUMAN_MARK, "user"), (ASSISTANT_MARK, "assistant"))]
-        found = min((mark for mark in marks if mark[0] >= 0), default=None)
-        if found is None:
-            return [*parts, (role, text[position:])]
-        start, mark, name = found
-        parts.append((role, text[position:start]))
-        role, position = name, start + len(mark)
-
-
-def _require_same_prompt(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> None:
-    if tuple(chosen) == tuple(rejected):
-        return
-    if len(chosen) != len(rejected):
-        detail = f"{len(chosen)} turns before the chosen answer, {len(rejected)} before the rejected one"
-    else:
-        number = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a != b)
-        detail = f"turn {number + 1} is {_shown(chosen[number].content)} and {_shown(rejected[number].content)}"
-    raise RowFault("prompt_mismatch", "rejected", detail)
-
-
-FORMATS: dict[str, Callable[[Row], PreferencePair]] = {
-    "strings": parse_strings,
-    "messages": parse_messages,
-    "hh": parse_hh,
-    "sharegpt": parse_sharegpt,
-}
-
-
-def recognise_format(rows: Iterable[Row]) -> str:
-    """The format of the first row that shows one.
-
-    Raises:
-        DataError: none does; names the columns found.
-    """
-    columns: list[str] = []
-    for row in rows:
-        columns = columns or list(row)
-        chosen, prompt = row.get("chosen"), row.get("prompt")
-        if chosen is None or row.get("rejected") is None:
-            continue
-        if row.get("conversations") is not None:
-            return "sharegpt"
-        if isinstance(prompt, str) and isinstance(chosen, str):
-            return "hh" if prompt.startswith((HUMAN_MARK, HUMAN_MARK.lstrip())) and ASSISTANT_MARK in prompt else "strings"
-        if isinstance(chosen, str) and prompt is None and HUMAN_MARK in "\n\n" + chosen and ASSISTANT_MARK in chosen:
-            return "hh"
-        if isinstance(chosen, Mapping | list) or isinstance(prompt, list):
-            return "messages"
-    raise DataError(
-        f"the format of the rows is not recognised; their columns are: {', '.join(columns) or '(no rows)'}\n"
-        f"Name it with --format ({', '.join(FORMATS)}), or name the columns with\n"
-        "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN."
-    )
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
@@ -293,7 +113,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
         if theirs not in row and "." in theirs:
             value = row
             for part in theirs.split("."):
-                value = value.get(part) if isinstance(value, Mapping) else None
+                value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             renamed[ours] = value
     return renamed
@@ -323,7 +143,7 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
 
     Args:
         row: columns under our names.
-        parse: one of :data:`FORMATS`.
+        parse: one of ``formats.FORMATS``.
         keep_ties: accept pairs whose two scores are equal.
 
     Raises:
@@ -349,7 +169,7 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
 
 def _refuse_tie(row: Row) -> None:
     metadata = row.get("metadata")
-    for holder in (row, metadata if isinstance(metadata, Mapping) else {}):
+    for holder in (row, metadata if isinstance(metadata, dict) else {}):
         for chosen, rejected in SCORE_COLUMNS:
             high, low = holder.get(chosen), holder.get(rejected)
             if isinstance(high, int | float) and isinstance(low, int | float) and high == low:

@@ -1,6 +1,6 @@
 """Reading rows, in order, from files, directories and Hugging Face data sets.
 
-JSON lines are handed on unparsed, so that a malformed line is one rejected row (not a failed file) and worker processes do the parsing.
+JSON lines are handed on unparsed: a malformed line is one rejected row, not a failed file, and worker processes do the parsing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def _open_file(path: Path, name: str) -> Source:
         raise DataError(f"{name}: the file is empty.")
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in FILE_SUFFIXES:
-        raise DataError(f"{name}: {suffix or 'no extension'} is not a known kind of file; known: {', '.join(FILE_SUFFIXES)}, .jsonl.gz, .json.gz.")
+        raise DataError(
+            f"{name}: {suffix or 'no extension'} is not a known kind of file; "
+            f"known: {', '.join(FILE_SUFFIXES)}, .jsonl.gz, .json.gz."
+        )
     if suffix == ".parquet":
         return _open_parquet(path, name, size)
     if suffix == ".arrow":
@@ -99,7 +102,7 @@ def _open_file(path: Path, name: str) -> Source:
 def _open_stream(path: Path) -> IO[bytes]:
     with open(path, "rb") as stream:
         compressed = stream.read(2) == b"\x1f\x8b"
-    return io.BufferedReader(gzip.open(path, "rb")) if compressed else open(path, "rb")  # type: ignore[arg-type]
+    return io.BufferedReader(gzip.open(path, "rb")) if compressed else open(path, "rb")
 
 
 def _lines(path: Path, name: str) -> Iterator[bytes | None]:
@@ -141,7 +144,9 @@ def _json_document(path: Path, name: str) -> list[Any] | None:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}: line {error.lineno}: not valid JSON ({error.msg}). A file with one object a line is named .jsonl.") from None
+        raise DataError(
+            f"{name}: line {error.lineno}: not valid JSON ({error.msg}). A file with one object a line is named .jsonl."
+        ) from None
     if isinstance(document, list):
         return document
     lists = {key: value for key, value in document.items() if isinstance(value, list)} if isinstance(document, dict) else {}
@@ -149,7 +154,10 @@ def _json_document(path: Path, name: str) -> list[Any] | None:
         return next(iter(lists.values()))
     if isinstance(document, dict) and "chosen" in document:
         return [document]
-    raise DataError(f"{name}: a list of rows is expected, or an object holding one list; found {type(document).__name__} with {list(lists) or 'no list'}.")
+    raise DataError(
+        f"{name}: a list of rows is expected, or an object holding one list; "
+        f"found {type(document).__name__} with {list(lists) or 'no list'}."
+    )
 
 
 def _open_parquet(path: Path, name: str, size: int) -> Source:

@@ -1,7 +1,7 @@
 """Tokenizers: Hugging Face or bare sentencepiece, with prompt and response encoded apart.
 
 The ids of a pair come from three texts, prompt, chosen and rejected, each encoded on its own (the responses as continuations, see
-:mod:`megatron_rmipo.data.backends`). So the prompt's ids are the same for both responses and the boundary is exact by construction.
+:mod:`megatron_rmipo.data.backends`). So the prompt's ids are the same for both responses and the boundary is exact by design.
 Where the vocabulary merges nothing across the boundary, this equals encoding prompt and response together.
 """
 
@@ -22,11 +22,14 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def tokenizer_fingerprint(vocabulary: Mapping[str, int], bos_token_id: int | None, eos_token_id: int | None) -> str:
-    """sha256 over the vocabulary by id and the BOS and EOS ids: equal for the slow, fast and sentencepiece forms of one vocabulary.
+    """sha256 over the vocabulary by id and the BOS and EOS ids.
+
+    Equal for the slow, fast and sentencepiece forms of one vocabulary.
 
     Args:
         vocabulary: token -> id, added tokens included.
-        bos_token_id, eos_token_id: None where there is none.
+        bos_token_id: None where there is none.
+        eos_token_id: None where there is none.
     """
     digest = hashlib.sha256(f"bos={bos_token_id} eos={eos_token_id}\n".encode())
     for index, token in sorted((index, token) for token, index in vocabulary.items()):
@@ -96,7 +99,7 @@ class PreferenceTokenizer:
     def encode_rendered(self, prompt_text: str, response_text: str) -> tuple[list[int], list[int]]:
         """Ids of a rendered prompt and of its response; special tokens in the texts are recognised.
 
-        BOS stands at the head of the prompt exactly once (where the tokenizer has one), EOS at the end of the response exactly once.
+        BOS stands at the head of the prompt exactly once (where the tokenizer has one), EOS exactly once at the response's end.
 
         Returns:
             Prompt ids and response ids.
@@ -143,7 +146,9 @@ def load_tokenizer(path_or_name: str) -> PreferenceTokenizer:
         models = sorted(path.glob("*.model"))
         if len(models) == 1:
             return _load_sentencepiece(models[0], path_or_name)
-        raise DataError(f"{path}: holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES)} and one sentencepiece *.model file).")
+        raise DataError(
+            f"{path}: holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES)} and one sentencepiece *.model file)."
+        )
     if path.is_absolute() or path_or_name.startswith((".", "~")) or path_or_name.count("/") > 1 or path.suffix == ".model":
         raise DataError(f"{path_or_name}: no such tokenizer file or directory.")
     return _load_hf(path_or_name, path_or_name)
@@ -179,7 +184,9 @@ def _load_hf(source: str, name: str) -> PreferenceTokenizer:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise DataError(f"{name}: no tokenizer could be loaded from it: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise DataError(
+            f"{name}: no tokenizer could be loaded from it: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{name}: {type(tokenizer).__name__} has no fast form (tokenizer.json).\n"
@@ -201,5 +208,7 @@ def _own_template(template: str | dict[str, str] | None, name: str) -> str | Non
     if not isinstance(template, dict):
         return template
     if "default" not in template:
-        raise DataError(f"{name}: has the chat templates {', '.join(sorted(template))} and none named default. Pass --chat-template FILE.")
+        raise DataError(
+            f"{name}: has the chat templates {', '.join(sorted(template))} and none named default. Pass --chat-template FILE."
+        )
     return template["default"]

@@ -1,0 +1,122 @@
+"""``PREFIX.json``: with which tokenizer and template a data set was made, what it holds and what was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rmipo.errors import DataError
+
+MANIFEST_VERSION = 1
+PERCENTILES = (5, 25, 50, 75, 95, 99)
+PARTS = ("prompt", "chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+    """What must agree between a data set and the model trained on it.
+
+    Attributes:
+        fingerprint: see :func:`megatron_rmipo.data.tokenize.tokenizer_fingerprint`.
+        vocab_size: highest token id plus one, added tokens included.
+        bos_token_id, eos_token_id: None where the tokenizer has none.
+    """
+
+    fingerprint: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """``PREFIX.json``: where a data set comes from and what it holds.
+
+    ``num_pairs``, ``num_tokens``, ``lengths`` and ``file_bytes`` are filled in by :meth:`PairStoreWriter.finalize`.
+
+    Attributes:
+        tokenizer: the tokenizer that made the ids.
+        tokenizer_name: the path or name given for it.
+        template_name: ``tokenizer``, a built-in template's name, or the template file's name.
+        template_hash: sha256 of the template's text.
+        seq_length: most tokens of a prompt with its longer response.
+        overlong: what was done with longer pairs.
+        max_prompt_length: the prompt's limit of ``--overlong official``.
+        format: the format of the rows.
+        sources: per input: its name, and its size in bytes where it is a file.
+        counts: rows read, kept, truncated, and rejected by reason (``rejected/REASON``).
+        num_pairs, num_tokens: what the files hold.
+        lengths: tokens of prompt, chosen, rejected and total (prompt with the longer response): mean, max, percentiles.
+        file_bytes: sizes of the ``bin`` and ``idx`` files.
+    """
+
+    tokenizer: TokenizerInfo
+    tokenizer_name: str = ""
+    template_name: str = ""
+    template_hash: str = ""
+    seq_length: int = 0
+    overlong: str = ""
+    max_prompt_length: int | None = None
+    format: str = ""
+    sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_pairs: int = 0
+    num_tokens: int = 0
+    lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    file_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    version: int = MANIFEST_VERSION
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            DataError: it is missing, unreadable, or of another version.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{path}: not found. Without its manifest the data set was never finished, or the prefix is wrong.\n"
+                "Make it with tools/preprocess_preferences.py, and give the prefix without .bin, .idx or .json."
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path}: not a readable manifest ({error}). Preprocess the data again.") from None
+        if not isinstance(fields, dict) or fields.get("version") != MANIFEST_VERSION:
+            found = fields.get("version") if isinstance(fields, dict) else type(fields).__name__
+            raise DataError(f"{path}: version {found!r}, this code reads {MANIFEST_VERSION}. Preprocess the data again.")
+        try:
+            fields["tokenizer"] = TokenizerInfo(**fields["tokenizer"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a manifest of preference pairs ({error}). Preprocess the data again.") from None
+
+    def to_json(self) -> str:
+        """The text of ``PREFIX.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def store_paths(prefix: str | Path) -> dict[str, Path]:
+    """The files of a data set by extension (``bin``, ``idx``, ``json``)."""
+    return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
+
+
+def summarize_lengths(lengths: npt.NDArray[np.int32]) -> dict[str, dict[str, float]]:
+    """Mean, max and percentiles of the columns of ``lengths`` ``[num_pairs, 3]`` and of prompt plus longer response."""
+    if len(lengths) == 0:
+        return {}
+    columns = dict(zip(PARTS, lengths.T, strict=True))
+    columns["total"] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    return {
+        name: {
+            "mean": round(float(column.mean()), 2),
+            "max": int(column.max()),
+            **{f"p{p}": round(float(np.percentile(column, p)), 1) for p in PERCENTILES},
+        }
+        for name, column in columns.items()
+    }

@@ -1,0 +1,69 @@
+"""``PREFIX.rejects.jsonl``: the rows that were left out, and why."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from megatron_rmipo.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """A row left out: where it stands, and why."""
+
+    source: str
+    number: int
+    reason: str
+    field: str
+    message: str
+    excerpt: str
+
+    def __str__(self) -> str:
+        where = f"{self.source}: row {self.number}" + (f", {self.field}" if self.field else "")
+        return f"{where}: {self.message} [{self.reason}]"
+
+
+class RejectsFile:
+    """``PREFIX.rejects.jsonl``: every row left out. Removed again unless :meth:`keep` is called; not made without rejects."""
+
+    def __init__(self, prefix: str) -> None:
+        self.path = Path(f"{prefix}.rejects.jsonl")
+        self._partial = Path(f"{prefix}.incomplete.rejects.jsonl")
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, Reject] = {}
+
+    @property
+    def total(self) -> int:
+        """Rows left out so far."""
+        return self.counts.total()
+
+    def __enter__(self) -> RejectsFile:
+        try:
+            self._stream = open(self._partial, "w", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{self._partial}: could not be written ({error.strerror}).") from None
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._partial.unlink(missing_ok=True)
+
+    def add(self, reject: Reject) -> None:
+        """List one row."""
+        self.counts[reject.reason] += 1
+        self.examples.setdefault(reject.reason, reject)
+        self._stream.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
+
+    def keep(self) -> None:
+        """Put the list in place; one left by an earlier run goes."""
+        self._stream.close()
+        if self.total:
+            os.replace(self._partial, self.path)
+        else:
+            self.path.unlink(missing_ok=True)
