@@ -49,7 +49,7 @@ $(STAMP): setup.py pyproject.toml
 	@# First and alone, so that nothing else's wish for torch brings another build.
 	@$(PIP) install '$(TORCH)'
 	@$(PIP) install --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'import torch, megatron.core as m; print("torch", torch.__version__, "megatron-core", m.__version__)'
+	@$(BIN)/python -c 'from importlib.metadata import version as v; print(*(p + " " + v(p) for p in ("torch", "megatron-core", "transformers")))'
 	@touch $(STAMP)
 
 demo: $(STAMP)
