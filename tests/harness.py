@@ -14,6 +14,8 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 240
+# Ranks are forked from a server that has these loaded: importing them anew would take longer than most tests.
+mp.set_forkserver_preload(["transformers", "safetensors.torch", "megatron_rmipo.training.setup", "megatron_rmipo.checkpoint.hf"])
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -25,7 +27,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
         ranks = [context.Process(target=_rank, args=(rank, world_size, port, folder, function, args)) for rank in range(world_size)]
         for process in ranks:
             process.start()
