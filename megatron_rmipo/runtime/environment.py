@@ -1,4 +1,4 @@
-"""What is installed: other people's packages that break a run, or a missing one that makes it hang."""
+"""What is installed: other people's packages that break a run, or that it needs and lacks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from megatron_rmipo.errors import ConfigError
 
 
-def check_environment() -> None:
+def check_environment(*, wandb: bool = False) -> None:
     """Refuse an environment in which a run would fail late or hang. Cheap; imports none of what it looks for.
+
+    Args:
+        wandb: whether the run logs to Weights & Biases.
 
     Raises:
         ConfigError: a package of the wrong kind or a missing one, with the command that mends it.
@@ -24,6 +27,8 @@ def check_environment() -> None:
         )
     if importlib.util.find_spec("psutil") is None:
         raise ConfigError("psutil is missing; without it Megatron-Core hangs while saving a checkpoint. Run: pip install psutil")
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb-project: wandb is not installed. Run: pip install 'megatron-rmipo[wandb]', or leave it out")
 
 
 def _package_directory(name: str) -> Path | None:

@@ -37,8 +37,15 @@ def test_nvidias_apex_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     check_environment()
 
 
-def test_a_missing_psutil_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["psutil", "wandb"])
+def test_what_is_missing_is_named_with_its_remedy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == "psutil" else real(wanted))
-    with pytest.raises(ConfigError, match=r"psutil.*pip install psutil"):
-        check_environment()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else real(wanted))
+    with pytest.raises(ConfigError, match=rf"{name}.*pip install"):
+        check_environment(wandb=True)
+
+
+def test_wandb_is_not_needed_where_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == "wandb" else real(wanted))
+    check_environment()
