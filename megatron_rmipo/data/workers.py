@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import collections
 import concurrent.futures
 import dataclasses
@@ -57,7 +56,7 @@ class BatchEncoder:
         """Parse and encode rows, in order."""
         parsed = [self._parse(row) for row in rows]
         encoded = iter(self._encoder.encode([pair for pair in parsed if isinstance(pair, PreferencePair)]))
-        tokens = array.array("i")
+        parts: list[list[int]] = []
         lengths: list[tuple[int, int, int]] = []
         rejects: list[Reject] = []
         num_truncated = 0
@@ -66,13 +65,11 @@ class BatchEncoder:
             if isinstance(result, RowFault):
                 rejects.append(_reject(row, result))
                 continue
-            tokens.extend(result.prompt)
-            tokens.extend(result.chosen)
-            tokens.extend(result.rejected)
+            parts += (result.prompt, result.chosen, result.rejected)
             lengths.append((len(result.prompt), len(result.chosen), len(result.rejected)))
             num_truncated += result.truncated
         return EncodedBatch(
-            np.frombuffer(tokens, dtype=np.int32),
+            np.fromiter(itertools.chain.from_iterable(parts), np.int32, sum(map(len, parts))),
             np.array(lengths, dtype=np.int32).reshape(-1, 3),
             len(rows),
             num_truncated,

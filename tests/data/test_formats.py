@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_rmipo.data.formats import FORMATS, recognise_format, transcript_turns
+from megatron_rmipo.data.rows import PreferencePair, RowFault, Turn
+from megatron_rmipo.errors import DataError
+
+USER = Turn("user", "Why?")
+PAIR = PreferencePair((USER,), "Because.", "No idea.")
+LONG = PreferencePair((Turn("system", "Be brief."), USER, Turn("assistant", "What?"), Turn("user", "That.")), "Because.", "No idea.")
+
+
+def messages(*turns: Turn) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def sharegpt(*turns: Turn) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn.role], "value": turn.content} for turn in turns]
+
+
+def answer(text: str) -> Turn:
+    return Turn("assistant", text)
+
+
+HH_LONG = "Be brief.\n\nHuman: Why?\n\nAssistant: What?\n\nHuman: That.\n\nAssistant:"
+ROWS: list[tuple[str, dict[str, Any], PreferencePair]] = [
+    ("strings", {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}, PAIR),
+    ("strings", {"system": "Be brief.", "prompt": "Why?", "chosen": "a", "rejected": "b"}, PreferencePair((LONG.prompt[0], USER), "a", "b")),
+    ("messages", {"chosen": messages(USER, answer("Because.")), "rejected": messages(USER, answer("No idea."))}, PAIR),
+    (  # UltraFeedback-binarized: the text prompt repeats the first turn
+        "messages",
+        {"prompt": "Why?", "chosen": messages(USER, answer("Because.")), "rejected": messages(USER, answer("No idea."))},
+        PAIR,
+    ),
+    ("messages", {"prompt": messages(*LONG.prompt), "chosen": messages(answer("Because.")), "rejected": messages(answer("No idea."))}, LONG),
+    ("messages", {"prompt": messages(*LONG.prompt), "chosen": "Because.", "rejected": "No idea."}, LONG),
+    (
+        "messages",
+        {
+            "prompt": messages(*LONG.prompt),
+            "chosen": messages(*LONG.prompt, answer("Because.")),
+            "rejected": messages(*LONG.prompt, answer("No idea.")),
+        },
+        LONG,
+    ),
+    ("hh", {"chosen": HH_LONG + " Because.", "rejected": HH_LONG + " No idea.\n"}, LONG),
+    ("hh", {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why?\n\nAssistant: No idea."}, PAIR),
+    ("hh", {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No idea."}, PAIR),
+    (
+        "sharegpt",
+        {"conversations": sharegpt(*LONG.prompt), "chosen": sharegpt(answer("Because."))[0], "rejected": sharegpt(answer("No idea."))[0]},
+        LONG,
+    ),
+    ("sharegpt", {"conversations": sharegpt(USER), "chosen": "Because.", "rejected": "No idea."}, PAIR),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "pair"), ROWS)
+def test_every_shape_is_recognised_and_read(name: str, row: dict[str, Any], pair: PreferencePair) -> None:
+    assert recognise_format([row]) == name
+    assert FORMATS[name](row) == pair
+
+
+def test_unusable_first_rows_do_not_hide_the_format() -> None:
+    assert recognise_format([{"prompt": "x"}, {"prompt": None, "chosen": None, "rejected": None}, ROWS[0][1]]) == "strings"
+
+
+def test_an_unknown_format_names_the_columns_and_the_flags() -> None:
+    with pytest.raises(DataError, match=r"question, good, bad\n.*--format.*\n.*--columns"):
+        recognise_format([{"question": "a", "good": "b", "bad": "c"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason", "field"),
+    [
+        ("strings", {"prompt": "x", "chosen": 3, "rejected": "y"}, "not_text", "chosen"),
+        ("strings", {"prompt": "x", "chosen": "y"}, "missing_field", "rejected"),
+        ("strings", {"prompt": None, "chosen": "y", "rejected": "z"}, "missing_field", "prompt"),
+        ("messages", {"chosen": "text", "rejected": "text"}, "missing_field", "prompt"),
+        ("messages", {"chosen": messages(USER), "rejected": messages(USER)}, "bad_turns", "chosen"),
+        ("messages", {"chosen": [], "rejected": []}, "empty_response", "chosen"),
+        ("messages", {"chosen": messages(USER, answer("a")), "rejected": messages(answer("b"))}, "prompt_mismatch", "rejected"),
+        ("messages", {"chosen": [{"role": "narrator", "content": "x"}], "rejected": []}, "malformed", "chosen"),
+        ("messages", {"chosen": [{"role": "user", "content": 1}], "rejected": []}, "not_text", "chosen"),
+        ("messages", {"chosen": [{"role": "user", "content": [{"type": "image"}]}], "rejected": []}, "not_text", "chosen"),
+        ("hh", {"chosen": "no marks", "rejected": "none"}, "malformed", "chosen"),
+        ("hh", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "bad_turns", "chosen"),
+        (
+            "hh",
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"},
+            "prompt_mismatch",
+            "rejected",
+        ),
+        ("sharegpt", {"conversations": "x", "chosen": "a", "rejected": "b"}, "not_text", "conversations"),
+    ],
+)
+def test_a_bad_row_names_reason_and_field(name: str, row: dict[str, Any], reason: str, field: str) -> None:
+    with pytest.raises(RowFault) as fault:
+        FORMATS[name](row)
+    assert (fault.value.reason, fault.value.field) == (reason, field)
+
+
+def test_text_parts_of_a_message_are_joined() -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}
+    row = {"prompt": [parts], "chosen": "Because.", "rejected": "No idea."}
+    assert FORMATS["messages"](row) == PAIR
+
+
+def test_transcripts_may_lack_the_leading_blank_line_and_mention_marks_inline() -> None:
+    turns = transcript_turns("Human: say 'Assistant: x'\n\nAssistant: Assistant: x", "chosen")
+    assert turns == (Turn("user", "say 'Assistant: x'"), Turn("assistant", "Assistant: x"))
