@@ -26,7 +26,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         context = mp.get_context("forkserver")
         ranks = [context.Process(target=_rank, args=(rank, world_size, port, folder, function, args)) for rank in range(world_size)]
         for process in ranks:
@@ -75,7 +75,8 @@ def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable
         raise SystemExit(1) from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])

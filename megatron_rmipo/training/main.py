@@ -211,6 +211,9 @@ def _load(config: Config, source: ModelSource, groups: ProcessGroups, train_iter
         load_rng=resumes and not config.checkpoint.no_load_rng,
         groups=groups,
     )
+    if not with_optimizer:
+        # Its fp32 weights were taken from the model before the checkpoint was loaded into it.
+        state.optimizer.reload_model_params()
     return state, Progress(**loaded) if resumes and loaded else Progress()
 
 

@@ -1,0 +1,193 @@
+"""Runs of the trainer through its command line: resume, layouts, signals, steps that are skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron_rmipo.training import main as trainer
+from safetensors.torch import load_file
+
+from tests.harness import free_port, run_distributed
+from tests.integration.data import MODEL, write_pairs
+
+STEPS = 6
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "data" / "pairs")
+
+
+def flags(prefix: Path, save: Path, **changes: Any) -> list[str]:
+    """Arguments of a short run; a change of None leaves a flag out, True gives it without a value."""
+    settings: dict[str, Any] = {
+        "load_hf": MODEL,
+        "data_path": prefix,
+        "split": "40,8",
+        "save": save,
+        "seq_length": 400,
+        "tokens_per_microbatch": 700,
+        "global_batch_size": 6,
+        "train_iters": STEPS,
+        "lr": 1e-3,
+        "lr_warmup_iters": 2,
+        "weight_decay": 0.1,
+        "num_workers": 0,
+        **changes,
+    }
+    arguments: list[str] = []
+    for name, value in settings.items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            arguments += [flag] if value is True else [flag, str(value)]
+    return arguments
+
+
+def run(arguments: list[str]) -> int:
+    return trainer.main(arguments)
+
+
+def records(save: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (save / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(save: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(save)}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.dist
+def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
+    save, exported = tmp_path / "run", tmp_path / "exported"
+    assert run_distributed(run, 1, flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4)) == [0]
+    steps = records(save)
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(save, "eval")] == [0, 3, 6]
+    shown = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "gamma", "dpmi", "gamma/p50"}
+    shown |= {"dpmi/p95", "logps/chosen", "logps/rejected", "grad_norm", "lr", "pairs_per_second", "tokens_per_second"}
+    shown |= {"tflops_per_device", "padding_share", "memory_gib", "skipped_steps", "consumed_pairs"}
+    assert shown <= steps[0].keys()
+    assert [record["lr"] for record in steps[:3]] == pytest.approx([0.0, 5e-4, 1e-3], rel=1e-2)
+    assert {path.name for path in save.iterdir()} >= {"iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt"}
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
+    assert (save / "logs" / "config.yaml").is_file()
+    before, after = weights(MODEL), weights(exported)
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == after[name].shape for name in before)
+    assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(prefix: Path, tmp_path: Path, precision: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_distributed(run, 1, [*flags(prefix, whole, save_hf=tmp_path / "whole-hf"), precision]) == [0]
+    stopped = [*flags(prefix, parts, load=parts, exit_interval=3, save_hf=tmp_path / "parts-hf"), precision]
+    assert run_distributed(run, 1, stopped) == [0]
+    assert sorted(losses(parts)) == [1, 2, 3]
+    assert not (tmp_path / "parts-hf").exists()
+    resumed = [*flags(prefix, parts, load=parts, save_hf=tmp_path / "parts-hf"), precision]
+    assert run_distributed(run, 1, resumed) == [0]
+    assert losses(parts) == losses(whole)
+    before, after = weights(tmp_path / "whole-hf"), weights(tmp_path / "parts-hf")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    distributed = {"use_distributed_optimizer": True}
+    assert run_distributed(run, 1, flags(prefix, whole, **distributed)) == [0]
+    first = flags(prefix, parts, exit_interval=2, tensor_model_parallel_size=2, sequence_parallel=True, **distributed)
+    assert run_distributed(run, 2, first) == [0, 0]
+    second = flags(prefix, parts, load=parts, exit_interval=4, overlap_grad_reduce=True, overlap_param_gather=True, **distributed)
+    assert run_distributed(run, 2, second) == [0, 0]
+    third = flags(prefix, parts, load=parts, pipeline_model_parallel_size=2, **distributed)
+    assert run_distributed(run, 2, third) == [0, 0]
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    norms = [{record["step"]: record["grad_norm"] for record in records(save)} for save in (parts, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.dist
+def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    arguments = flags(prefix, save, train_iters=5000, use_distributed_optimizer=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    process = subprocess.Popen(
+        [*command, "-m", "megatron_rmipo.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = save / "logs" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and '"step": 2,' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    steps = max(losses(save))
+    assert (save / f"iter_{steps:07d}" / "metadata.json").is_file(), output
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(steps)
+
+
+def run_with_a_poisoned_pair(arguments: list[str]) -> tuple[int, float]:
+    """Run with an objective whose second step is not finite; (exit code, norm of a weight at the end)."""
+    from megatron_rmipo.objectives.rmipo import Rmipo
+
+    original, calls = Rmipo.__call__, []
+
+    def poisoned(self: Rmipo, logps: Any) -> Any:
+        output = original(self, logps)
+        calls.append(1)
+        if len(calls) == 2:
+            output.losses[0] *= math.nan
+        return output
+
+    Rmipo.__call__ = poisoned  # type: ignore[method-assign]
+    return trainer.main(arguments), float(len(calls))
+
+
+@pytest.mark.dist
+def test_a_step_that_is_not_finite_is_skipped_named_and_counted(
+    prefix: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save = tmp_path / "run"
+    arguments = flags(prefix, save, tokens_per_microbatch=5000, eval_at_start=None, split=None)
+    assert run_distributed(run_with_a_poisoned_pair, 1, arguments)[0][0] == 0
+    steps = records(save)
+    assert [record["skipped_steps"] for record in steps] == [0, 1, 1, 1, 1, 1]
+    assert all(math.isfinite(record["loss"]) for record in steps if record["step"] != 2)
+    assert "step 2 skipped, weights unchanged: the loss of 1 pairs is not finite (pair " in capfd.readouterr().out
+
+
+@pytest.mark.dist
+def test_too_many_skipped_steps_end_the_run(prefix: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = flags(prefix, tmp_path / "run", tokens_per_microbatch=5000, split=None, max_skipped_steps=0)
+    assert run_distributed(run_with_a_poisoned_pair, 1, arguments)[0][0] == 1
+    assert "--max-skipped-steps 0" in capfd.readouterr().err
+
+
+@pytest.mark.dist
+def test_objectives_train_side_by_side(prefix: Path, tmp_path: Path) -> None:
+    for objective in ("simpo", "sft"):
+        save = tmp_path / objective
+        assert run_distributed(run, 2, flags(prefix, save, objective=objective, tensor_model_parallel_size=2, train_iters=3)) == [0, 0]
+        assert len(losses(save)) == 3
