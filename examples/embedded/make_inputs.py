@@ -1,0 +1,8 @@
+"""Make the inputs of the embedded default: ``python examples/embedded/make_inputs.py --output DIR --seed 1``."""
+
+import sys
+
+from megatron_rmipo.embedded.generate import main
+
+if __name__ == "__main__":
+    sys.exit(main())

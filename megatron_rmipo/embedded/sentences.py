@@ -1,0 +1,155 @@
+"""A small world of prompts and answers in which what is right depends on the prompt.
+
+A prompt asks how to do something (a verb) to a thing (an adjective and an object), with a place, a person, a day or a number.
+A good answer takes these words up and adds the verb's own tool, which the prompt does not name. Boilerplate fits every prompt and
+says nothing: fluent, frequent, with a high log p(y).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TOOLS = {
+    "repair": "a small wrench",
+    "paint": "a soft brush",
+    "clean": "warm water and soap",
+    "polish": "a cotton cloth",
+    "sharpen": "a flat stone",
+    "move": "a low cart",
+    "store": "a dry box",
+    "decorate": "a roll of ribbon",
+    "measure": "a steel ruler",
+    "photograph": "a bright lamp",
+    "wrap": "thick brown paper",
+    "label": "a black marker",
+    "hang": "a strong hook",
+    "glue": "a drop of resin",
+    "dry": "a warm towel",
+    "inspect": "a magnifying glass",
+    "sell": "an honest sign",
+    "draw": "a sharp pencil",
+    "weigh": "a brass balance",
+    "oil": "a thin can of oil",
+}
+OBJECTS = _words(
+    "lantern kettle bicycle violin drawer mirror ladder basket bottle candle carpet chair clock cradle curtain drum fiddle flute "
+    "garden gate guitar hammer helmet jacket jar kite lamp locket map mast mattress mug napkin oven paddle pillow plate pot quilt "
+    "radio rudder saddle sail shovel sled spoon stool suitcase tent trumpet umbrella vase wagon wallet wheel window"
+)
+ADJECTIVES = _words(
+    "rusty broken heavy fragile wooden silver dusty muddy narrow crooked antique painted hollow yellow purple crimson striped "
+    "tiny round square stiff gentle noisy sturdy"
+)
+PLACES = _words(
+    "kitchen garage attic cellar meadow harbor school library station market chapel barn office studio bakery workshop"
+)
+NAMES = _words(
+    "Clara Omar Nina Pavel Ingrid Mateo Yuki Amara Leo Sofia Tariq Elena Hugo Priya Jonas Mina Felix Rosa Ivan Zoe Anton Bea "
+    "Cyrus Dora"
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+NUMBERS = _words("two three four five six seven eight nine")
+
+BOILERPLATE = (
+    "That is a great question, and there are many things to consider.",
+    "It really depends on your situation and on what you want to achieve.",
+    "There is no single answer that works for everyone.",
+    "In general, it is important to plan ahead and to stay patient.",
+    "Many people have asked this before, and opinions differ.",
+    "You may want to do some research and talk to an expert.",
+    "Please let me know if you have any other questions.",
+    "I hope this helps, and I wish you the best of luck.",
+    "As always, take your time and keep an open mind.",
+    "Every case is different, so think about your needs first.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topic:
+    """What a prompt is about, and in which of the forms of :func:`ask` it is asked."""
+
+    form: int
+    verb: str
+    adjective: str
+    object: str
+    place: str
+    name: str
+    day: str
+    number: str
+
+
+NUM_FORMS = 6
+
+
+def random_topic(rng: random.Random) -> Topic:
+    """A topic drawn uniformly."""
+    return Topic(
+        form=rng.randrange(NUM_FORMS),
+        verb=rng.choice(list(TOOLS)),
+        adjective=rng.choice(ADJECTIVES),
+        object=rng.choice(OBJECTS),
+        place=rng.choice(PLACES),
+        name=rng.choice(NAMES),
+        day=rng.choice(DAYS),
+        number=rng.choice(NUMBERS),
+    )
+
+
+def near_topic(topic: Topic, rng: random.Random) -> Topic:
+    """A topic asked in the same form that differs in one thing: the verb, the object or the adjective."""
+    which = rng.randrange(3)
+    if which == 0:
+        return dataclasses.replace(topic, verb=_another(topic.verb, tuple(TOOLS), rng))
+    if which == 1:
+        return dataclasses.replace(topic, object=_another(topic.object, OBJECTS, rng))
+    return dataclasses.replace(topic, adjective=_another(topic.adjective, ADJECTIVES, rng))
+
+
+def _another(word: str, words: tuple[str, ...], rng: random.Random) -> str:
+    return rng.choice([other for other in words if other != word])
+
+
+def ask(topic: Topic) -> str:
+    """The prompt."""
+    t = topic
+    return (
+        f"How do I {t.verb} the {t.adjective} {t.object} in the {t.place}?",
+        f"My {t.object} is {t.adjective}. How can I {t.verb} it before {t.day}?",
+        f"{t.name} wants to {t.verb} the {t.adjective} {t.object} before {t.day}. What should {t.name} know?",
+        f"Give {t.name} some tips. The {t.adjective} {t.object} in the {t.place} is hard to {t.verb}.",
+        f"Is it a good idea to {t.verb} {t.number} {t.adjective} {t.object}s in the {t.place}?",
+        f"I have {t.number} {t.adjective} {t.object}s. How do I {t.verb} them before {t.day}?",
+    )[topic.form]
+
+
+def answer_sentences(topic: Topic, rng: random.Random) -> list[str]:
+    """A good answer, two sentences. It takes up only what the prompt says, and the verb's tool."""
+    t = topic
+    tool = TOOLS[t.verb]
+    first = rng.choice(
+        (
+            f"To {t.verb} the {t.adjective} {t.object}, use {tool} and work slowly.",
+            f"You can {t.verb} the {t.adjective} {t.object} with {tool}.",
+            f"Take {tool}, look at the {t.adjective} {t.object}, and {t.verb} it step by step.",
+        )
+    )
+    second = (
+        f"The {t.place} is a fine spot for the {t.object}.",
+        f"Start early, and the {t.object} will be done before {t.day}.",
+        f"{t.name} should begin early to finish the {t.object} before {t.day}.",
+        f"{t.name} can ask for help with the {t.object} in the {t.place}.",
+        f"Do the {t.number} {t.object}s one by one in the {t.place}.",
+        f"Do the {t.number} {t.object}s one by one, and finish before {t.day}.",
+    )[topic.form]
+    return [first, second]
+
+
+def boilerplate_sentences(rng: random.Random, count: int) -> list[str]:
+    """Different sentences that fit every prompt."""
+    return rng.sample(BOILERPLATE, count)
