@@ -39,8 +39,8 @@ TOOLS = {
 }
 OBJECTS = _words(
     "lantern kettle bicycle violin drawer mirror ladder basket bottle candle carpet chair clock cradle curtain drum fiddle flute "
-    "garden gate guitar hammer helmet jacket jar kite lamp locket map mast mattress mug napkin oven paddle pillow plate pot quilt "
-    "radio rudder saddle sail shovel sled spoon stool suitcase tent trumpet umbrella vase wagon wallet wheel window"
+    "garden gate guitar hammer helmet jacket jar kite lamp locket map mast mattress mug napkin oven paddle pillow plate pot "
+    "quilt radio rudder saddle sail shovel sled spoon stool suitcase tent trumpet umbrella vase wagon wallet wheel window"
 )
 ADJECTIVES = _words(
     "rusty broken heavy fragile wooden silver dusty muddy narrow crooked antique painted hollow yellow purple crimson striped "
