@@ -63,12 +63,13 @@ def set_config_dtype(config_path: Path, dtype: torch.dtype) -> None:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def check_output_directory(directory: Path, flag: str) -> None:
+def check_output_directory(directory: Path, flag: str, ignoring: str | None = None) -> None:
     """Check that ``directory`` can be written as a new one: it is missing or empty.
 
     Args:
         directory: where a model is to go.
         flag: the flag that named it, for the message.
+        ignoring: ending of names that do not count.
 
     Raises:
         ConversionError: it is a file, or holds something.
@@ -76,9 +77,23 @@ def check_output_directory(directory: Path, flag: str) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ConversionError(f"{flag} {directory} is a file. Name a directory that does not exist yet.")
-    if directory.is_dir() and (entries := sorted(path.name for path in directory.iterdir())):
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    entries = [name for name in names if ignoring is None or not name.endswith(ignoring)]
+    if entries:
         shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
         raise ConversionError(f"{flag} {directory} exists and holds {shown}. Name another directory, or remove this one.")
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Check that ``num_bytes`` are free where ``directory`` is or will be.
+
+    Raises:
+        OSError: they are not, as the file system would say it.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(f"{num_bytes / 2**20:,.0f} MiB are needed, and {free / 2**20:,.0f} MiB are free there")
 
 
 @contextlib.contextmanager

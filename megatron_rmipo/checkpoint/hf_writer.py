@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.assets import check_output_directory, copy_hf_assets, new_directory, set_config_dtype
+from megatron_rmipo.checkpoint.assets import check_output_directory, check_space, copy_hf_assets, new_directory, set_config_dtype
 from megatron_rmipo.checkpoint.layouts import source_rows
 from megatron_rmipo.checkpoint.mappings import Rule, source_shapes, tensors_of
 from megatron_rmipo.checkpoint.safetensors_files import ShardedWriter, TensorPlan
@@ -67,6 +67,7 @@ def write_hf_directory(
         for rule, layer in tensors_of(arch)
         for name, shape in zip(rule.source_names(layer), source_shapes(rule, arch), strict=True)
     ]
+    check_space(save_dir, sum(tensor.num_bytes for tensor in plan))
     with new_directory(save_dir) as directory:
         copy_hf_assets(assets_dir, directory)
         # One dtype is told in the config; the embedding speaks for a checkpoint that mixes several.

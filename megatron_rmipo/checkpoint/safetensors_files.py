@@ -24,9 +24,9 @@ from megatron_rmipo.errors import ConversionError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Tensors are read and written in pieces of about this size.
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 8 * 2**20
 # safe_open maps its file into memory, and pages that were read count as this process's until it is closed.
-_MAPPED_BYTES_LIMIT = 64 * 2**20
+_MAPPED_BYTES_LIMIT = 8 * 2**20
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}

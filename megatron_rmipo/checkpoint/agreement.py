@@ -1,0 +1,42 @@
+"""Faults that one rank meets and all must raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rmipo.errors import CheckpointError, RmipoError
+
+_Result = TypeVar("_Result")
+
+
+def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _Result:
+    """What ``action`` returned on the first rank of ``group``, whose ranks call this together.
+
+    Raises:
+        CheckpointError: on every rank, when it failed there.
+    """
+    outcome: list[Any] = [None, None]
+    if group.rank() == 0:
+        try:
+            outcome[0] = action()
+        except (OSError, RmipoError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    result: _Result = outcome[0]
+    return result
+
+
+def first_cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error of torch's or Megatron's checkpointing."""
+    if isinstance(error, CheckpointException):
+        failures = [failure[0] for failure in error.failures.values()]
+        return first_cause(failures[0]) if failures else "another rank failed"
+    cause = error.__cause__ or error
+    text = str(cause).rstrip(".") or type(cause).__name__
+    return text.splitlines()[0]

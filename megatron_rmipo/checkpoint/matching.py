@@ -1,0 +1,73 @@
+"""Whether a checkpoint's tensors are those of a model, before any of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_rmipo.errors import CheckpointError
+
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
+
+
+def match_model(weights: dict[str, Any], stored: Mapping[str, Any], path: Path, group: dist.ProcessGroup) -> None:
+    """Check the model's sharded state against what a checkpoint holds. All ranks of ``group`` call it together.
+
+    Transformer Engine's extra state (scales of fp8), which a converted checkpoint or one of another layer spec may lack, is
+    removed from ``weights`` where it is not stored.
+
+    Args:
+        weights: the model's ``sharded_state_dict``.
+        stored: torch's metadata by key.
+        path: the checkpoint, for messages.
+        group: every rank of the job.
+
+    Raises:
+        CheckpointError: on every rank: tensors are missing, left over or of other shapes.
+    """
+    faults: set[str] = set()
+    keys = set()
+    for name, item in list(weights.items()):
+        if isinstance(item, ShardedObject):
+            if item.unique_key not in stored:
+                del weights[name]
+            continue
+        for part in _tensors(item):
+            keys.add(part.key)
+            if fault := _fault(part, stored.get(part.key)):
+                faults.add(fault)
+    everywhere: list[tuple[set[str], set[str]]] = [(set(), set())] * group.size()
+    dist.all_gather_object(everywhere, (faults, keys), group=group)
+    faults = set().union(*(faults for faults, _ in everywhere))
+    used = set().union(*(keys for _, keys in everywhere))
+    faults |= {
+        f"{key} is not a tensor of the model"
+        for key, item in stored.items()
+        if isinstance(item, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES) and key not in used
+    }
+    if faults:
+        shown = [f"  {fault}" for fault in sorted(faults)[:8]] + ([f"  and {len(faults) - 8} more"] if len(faults) > 8 else [])
+        text = "\n".join(shown)
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model:\n{text}\nThe model is built from the config.json in its hf folder: "
+            "was that changed?"
+        )
+
+
+def _tensors(item: Any) -> Iterator[ShardedTensor]:
+    yield from nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
+
+
+def _fault(part: ShardedTensor, saved: Any) -> str | None:
+    if not isinstance(saved, TensorStorageMetadata):
+        return f"{part.key} is missing"
+    there, here = tuple(saved.size), tuple(part.global_shape)
+    # Vocabularies are padded by layout, so the number of rows may differ.
+    same = there[1:] == here[1:] if part.allow_shape_mismatch else there == here
+    return None if same else f"{part.key} is {list(there)} there and {list(here)} in the model"

@@ -1,0 +1,253 @@
+"""Megatron-Core's ``torch_dist`` files, written and read a piece at a time, without a model and without Megatron-Core.
+
+The files are those of ``dist_checkpointing.save`` of a GPTModel with equal layers: a tensor of every layer is one entry of shape
+``[layers, ...]`` with at least one piece a layer. The writer reads a tensor when its turn comes, so that nothing is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_rmipo.checkpoint.directory import read_metadata
+from megatron_rmipo.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A box of an entry, at ``offset``, of ``shape``; ``read`` gives it when it is written."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor of the checkpoint: its key, shape over all layers, dtype and the pieces it is cut into."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+
+def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequence[str], common: dict[str, Any]) -> None:
+    """Write a checkpoint in a folder that is there and empty.
+
+    Args:
+        directory: the folder.
+        entries: every tensor; the pieces that share a first offset (a layer) go to one file.
+        objects: keys of Megatron's per-layer objects to write as None.
+        common: what ``common.pt`` holds.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    writer = FileSystemWriter(directory)
+    storage: list[WriteResult] = []
+    for number, (name, items) in enumerate(_files_of(entries).items()):
+        file_name = f"__0_{number}.distcp"
+        with (directory / file_name).open("wb") as stream:
+            for entry, piece in items:
+                offset = stream.tell()
+                tensor = piece.read()
+                assert tensor.shape == piece.shape, (entry.key, name, tensor.shape)
+                assert tensor.dtype == entry.dtype, (entry.key, name, tensor.dtype)
+                torch.save(tensor, stream)
+                storage.append(_stored(MetadataIndex(entry.key, torch.Size(piece.offset)), file_name, offset, stream.tell()))
+            if number == 0:
+                storage += _write_objects(stream, file_name, objects)
+            stream.flush()
+            os.fsync(stream.fileno())
+    described: dict[str, Any] = {entry.key: _describe(entry) for entry in entries}
+    described.update({key: BytesStorageMetadata() for key in objects})
+    writer.finish(Metadata(state_dict_metadata=described), [storage])
+    torch.save(common, directory / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    versions = {"sharded_backend_version": 1, "common_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps({**backends, **versions}), encoding="utf-8")
+
+
+def _files_of(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Piece]]]:
+    files: dict[str, list[tuple[Entry, Piece]]] = {}
+    for entry in entries:
+        for piece in entry.pieces:
+            group = f"layer {piece.offset[0]}" if entry.key.startswith("decoder.layers.") else "others"
+            files.setdefault(group, []).append((entry, piece))
+    return files
+
+
+def _write_objects(stream: Any, file_name: str, objects: Sequence[str]) -> Iterator[WriteResult]:
+    for key in objects:
+        offset = stream.tell()
+        # Megatron stores the list of a rank's objects under a key.
+        data = io.BytesIO()
+        torch.save([None], data)
+        stream.write(data.getbuffer())
+        yield _stored(MetadataIndex(key), file_name, offset, stream.tell())
+
+
+def _stored(index: MetadataIndex, file_name: str, start: int, stop: int) -> WriteResult:
+    return WriteResult(index=index, size_in_bytes=stop - start, storage_data=_StorageInfo(file_name, start, stop - start))
+
+
+def _describe(entry: Entry) -> TensorStorageMetadata:
+    chunks = [ChunkStorageMetadata(offsets=torch.Size(piece.offset), sizes=torch.Size(piece.shape)) for piece in entry.pieces]
+    return TensorStorageMetadata(properties=TensorProperties(dtype=entry.dtype), size=torch.Size(entry.shape), chunks=chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    length: int
+
+
+class TorchDistReader:
+    """Reads parts of the tensors of a ``torch_dist`` checkpoint, written at any layout.
+
+    Args:
+        directory: the checkpoint.
+
+    Raises:
+        CheckpointError: its metadata is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        metadata = read_metadata(self.directory)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: item for key, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
+        }
+        self._chunks: dict[str, list[_Chunk]] = {key: [] for key in self.tensors}
+        sizes = {key: {tuple(c.offsets): tuple(c.sizes) for c in item.chunks} for key, item in self.tensors.items()}
+        for index, info in metadata.storage_data.items():
+            if index.fqn in self.tensors:
+                offset = tuple(index.offset)
+                path = self.directory / info.relative_path
+                self._chunks[index.fqn].append(_Chunk(offset, sizes[index.fqn][offset], path, info.offset, info.length))
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        dtype: torch.dtype = self.tensors[key].properties.dtype
+        return dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, over all layers and ranks."""
+        return tuple(self.tensors[key].size)
+
+    def read_rows(self, key: str, layer: int | None, start: int, stop: int) -> Tensor:
+        """Rows ``[start, stop)`` of a tensor, or of one layer of an entry of all layers; only they are read.
+
+        Args:
+            key: the entry.
+            layer: index along its first dimension, or None where that dimension is the rows.
+            start: first row.
+            stop: row after the last.
+
+        Raises:
+            CheckpointError: a file is damaged, or its pieces leave a gap.
+        """
+        shape = self.shape(key)
+        columns = shape[1:] if layer is None else shape[2:]
+        rows = torch.empty((stop - start, *columns), dtype=self.dtype(key))
+        filled = 0
+        for chunk in self._chunks[key]:
+            offset, extent = chunk.offset, chunk.shape
+            skipped = 0
+            if layer is not None:
+                if not offset[0] <= layer < offset[0] + extent[0]:
+                    continue
+                skipped = (layer - offset[0]) * extent[1]
+                offset, extent = offset[1:], extent[1:]
+            low, high = max(start, offset[0]), min(stop, offset[0] + extent[0])
+            if low >= high:
+                continue
+            part = self._read_chunk_rows(key, chunk, extent, skipped + low - offset[0], high - low)
+            where = (slice(low - start, high - start), *(slice(o, o + n) for o, n in zip(offset[1:], extent[1:], strict=True)))
+            rows[where] = part
+            filled += part.numel()
+        if filled != rows.numel():
+            raise CheckpointError(
+                f"{self.directory}: the pieces of {key} hold {filled} of {rows.numel()} values of its rows {start} to {stop}."
+            )
+        return rows
+
+    def _read_chunk_rows(self, key: str, chunk: _Chunk, extent: Sequence[int], first: int, count: int) -> Tensor:
+        """``count`` rows from row ``first`` of a piece seen as a stack of rows (layers run on)."""
+        dtype = self.dtype(key)
+        row_bytes = math.prod(extent[1:]) * dtype.itemsize
+        part = torch.empty((count, *extent[1:]), dtype=dtype)
+        try:
+            with chunk.path.open("rb") as stream:
+                position = _tensor_data_position(stream, chunk, math.prod(chunk.shape) * dtype.itemsize)
+                stream.seek(position + first * row_bytes)
+                read = stream.readinto(part.flatten().view(torch.uint8).numpy().data)
+        except (OSError, zipfile.BadZipFile, StopIteration) as error:
+            raise CheckpointError(f"{chunk.path} cannot be read where {key} lies: {error!r}.") from error
+        if read != part.numel() * dtype.itemsize:
+            raise CheckpointError(f"{chunk.path} ends where {key} lies: truncated.")
+        return part
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, seen as a file."""
+
+    def __init__(self, stream: Any, start: int, length: int) -> None:
+        self._stream, self._start, self._length, self._at = stream, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        self._stream.seek(self._start + self._at)
+        data: bytes = self._stream.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def _tensor_data_position(stream: Any, chunk: _Chunk, num_bytes: int) -> int:
+    """Where the bytes of a tensor begin in the file: torch.save keeps them uncompressed in a zip archive."""
+    with zipfile.ZipFile(_Window(stream, chunk.start, chunk.length)) as archive:
+        member = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != num_bytes:
+        raise zipfile.BadZipFile(f"{member.file_size} bytes instead of {num_bytes}")
+    stream.seek(chunk.start + member.header_offset)
+    header = stream.read(30)
+    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return int(chunk.start + member.header_offset + 30 + name_length + extra_length)
