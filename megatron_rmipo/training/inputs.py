@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.store import hf_assets_directory, latest_complete_iteration
+from megatron_rmipo.checkpoint.assets import check_output_directory
+from megatron_rmipo.checkpoint.directory import find_checkpoint, hf_assets_directory, latest_complete_iteration
+from megatron_rmipo.checkpoint.hf import open_weights
 from megatron_rmipo.config import Config
 from megatron_rmipo.data.loader import PairCollection
 from megatron_rmipo.data.pair_store import PairStore
@@ -39,22 +41,43 @@ def find_model(config: Config) -> ModelSource:
     """``--load`` where it holds a complete checkpoint, else ``--load-hf``.
 
     Raises:
-        ConfigError: neither is given, or ``--load`` is empty and there is nothing else to start from.
+        ConfigError: neither is given.
+        CheckpointError: ``--load`` holds no complete checkpoint and there is nothing else to start from.
+        ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
     """
     load, load_hf = config.checkpoint.load, config.model.load_hf
-    if load is not None:
-        iteration = latest_complete_iteration(Path(load))
-        if iteration is not None:
-            assets = hf_assets_directory(Path(load), iteration)
-            return ModelSource(read_architecture(assets), assets, None, Path(load))
-        if load_hf is None:
-            raise ConfigError(
-                f"--load {load}: no complete checkpoint there. Name a directory that holds one, convert a model with "
-                f"tools/convert_hf_to_megatron.py, or start from a Hugging Face model with --load-hf DIR."
-            )
+    if load is not None and (load_hf is None or latest_complete_iteration(Path(load)) is not None):
+        _, iteration = find_checkpoint(Path(load))
+        assets = hf_assets_directory(Path(load), iteration)
+        return ModelSource(read_architecture(assets), assets, None, Path(load))
     if load_hf is None:
         raise ConfigError("no model to start from: give --load-hf DIR (a Hugging Face model) or --load DIR (a checkpoint).")
-    return ModelSource(read_architecture(Path(load_hf)), Path(load_hf), Path(load_hf), None)
+    arch = read_architecture(Path(load_hf))
+    # Headers alone: missing, truncated or foreign weights show before anything is built.
+    open_weights(Path(load_hf), arch).close()
+    return ModelSource(arch, Path(load_hf), Path(load_hf), None)
+
+
+def check_outputs(config: Config) -> None:
+    """Refuse output directories in which something would be lost.
+
+    Raises:
+        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with.
+        ConversionError: ``--save-hf`` holds something.
+    """
+    if config.checkpoint.save_hf is not None:
+        check_output_directory(Path(config.checkpoint.save_hf), "--save-hf")
+    if config.checkpoint.save is None:
+        return
+    save = Path(config.checkpoint.save)
+    if save.exists() and not save.is_dir():
+        raise ConfigError(f"--save {save} is a file. Name a directory.")
+    goes_on = config.checkpoint.load is not None and Path(config.checkpoint.load).resolve() == save.resolve()
+    if any(save.glob("iter_*")) and not (goes_on and not config.checkpoint.finetune):
+        raise ConfigError(
+            f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or name "
+            f"another directory."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

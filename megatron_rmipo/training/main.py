@@ -27,7 +27,7 @@ from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.arguments import parse_arguments
 from megatron_rmipo.training.flops import forward_cost_model, pair_flops, peak_flops
-from megatron_rmipo.training.inputs import ModelSource, RunData, find_model, open_data
+from megatron_rmipo.training.inputs import ModelSource, RunData, check_outputs, find_model, open_data
 from megatron_rmipo.training.loop import Progress, Run, train
 from megatron_rmipo.training.reporting import Reporter
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
@@ -66,6 +66,7 @@ def run_training(config: Config) -> bool:
     data = open_data(config, source)
     data_layout = partial(_layout, config, source, data, objective)
     _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
+    check_outputs(config)
 
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
