@@ -116,7 +116,7 @@ def _attend_flex(query: Tensor, key: Tensor, value: Tensor, *, segments: Tensor,
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 @functools.lru_cache(maxsize=8)
