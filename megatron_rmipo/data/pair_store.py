@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 SEQUENCES_PER_PAIR = 3
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, documents with a leading zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,10 +237,18 @@ class PairStore:
             )
 
     def _open(self) -> Any:
-        try:
-            return _indexed_dataset().IndexedDataset(self.prefix)
-        except (AssertionError, ValueError, KeyError, OSError) as error:
-            raise DataError(f"{self._paths['idx']}: not a readable Megatron index ({error}). Preprocess again.") from None
+        path, num_sequences = self._paths["idx"], SEQUENCES_PER_PAIR * self.manifest.num_pairs
+        with open(path, "rb") as stream:
+            header = stream.read(_INDEX_HEADER.size)
+        # Checked here, since Megatron's reader leaves half-made objects behind when it stops at a bad header.
+        expected = (b"MMIDIDX\0\0", 1, num_sequences, self.manifest.num_pairs + 1)
+        magic, version, _, *counts = _INDEX_HEADER.unpack(header) if len(header) == _INDEX_HEADER.size else (b"", 0, 0, 0, 0)
+        if (magic, version, *counts) != expected:
+            raise DataError(
+                f"{path}: not a Megatron index of {self.manifest.num_pairs} pairs of three sequences. "
+                "Copy all three files of one run, or preprocess again."
+            )
+        return _indexed_dataset().IndexedDataset(self.prefix)
 
     def _read_lengths(self) -> npt.NDArray[np.int32]:
         sequence_lengths, documents = self._data.sequence_lengths, self._data.document_indices

@@ -18,7 +18,7 @@ from megatron_rmipo.data.formats import FORMATS, recognise_format
 from megatron_rmipo.data.pair_store import Manifest, PairStoreWriter, check_output_prefix
 from megatron_rmipo.data.progress import Progress
 from megatron_rmipo.data.rejects import RejectsFile
-from megatron_rmipo.data.rows import parse_columns, rename_columns
+from megatron_rmipo.data.rows import parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.sources import Source, first_rows, open_source
 from megatron_rmipo.data.tokenize import load_tokenizer
 from megatron_rmipo.data.workers import EncodedBatch, RowOptions, encode_batches
@@ -63,7 +63,9 @@ def preprocess(options: PreprocessOptions) -> Manifest:
     columns = parse_columns(options.columns)
     check_output_prefix(options.output_prefix, overwrite=options.overwrite)
     sources = [open_source(name, options.split) for name in options.input]
-    row_format = options.format or recognise_format(rename_columns(row, columns) for row in first_rows(sources))
+    peeked = list(first_rows(sources))
+    require_columns(peeked, columns)
+    row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)
     tokenizer = load_tokenizer(options.tokenizer_model)
     template = load_template(options.chat_template, tokenizer)
     PairEncoder(tokenizer, template, policy)  # refuses before any work what cannot work

@@ -7,7 +7,7 @@ pair is the business of :mod:`megatron_rmipo.data.formats`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron_rmipo.errors import DataError
@@ -136,6 +136,17 @@ def parse_columns(text: str | None) -> dict[str, str]:
             raise DataError(f"--columns: {ours} is given twice.")
         columns[ours] = theirs
     return columns
+
+
+def require_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Check that each column of ``--columns`` is in at least one of the first rows.
+
+    Raises:
+        DataError: naming the columns there are.
+    """
+    for ours, theirs in columns.items():
+        if rows and not any(ours in rename_columns(row, {ours: theirs}) for row in rows):
+            raise DataError(f"--columns {ours}={theirs}: no such column. The rows have: {', '.join(rows[0])}.")
 
 
 def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bool = False) -> PreferencePair:

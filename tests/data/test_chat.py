@@ -22,7 +22,10 @@ RENDERED = {
         "So.<|eot_id|>",
     ),
     "mistral": ("[INST] Be brief.\n\n Hi [/INST] Hello. </s>[INST] Why? [/INST]", " So. </s>"),
-    "zephyr": ("<|system|>\nBe brief. </s>\n<|user|>\n Hi</s>\n<|assistant|>\nHello.</s>\n<|user|>\nWhy? </s>\n<|assistant|>\n", " So. </s>\n"),
+    "zephyr": (
+        "<|system|>\nBe brief. </s>\n<|user|>\n Hi</s>\n<|assistant|>\nHello.</s>\n<|user|>\nWhy? </s>\n<|assistant|>\n",
+        " So. </s>\n",
+    ),
     "hh": ("Be brief.\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:", " So."),
 }
 
@@ -30,7 +33,9 @@ RENDERED = {
 def built_in(name: str) -> ChatTemplate:
     from megatron_rmipo.data.templates import ANSWER_FORMS
 
-    return ChatTemplate(name, BUILT_IN_TEMPLATES[name], {"bos_token": "<|begin_of_text|>", "eos_token": "</s>"}, ANSWER_FORMS[name])
+    return ChatTemplate(
+        name, BUILT_IN_TEMPLATES[name], {"bos_token": "<|begin_of_text|>", "eos_token": "</s>"}, ANSWER_FORMS[name]
+    )
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -74,7 +79,9 @@ def test_templates_get_what_they_are_written_for_and_no_more() -> None:
         "{% for m in messages %}\n{% if loop.index > 1 %}{% break %}{% endif %}\n"
         "{% generation %}{{ m['content'] | tojson }}{% endgeneration %}{% endfor %}"
     )
-    assert ChatTemplate("t", source, {}).render((Turn("user", "\u00e9<b>"),), add_generation_prompt=False) == 'no tools "\u00e9<b>"'
+    assert (
+        ChatTemplate("t", source, {}).render((Turn("user", "\u00e9<b>"),), add_generation_prompt=False) == 'no tools "\u00e9<b>"'
+    )
     hostile = ChatTemplate("t", "{{ messages.__class__.__mro__ }}", {})
     with pytest.raises(RowFault, match="unsafe"):
         hostile.render(CHAT, add_generation_prompt=False)
@@ -100,7 +107,9 @@ def test_the_template_is_the_tokenizers_own_unless_another_is_chosen(byte_bpe: P
         ("{{ raise_exception('never') }}", "never"),
     ],
 )
-def test_a_template_file_that_cannot_work_is_an_error(text: str, message: str, byte_bpe: PreferenceTokenizer, tmp_path: Path) -> None:
+def test_a_template_file_that_cannot_work_is_an_error(
+    text: str, message: str, byte_bpe: PreferenceTokenizer, tmp_path: Path
+) -> None:
     (tmp_path / "bad.jinja").write_text(text)
     with pytest.raises(DataError, match=message):
         load_template(str(tmp_path / "bad.jinja"), byte_bpe)

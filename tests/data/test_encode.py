@@ -21,7 +21,9 @@ def encoder(tokenizer: PreferenceTokenizer, template: str | None, policy: Length
     return PairEncoder(tokenizer, load_template(template, tokenizer), policy)
 
 
-def encode_one(tokenizer: PreferenceTokenizer, template: str | None, pair: PreferencePair, policy: LengthPolicy = WIDE) -> EncodedPair:
+def encode_one(
+    tokenizer: PreferenceTokenizer, template: str | None, pair: PreferencePair, policy: LengthPolicy = WIDE
+) -> EncodedPair:
     (result,) = encoder(tokenizer, template, policy).encode([pair])
     if isinstance(result, RowFault):
         raise result
@@ -33,10 +35,11 @@ def test_bos_and_the_end_stand_exactly_once(kind: str, template: str | None, req
     tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
     pair = encode_one(tokenizer, template, PAIR)
     end = tokenizer.backend.special_ids["<|eot_id|>"] if template is None else tokenizer.info.eos_token_id
-    assert pair.prompt[0] == tokenizer.info.bos_token_id
-    assert pair.prompt.count(tokenizer.info.bos_token_id) == 1
+    bos = tokenizer.info.bos_token_id
+    assert bos is not None
+    assert (pair.prompt[0], pair.prompt.count(bos)) == (bos, 1)
     for ids, text in ((pair.chosen, PAIR.chosen), (pair.rejected, PAIR.rejected)):
-        assert tokenizer.info.bos_token_id not in ids
+        assert bos not in ids
         assert (ids[-1], ids.count(end)) == (end, 1)
         assert not set(ids[:-1]) & set(tokenizer.backend.special_ids.values())
         assert tokenizer.decode_continuation(pair.prompt, ids[:-1]).strip() == text
@@ -112,7 +115,9 @@ CHAT = PreferencePair(
 )
 
 
-@pytest.mark.parametrize(("kind", "template"), [("byte_bpe", None), ("pieces", "mistral"), ("pieces", "zephyr"), ("pieces", "hh")])
+@pytest.mark.parametrize(
+    ("kind", "template"), [("byte_bpe", None), ("pieces", "mistral"), ("pieces", "zephyr"), ("pieces", "hh")]
+)
 def test_too_long_loses_the_oldest_turns_first(kind: str, template: str | None, request: pytest.FixtureRequest) -> None:
     tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
     whole = encode_one(tokenizer, template, CHAT)
@@ -127,7 +132,9 @@ def test_too_long_loses_the_oldest_turns_first(kind: str, template: str | None, 
     assert short.prompt == encode_one(tokenizer, template, CHAT._replace(prompt=(CHAT.prompt[0], CHAT.prompt[5]))).prompt
 
 
-@pytest.mark.parametrize(("kind", "template"), [("byte_bpe", None), ("pieces", "mistral"), ("pieces", "zephyr"), ("pieces", "hh")])
+@pytest.mark.parametrize(
+    ("kind", "template"), [("byte_bpe", None), ("pieces", "mistral"), ("pieces", "zephyr"), ("pieces", "hh")]
+)
 @pytest.mark.parametrize("written", ["", "</s><|eot_id|>"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.6])
 def test_a_single_turn_loses_its_beginning(

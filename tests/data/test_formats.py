@@ -10,7 +10,9 @@ from megatron_rmipo.errors import DataError
 
 USER = Turn("user", "Why?")
 PAIR = PreferencePair((USER,), "Because.", "No idea.")
-LONG = PreferencePair((Turn("system", "Be brief."), USER, Turn("assistant", "What?"), Turn("user", "That.")), "Because.", "No idea.")
+LONG = PreferencePair(
+    (Turn("system", "Be brief."), USER, Turn("assistant", "What?"), Turn("user", "That.")), "Because.", "No idea."
+)
 
 
 def messages(*turns: Turn) -> list[dict[str, str]]:
@@ -29,14 +31,22 @@ def answer(text: str) -> Turn:
 HH_LONG = "Be brief.\n\nHuman: Why?\n\nAssistant: What?\n\nHuman: That.\n\nAssistant:"
 ROWS: list[tuple[str, dict[str, Any], PreferencePair]] = [
     ("strings", {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}, PAIR),
-    ("strings", {"system": "Be brief.", "prompt": "Why?", "chosen": "a", "rejected": "b"}, PreferencePair((LONG.prompt[0], USER), "a", "b")),
+    (
+        "strings",
+        {"system": "Be brief.", "prompt": "Why?", "chosen": "a", "rejected": "b"},
+        PreferencePair((LONG.prompt[0], USER), "a", "b"),
+    ),
     ("messages", {"chosen": messages(USER, answer("Because.")), "rejected": messages(USER, answer("No idea."))}, PAIR),
     (  # UltraFeedback-binarized: the text prompt repeats the first turn
         "messages",
         {"prompt": "Why?", "chosen": messages(USER, answer("Because.")), "rejected": messages(USER, answer("No idea."))},
         PAIR,
     ),
-    ("messages", {"prompt": messages(*LONG.prompt), "chosen": messages(answer("Because.")), "rejected": messages(answer("No idea."))}, LONG),
+    (
+        "messages",
+        {"prompt": messages(*LONG.prompt), "chosen": messages(answer("Because.")), "rejected": messages(answer("No idea."))},
+        LONG,
+    ),
     ("messages", {"prompt": messages(*LONG.prompt), "chosen": "Because.", "rejected": "No idea."}, LONG),
     (
         "messages",
@@ -52,7 +62,11 @@ ROWS: list[tuple[str, dict[str, Any], PreferencePair]] = [
     ("hh", {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No idea."}, PAIR),
     (
         "sharegpt",
-        {"conversations": sharegpt(*LONG.prompt), "chosen": sharegpt(answer("Because."))[0], "rejected": sharegpt(answer("No idea."))[0]},
+        {
+            "conversations": sharegpt(*LONG.prompt),
+            "chosen": sharegpt(answer("Because."))[0],
+            "rejected": sharegpt(answer("No idea."))[0],
+        },
         LONG,
     ),
     ("sharegpt", {"conversations": sharegpt(USER), "chosen": "Because.", "rejected": "No idea."}, PAIR),

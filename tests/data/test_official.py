@@ -37,14 +37,16 @@ def test_then_responses_keep_their_beginning_and_lose_eos(pieces: PreferenceToke
 
 def test_a_boundary_that_differs_between_the_responses_is_refused(byte_bpe: PreferenceTokenizer) -> None:
     text = "Mix flour, water and salt; wait; bake it hot."
-    refused = 0
-    for cut in range(5, len(text)):
-        try:
-            encode_official(byte_bpe, text[:cut], text[cut:], "\u00e9 another", 512, 256)
-        except RowFault as fault:
-            assert fault.reason == "boundary"
-            refused += 1
-    assert 0 < refused < len(text) - 5
+    reasons = [_fault_reason(byte_bpe, text[:cut], text[cut:]) for cut in range(5, len(text))]
+    assert set(reasons) == {None, "boundary"}
+
+
+def _fault_reason(tokenizer: PreferenceTokenizer, prompt: str, response: str) -> str | None:
+    try:
+        encode_official(tokenizer, prompt, response, "\u00e9 another", 512, 256)
+    except RowFault as fault:
+        return fault.reason
+    return None
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
@@ -61,7 +63,9 @@ def test_answers_are_rendered_alone_without_bos(byte_bpe: PreferenceTokenizer) -
 
 
 @pytest.mark.skipif(not shared_data().is_dir(), reason="no shared data")
-@pytest.mark.parametrize(("name", "rows_file", "row_format"), [("hh200", "hh/helpful-train", "hh"), ("uf200", "ultrafeedback/train", "strings")])
+@pytest.mark.parametrize(
+    ("name", "rows_file", "row_format"), [("hh200", "hh/helpful-train", "hh"), ("uf200", "ultrafeedback/train", "strings")]
+)
 @pytest.mark.parametrize("limits", [(1024, 512), (256, 128)])
 def test_the_authors_text_and_ids_from_raw_rows(name: str, rows_file: str, row_format: str, limits: tuple[int, int]) -> None:
     tokenizer = load_tokenizer(str(shared_data() / "tokenizers" / "mistral-v1.model"))

@@ -79,7 +79,7 @@ def test_a_saved_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.M
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])})
     both.save_to_disk(str(tmp_path / "saved"))
     assert read(open_source(str(tmp_path / "saved"), "test")) == ROWS[:2]
-    with pytest.raises(DataError, match=r"--split is needed. It has: train, test"):
+    with pytest.raises(DataError, match=r"--split is needed\. It has: train, test"):
         open_source(str(tmp_path / "saved"))
     with pytest.raises(DataError, match="--split tset: no such split"):
         open_source(str(tmp_path / "saved"), "tset")
@@ -132,7 +132,7 @@ def test_damage_found_while_reading_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--split train: .* is a file"):
+    with pytest.raises(DataError, match=r"--split train: .* is a file"):
         open_source(str(write(tmp_path / "a.jsonl", LINES)), "train")
 
 

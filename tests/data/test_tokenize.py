@@ -50,7 +50,9 @@ def test_these_tokenizers_do_merge_across_boundaries(byte_bpe: PreferenceTokeniz
         assert merging > 10
 
 
-def test_bos_and_eos_stand_once_however_often_the_text_has_them(byte_bpe: PreferenceTokenizer, pieces: PreferenceTokenizer) -> None:
+def test_bos_and_eos_stand_once_however_often_the_text_has_them(
+    byte_bpe: PreferenceTokenizer, pieces: PreferenceTokenizer
+) -> None:
     for tokenizer, bos, eos in ((byte_bpe, "<|begin_of_text|>", "<|end_of_text|>"), (pieces, "<s>", "</s>")):
         plain = tokenizer.encode_rendered("[INST] a", " b")
         assert tokenizer.encode_rendered(f"{bos}[INST] a", f" b{eos}") == plain
@@ -109,9 +111,18 @@ def test_plain_text_never_becomes_a_special_token(byte_bpe: PreferenceTokenizer,
     ("normalizer", "pre_tokenizer"),
     [
         ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, {"type": "Lowercase"}]}, None),
-        ({"type": "Prepend", "prepend": "_"}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}),
+        (
+            {"type": "Prepend", "prepend": "_"},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ),
         (None, {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": False}),
-        (None, {"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": True}]}),
+        (
+            None,
+            {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": True}],
+            },
+        ),
     ],
 )
 def test_a_continuation_gets_no_space_put_before_it(normalizer: object, pre_tokenizer: object) -> None:
@@ -187,7 +198,9 @@ def test_what_is_no_tokenizer_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not shared_data().is_dir(), reason="no shared data")
 def test_the_mistral_tokenizer_reproduces_the_authors_untruncated_ids() -> None:
     tokenizer = load_tokenizer(str(shared_data() / "tokenizers" / "mistral-v1.model"))
-    rows = [json.loads(line) for line in (shared_data() / "official_tokenization" / "hh200_1024_512.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (shared_data() / "official_tokenization" / "hh200_1024_512.jsonl").read_text().splitlines()
+    ]
     for row in rows:  # none of these is truncated
         for name in ("chosen", "rejected"):
             ids = tokenizer.encode_rendered(row["text"]["prompt"], row["text"][name])

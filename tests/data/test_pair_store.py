@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rmipo.data.pair_store import Manifest, PairStore, PairStoreWriter, TokenizedPair, TokenizerInfo
+from megatron_rmipo.errors import DataError
+
+INFO = TokenizerInfo("f" * 64, 1003, 1, None)
+
+
+def make_pairs(count: int, vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
+    rng = np.random.default_rng(seed)
+    return [TokenizedPair(*(rng.integers(0, vocab_size, rng.integers(1, 40)) for _ in range(3))) for _ in range(count)]
+
+
+def write(prefix: Path, pairs: list[TokenizedPair], vocab_size: int = 1003, *, overwrite: bool = False) -> Manifest:
+    with PairStoreWriter(prefix, vocab_size, overwrite=overwrite) as writer:
+        for pair in pairs:
+            writer.add(pair)
+        return writer.finalize(Manifest(dataclasses.replace(INFO, vocab_size=vocab_size), counts={"rows": len(pairs)}))
+
+
+def same(a: TokenizedPair, b: TokenizedPair) -> bool:
+    return all(np.array_equal(getattr(a, part), getattr(b, part)) for part in ("prompt", "chosen", "rejected"))
+
+
+@pytest.mark.parametrize("vocab_size", [1003, 65_499, 65_500, 128_256])
+def test_what_is_written_is_read(tmp_path: Path, vocab_size: int) -> None:
+    pairs = make_pairs(23, vocab_size)
+    pairs[7] = dataclasses.replace(pairs[7], chosen=np.array([vocab_size - 1]))
+    manifest = write(tmp_path / "new" / "pairs", pairs, vocab_size)
+    store = PairStore(tmp_path / "new" / "pairs")
+    assert len(store) == 23
+    assert store.manifest == manifest
+    assert store.lengths.dtype == np.int32
+    for index, pair in enumerate(pairs):
+        assert same(store[index], pair)
+        assert store[index].prompt.dtype == np.int64
+        assert store.lengths[index].tolist() == [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+    assert same(store[-1], pairs[-1])
+    with pytest.raises(IndexError):
+        store[23]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pairs.bin", "pairs.idx", "pairs.json"]
+
+
+def test_megatron_reads_it_as_documents_of_three_sequences(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    pairs = make_pairs(5, 1003)
+    write(tmp_path / "pairs", pairs)
+    data = IndexedDataset(str(tmp_path / "pairs"))
+    assert data.document_indices.tolist() == [0, 3, 6, 9, 12, 15]
+    assert np.array_equal(data[3 * 2 + 1], pairs[2].chosen)
+
+
+def test_the_manifest_counts(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "pairs", make_pairs(1, 1003) * 3 + make_pairs(1, 1003, seed=4))
+    store = PairStore(tmp_path / "pairs")
+    total = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
+    assert manifest.num_pairs == 4
+    assert manifest.num_tokens == store.lengths.sum()
+    assert manifest.lengths["total"]["max"] == total.max()
+    assert manifest.lengths["chosen"]["p50"] == np.percentile(store.lengths[:, 1], 50)
+    assert manifest.counts == {"rows": 4}
+
+
+def test_a_store_travels_to_loader_processes(tmp_path: Path) -> None:
+    pairs = make_pairs(3, 1003)
+    write(tmp_path / "pairs", pairs)
+    payload = pickle.dumps(PairStore(tmp_path / "pairs"))
+    assert len(payload) < 500
+    assert same(pickle.loads(payload)[1], pairs[1])
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with PairStoreWriter(tmp_path / "pairs", 1003) as writer:
+            writer.add(make_pairs(1, 1003)[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    killed = PairStoreWriter(tmp_path / "pairs", 1003)
+    killed.add(make_pairs(1, 1003)[0])
+    killed._builder.data_file.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.incomplete.bin"]
+    with pytest.raises(DataError, match=r"pairs\.json: not found"):
+        PairStore(tmp_path / "pairs")
+    write(tmp_path / "pairs", make_pairs(2, 1003))
+    assert len(PairStore(tmp_path / "pairs")) == 2
+
+
+def test_replacing_takes_a_word(tmp_path: Path) -> None:
+    write(tmp_path / "pairs", make_pairs(2, 1003))
+    with pytest.raises(DataError, match=r"pairs\.bin, pairs\.idx, pairs\.json already there\. Pass --overwrite"):
+        write(tmp_path / "pairs", make_pairs(3, 1003))
+    assert len(PairStore(tmp_path / "pairs")) == 2
+    write(tmp_path / "pairs", make_pairs(3, 1003), overwrite=True)
+    assert len(PairStore(tmp_path / "pairs")) == 3
+
+
+def test_a_full_disk_keeps_the_earlier_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "pairs", make_pairs(2, 1003))
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"could not be written \(No space left on device\)"):
+        write(tmp_path / "pairs", make_pairs(3, 1003), overwrite=True)
+    assert len(PairStore(tmp_path / "pairs")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.bin", "pairs.idx", "pairs.json"]
+
+
+def test_no_pairs_are_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pairs"):
+        write(tmp_path / "pairs", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit_manifest(prefix: Path, **changes: object) -> None:
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "pairs"
+
+    def damaged(message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            PairStore(prefix)
+        write(prefix, make_pairs(4, 1003), overwrite=True)
+
+    write(prefix, make_pairs(4, 1003))
+    Path(f"{prefix}.bin").unlink()
+    damaged(r"pairs\.bin: missing, though pairs\.json is there")
+    whole = Path(f"{prefix}.bin").read_bytes()
+    Path(f"{prefix}.bin").write_bytes(whole[:-2])
+    damaged(r"pairs\.bin: \d+ bytes, but pairs\.json says \d+: truncated")
+    Path(f"{prefix}.idx").write_bytes(b"\0" * Path(f"{prefix}.idx").stat().st_size)
+    damaged(r"pairs\.idx: not a Megatron index of 4 pairs")
+    write(tmp_path / "other", make_pairs(4, 1003, seed=9))
+    Path(f"{prefix}.idx").write_bytes((tmp_path / "other.idx").read_bytes())
+    damaged(r"pairs\.idx: does not describe 4 pairs")
+    edit_manifest(prefix, num_pairs=3)
+    damaged(r"pairs\.idx: not a Megatron index of 3 pairs")
+    edit_manifest(prefix, version=0)
+    damaged(r"pairs\.json: version 0, this code reads 1")
+    Path(f"{prefix}.json").write_text("{")
+    damaged(r"pairs\.json: not a readable manifest")
+    Path(f"{prefix}.json").write_text('{"version": 1}')
+    damaged(r"pairs\.json: not a manifest of preference pairs")
+    edit_manifest(prefix, surprise=1)
+    damaged(r"pairs\.json: not a manifest of preference pairs")

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rmipo.data.pair_store import PairStore
+from megatron_rmipo.data.preprocess_cli import main
+from megatron_rmipo.data.tokenize import PreferenceTokenizer
+from tests.data.tokenizers import TEXTS, save_byte_bpe, save_sentencepiece, shared_data
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "preprocess_preferences.py"
+WORDS = " ".join(TEXTS).split()
+
+
+def rows(count: int) -> list[dict[str, object]]:
+    """Rows of odd lengths; every seventh cannot be used."""
+    made: list[dict[str, object]] = []
+    for i in range(count):
+        words = WORDS[i % 13 :]
+        row: dict[str, object] = {
+            "prompt": " ".join(words[: 3 + i % 11]),
+            "chosen": f"{i} is odd",
+            "rejected": " ".join(words[: i % 17 + 1]),
+        }
+        made.append({**row, "rejected": [None, 7, "", row["chosen"]][i // 7 % 4]} if i % 7 == 0 else row)
+    return made
+
+
+def write_rows(path: Path, content: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sentencepiece(tmp_path_factory.mktemp("model") / "small.model")
+
+
+def run(tmp_path: Path, model: Path, source: Path, *flags: str, prefix: str = "out") -> int:
+    base = ["--input", str(source), "--tokenizer-model", str(model), "--output-prefix", str(tmp_path / prefix)]
+    return main([*base, *([] if "--chat-template" in flags else ["--chat-template", "mistral"]), *flags])
+
+
+def test_rows_become_pairs_and_rejects_are_listed(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = rows(30)
+    source = write_rows(tmp_path / "rows.jsonl", content)
+    source.write_text(source.read_text() + '{"prompt": "cut off\n')
+    assert run(tmp_path, model, source) == 0
+    store = PairStore(tmp_path / "out")
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    assert len(store) == 25
+    assert [(reject["number"], reject["reason"], reject["field"]) for reject in rejects] == [
+        (1, "missing_field", "rejected"),
+        (8, "not_text", "rejected"),
+        (15, "empty_response", "rejected"),
+        (22, "identical", "rejected"),
+        (29, "missing_field", "rejected"),
+        (31, "malformed", ""),
+    ]
+    counts = store.manifest.counts
+    assert (counts["rows"], counts["kept"], counts["rejected"], counts["rejected/missing_field"]) == (31, 25, 6, 2)
+    assert store.manifest.format == "strings"
+    tokenizer = load(model)
+    usable = [row for i, row in enumerate(content) if i % 7]
+    for index, row in enumerate(usable):
+        prompt, chosen = tokenizer.encode_rendered(f"[INST] {row['prompt']} [/INST]", f" {row['chosen']} </s>")
+        assert (store[index].prompt.tolist(), store[index].chosen.tolist()) == (prompt, chosen)
+    out = capsys.readouterr().out
+    assert "25 pairs" in out
+    assert "rejected 6: 1 empty_response, 1 identical, 1 malformed, 2 missing_field, 1 not_text" in out
+
+
+def load(model: Path) -> PreferenceTokenizer:
+    from megatron_rmipo.data.tokenize import load_tokenizer
+
+    return load_tokenizer(str(model))
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_workers(tmp_path: Path) -> None:
+    directory = save_byte_bpe(tmp_path / "tokenizer")
+    source = write_rows(tmp_path / "rows.jsonl", rows(700))
+    for workers in ("1", "3"):
+        flags = ("--workers", workers, "--chat-template", "llama3", "--seq-length", "60")
+        assert run(tmp_path, directory, source, *flags, prefix=f"w{workers}") == 0
+    for ending in ("bin", "idx", "json", "rejects.jsonl"):
+        assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w3.{ending}").read_bytes()
+
+
+def test_several_inputs_stand_in_their_order(tmp_path: Path, model: Path) -> None:
+    first = write_rows(tmp_path / "a.jsonl", rows(7))
+    second = write_rows(tmp_path / "b.jsonl", rows(14)[7:])
+    assert run(tmp_path, model, first, "--input", str(first), str(second)) == 0
+    assert run(tmp_path, model, write_rows(tmp_path / "both.jsonl", rows(14)), prefix="both") == 0
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "both.bin").read_bytes()
+
+
+def test_columns_and_format_are_named(tmp_path: Path, model: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"question": "Why?", "answers": {"good": "So.", "bad": "No."}}])
+    columns = "prompt=question,chosen=answers.good,rejected=answers.bad"
+    assert run(tmp_path, model, source, "--columns", columns, "--format", "strings") == 0
+    assert len(PairStore(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--chat-template", "mistrall"), "not a readable file"),
+        (("--seq-length", "8"), "no row could be used: 10 rows rejected"),
+        (("--seq-length", "12", "--overlong", "error"), "Raise --seq-length"),
+        (("--overlong", "official"), "needs --max-prompt-length"),
+        (("--strict",), "--strict: 2 rows rejected (1 missing_field, 1 not_text)"),
+        (("--columns", "question=prompt"), "--columns: 'question=prompt'"),
+        (("--columns", "prompt=absent"), "no such column. The rows have: prompt, chosen, rejected"),
+        (("--split", "train"), "is a file and has no splits"),
+        (("--workers", "0"), "--workers 0"),
+        (("--format", "hh"), "no row could be used"),
+    ],
+)
+def test_a_mistake_is_one_message_and_leaves_no_data_set(
+    flags: tuple[str, ...], message: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", rows(10))
+    assert run(tmp_path, model, source, *flags) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") < 15
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out") and path.name != "out.rejects.jsonl"]
+
+
+def test_what_stands_at_the_prefix_is_kept(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", rows(10))
+    assert run(tmp_path, model, source) == 0
+    before = (tmp_path / "out.bin").read_bytes()
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(20))) == 1
+    assert "Pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out.bin").read_bytes() == before
+    assert run(tmp_path, model, source, "--overwrite") == 0
+    assert (tmp_path / "out.bin").read_bytes() != before
+
+
+def test_rejects_of_an_earlier_run_do_not_stay(tmp_path: Path, model: Path) -> None:
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(10))) == 0
+    assert (tmp_path / "out.rejects.jsonl").exists()
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(7)[1:]), "--overwrite") == 0
+    assert not (tmp_path / "out.rejects.jsonl").exists()
+
+
+def test_progress_lines_come_at_the_interval(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(300)), "--log-interval", "100") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "rows/s" in line]
+    assert [line.split(",")[0] for line in lines] == ["128 of 300 rows", "256 of 300 rows", "300 of 300 rows"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path, model: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", rows(7)[1:] * 40_000)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--input",
+        str(source),
+        "--tokenizer-model",
+        str(model),
+        "--output-prefix",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(
+        [*command, "--chat-template", "mistral"], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
+    partial = tmp_path / "out.incomplete.bin"
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.stat().st_size > 0
+    assert not [path for path in tmp_path.iterdir() if path.name in ("out.bin", "out.idx", "out.json")]
+
+
+def test_the_script_shows_its_help() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True, env=environment)
+    for flag in ("--input", "--tokenizer-model", "--output-prefix", "--workers", "--seq-length", "--overlong", "--strict"):
+        assert flag in done.stdout
+
+
+@pytest.mark.skipif(not shared_data().is_dir(), reason="no shared data")
+def test_ultrafeedback_keeps_what_can_be_used(tmp_path: Path) -> None:
+    model = shared_data() / "tokenizers" / "mistral-v1.model"
+    assert run(tmp_path, model, shared_data() / "ultrafeedback" / "train.jsonl", "--seq-length", "1024") == 0
+    store = PairStore(tmp_path / "out")
+    counts = store.manifest.counts
+    assert counts["rows"] == 1000
+    assert counts["kept"] + counts["rejected"] == 1000
+    assert counts["rejected/empty_response"] == 2
+    assert counts["rejected/tied"] == 111
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    assert [reject["number"] - 1 for reject in rejects if reject["reason"] == "empty_response"] == [478, 833]
+    assert (store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)).max() <= 1024
+    for index in range(len(store)):
+        pair = store[index]
+        assert (pair.prompt[0], (pair.prompt == 1).sum()) == (1, 1)
+        for response in (pair.chosen, pair.rejected):
+            assert (response[-1], (response == 2).sum()) == (2, 1)
