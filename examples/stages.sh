@@ -112,6 +112,8 @@ train_stage() {
 # run_stages FLAGS...: everything; the flags go to the preference training.
 run_stages() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
+    # Every rank would repeat what Megatron-Core says at import of packages it can do without.
+    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
     if [[ -n "${EMBEDDED:-}" ]]; then
         stage "make the embedded inputs" "$HF_MODEL/config.json" \
             python examples/embedded/make_inputs.py --output "$INPUTS" --seed 1

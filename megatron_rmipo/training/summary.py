@@ -22,6 +22,7 @@ _ROWS = {
     "rewards/margins/p50": "reward margin, median",
     "rewards/chosen": "reward of chosen",
     "rewards/rejected": "reward of rejected",
+    "gamma": "target margin gamma, mean",
     "gamma/p5": "target margin gamma, 5 %",
     "gamma/p50": "target margin gamma, median",
     "gamma/p95": "target margin gamma, 95 %",
@@ -84,17 +85,16 @@ def describe_margins(after: Record, gamma_min: float, gamma_max: float) -> str:
         return ""
     middle = (gamma_min + gamma_max) / 2
     median, widest = after["gamma/p50"], after["gamma/p95"]
-    figures = (
-        f"half of the pairs have a target margin below {median:.2f}, one in twenty one above {widest:.2f} "
-        f"(of {gamma_min} to {gamma_max})"
-    )
     if median < middle < widest:
-        verdict = "as the paper claims, ambiguous pairs keep a wide margin while the others lose it"
+        verdict = "ambiguous pairs keep a wide margin while clear ones have lost theirs, as the paper claims"
     elif median >= middle:
-        verdict = "most pairs keep a wide margin, so the prompt tells few of them apart; the split the paper claims does not show"
+        verdict = "most pairs keep a wide margin: the prompt tells few of them apart, and what the paper claims does not show"
     else:
-        verdict = "nearly all pairs have lost theirs, so too few ambiguous ones are left to show what the paper claims"
-    return f"Target margins: {verdict}: {figures}."
+        verdict = "nearly all pairs have lost theirs: too few ambiguous ones are left to show what the paper claims"
+    return (
+        f"Target margins, of {gamma_min} to {gamma_max}: at most {median:.2f} for half of the pairs, at least {widest:.2f} for one in "
+        f"twenty; {verdict}."
+    )
 
 
 def summarize_run(log_dir: Path) -> str:
