@@ -92,8 +92,8 @@ def describe_margins(after: Record, gamma_min: float, gamma_max: float) -> str:
     else:
         verdict = "nearly all pairs have lost theirs: too few ambiguous ones are left to show what the paper claims"
     return (
-        f"Target margins, of {gamma_min} to {gamma_max}: at most {median:.2f} for half of the pairs, at least {widest:.2f} for one in "
-        f"twenty; {verdict}."
+        f"Target margins, of {gamma_min} to {gamma_max}: at most {median:.2f} for half of the pairs, at least {widest:.2f} for one "
+        f"in twenty; {verdict}."
     )
 
 
