@@ -70,7 +70,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rmipo", "megatron_rmipo.*"]),
-    package_data={"megatron_rmipo": ["py.typed", "**/*.jinja"]},
+    package_data={"megatron_rmipo": ["py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"{command} = {target}" for command, target in COMMANDS.items()]},
