@@ -20,7 +20,7 @@ by reason and listed in PREFIX.rejects.jsonl."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="preprocess_preferences.py", description=_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="preprocess_preferences.py", description=_DESCRIPTION, allow_abbrev=False)
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input",

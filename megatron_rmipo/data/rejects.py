@@ -14,9 +14,20 @@ from megatron_rmipo.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A row left out: where it stands, and why."""
+    """A row left out: where it stands, and why.
+
+    Attributes:
+        source: file or data set name.
+        unit: what ``number`` counts: ``line`` of a file or ``row`` of a data set, from 1.
+        number: its place.
+        reason: a key of :data:`megatron_rmipo.data.rows.REASONS`.
+        field: the column at fault, empty where none is.
+        message: what is wrong.
+        excerpt: the beginning of the row.
+    """
 
     source: str
+    unit: str
     number: int
     reason: str
     field: str
@@ -24,7 +35,7 @@ class Reject:
     excerpt: str
 
     def __str__(self) -> str:
-        where = f"{self.source}: row {self.number}" + (f", {self.field}" if self.field else "")
+        where = f"{self.source}: {self.unit} {self.number}" + (f", {self.field}" if self.field else "")
         return f"{where}: {self.message} [{self.reason}]"
 
 

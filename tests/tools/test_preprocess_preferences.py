@@ -117,6 +117,7 @@ def test_columns_and_format_are_named(tmp_path: Path, model: Path) -> None:
         (("--seq-length", "8"), "no row could be used: 10 rows rejected"),
         (("--seq-length", "12", "--overlong", "error"), "Raise --seq-length"),
         (("--overlong", "official"), "needs --max-prompt-length"),
+        (("--seq-length", "12", "--overlong", "error"), "rows.jsonl: line "),
         (("--strict",), "--strict: 2 rows rejected (1 missing_field, 1 not_text)"),
         (("--columns", "question=prompt"), "--columns: 'question=prompt'"),
         (("--columns", "prompt=absent"), "no such column. The rows have: prompt, chosen, rejected"),
