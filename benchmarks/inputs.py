@@ -1,0 +1,71 @@
+"""Pairs and weights that both sides of a benchmark read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from megatron_rmipo.data.pair_store import PairStore, TokenizedPair
+
+BOS, EOS = 1, 2
+
+
+class Pairs(Sequence[TokenizedPair]):
+    """Pairs in memory, with the lengths a batch is cut by."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
+        self._pairs = list(pairs)
+        self.lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._pairs[index]
+
+
+def read_pairs(options: argparse.Namespace) -> Pairs:
+    """The first ``--num-pairs`` pairs: prepared ones, or random tokens of given or drawn lengths."""
+    if options.data_path is not None:
+        store = PairStore(options.data_path)
+        return Pairs([store[index] for index in range(min(options.num_pairs, len(store)))])
+    rng = np.random.default_rng(options.seed)
+    if options.lengths is not None:
+        rows = [json.loads(line) for line in options.lengths.read_text(encoding="utf-8").splitlines()[: options.num_pairs]]
+        lengths = np.array([[row["prompt_len"], row["chosen_len"], row["rejected_len"]] for row in rows])
+    else:
+        # Skewed like chat data: medians of 120 and 160 tokens, some several times longer.
+        lengths = rng.lognormal(np.log([120.0, 160.0, 160.0]), [0.9, 0.7, 0.7], size=(options.num_pairs, 3)).astype(np.int64)
+    lengths = np.maximum(1, np.floor(lengths / options.shrink)).astype(np.int64)
+    lengths = np.minimum(lengths, options.seq_length // 2)
+    pairs = []
+    for prompt, chosen, rejected in lengths:
+        tokens = [rng.integers(3, options.vocab_size, size=size) for size in (prompt, chosen, rejected)]
+        tokens[0][0] = BOS
+        tokens[1][-1] = tokens[2][-1] = EOS
+        pairs.append(TokenizedPair(*tokens))
+    return Pairs(pairs)
+
+
+def save_random_model(options: argparse.Namespace, directory: Path) -> None:
+    """A Llama of the given size with random weights, which both sides read."""
+    config = transformers.LlamaConfig(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.ffn_hidden_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_query_groups,
+        max_position_embeddings=max(2048, options.seq_length),
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    torch.manual_seed(options.seed)
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
