@@ -72,7 +72,7 @@ check: $(STAMP)
 	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'tools/*.sh' 'benchmarks/*.sh')
 
 bench: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/run.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.bench_step
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs work
