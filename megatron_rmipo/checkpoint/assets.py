@@ -93,7 +93,7 @@ def check_space(directory: Path, num_bytes: int) -> None:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
-        raise OSError(f"{num_bytes / 2**20:,.0f} MiB are needed, and {free / 2**20:,.0f} MiB are free there")
+        raise OSError(f"{num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,199 @@
+"""Command line of ``tools/verify_conversion.py``. Starts its own ranks, unless torchrun did."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rmipo.checkpoint.command import add_debug_flag, iteration_argument, run_command
+from megatron_rmipo.checkpoint.hf import load_hf_weights
+from megatron_rmipo.checkpoint.store import load_checkpoint
+from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
+from megatron_rmipo.data.tokenize import load_tokenizer
+from megatron_rmipo.errors import ConversionError, RmipoError
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.model.policy import build_policy, transformer_config
+from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+
+_DESCRIPTION = """\
+Compare the logits of a Megatron model with those transformers computes from the Hugging Face model, on text, at a tensor and
+pipeline parallel size. Exit code 1 where they differ by more than --tolerance."""
+_TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome. What is the capital of Portugal?",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+    "A preference pair holds a prompt, a response that was preferred and one that was not.",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
+_RANDOM_TEXTS = 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="verify_conversion.py", description=_DESCRIPTION)
+    parser.add_argument("--hf-model", required=True, type=Path, metavar="DIR", help="what transformers loads")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        metavar="DIR",
+        help="directory of Megatron checkpoints to compare (default: read --hf-model directly)",
+    )
+    parser.add_argument("--iteration", type=iteration_argument, metavar="N|release", help="which checkpoint of --load")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="TP")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="PP")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text a line (default: three built-in sentences)")
+    parser.add_argument(
+        "--seq-length", type=int, default=512, help="longer texts are cut to this many tokens (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="dtype to compute in (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=float, help="largest difference of two logits (default: 1e-4 in float32, 0.5 in bfloat16)"
+    )
+    add_debug_flag(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    flags = build_parser().parse_args(argv)
+    return run_command(lambda: _start(flags), debug=flags.debug)
+
+
+def _start(flags: argparse.Namespace) -> None:
+    arch = read_architecture(flags.hf_model)
+    world_size = _check_layout(arch, flags)
+    texts = _read_texts(flags, arch)
+    if world_size == 1 or "RANK" in os.environ:
+        agreement = _verify(flags, arch, texts)
+    else:
+        agreement = _verify_on_ranks(flags, arch, texts, world_size)
+    tolerance = _TOLERANCES[flags.dtype] if flags.tolerance is None else flags.tolerance
+    if int(os.environ.get("RANK", "0")) == 0:
+        _show(agreement, flags)
+    if not agreement.max_difference <= tolerance:
+        raise ConversionError(f"the logits differ by {agreement.max_difference:.3g}, more than --tolerance {tolerance:g}.")
+
+
+def _verify(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tensor]) -> Agreement:
+    groups = initialize_runtime(flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size)
+    try:
+        dtype = _DTYPES[flags.dtype]
+        policy = build_policy(arch, transformer_config(arch, groups, dtype=dtype), groups)
+        if flags.load is None:
+            load_hf_weights(policy, flags.hf_model, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+        else:
+            load_checkpoint(
+                flags.load,
+                model=policy,
+                optimizer=None,
+                scheduler=None,
+                load_rng=False,
+                groups=groups,
+                iteration=flags.iteration,
+            )
+        return compare_with_transformers(policy, flags.hf_model, texts, groups, dtype)
+    finally:
+        shutdown_runtime()
+
+
+def _verify_on_ranks(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tensor], world_size: int) -> Agreement:
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    ranks = torch.multiprocessing.start_processes(
+        _rank, (world_size, port, flags, arch, texts, results), nprocs=world_size, join=False, start_method="spawn"
+    )
+    while not ranks.join():
+        pass
+    outcome: Agreement | RmipoError = results.get()
+    if isinstance(outcome, RmipoError):
+        raise outcome
+    return outcome
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    flags: argparse.Namespace,
+    arch: ModelArchitecture,
+    texts: list[Tensor],
+    results: object,
+) -> None:
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), **address)
+    outcome: Agreement | RmipoError
+    try:
+        outcome = _verify(flags, arch, texts)
+    except RmipoError as error:
+        # The faults of a user, in the checkpoint or the files, are the same on every rank.
+        outcome = error
+    if rank == 0:
+        results.put(outcome)  # type: ignore[attr-defined]
+
+
+def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace) -> int:
+    """The number of ranks, TP x PP."""
+    tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
+    if tp < 1 or arch.num_query_groups % tp or arch.ffn_hidden_size % tp:
+        fitting = [
+            n for n in range(1, arch.num_query_groups + 1) if not arch.num_query_groups % n and not arch.ffn_hidden_size % n
+        ]
+        raise ConversionError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's {arch.num_query_groups} key/value heads and "
+            f"{arch.ffn_hidden_size} feed-forward channels. Use one of {', '.join(map(str, fitting))}."
+        )
+    if pp < 1 or arch.num_layers % pp:
+        fitting = [n for n in range(1, arch.num_layers + 1) if not arch.num_layers % n]
+        raise ConversionError(
+            f"--pipeline-model-parallel-size {pp} does not divide the model's {arch.num_layers} layers. "
+            f"Use one of {', '.join(map(str, fitting))}."
+        )
+    started = int(os.environ.get("WORLD_SIZE", tp * pp))
+    if "RANK" in os.environ and started != tp * pp:
+        raise ConversionError(f"torchrun started {started} ranks, but TP {tp} x PP {pp} is {tp * pp}. Start it without torchrun.")
+    return tp * pp
+
+
+def _read_texts(flags: argparse.Namespace, arch: ModelArchitecture) -> list[Tensor]:
+    length = min(flags.seq_length, arch.max_position_embeddings, arch.sliding_window or flags.seq_length)
+    if length < 2:
+        raise ConversionError(f"--seq-length {flags.seq_length} leaves nothing to compare. Use at least 2.")
+    lines: Sequence[str] = _TEXTS
+    if flags.text is not None:
+        try:
+            lines = [line for line in flags.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConversionError(f"--text {flags.text} cannot be read: {error}.") from error
+        if not lines:
+            raise ConversionError(f"--text {flags.text} is empty.")
+    elif not any((flags.hf_model / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        print(f"{flags.hf_model} holds no tokenizer: random token ids instead of text.")
+        generator = torch.Generator().manual_seed(1234)
+        return [torch.randint(arch.vocab_size, (min(length, 64),), generator=generator) for _ in range(_RANDOM_TEXTS)]
+    tokenizer = load_tokenizer(str(flags.hf_model))
+    texts = [torch.tensor(tokenizer.encode(line)[:length], dtype=torch.int64) for line in lines]
+    for line, ids in zip(lines, texts, strict=True):
+        if ids.numel() == 0 or int(ids.max()) >= arch.vocab_size:
+            raise ConversionError(
+                f"{flags.hf_model}: its tokenizer turns {line[:40]!r} into ids beyond a vocabulary of {arch.vocab_size}."
+            )
+    return texts
+
+
+def _show(agreement: Agreement, flags: argparse.Namespace) -> None:
+    source = "weights of --hf-model" if flags.load is None else f"{flags.load}"
+    layout = f"TP {flags.tensor_model_parallel_size}, PP {flags.pipeline_model_parallel_size}, {flags.dtype}"
+    print(f"{source} against transformers on {flags.hf_model} ({layout}), {agreement.num_tokens} tokens")
+    print(f"  max |logit difference|  {agreement.max_difference:.3g}")
+    print(f"  mean KL                 {agreement.mean_kl:.3g} nats")
+    print(f"  top-1 agreement         {100 * agreement.top1:.2f} %")
