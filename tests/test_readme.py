@@ -1,4 +1,4 @@
-"""README.md and CONTRIBUTING.md name only what exists: targets, files, commands and flags."""
+"""README.md, CONTRIBUTING.md and docs/ name only what exists: targets, files, commands and flags."""
 
 import re
 import shlex
@@ -13,6 +13,7 @@ from megatron_rmipo.training.arguments import parse_arguments
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 # Names that stand for the reader's own, or for what a run makes.
 OUTPUTS = ("data/pairs", "work/", "runs/", ".venv")
 
@@ -28,7 +29,8 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 def tool_commands() -> list[list[str]]:
-    return [words for words in command_lines(README) if words[0] == "python" and words[1].startswith("tools/")]
+    found = [words for text in DOCUMENTS.values() for words in command_lines(text)]
+    return [words for words in found if words[0] == "python" and words[1].startswith("tools/")]
 
 
 def test_the_commands_are_found() -> None:
@@ -68,19 +70,24 @@ def test_the_annotated_tree_is_the_tree() -> None:
 
 
 def test_the_trainers_commands_parse() -> None:
-    trainings = [words for words in command_lines(README) if "megatron_rmipo.train" in words and "--help" not in words]
+    found = [words for text in DOCUMENTS.values() for words in command_lines(text)]
+    trainings = [words for words in found if "megatron_rmipo.train" in words and "--help" not in words]
     assert trainings
     for words in trainings:
         parse_arguments(words[words.index("megatron_rmipo.train") + 1 :])
 
 
-@pytest.mark.parametrize("words", tool_commands(), ids=lambda words: Path(words[1]).stem)
-def test_the_tools_have_the_flags_they_are_shown_with(words: list[str]) -> None:
-    result = subprocess.run(
-        [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    flags = [word.split("=")[0] for word in words if word.startswith("--")]
-    assert all(re.search(rf"{flag}\b", result.stdout) for flag in flags)
+@pytest.mark.parametrize("tool", sorted({words[1] for words in tool_commands()}))
+def test_the_tools_have_the_flags_they_are_shown_with(tool: str) -> None:
+    result = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    flags = {word.split("=")[0] for words in tool_commands() if words[1] == tool for word in words if word.startswith("--")}
+    missing = [flag for flag in flags if not re.search(rf"{flag}\b", result.stdout)]
+    assert not missing
+
+
+def test_tools_are_thin() -> None:
+    for path in (ROOT / "tools").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 30, path.name
 
 
 def test_console_commands_lead_to_functions() -> None:
