@@ -61,13 +61,12 @@ def _indexed_dataset() -> ModuleType:
 
 @contextlib.contextmanager
 def _disk_errors_named(prefix: str) -> Iterator[None]:
-    """Turn a failed write into an error that names the data set and leaves the earlier files alone."""
+    """Turn a failed write into an error that names the data set."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{prefix}: could not be written ({error.strerror or error}). Nothing was changed at this prefix; "
-            "free some space or choose another --output-prefix."
+            f"{prefix}: could not be written ({error.strerror or error}). Free some space, or choose another --output-prefix."
         ) from error
 
 

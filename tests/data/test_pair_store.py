@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -117,6 +118,24 @@ def test_a_full_disk_keeps_the_earlier_data_set(tmp_path: Path, monkeypatch: pyt
         write(tmp_path / "pairs", make_pairs(3, 1003), overwrite=True)
     assert len(PairStore(tmp_path / "pairs")) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.bin", "pairs.idx", "pairs.json"]
+
+
+def test_an_interrupted_replacement_does_not_pass_for_the_earlier_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "pairs", make_pairs(2, 1003))
+    replace = os.replace
+
+    def stop_at_the_index(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_index)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "pairs", make_pairs(3, 1003), overwrite=True)
+    with pytest.raises(DataError, match=r"pairs\.json: not found"):
+        PairStore(tmp_path / "pairs")
 
 
 def test_no_pairs_are_no_data_set(tmp_path: Path) -> None:
