@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
+from megatron_rmipo.checkpoint.adam_state import load_optimizer, make_adam_state
 from megatron_rmipo.checkpoint.agreement import first_cause, on_first_rank
 from megatron_rmipo.checkpoint.assets import check_space, copy_hf_assets
 from megatron_rmipo.checkpoint.directory import (
@@ -164,7 +165,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path} cannot be loaded: {first_cause(error)}.") from error
     _unwrap(model).load_state_dict(loaded["model"], strict=False)
     if with_optimizer is not None:
-        with_optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(with_optimizer, loaded["optimizer"])
     elif optimizer is not None:
         optimizer.reload_model_params()
     if scheduler is not None and not weights_only:
@@ -181,6 +182,7 @@ def _sharded_state(
     weights = _unwrap(model).sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
+        make_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
