@@ -85,6 +85,16 @@ def test_kinds_are_what_they_are_called(form: int) -> None:
     assert sentences(partial.rejected)[1] in BOILERPLATE
 
 
+def test_an_answer_to_another_prompt_has_another_verb_and_another_object() -> None:
+    rng = random.Random(6)
+    for _ in range(400):
+        topic = random_topic(rng)
+        other = preference_row(topic, "other_prompt", rng).rejected
+        words = set(other.replace(",", "").replace(".", "").split())
+        assert TOOLS[topic.verb] not in other
+        assert not words & {topic.object, f"{topic.object}s"}
+
+
 def test_a_near_topic_differs_in_one_word_and_its_answer_is_wrong_for_the_prompt() -> None:
     rng = random.Random(5)
     for _ in range(200):
