@@ -37,6 +37,6 @@ def first_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         failures = [failure[0] for failure in error.failures.values()]
         return first_cause(failures[0]) if failures else "another rank failed"
-    cause = error.__cause__ or error
+    cause = error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None) or error
     text = str(cause).rstrip(".") or type(cause).__name__
     return text.splitlines()[0]

@@ -74,7 +74,7 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
                 tensor = piece.read()
                 assert tensor.shape == piece.shape, (entry.key, name, tensor.shape)
                 assert tensor.dtype == entry.dtype, (entry.key, name, tensor.dtype)
-                torch.save(tensor, stream)
+                _save(tensor, stream)
                 storage.append(_stored(MetadataIndex(entry.key, torch.Size(piece.offset)), file_name, offset, stream.tell()))
             if number == 0:
                 storage += _write_objects(stream, file_name, objects)
@@ -83,7 +83,8 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
     described: dict[str, Any] = {entry.key: _describe(entry) for entry in entries}
     described.update({key: BytesStorageMetadata() for key in objects})
     writer.finish(Metadata(state_dict_metadata=described), [storage])
-    torch.save(common, directory / "common.pt")
+    with (directory / "common.pt").open("wb") as stream:
+        _save(common, stream)
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps({**backends, **versions}), encoding="utf-8")
@@ -96,6 +97,15 @@ def _files_of(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Piece]]]:
             group = f"layer {piece.offset[0]}" if entry.key.startswith("decoder.layers.") else "others"
             files.setdefault(group, []).append((entry, piece))
     return files
+
+
+def _save(value: Any, stream: Any) -> None:
+    try:
+        torch.save(value, stream)
+    except RuntimeError as error:
+        # torch's archive, closed after a write that failed, complains of its own length.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(str(cause)) from error
 
 
 def _write_objects(stream: Any, file_name: str, objects: Sequence[str]) -> Iterator[WriteResult]:

@@ -38,7 +38,9 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
     settings = {**_COMMON, **changes}
     shard_size = settings.pop("max_shard_size", "5GB")
     if kind == "mistral":
-        model: Any = MistralForCausalLM(MistralConfig(**{"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0, **settings}))
+        model: Any = MistralForCausalLM(
+            MistralConfig(**{"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0, **settings})
+        )
     else:
         extra: dict[str, Any] = {
             "llama2": {"num_key_value_heads": 6, "rms_norm_eps": 1e-5},

@@ -1,0 +1,213 @@
+"""Offline conversion: bit-exact round trips, faults of the input, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rmipo.checkpoint import assets, convert, hf_to_megatron_cli, megatron_to_hf_cli
+from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_rmipo.checkpoint.directory import latest_complete_iteration
+from megatron_rmipo.checkpoint.safetensors_files import WeightFiles
+from megatron_rmipo.errors import CheckpointError, ConversionError
+from tests.checkpoint.models import KINDS, write_hf_model
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pieces smaller than a tensor, with odd ends, as a large model has them.
+    monkeypatch.setattr("megatron_rmipo.checkpoint.safetensors_files.PIECE_BYTES", 1000)
+    source = write_hf_model(tmp_path / "in", kind, dtype=dtype, max_shard_size="90KB")
+    convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    assert latest_complete_iteration(tmp_path / "checkpoint") == "release"
+    convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", max_shard_bytes=60000)
+    assert_same(tensors(source), tensors(tmp_path / "out"))
+    assert (source / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 70000
+
+
+def test_dtype_is_chosen_and_told(tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "in", "llama31")
+    convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", dtype="bfloat16")
+    assert_same({name: tensor.bfloat16() for name, tensor in tensors(source).items()}, tensors(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_head_stored_beside_a_tied_embedding(tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "in", "llama32_tied")
+    stored = tensors(source)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, source / "model.safetensors")
+    convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    stored["lm_head.weight"][5, 3] += 1
+    save_file(stored, source / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"lm_head\.weight differs"):
+        convert_hf_to_megatron(source, tmp_path / "other")
+
+
+def _truncate(source: Path) -> None:
+    with (source / "model.safetensors").open("r+b") as stream:
+        stream.truncate(100000)
+
+
+def _pointer(source: Path) -> None:
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def _index_of_nothing(source: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _changed(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(source: Path) -> None:
+        stored = tensors(source)
+        change(stored)
+        save_file(stored, source / "model.safetensors")
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_truncate, "truncated"),
+        (_pointer, "too short for the header"),
+        (_index_of_nothing, r"model-00001-of-00002\.safetensors"),
+        (lambda source: (source / "model.safetensors").unlink(), "has neither"),
+        (_changed(lambda stored: stored.pop("model.norm.weight")), r"missing \(1\): model\.norm\.weight"),
+        (_changed(lambda stored: stored.update(extra=torch.ones(2))), r"not used \(1\): extra"),
+        (_changed(lambda stored: stored.update({"model.norm.weight": torch.ones(5)})), r"shape \[5\].*\[48\]"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    source = write_hf_model(tmp_path / "in", "llama2")
+    spoil(source)
+    with pytest.raises(ConversionError, match=message):
+        convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_output_that_holds_something_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_hf_model(tmp_path / "in", "llama2")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    assert hf_to_megatron_cli.main(["--hf-model", str(source), "--save", str(tmp_path / "out")]) == 1
+    assert "holds notes" in capsys.readouterr().err
+    assert hf_to_megatron_cli.main(["--hf-model", str(source), "--save", str(tmp_path / "checkpoint")]) == 0
+    assert megatron_to_hf_cli.main(["--load", str(tmp_path / "checkpoint"), "--save-hf", str(tmp_path / "out")]) == 1
+    assert "holds notes" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
+
+
+def test_half_written_checkpoint_is_refused(tmp_path: Path) -> None:
+    convert_hf_to_megatron(write_hf_model(tmp_path / "in", "llama2"), tmp_path / "checkpoint")
+    with (tmp_path / "checkpoint" / "release" / "__0_1.distcp").open("r+b") as stream:
+        stream.truncate(5000)
+    with pytest.raises(CheckpointError, match=r"__0_1\.distcp has 5000 bytes"):
+        convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_hf_model(tmp_path / "in", "llama2")
+    convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for action in (
+        lambda: convert_hf_to_megatron(source, tmp_path / "a"),
+        lambda: convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "b"),
+    ):
+        with pytest.raises(ConversionError, match=r"MiB are needed, and 0\.0 MiB are free"):
+            action()
+    assert not list(tmp_path.glob("a/*")) + list(tmp_path.glob("b*"))
+
+
+def test_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "in", "llama2")
+    convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30000, before[1]))
+    try:
+        with pytest.raises(ConversionError, match="cannot be written"):
+            convert_hf_to_megatron(source, tmp_path / "a")
+        with pytest.raises(ConversionError, match="cannot be written"):
+            convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("a/*")) + list(tmp_path.glob("b*"))
+
+
+def test_slices_are_read_and_no_more(tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "in", "llama2")
+    files = WeightFiles(source)
+    whole = tensors(source)["model.layers.2.mlp.down_proj.weight"]
+    part = files.read("model.layers.2.mlp.down_proj.weight", slice(7, 31), slice(11, 20))
+    assert torch.equal(part, whole[7:31, 11:20])
+    assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+_MEASURE = """
+import sys
+from megatron_rmipo.checkpoint import hf_to_megatron_cli, megatron_to_hf_cli
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+before = peak()
+tool = {"in": hf_to_megatron_cli, "out": megatron_to_hf_cli}[sys.argv[1]]
+assert tool.main(sys.argv[2:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_conversion_needs_less_than_a_quarter_of_the_checkpoint(tmp_path: Path) -> None:
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
+    source = write_hf_model(tmp_path / "in", "llama31", dtype=torch.bfloat16, vocab_size=32003, num_key_value_heads=4, **size)
+    num_bytes = (source / "model.safetensors").stat().st_size
+    assert num_bytes > 380e6
+
+    def measure(*arguments: str | Path) -> int:
+        command = [sys.executable, "-W", "ignore", "-c", _MEASURE, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return int(run.stdout.split()[-1])
+
+    assert measure("in", "--hf-model", source, "--save", tmp_path / "checkpoint") < num_bytes / 4
+    shutil.rmtree(source)
+    assert measure("out", "--load", tmp_path / "checkpoint", "--save-hf", tmp_path / "out") < num_bytes / 4
+
+
+def test_converters_need_no_megatron_core() -> None:
+    code = f"import sys; import {convert.__name__}; sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        ).returncode
+        == 0
+    )
