@@ -136,7 +136,9 @@ run_stages() {
     train_stage rmipo "$start" "$WORK_DIR/hf" "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${held_out[@]}" "$@"
     if ((NODE_RANK == 0)); then
         say "result"
-        run python tools/summarize_run.py --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf"
+        local rows=()
+        if [[ -n "${EMBEDDED:-}" ]]; then rows=(--rows "$VALID_DATA"); fi
+        run python tools/summarize_run.py --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf" "${rows[@]}"
     fi
 }
 

@@ -118,6 +118,7 @@ def evaluate(run: Run) -> dict[str, float]:
     values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
     summary = summarize(values, parts[0].distributions)
     run.reporter.log("eval", {"step": run.progress.step, "consumed_pairs": run.progress.consumed_pairs, **summary})
+    run.reporter.log_pairs({name: column.tolist() for name, column in values.items()})
     return summary
 
 

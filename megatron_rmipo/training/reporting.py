@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -16,6 +16,7 @@ from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.training.progress import ProgressLine
 
 METRICS_FILE = "metrics.jsonl"
+PAIRS_FILE = "held_out_pairs.jsonl"
 WANDB_RUN_FILE = "wandb_run_id"
 
 
@@ -102,6 +103,27 @@ class Reporter:
             self._wandb.log(
                 {"step": record["step"], **{f"{kind}/{name}": value for name, value in record.items() if name != "step"}}
             )
+
+    def log_pairs(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Write what an evaluation said of each held-out pair to ``held_out_pairs.jsonl``, in place of the one before.
+
+        Args:
+            values: name -> a number per pair, in stored order.
+
+        Raises:
+            RmipoError: the file cannot be written.
+        """
+        if not self._enabled:
+            return
+        path = self._path.with_name(PAIRS_FILE)
+        columns = zip(*values.values(), strict=True)
+        lines = [json.dumps(dict(zip(values, map(_json_number, row), strict=True))) + "\n" for row in columns]
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
 
     def warn(self, text: str) -> None:
         """Show a line above the progress line."""

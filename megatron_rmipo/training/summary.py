@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from megatron_rmipo.errors import ConfigError, RmipoError
-from megatron_rmipo.training.reporting import METRICS_FILE
+from megatron_rmipo.training.reporting import METRICS_FILE, PAIRS_FILE
 
 Record = Mapping[str, float]
 
@@ -80,34 +80,93 @@ def describe_change(before: Record, after: Record) -> str:
 
 
 def describe_margins(after: Record, gamma_min: float, gamma_max: float) -> str:
-    """Whether the target margins show what RMiPO's paper claims: ambiguous pairs keep a wide one, clear pairs lose it."""
+    """How the target margins are spread. What a wide or a narrow one means for a pair only the table by kind can tell."""
     if "gamma/p50" not in after or gamma_min >= gamma_max:
         return ""
-    middle = (gamma_min + gamma_max) / 2
-    median, widest = after["gamma/p50"], after["gamma/p95"]
-    if median < middle < widest:
-        verdict = "ambiguous pairs keep a wide margin while clear ones have lost theirs, as the paper claims"
-    elif median >= middle:
-        verdict = "most pairs keep a wide margin: the prompt tells few of them apart, and what the paper claims does not show"
-    else:
-        verdict = "nearly all pairs have lost theirs: too few ambiguous ones are left to show what the paper claims"
     return (
-        f"Target margins, of {gamma_min} to {gamma_max}: at most {median:.2f} for half of the pairs, at least {widest:.2f} for one "
-        f"in twenty; {verdict}."
+        f"Target margins, of {gamma_min} to {gamma_max}: at most {after['gamma/p50']:.2f} for half of the pairs, at least "
+        f"{after['gamma/p95']:.2f} for one in twenty."
     )
 
 
-def summarize_run(log_dir: Path) -> str:
-    """Table and sentences for the run whose logs lie in ``log_dir``.
+def table_by_kind(pairs: Sequence[Record], kinds: Sequence[str]) -> str:
+    """Accuracy, reward margin and target margin of the held-out pairs of each kind, hardest kind first."""
+    members: dict[str, list[Record]] = {}
+    for kind, pair in zip(kinds, pairs, strict=True):
+        members.setdefault(kind, []).append(pair)
+    lines = [f"{'kind':<16}{'pairs':>8}{'accuracy':>10}{'margin':>10}{'gamma':>8}{'dpmi':>10}"]
+    for kind in sorted(members, key=lambda name: _mean(members[name], "rewards/margins")):
+        group = members[kind]
+        lines.append(
+            f"{kind:<16}{len(group):>8}{_mean(group, 'rewards/accuracies'):>10.3f}{_mean(group, 'rewards/margins'):>10.3f}"
+            f"{_mean(group, 'gamma'):>8.2f}{_mean(group, 'dpmi'):>10.2f}"
+        )
+    return "\n".join(lines)
+
+
+def describe_claim(pairs: Sequence[Record]) -> str:
+    """Whether RMiPO's claim shows: pairs the model tells apart less keep a wider target margin than the others.
+
+    The reward margin says how well a pair is told apart, and is not what the target margin is computed from.
+    """
+    ordered = sorted(pairs, key=lambda pair: pair["rewards/margins"])
+    quarter = max(1, len(ordered) // 4)
+    narrow, wide = _mean(ordered[-quarter:], "gamma"), _mean(ordered[:quarter], "gamma")
+    verdict = "as the paper claims" if wide > narrow + 0.05 else "which does not show what the paper claims"
+    return (
+        f"Ambiguous pairs (the quarter of least reward margin) have a target margin of {wide:.2f} on average, clear ones (the "
+        f"quarter of most) {narrow:.2f}: {verdict}."
+    )
+
+
+def _mean(group: Sequence[Record], name: str) -> float:
+    return sum(pair[name] for pair in group) / len(group)
+
+
+def read_pairs(log_dir: Path) -> list[Record]:
+    """What the last evaluation said of each held-out pair, in stored order; empty where it was not written."""
+    path = log_dir / PAIRS_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_kinds(rows: Path) -> list[str]:
+    """The field ``kind`` of every row of a jsonl file.
 
     Raises:
-        ConfigError: the logs are missing or hold fewer than two evaluations.
+        ConfigError: the file cannot be read, or a row has no such field.
+    """
+    try:
+        return [json.loads(line)["kind"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--rows {rows}: not a jsonl file whose rows have the field 'kind' ({error!r}).") from error
+
+
+def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
+    """Tables and sentences for the run whose logs lie in ``log_dir``.
+
+    Args:
+        log_dir: of the run.
+        rows: the jsonl file the held-out pairs were prepared from; its field ``kind`` groups them.
+
+    Raises:
+        ConfigError: the logs are missing or hold fewer than two evaluations, or the rows are not those of the held-out pairs.
     """
     evaluations = read_evaluations(log_dir)
     before, after = evaluations[0], evaluations[-1]
     gamma_min, gamma_max = _margin_bounds(log_dir / "config.yaml")
     sentences = [describe_change(before, after), describe_margins(after, gamma_min, gamma_max)]
-    return "\n".join([comparison_table(before, after), "", *(sentence for sentence in sentences if sentence)])
+    parts = [comparison_table(before, after), "\n".join(sentence for sentence in sentences if sentence)]
+    pairs = read_pairs(log_dir)
+    if pairs and "gamma" in pairs[0] and gamma_min < gamma_max:
+        parts.append(describe_claim(pairs))
+        if rows is not None:
+            kinds = read_kinds(rows)
+            if len(kinds) != len(pairs):
+                raise ConfigError(f"--rows {rows}: {len(kinds)} rows, but {len(pairs)} held-out pairs were evaluated.")
+            parts.append(table_by_kind(pairs, kinds))
+    return "\n\n".join(parts)
 
 
 def _margin_bounds(path: Path) -> tuple[float, float]:
@@ -124,9 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="summarize_run.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--log-dir", type=Path, required=True, metavar="DIR", help="directory of the run's metrics.jsonl")
     parser.add_argument("--model", type=Path, metavar="DIR", help="where the trained model lies, to be shown")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'")
     arguments = parser.parse_args(argv)
     try:
-        print(summarize_run(arguments.log_dir))
+        print(summarize_run(arguments.log_dir, arguments.rows))
     except RmipoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

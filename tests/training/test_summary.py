@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.training.summary import describe_margins, main, summarize_run
+from megatron_rmipo.training.summary import main, summarize_run
 
 
 def write_run(directory: Path, *evaluations: dict[str, float], bounds: tuple[float | None, float | None] = (0.3, 1.6)) -> Path:
@@ -39,11 +39,37 @@ def test_a_fall_is_called_one(tmp_path: Path) -> None:
     assert "accuracy fell from 0.900 to 0.800" in text
 
 
+def write_pairs(run: Path, gammas: list[float]) -> list[dict[str, float]]:
+    """Eight held-out pairs of rising reward margin, one line each."""
+    pairs = [
+        {"rewards/margins": number - 2.0, "rewards/accuracies": float(number > 2), "gamma": gamma, "dpmi": float(number)}
+        for number, gamma in enumerate(gammas)
+    ]
+    (run / "held_out_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
 @pytest.mark.parametrize(
-    ("p50", "p95", "verdict"), [(0.4, 1.5, "as the paper claims"), (1.2, 1.6, "does not show"), (0.31, 0.5, "too few ambiguous")]
+    ("gammas", "verdict"),
+    [([1.6, 1.5, 1, 1, 1, 0.9, 0.4, 0.3], "as the paper claims"), ([1.0] * 8, "does not show"), ([0.3] * 4 + [1.6] * 4, "does not show")],
 )
-def test_margins_are_judged_by_their_distribution(p50: float, p95: float, verdict: str) -> None:
-    assert verdict in describe_margins(margins(p50, p95), 0.3, 1.6)
+def test_the_claim_is_judged_by_the_pairs_and_said_either_way(tmp_path: Path, gammas: list[float], verdict: str) -> None:
+    run = write_run(tmp_path, {"loss": 1.0, **margins(1, 1)}, {"loss": 0.5, **margins(1, 1)})
+    write_pairs(run, gammas)
+    assert verdict in summarize_run(run)
+
+
+def test_pairs_are_grouped_by_the_kind_of_their_rows(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"loss": 1.0, **margins(1, 1)}, {"loss": 0.5, **margins(1, 1)})
+    write_pairs(run, [1.6, 1.5, 1, 1, 1, 0.9, 0.4, 0.3])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"kind": "near" if number < 4 else "clear"}) + "\n" for number in range(8)))
+    lines = summarize_run(run, rows).splitlines()
+    assert lines[-2].split() == ["near", "4", "0.250", "-0.500", "1.27", "1.50"]
+    assert lines[-1].split() == ["clear", "4", "1.000", "3.500", "0.65", "5.50"]
+    rows.write_text('{"kind": "near"}\n')
+    with pytest.raises(ConfigError, match="1 rows, but 8 held-out pairs"):
+        summarize_run(run, rows)
 
 
 def test_an_objective_without_margin_bounds_has_no_verdict(tmp_path: Path) -> None:
