@@ -12,7 +12,7 @@ def _version() -> str:
     text = (ROOT / "megatron_rmipo" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     if match is None:
-        raise RuntimeError("megatron_rmipo/__init__.py has no line __version__ = \"...\"")
+        raise RuntimeError('megatron_rmipo/__init__.py has no line __version__ = "..."')
     return match[1]
 
 

@@ -1,7 +1,7 @@
 """Errors a user can cause.
 
-Every error of this family is shown as one message without a traceback (``--debug`` shows it). A message names the file, line, field
-or flag, the value found, and the remedy. Our own invariants use ``assert`` instead.
+Every error of this family is shown as one message without a traceback (``--debug`` shows it). A message names the file, line,
+field or flag, the value found, and the remedy. Our own invariants use ``assert`` instead.
 """
 
 from __future__ import annotations

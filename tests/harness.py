@@ -28,7 +28,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         context = mp.get_context("forkserver")
-        ranks = [context.Process(target=_rank, args=(rank, world_size, port, folder, function, args)) for rank in range(world_size)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, world_size, port, folder, function, args)) for rank in range(world_size)
+        ]
         for process in ranks:
             process.start()
         try:

@@ -95,7 +95,8 @@ def compare_with_transformers(
     compares = groups.is_last_stage and groups.tp_rank == 0
     reference: Any = None
     if compares:
-        reference = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, local_files_only=True).to(current_device()).eval()
+        reference = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, local_files_only=True)
+        reference = reference.to(current_device()).eval()
     results = []
     for token_ids in texts:
         logits = policy_logits(policy, token_ids.to(current_device()), groups)

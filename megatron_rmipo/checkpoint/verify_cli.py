@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,8 @@ def _verify_on_ranks(flags: argparse.Namespace, arch: ModelArchitecture, texts: 
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    ranks = torch.multiprocessing.start_processes(
+    multiprocessing: Any = torch.multiprocessing
+    ranks = multiprocessing.start_processes(
         _rank, (world_size, port, flags, arch, texts, results), nprocs=world_size, join=False, start_method="spawn"
     )
     while not ranks.join():
@@ -158,10 +160,11 @@ def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace) -> int:
             f"--pipeline-model-parallel-size {pp} does not divide the model's {arch.num_layers} layers. "
             f"Use one of {', '.join(map(str, fitting))}."
         )
-    started = int(os.environ.get("WORLD_SIZE", tp * pp))
-    if "RANK" in os.environ and started != tp * pp:
-        raise ConversionError(f"torchrun started {started} ranks, but TP {tp} x PP {pp} is {tp * pp}. Start it without torchrun.")
-    return tp * pp
+    world_size: int = tp * pp
+    started = int(os.environ.get("WORLD_SIZE", world_size))
+    if "RANK" in os.environ and started != world_size:
+        raise ConversionError(f"torchrun started {started} ranks, but TP {tp} x PP {pp} is {world_size}. Start it alone.")
+    return world_size
 
 
 def _read_texts(flags: argparse.Namespace, arch: ModelArchitecture) -> list[Tensor]:

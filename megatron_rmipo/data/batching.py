@@ -107,7 +107,8 @@ def unconditional_sizes(lengths: np.ndarray, cost: CostModel, *, has_context_tok
 
 
 def _causal(length: np.ndarray) -> np.ndarray:
-    return length * (length + 1) // 2
+    area: np.ndarray = length * (length + 1) // 2
+    return area
 
 
 def _sizes(tokens: np.ndarray, area: np.ndarray, scored: np.ndarray, cost: CostModel) -> PairSizes:
@@ -170,8 +171,8 @@ def check_capacity(
     """
     if sizes.tokens.size and int(sizes.tokens.max()) > max_tokens:
         largest = int(sizes.tokens.argmax())
-        needed = int(sizes.tokens[largest])
+        needed, num_too_large = int(sizes.tokens[largest]), int((sizes.tokens > max_tokens).sum())
         raise ConfigError(
-            f"{flag} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {int((sizes.tokens > max_tokens).sum())} "
-            f"pairs in all do not fit. Use {flag} {needed} or more, or prepare the data with a smaller --seq-length."
+            f"{flag} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} pairs in all do "
+            f"not fit. Use {flag} {needed} or more, or prepare the data with a smaller --seq-length."
         )

@@ -52,6 +52,7 @@ class BatchLayout:
 
     @property
     def context_token_id(self) -> int | None:
+        """The token before an unconditional response, or None."""
         return self.bos_token_id if self.unconditional == "bos" else None
 
     def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
@@ -89,6 +90,7 @@ class RankBatch:
 
     @property
     def num_pairs(self) -> int:
+        """P, over all ranks."""
         return len(self.pair_indices)
 
 
@@ -248,7 +250,7 @@ def iterate_batches(
         batch_size=None,
         sampler=range(len(steps)),
         num_workers=num_workers,
-        collate_fn=_as_is,
+        collate_fn=_as_is,  # type: ignore[arg-type]
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_one_thread,
     )

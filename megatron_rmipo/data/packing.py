@@ -47,14 +47,17 @@ class PackedRow:
 
     @property
     def num_tokens(self) -> int:
+        """T, padding included."""
         return int(self.token_ids.numel())
 
     @property
     def num_scored(self) -> int:
+        """N."""
         return int(self.source.numel())
 
     @property
     def num_responses(self) -> int:
+        """R."""
         return int(self.lengths.numel())
 
 

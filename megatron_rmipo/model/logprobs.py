@@ -49,9 +49,12 @@ def linear_logprobs(
     Returns:
         fp32 ``[N]``, replicated over the group.
     """
-    assert hidden.dim() == 2 and target.shape == hidden.shape[:1], (hidden.shape, target.shape)
+    assert hidden.dim() == 2, hidden.shape
+    assert target.shape == hidden.shape[:1], (hidden.shape, target.shape)
     shard = _VocabularyShard(weight.shape[0], vocab_size, group)
-    return _LinearLogprobs.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad)
+    function: Any = _LinearLogprobs
+    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad)
+    return logprobs
 
 
 def vocab_parallel_logprobs(
@@ -71,7 +74,8 @@ def vocab_parallel_logprobs(
         fp32 ``[...]``, replicated over the group. The gradient of the logits is this rank's columns of the dense gradient.
     """
     shard = _VocabularyShard(logits.shape[-1], vocab_size, group)
-    flat = _LogitsLogprobs.apply(logits.flatten(0, -2), target.flatten(), shard)
+    function: Any = _LogitsLogprobs
+    flat: Tensor = function.apply(logits.flatten(0, -2), target.flatten(), shard)
     return flat.view(target.shape)
 
 

@@ -55,9 +55,7 @@ class LogprobHead(ColumnParallelLinear):
     It is a module call, not a function on the bare weight, because DDP gathers a module's parameters in hooks on that call.
     """
 
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, target: Tensor, *, weight: Tensor | None, vocab_size: int, chunk_tokens: int
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, target: Tensor, *, weight: Tensor | None, vocab_size: int, chunk_tokens: int) -> Tensor:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
         The gradient of ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters.
@@ -79,7 +77,9 @@ class PolicyModel(GPTModel):
     Parameters, their names and ``sharded_state_dict`` are GPTModel's own, so its checkpoints are Megatron checkpoints.
     """
 
-    def __init__(self, config: TransformerConfig, spec: Any, arch: ModelArchitecture, groups: ProcessGroups, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, spec: Any, arch: ModelArchitecture, groups: ProcessGroups, **kwargs: Any
+    ) -> None:
         chunk_tokens, vocab_size = kwargs.pop("chunk_tokens"), kwargs.pop("vocab_size")
         super().__init__(
             config=config,
@@ -102,7 +102,7 @@ class PolicyModel(GPTModel):
             # The layer stays as GPTModel built it (weight, sharding, tying); only what a call of it computes changes.
             self.output_layer.__class__ = LogprobHead
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         token_ids: Tensor,
         position_ids: Tensor,
@@ -123,18 +123,18 @@ class PolicyModel(GPTModel):
             parallelism) for the next stage.
         """
         hidden = self.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self._rotary_table(position_ids)
-        )
+        hidden = self.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self._rotary_table(position_ids))
+        assert isinstance(hidden, Tensor)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
         scored = hidden[:, 0].index_select(0, source)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(
+        logprobs: Tensor = self.output_layer(
             scored, target, weight=weight, vocab_size=self.architecture.vocab_size, chunk_tokens=self.chunk_tokens
         )
+        return logprobs
 
     def _rotary_table(self, position_ids: Tensor) -> Tensor:
         """Angles ``[T, 1, 1, D]`` of each token's own position: a response's positions restart where its prompt ended."""
@@ -289,7 +289,8 @@ def build_policy(
         vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
         chunk_tokens=chunk_tokens,
     )
-    return model.to(current_device())
+    model.to(current_device())
+    return model
 
 
 def _block_spec(config: TransformerConfig, use_te: bool, attention_backend: str) -> TransformerBlockSubmodules:

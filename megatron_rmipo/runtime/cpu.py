@@ -1,8 +1,8 @@
 """Megatron-Core on a machine without CUDA.
 
 Megatron-Core asks ``torch.cuda`` for the current device, for streams and for random states, and writes ``device="cuda"`` in its
-schedules and optimizers. :func:`install_cpu_runtime` answers those questions with the CPU. It is the only place that patches torch,
-does so only where CUDA is absent, and leaves a machine with CUDA untouched.
+schedules and optimizers. :func:`install_cpu_runtime` answers those questions with the CPU. It is the only place that patches
+torch, does so only where CUDA is absent, and leaves a machine with CUDA untouched.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def install_cpu_runtime() -> bool:
     module_class.cuda = lambda self, *args, **kwargs: self
     _patch_megatron_random()
     # Entered once for the life of the process: Megatron-Core creates its tensors from many places.
-    _CudaMeansCpu().__enter__()
+    mode: Any = _CudaMeansCpu()
+    mode.__enter__()
     _installed = True
     return True
 

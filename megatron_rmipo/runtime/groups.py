@@ -41,42 +41,52 @@ class ProcessGroups:
 
     @property
     def tp_rank(self) -> int:
+        """This rank's place in the tensor-parallel group."""
         return self.tp.rank()
 
     @property
     def tp_size(self) -> int:
+        """Ranks of the tensor-parallel group."""
         return self.tp.size()
 
     @property
     def pp_rank(self) -> int:
+        """This rank's pipeline stage."""
         return self.pp.rank()
 
     @property
     def pp_size(self) -> int:
+        """Number of pipeline stages."""
         return self.pp.size()
 
     @property
     def dp_rank(self) -> int:
+        """This rank's place in the data-parallel group."""
         return self.dp.rank()
 
     @property
     def dp_size(self) -> int:
+        """Ranks of the data-parallel group."""
         return self.dp.size()
 
     @property
     def rank(self) -> int:
+        """This rank among all."""
         return self.world.rank()
 
     @property
     def world_size(self) -> int:
+        """Number of all ranks."""
         return self.world.size()
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank scores."""
         return self.pp_rank == self.pp_size - 1
 
     def megatron_collection(self) -> ProcessGroupCollection:
@@ -130,7 +140,8 @@ def initialize_runtime(
         if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
@@ -138,12 +149,14 @@ def initialize_runtime(
         create_gloo_process_groups=False,
     )
     _seed_everything(seed, parallel_state.get_pipeline_model_parallel_rank())
+    world = dist.group.WORLD
+    assert world is not None
     return ProcessGroups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         mp=parallel_state.get_model_parallel_group(),
-        world=dist.group.WORLD,
+        world=world,
     )
 
 

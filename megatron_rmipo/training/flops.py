@@ -63,7 +63,7 @@ def _contains(words: list[str], part: list[str]) -> bool:
 
 
 def forward_cost_model(arch: ModelArchitecture) -> CostModel:
-    """Forward FLOPs (a multiply-add counts two) of the layers per token, of attention per kept score, of the head per scored token."""
+    """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token."""
     query_size = arch.num_attention_heads * arch.kv_channels
     key_value_size = 2 * arch.num_query_groups * arch.kv_channels
     projections = arch.hidden_size * (2 * query_size + key_value_size)

@@ -75,8 +75,8 @@ def check_outputs(config: Config) -> None:
     goes_on = config.checkpoint.load is not None and Path(config.checkpoint.load).resolve() == save.resolve()
     if any(save.glob("iter_*")) and not (goes_on and not config.checkpoint.finetune):
         raise ConfigError(
-            f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or name "
-            f"another directory."
+            f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
+            "name another directory."
         )
 
 
@@ -132,18 +132,19 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, config: Confi
         raise DataError(f"{flag} {store.prefix}: no pairs in it. Look at {store.prefix}.json for why rows were dropped.")
     if made_with.fingerprint != fingerprint:
         raise DataError(
-            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, {made_with.fingerprint[:12]}) than "
-            f"the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: tools/preprocess_preferences.py --tokenizer-model "
-            f"{source.assets}."
+            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, "
+            f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
+            f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
         )
     if made_with.vocab_size > source.arch.vocab_size:
         raise DataError(
-            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} has "
-            f"vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
+            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} "
+            f"has vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
         )
     longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
-    if int(longest.max()) > config.data.seq_length:
+    most, allowed = int(longest.max()), config.data.seq_length
+    if most > allowed:
         raise ConfigError(
-            f"--seq-length {config.data.seq_length}: pair {int(longest.argmax())} of {store.prefix} is {int(longest.max())} tokens long. "
-            f"Use --seq-length {int(longest.max())}, or prepare the data again with --seq-length {config.data.seq_length}."
+            f"--seq-length {allowed}: pair {int(longest.argmax())} of {store.prefix} is {most} tokens long. "
+            f"Use --seq-length {most}, or prepare the data again with --seq-length {allowed}."
         )

@@ -160,11 +160,13 @@ def _count_skipped_step(run: Run, batch: RankBatch, outcome: StepOutcome) -> Non
     run.progress.skipped_steps += 1
     indices = [int(batch.pair_indices[number]) for number in outcome.offending_pairs]
     named = ", ".join(run.pairs.pairs.describe(index) for index in indices[:5]) + (", ..." if len(indices) > 5 else "")
-    cause = f"the loss of {len(indices)} pairs is not finite ({named})" if indices else f"the gradient norm is {outcome.grad_norm}"
+    cause = (
+        f"the loss of {len(indices)} pairs is not finite ({named})" if indices else f"the gradient norm is {outcome.grad_norm}"
+    )
     run.reporter.warn(f"step {run.progress.step} skipped, weights unchanged: {cause}")
     if run.progress.skipped_steps > run.config.training.max_skipped_steps:
         raise RmipoError(
             f"{run.progress.skipped_steps} steps were skipped because a loss or gradient was not finite, more than "
-            f"--max-skipped-steps {run.config.training.max_skipped_steps}. Last: {cause}. Lower --lr, or look at these pairs with "
-            f"tools/inspect_pairs.py."
+            f"--max-skipped-steps {run.config.training.max_skipped_steps}. Last: {cause}. Lower --lr, or look at these "
+            "pairs with tools/inspect_pairs.py."
         )

@@ -48,7 +48,7 @@ def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
 
 
 def unconditional_pass(model: torch.nn.Module, batch: RankBatch, groups: ProcessGroups) -> Tensor:
-    """log p(y) of every response of this rank's share, forward only.
+    """Log p(y) of every response of this rank's share, forward only.
 
     Returns:
         fp32 ``[P, 2, 2]`` on the CPU: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs of

@@ -183,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="summarize_run.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--log-dir", type=Path, required=True, metavar="DIR", help="directory of the run's metrics.jsonl")
     parser.add_argument("--model", type=Path, metavar="DIR", help="where the trained model lies, to be shown")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'"
+    )
     arguments = parser.parse_args(argv)
     try:
         print(summarize_run(arguments.log_dir, arguments.rows))

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from megatron_rmipo.data.batching import (
     CostModel,
     PairOrder,
@@ -17,7 +18,6 @@ from megatron_rmipo.data.batching import (
 )
 from megatron_rmipo.data.packing import pack_pairs, pack_responses
 from megatron_rmipo.errors import ConfigError
-
 from tests.integration.problem import make_pairs
 
 COST = CostModel(per_token=3.0, per_area=0.25, per_scored_token=2.0)
@@ -92,7 +92,10 @@ def test_packs_hold_every_pair_once_within_capacity() -> None:
 
 
 def test_one_pair_of_exactly_the_capacity_fits() -> None:
-    assert cut_into_packs([0, 1], np.array([10, 10]), 10) == [[0], [1]] or cut_into_packs([0, 1], np.array([10, 10]), 10) == [[1], [0]]
+    assert cut_into_packs([0, 1], np.array([10, 10]), 10) == [[0], [1]] or cut_into_packs([0, 1], np.array([10, 10]), 10) == [
+        [1],
+        [0],
+    ]
     assert cut_into_packs([], np.array([10]), 10) == []
 
 

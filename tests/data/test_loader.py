@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from megatron_rmipo.data.batching import CostModel, PairOrder
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection, iterate_batches
-
 from tests.integration.problem import PairList, collection, make_pairs
 
 COST = CostModel(1.0, 0.01, 1.0)
@@ -29,7 +29,9 @@ def test_ranks_together_hold_every_pair_of_the_batch_once() -> None:
         assert batch.num_pairs == 7
         assert batch.mean_chosen_length == pytest.approx(np.mean([pairs[i].chosen.size for i in indices]))
         assert all(row.num_tokens <= 120 for row in batch.conditional)
-    assert {batch.num_tokens for batch in batches} == {sum(r.num_tokens for b in batches for r in b.conditional + b.unconditional)}
+    assert {batch.num_tokens for batch in batches} == {
+        sum(r.num_tokens for b in batches for r in b.conditional + b.unconditional)
+    }
 
 
 def test_a_rank_without_pairs_runs_a_filler_that_does_not_count() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from megatron_rmipo.data.packing import PackedRow, pack_pairs, pack_responses
 from megatron_rmipo.data.pair_store import TokenizedPair
 

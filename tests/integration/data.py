@@ -7,7 +7,6 @@ from pathlib import Path
 from megatron_rmipo.data.manifest import Manifest
 from megatron_rmipo.data.pair_store import PairStoreWriter, TokenizedPair
 from megatron_rmipo.data.tokenize import load_tokenizer
-
 from tests.parity.replay import read_pairs
 
 FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"

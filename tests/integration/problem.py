@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from megatron_rmipo.data.loader import PairCollection
 from megatron_rmipo.data.pair_store import TokenizedPair
 from megatron_rmipo.objectives.base import Objective, PairLogps
-from torch import Tensor
 
 BOS = 1
 VOCAB = 83  # not a multiple of anything a layout could want

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron_rmipo.training import main as trainer
 from safetensors.torch import load_file, save_file
 
+from megatron_rmipo.training import main as trainer
 from tests.harness import run_distributed
 from tests.integration.data import MODEL, write_pairs
 from tests.integration.test_training import flags

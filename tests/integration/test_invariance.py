@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_rmipo.objectives.registry import build_objective
 
+from megatron_rmipo.objectives.registry import build_objective
 from tests.harness import run_distributed
 from tests.integration.problem import collection, dense_answer, make_hf_model, make_pairs
 from tests.integration.worlds import Case, run_cases

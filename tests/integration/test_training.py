@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_rmipo.training import main as trainer
 from safetensors.torch import load_file
 
+from megatron_rmipo.training import main as trainer
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs
 
@@ -203,5 +203,8 @@ def test_too_many_skipped_steps_end_the_run(prefix: Path, tmp_path: Path) -> Non
 def test_objectives_train_side_by_side(prefix: Path, tmp_path: Path) -> None:
     for objective in ("simpo", "sft"):
         save = tmp_path / objective
-        assert run_distributed(run, 2, flags(prefix, save, objective=objective, tensor_model_parallel_size=2, train_iters=3)) == [0, 0]
+        assert run_distributed(run, 2, flags(prefix, save, objective=objective, tensor_model_parallel_size=2, train_iters=3)) == [
+            0,
+            0,
+        ]
         assert len(losses(save)) == 3

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from safetensors.torch import load_file
+from torch import Tensor
+
 from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
 from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
@@ -20,9 +23,6 @@ from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
 from megatron_rmipo.training.flops import forward_cost_model
 from megatron_rmipo.training.passes import gradient_pass, unconditional_pass
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
-from safetensors.torch import load_file
-from torch import Tensor
-
 from tests.integration.problem import BOS
 
 
@@ -101,7 +101,12 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection) -> dict[s
     end_case()
     if gradients is None:
         return None
-    return {"loss": metrics.values["loss"].double().mean().item(), "metrics": metrics.values, "gradients": gradients, "packs": num_packs}
+    return {
+        "loss": metrics.values["loss"].double().mean().item(),
+        "metrics": metrics.values,
+        "gradients": gradients,
+        "packs": num_packs,
+    }
 
 
 def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) -> dict[str, Tensor] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_rmipo.model.attention import PackedAttention
 from torch import Tensor
+
+from megatron_rmipo.model.attention import PackedAttention
 
 HEADS, GROUPS, HEAD_SIZE = 6, 2, 8
 # A pair with a shared prompt (prompt 5, chosen 4, rejected 3), a plain sequence, a one-token segment, a shared prompt again.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron_rmipo.model.logprobs import linear_logprobs, vocab_parallel_logprobs
 from torch import Tensor
 
+from megatron_rmipo.model.logprobs import linear_logprobs, vocab_parallel_logprobs
 from tests.harness import run_distributed
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37

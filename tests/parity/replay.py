@@ -2,9 +2,9 @@
 
     python tests/parity/replay.py DIR [--tp N] [--pp N] [--dp N]
 
-DIR holds ``model/`` (a Hugging Face checkpoint), ``rows.jsonl``, ``pairs.jsonl`` and ``expected.json``; every setting is read from it.
-The ranks are started here. Per step theirs and ours are printed; the exit code is 1 where a figure is beyond its bound: losses 2e-5
-relative; margins, gamma, gradient norms and final weight norms 1e-4.
+DIR holds ``model/`` (a Hugging Face checkpoint), ``rows.jsonl``, ``pairs.jsonl`` and ``expected.json``; every setting is read
+from it. The ranks are started here. Per step theirs and ours are printed; the exit code is 1 where a figure is beyond its bound:
+losses 2e-5 relative; margins, gamma, gradient norms and final weight norms 1e-4.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
+from safetensors.torch import load_file  # noqa: E402
+
 from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights  # noqa: E402
 from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout  # noqa: E402
@@ -37,8 +39,6 @@ from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime  
 from megatron_rmipo.training.flops import forward_cost_model  # noqa: E402
 from megatron_rmipo.training.setup import build_model, build_training_state  # noqa: E402
 from megatron_rmipo.training.step import train_step  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
 from tests.harness import run_distributed  # noqa: E402
 from tests.integration.problem import collection  # noqa: E402
 
@@ -218,7 +218,9 @@ def main() -> int:
     names = [name for name in errors[0] if name not in ("step", "their loss", "our loss")]
     print(f"{'step':>4} {'their loss':>12} {'our loss':>12} " + " ".join(f"{name:>10}" for name in names))
     for row in errors:
-        print(f"{row['step']:>4} {row['their loss']:>12.8f} {row['our loss']:>12.8f} " + " ".join(f"{row[n]:>10.1e}" for n in names))
+        print(
+            f"{row['step']:>4} {row['their loss']:>12.8f} {row['our loss']:>12.8f} " + " ".join(f"{row[n]:>10.1e}" for n in names)
+        )
     print(f"final weight norms: {weights:.1e}; rows with other token ids: {wrong or 'none'}")
     problems = beyond_bounds(errors, weights) + ([f"token ids differ in rows {wrong}"] if wrong else [])
     for problem in problems:

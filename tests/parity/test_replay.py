@@ -41,7 +41,8 @@ def recorded() -> tuple[dict[str, Any], dict[str, Any]]:
     expected = json.loads((FIXTURES / "rmipo" / "expected.json").read_text())
     names = {"losses": "loss", "margins": "rewards/margins", "gamma": "gamma", "delta_pmi": "dpmi"}
     steps = [
-        {"grad_norm": step["grad_norm"], **{ours: list(step[theirs]) for theirs, ours in names.items()}} for step in expected["steps"]
+        {"grad_norm": step["grad_norm"], **{ours: list(step[theirs]) for theirs, ours in names.items()}}
+        for step in expected["steps"]
     ]
     return expected, {"steps": steps}
 

@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+
 from megatron_rmipo.runtime.cpu import install_cpu_runtime
 
 SNAPSHOT = """
 import torch
-names = ("current_device", "synchronize", "Stream", "Event", "stream", "device", "get_rng_state", "manual_seed", "default_generators", "_lazy_call")
+names = ["current_device", "synchronize", "Stream", "Event", "stream", "device"]
+names += ["get_rng_state", "manual_seed", "default_generators", "_lazy_call"]
 before = [getattr(torch.cuda, name, None) for name in names] + [torch.Tensor.cuda, torch.nn.Module.cuda]
 torch.cuda.is_available = lambda: True
 from megatron_rmipo.runtime.cpu import install_cpu_runtime

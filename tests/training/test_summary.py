@@ -51,7 +51,11 @@ def write_pairs(run: Path, gammas: list[float]) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("gammas", "verdict"),
-    [([1.6, 1.5, 1, 1, 1, 0.9, 0.4, 0.3], "as the paper claims"), ([1.0] * 8, "does not show"), ([0.3] * 4 + [1.6] * 4, "does not show")],
+    [
+        ([1.6, 1.5, 1, 1, 1, 0.9, 0.4, 0.3], "as the paper claims"),
+        ([1.0] * 8, "does not show"),
+        ([0.3] * 4 + [1.6] * 4, "does not show"),
+    ],
 )
 def test_the_claim_is_judged_by_the_pairs_and_said_either_way(tmp_path: Path, gammas: list[float], verdict: str) -> None:
     run = write_run(tmp_path, {"loss": 1.0, **margins(1, 1)}, {"loss": 0.5, **margins(1, 1)})
