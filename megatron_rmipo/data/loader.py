@@ -109,15 +109,23 @@ class PairCollection(Sequence[TokenizedPair]):
         self.lengths = np.concatenate([store.lengths for store in self.stores])[self._members]
 
     @classmethod
-    def blend(cls, stores: Sequence[PairStore], weights: Sequence[float]) -> PairCollection:
-        """Pairs in the proportion of ``weights``: the set that lasts longest is used once, the others are repeated."""
-        scale = max(len(store) / weight for store, weight in zip(stores, weights, strict=True))
-        starts = itertools.accumulate((len(store) for store in stores), initial=0)
-        members = [
-            start + np.arange(max(1, round(scale * weight))) % len(store)
-            for store, weight, start in zip(stores, weights, starts, strict=False)
-        ]
-        return cls(stores, np.concatenate(members))
+    def combine(cls, collections: Sequence[PairCollection], weights: Sequence[float] | None = None) -> PairCollection:
+        """Several collections as one.
+
+        Args:
+            collections: what to combine, in order.
+            weights: shares of the result: the collection that lasts longest is used once, the others are repeated. None takes
+                every pair once.
+        """
+        counts = [len(collection) for collection in collections]
+        if weights is not None:
+            scale = max(count / weight for count, weight in zip(counts, weights, strict=True))
+            counts = [max(1, round(scale * weight)) for weight in weights]
+        members, first = [], 0
+        for collection, count in zip(collections, counts, strict=True):
+            members.append(first + np.resize(collection._members, count))
+            first += int(collection._starts[-1])
+        return cls([store for collection in collections for store in collection.stores], np.concatenate(members))
 
     def split(self, held_out_share: float) -> tuple[PairCollection, PairCollection]:
         """(the first pairs, the last ``held_out_share`` of them, at least one), in stored order."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rmipo.checkpoint.assets import check_output_directory
-from megatron_rmipo.checkpoint.directory import find_checkpoint, hf_assets_directory, latest_complete_iteration
+from megatron_rmipo.checkpoint.directory import find_checkpoint, hf_assets_directory
 from megatron_rmipo.checkpoint.hf import open_weights
 from megatron_rmipo.config import Config
 from megatron_rmipo.data.loader import PairCollection
@@ -38,15 +38,15 @@ class ModelSource:
 
 
 def find_model(config: Config) -> ModelSource:
-    """``--load`` where it holds a complete checkpoint, else ``--load-hf``.
+    """``--load`` where it holds checkpoints, else ``--load-hf``.
 
     Raises:
         ConfigError: neither is given.
-        CheckpointError: ``--load`` holds no complete checkpoint and there is nothing else to start from.
+        CheckpointError: ``--load`` holds checkpoints of which none is complete, or none at all and ``--load-hf`` is not given.
         ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
     """
     load, load_hf = config.checkpoint.load, config.model.load_hf
-    if load is not None and (load_hf is None or latest_complete_iteration(Path(load)) is not None):
+    if load is not None and (load_hf is None or _holds_checkpoints(Path(load))):
         _, iteration = find_checkpoint(Path(load))
         assets = hf_assets_directory(Path(load), iteration)
         return ModelSource(read_architecture(assets), assets, None, Path(load))
@@ -56,6 +56,11 @@ def find_model(config: Config) -> ModelSource:
     # Headers alone: missing, truncated or foreign weights show before anything is built.
     open_weights(Path(load_hf), arch).close()
     return ModelSource(arch, Path(load_hf), Path(load_hf), None)
+
+
+def _holds_checkpoints(directory: Path) -> bool:
+    # Whole or damaged: damage must be told, not passed over by starting anew. What an interrupted save left has another name.
+    return any(path.name == "release" or path.name.removeprefix("iter_").isdigit() for path in directory.glob("*"))
 
 
 def check_outputs(config: Config) -> None:
@@ -73,7 +78,7 @@ def check_outputs(config: Config) -> None:
     if save.exists() and not save.is_dir():
         raise ConfigError(f"--save {save} is a file. Name a directory.")
     goes_on = config.checkpoint.load is not None and Path(config.checkpoint.load).resolve() == save.resolve()
-    if any(save.glob("iter_*")) and not (goes_on and not config.checkpoint.finetune):
+    if _holds_checkpoints(save) and not (goes_on and not config.checkpoint.finetune):
         raise ConfigError(
             f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
             "name another directory."
@@ -97,36 +102,52 @@ class RunData:
     bos_token_id: int | None
 
 
-def open_data(config: Config, source: ModelSource) -> RunData:
+def open_data(config: Config, source: ModelSource, *, with_rejected: bool) -> RunData:
     """Open ``--data-path`` and the held-out pairs, and check that they fit the model.
+
+    Args:
+        config: the run's configuration.
+        source: the model.
+        with_rejected: whether the objective reads rejected responses.
 
     Raises:
         ConfigError: no data is named, or a flag asks for more than there is.
-        DataError: a data set is missing, incomplete, empty, or made with another tokenizer.
+        DataError: a data set is missing, incomplete, empty, made with another tokenizer, or without the rejected responses that
+            the objective needs.
     """
     if not config.data.data_path:
         raise ConfigError("no data to train on: give --data-path PREFIX (of PREFIX.bin, .idx and .json).")
     tokenizer = load_tokenizer(str(source.assets)).info
-    check = partial(_check_store, fingerprint=tokenizer.fingerprint, config=config, source=source)
-    train = _open_blend(config.data.data_path, "--data-path", check)
+    check = partial(_check_store, fingerprint=tokenizer.fingerprint, with_rejected=with_rejected, config=config, source=source)
+    parts, weights = _open_blend(config.data.data_path, "--data-path", check)
     held_out = None
     if config.data.valid_data_path:
-        held_out = _open_blend(config.data.valid_data_path, "--valid-data-path", check)
+        held_out = PairCollection.combine(*_open_blend(config.data.valid_data_path, "--valid-data-path", check))
     elif config.data.split:
-        train, held_out = train.split(parse_split(config.data.split)[1])
+        # Each data set is split before it is blended: repeating one must not bring its held-out pairs into training.
+        share = parse_split(config.data.split)[1]
+        split_parts = [part.split(share) for part in parts]
+        parts = [first for first, _ in split_parts]
+        held_out = PairCollection.combine([last for _, last in split_parts])
+    train = PairCollection.combine(parts, weights)
     num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
     return RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
 
 
-def _open_blend(values: Sequence[str], flag: str, check: Callable[[PairStore, str], None]) -> PairCollection:
+def _open_blend(
+    values: Sequence[str], flag: str, check: Callable[[PairStore, str], None]
+) -> tuple[list[PairCollection], list[float] | None]:
+    """The data sets a flag names, each checked, and their weights; None where there is one alone."""
     blend = parse_blend(values, flag)
     stores = [PairStore(prefix) for _, prefix in blend]
     for store in stores:
         check(store, flag)
-    return PairCollection(stores) if len(stores) == 1 else PairCollection.blend(stores, [weight for weight, _ in blend])
+    return [PairCollection([store]) for store in stores], [weight for weight, _ in blend] if len(blend) > 1 else None
 
 
-def _check_store(store: PairStore, flag: str, *, fingerprint: str, config: Config, source: ModelSource) -> None:
+def _check_store(
+    store: PairStore, flag: str, *, fingerprint: str, with_rejected: bool, config: Config, source: ModelSource
+) -> None:
     made_with = store.manifest.tokenizer
     if len(store) == 0:
         raise DataError(f"{flag} {store.prefix}: no pairs in it. Look at {store.prefix}.json for why rows were dropped.")
@@ -135,6 +156,11 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, config: Confi
             f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, "
             f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
             f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
+        )
+    if with_rejected and not store.manifest.has_rejected:
+        raise DataError(
+            f"{flag} {store.prefix}: supervised data, without rejected responses, which --objective {config.objective.objective} "
+            "needs. Train on preference pairs, or use --objective sft."
         )
     if made_with.vocab_size > source.arch.vocab_size:
         raise DataError(

@@ -38,10 +38,13 @@ from megatron_rmipo.training.validation import validate
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say. Returns the exit code: 0 done, 1 a fault the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    shows_tracebacks = "--debug" in arguments
     try:
-        run_training(parse_arguments(arguments))
+        config = parse_arguments(arguments)
+        shows_tracebacks = config.logging.debug
+        run_training(config)
     except RmipoError as error:
-        if "--debug" in arguments:
+        if shows_tracebacks:
             traceback.print_exc()
         elif _speaks_for_its_node(error):
             print(f"{_rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -63,7 +66,7 @@ def run_training(config: Config) -> bool:
     source = find_model(config)
     validate(config, source.arch, world_size)
     objective = _build_objective(config)
-    data = open_data(config, source)
+    data = open_data(config, source, with_rejected=objective.needs.rejected)
     data_layout = partial(_layout, config, source, data, objective)
     _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
     check_outputs(config)
@@ -78,6 +81,7 @@ def run_training(config: Config) -> bool:
     total_pairs, train_iters = _run_length(config, data.train)
     state, progress = _load(config, source, groups, train_iters)
     with _reporter(config, groups, train_iters, progress) as reporter:
+        _say_what_runs(config, source, groups, progress, reporter)
         rank_layout = data_layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         run = Run(
             config=config,
@@ -152,6 +156,14 @@ def _reporter(config: Config, groups: ProcessGroups, train_iters: int, progress:
         enabled=groups.rank == 0,
         resumed_step=progress.step or None,
     )
+
+
+def _say_what_runs(config: Config, source: ModelSource, groups: ProcessGroups, progress: Progress, reporter: Reporter) -> None:
+    reporter.say("configuration:")
+    for name, value in config.to_flat_dict().items():
+        reporter.say(f"  {name}: {value}")
+    start = f"step {progress.step} of {source.checkpoint}" if progress.step else f"{source.hf_weights or source.checkpoint}"
+    reporter.say(f"ranks: {groups.world_size} (TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}); from {start}")
 
 
 def _throughput(config: Config, arch: ModelArchitecture, layout: BatchLayout, groups: ProcessGroups) -> Throughput:

@@ -39,23 +39,29 @@ def read_evaluations(log_dir: Path) -> list[Record]:
         ConfigError: there is no metrics.jsonl, a line of it is damaged, or it has fewer than two evaluations.
     """
     path = log_dir / METRICS_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Name the log directory of a run (SAVE/logs).") from error
-    evaluations = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}:{number}: not a JSON record: {line[:60]!r}.") from error
-        if record.get("kind") == "eval":
-            evaluations.append(record)
+    evaluations = [record for record in _read_records(path) if record.get("kind") == "eval"]
     if len(evaluations) < 2:
         raise ConfigError(
             f"{path}: {len(evaluations)} evaluations in it, two are needed to compare. Train with --valid-data-path or --split."
         )
     return evaluations
+
+
+def _read_records(path: Path) -> list[Record]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Name the log directory of a run (SAVE/logs).") from error
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ConfigError(f"{path}:{number}: not a JSON record: {line[:60]!r}.")
+        records.append(record)
+    return records
 
 
 def comparison_table(before: Record, after: Record) -> str:
@@ -94,13 +100,12 @@ def table_by_kind(pairs: Sequence[Record], kinds: Sequence[str]) -> str:
     members: dict[str, list[Record]] = {}
     for kind, pair in zip(kinds, pairs, strict=True):
         members.setdefault(kind, []).append(pair)
-    lines = [f"{'kind':<16}{'pairs':>8}{'accuracy':>10}{'margin':>10}{'gamma':>8}{'dpmi':>10}"]
+    columns = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "gamma": "gamma", "dpmi": "dpmi"}
+    columns = {name: title for name, title in columns.items() if name in pairs[0]}
+    lines = [f"{'kind':<16}{'pairs':>8}" + "".join(f"{title:>10}" for title in columns.values())]
     for kind in sorted(members, key=lambda name: _mean(members[name], "rewards/margins")):
         group = members[kind]
-        lines.append(
-            f"{kind:<16}{len(group):>8}{_mean(group, 'rewards/accuracies'):>10.3f}{_mean(group, 'rewards/margins'):>10.3f}"
-            f"{_mean(group, 'gamma'):>8.2f}{_mean(group, 'dpmi'):>10.2f}"
-        )
+        lines.append(f"{kind:<16}{len(group):>8}" + "".join(f"{_mean(group, name):>10.3f}" for name in columns))
     return "\n".join(lines)
 
 
@@ -128,7 +133,7 @@ def read_pairs(log_dir: Path) -> list[Record]:
     path = log_dir / PAIRS_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return _read_records(path)
 
 
 def read_kinds(rows: Path) -> list[str]:
@@ -174,8 +179,10 @@ def _margin_bounds(path: Path) -> tuple[float, float]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: the run's configuration cannot be read: {error}") from error
-    bounds = config.get("gamma_min"), config.get("gamma_max")
-    return (0.0, 0.0) if None in bounds else (float(bounds[0]), float(bounds[1]))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not the configuration of a run.")
+    low, high = config.get("gamma_min"), config.get("gamma_max")
+    return (0.0, 0.0) if low is None or high is None else (float(low), float(high))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,11 +54,21 @@ def test_workers_give_the_same_batches_and_a_later_start_the_same_tail() -> None
 
 def test_a_blend_keeps_the_shares_and_repeats_the_shorter_set() -> None:
     short, long = PairList(make_pairs(6)), PairList(make_pairs(24, seed=8))
-    blend = PairCollection.blend([short, long], [0.5, 0.5])  # type: ignore[list-item]
+    parts = [PairCollection([store]) for store in (short, long)]  # type: ignore[list-item]
+    blend = PairCollection.combine(parts, [0.5, 0.5])
     assert len(blend) == 48
     assert [blend.describe(index) for index in (0, 6, 23, 24, 47)] == [f"pair {n} of memory" for n in (0, 0, 5, 0, 23)]
     assert blend[25].chosen.tolist() == long[1].chosen.tolist()
     assert blend.lengths[7].tolist() == short.lengths[1].tolist()
+
+
+def test_parts_of_splits_do_not_meet_in_a_blend() -> None:
+    parts = [PairCollection([PairList(make_pairs(count))]).split(0.2) for count in (30, 10)]  # type: ignore[list-item]
+    train = PairCollection.combine([first for first, _ in parts], [0.5, 0.5])
+    held_out = PairCollection.combine([last for _, last in parts])
+    assert (len(train), len(held_out)) == (48, 8)
+    assert {train.describe(n) for n in range(24, 48)} == {f"pair {n} of memory" for n in range(8)}
+    assert [held_out.describe(n) for n in range(8)] == [f"pair {n} of memory" for n in (*range(24, 30), 8, 9)]
 
 
 def test_a_split_holds_out_the_last_pairs() -> None:

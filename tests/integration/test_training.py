@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -137,10 +138,8 @@ def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-@pytest.mark.dist
-def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path) -> None:
-    save = tmp_path / "run"
-    arguments = flags(prefix, save, train_iters=5000, use_distributed_optimizer=True)
+def start_under_torchrun(arguments: list[str]) -> subprocess.Popen[str]:
+    """Two ranks under torchrun, returned when the second step is on record."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     process = subprocess.Popen(
         [*command, "-m", "megatron_rmipo.train", *arguments],
@@ -149,17 +148,37 @@ def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    metrics = save / "logs" / "metrics.jsonl"
+    metrics = Path(arguments[arguments.index("--save") + 1]) / "logs" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and '"step": 2,' in metrics.read_text()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    return process
+
+
+@pytest.mark.dist
+def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    process = start_under_torchrun(flags(prefix, save, train_iters=5000, use_distributed_optimizer=True))
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     steps = max(losses(save))
     assert (save / f"iter_{steps:07d}" / "metadata.json").is_file(), output
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(steps)
+
+
+@pytest.mark.dist
+def test_all_ranks_stop_when_one_dies_and_the_cause_is_shown(prefix: Path, tmp_path: Path) -> None:
+    process = start_under_torchrun(flags(prefix, tmp_path / "run", train_iters=5000))
+    ranks = [child for child in psutil.Process(process.pid).children() if "megatron_rmipo.train" in child.cmdline()]
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.kill()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "SIGKILL" in output
+    assert "rank      : 1" in output
+    assert not any(rank.is_running() for rank in ranks)
 
 
 def run_with_a_poisoned_pair(arguments: list[str]) -> int:

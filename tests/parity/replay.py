@@ -103,13 +103,16 @@ def replay_on_this_rank(directory: str, layout: Layout) -> dict[str, Any]:
     state = build_training_state(policy, config, groups, train_iters=len(expected["steps"]))
     objective = objective_of(expected)
     needs = objective.needs
+    pairs = read_pairs(source)
+    longest = max(2 * pair.prompt.size + pair.chosen.size + pair.rejected.size for pair in pairs)
     tokenizer = load_tokenizer(str(source / "model")).info
     builder = BatchBuilder(
-        collection(read_pairs(source)),
+        collection(pairs),
         BatchLayout(
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
-            tokens_per_microbatch=600,
+            # Several packs a step, so that their sum is put to the test as well.
+            tokens_per_microbatch=max(600, longest),
             cost=forward_cost_model(arch),
             with_rejected=needs.rejected,
             unconditional=needs.unconditional,

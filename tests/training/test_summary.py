@@ -69,8 +69,8 @@ def test_pairs_are_grouped_by_the_kind_of_their_rows(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"kind": "near" if number < 4 else "clear"}) + "\n" for number in range(8)))
     lines = summarize_run(run, rows).splitlines()
-    assert lines[-2].split() == ["near", "4", "0.250", "-0.500", "1.27", "1.50"]
-    assert lines[-1].split() == ["clear", "4", "1.000", "3.500", "0.65", "5.50"]
+    assert lines[-2].split() == ["near", "4", "0.250", "-0.500", "1.275", "1.500"]
+    assert lines[-1].split() == ["clear", "4", "1.000", "3.500", "0.650", "5.500"]
     rows.write_text('{"kind": "near"}\n')
     with pytest.raises(ConfigError, match="1 rows, but 8 held-out pairs"):
         summarize_run(run, rows)
