@@ -37,7 +37,7 @@ class TokenizerInfo:
 class Manifest:
     """``PREFIX.json``: where a data set comes from and what it holds.
 
-    ``num_pairs``, ``num_tokens``, ``lengths`` and ``file_bytes`` are filled in by :meth:`PairStoreWriter.finalize`.
+    ``has_rejected``, ``num_pairs``, ``num_tokens``, ``lengths`` and ``file_bytes`` are filled in by :meth:`PairStoreWriter.finalize`.
 
     Attributes:
         tokenizer: the tokenizer that made the ids.
@@ -50,8 +50,10 @@ class Manifest:
         format: the format of the rows.
         sources: per input: its name, and its size in bytes where it is a file.
         counts: rows read, kept, truncated, and rejected by reason (``rejected/REASON``).
+        has_rejected: False for supervised data, whose rejected sequences are all empty; manifests without the field hold pairs.
         num_pairs, num_tokens: what the files hold.
-        lengths: tokens of prompt, chosen, rejected and total (prompt with the longer response): mean, max, percentiles.
+        lengths: tokens of prompt, chosen, rejected (pairs alone) and total (prompt with the longer response): mean, max,
+            percentiles.
         file_bytes: sizes of the ``bin`` and ``idx`` files.
     """
 
@@ -65,6 +67,7 @@ class Manifest:
     format: str = ""
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    has_rejected: bool = True
     num_pairs: int = 0
     num_tokens: int = 0
     lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -107,10 +110,13 @@ def store_paths(prefix: str | Path) -> dict[str, Path]:
 
 
 def summarize_lengths(lengths: npt.NDArray[np.int32]) -> dict[str, dict[str, float]]:
-    """Mean, max and percentiles of the columns of ``lengths`` ``[num_pairs, 3]`` and of prompt plus longer response."""
+    """Mean, max and percentiles of the columns of ``lengths`` ``[num_pairs, 3]`` and of prompt plus longer response.
+
+    Without the column of rejected responses where there are none.
+    """
     if len(lengths) == 0:
         return {}
-    columns = dict(zip(PARTS, lengths.T, strict=True))
+    columns = {part: column for part, column in zip(PARTS, lengths.T, strict=True) if column.any()}
     columns["total"] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     return {
         name: {

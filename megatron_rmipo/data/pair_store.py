@@ -1,8 +1,9 @@
 """Tokenized preference pairs on disk: Megatron's IndexedDataset with a document per pair, and a manifest beside it.
 
-``PREFIX.bin`` and ``PREFIX.idx`` hold, for each pair, one document of three sequences: prompt, chosen, rejected. ``PREFIX.json``
-(the manifest) says with which tokenizer and template they were made and what was left out. It is written last: a data set without
-a manifest was never finished and is refused.
+``PREFIX.bin`` and ``PREFIX.idx`` hold, for each pair, one document of three sequences: prompt, chosen, rejected. Supervised data
+have the same form with the rejected sequence empty, in every document. ``PREFIX.json`` (the manifest) says with which tokenizer
+and template they were made and what was left out. It is written last: a data set without a manifest was never finished and is
+refused.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class TokenizedPair:
     """One preference pair as token ids, int64 ``[length]`` each.
 
     The prompt has at least one token and starts with BOS where the tokenizer has one; each response has at least one token and
-    ends with EOS or the template's end-of-turn token. (Truncation by ``--overlong official`` can cost BOS and EOS.)
+    ends with EOS or the template's end-of-turn token. (Truncation by ``--overlong official`` can cost BOS and EOS.) In supervised
+    data the rejected response is an empty array.
     """
 
     prompt: npt.NDArray[np.int64]
@@ -117,7 +119,9 @@ class PairStoreWriter:
     def add_flat(self, tokens: npt.NDArray[Any], lengths: list[int]) -> None:
         """Append one pair given as prompt, chosen and rejected behind one another, and their three lengths."""
         assert len(lengths) == SEQUENCES_PER_PAIR, lengths
-        assert min(lengths) >= 1, lengths
+        assert min(lengths[:2]) >= 1, lengths
+        assert lengths[2] >= 0, lengths
+        assert not self._lengths or (lengths[2] == 0) == (self._lengths[2] == 0), "pairs and supervised rows in one data set"
         assert sum(lengths) == len(tokens), (lengths, len(tokens))
         assert tokens.min() >= 0, tokens.min()
         assert tokens.max() < self._vocab_size, (tokens.max(), self._vocab_size)
@@ -143,6 +147,7 @@ class PairStoreWriter:
                 self._builder.finalize(str(self._partial["idx"]))
                 complete = dataclasses.replace(
                     manifest,
+                    has_rejected=bool(lengths[0, 2]),
                     num_pairs=len(lengths),
                     num_tokens=int(lengths.sum(dtype=np.int64)),
                     lengths=summarize_lengths(lengths),
@@ -258,4 +263,10 @@ class PairStore:
                 f"{self._paths['idx']}: does not describe {self.manifest.num_pairs} pairs of three sequences in "
                 f"{self._paths['bin'].name}: the files are from different runs. Preprocess again."
             )
-        return np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
+        lengths = np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
+        if np.any((lengths[:, 2] > 0) != self.manifest.has_rejected):
+            raise DataError(
+                f"{self._paths['json']}: has_rejected is {self.manifest.has_rejected}, but {self._paths['idx'].name} says otherwise: "
+                "the files are from different runs. Preprocess again."
+            )
+        return lengths

@@ -60,6 +60,44 @@ def test_megatron_reads_it_as_documents_of_three_sequences(tmp_path: Path) -> No
     assert np.array_equal(data[3 * 2 + 1], pairs[2].chosen)
 
 
+@pytest.mark.parametrize("vocab_size", [1003, 128_256])
+def test_supervised_data_have_an_empty_rejected_sequence(tmp_path: Path, vocab_size: int) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    pairs = [dataclasses.replace(pair, rejected=np.empty(0, dtype=np.int64)) for pair in make_pairs(7, vocab_size)]
+    write(tmp_path / "rows", pairs, vocab_size)
+    store = PairStore(tmp_path / "rows")
+    assert store.manifest.has_rejected is False
+    assert set(store.manifest.lengths) == {"prompt", "chosen", "total"}
+    assert store.lengths[:, 2].tolist() == [0] * 7
+    for index, pair in enumerate(pairs):  # the last one's empty sequence starts at the end of the file
+        assert same(store[index], pair)
+        assert (store[index].rejected.dtype, store[index].rejected.shape) == (np.int64, (0,))
+    data = IndexedDataset(str(tmp_path / "rows"))
+    assert data.sequence_lengths.tolist() == [length for row in store.lengths.tolist() for length in row]
+    assert [len(data[3 * index + 2]) for index in range(7)] == [0] * 7
+    assert np.array_equal(data[3 * 6 + 1], pairs[6].chosen)
+
+
+def test_pairs_and_supervised_rows_do_not_mix(tmp_path: Path) -> None:
+    first, second = make_pairs(2, 1003)
+    with pytest.raises(AssertionError, match="pairs and supervised rows"):
+        write(tmp_path / "rows", [first, dataclasses.replace(second, rejected=np.empty(0, dtype=np.int64))])
+    write(tmp_path / "rows", [first, second])
+    edit_manifest(tmp_path / "rows", has_rejected=False)
+    with pytest.raises(DataError, match=r"rows\.json: has_rejected is False, but rows\.idx says otherwise"):
+        PairStore(tmp_path / "rows")
+
+
+def test_a_manifest_without_the_field_holds_pairs(tmp_path: Path) -> None:
+    write(tmp_path / "pairs", make_pairs(2, 1003))
+    path = tmp_path / "pairs.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("has_rejected") is True
+    path.write_text(json.dumps(fields))
+    assert PairStore(tmp_path / "pairs").manifest.has_rejected is True
+
+
 def test_the_manifest_counts(tmp_path: Path) -> None:
     manifest = write(tmp_path / "pairs", make_pairs(1, 1003) * 3 + make_pairs(1, 1003, seed=4))
     store = PairStore(tmp_path / "pairs")
