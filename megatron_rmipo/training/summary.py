@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.training.reporting import METRICS_FILE, PAIRS_FILE
 
-Record = Mapping[str, float]
+Record = Mapping[str, Any]
 
 # What the table shows, where the objective has it: name in metrics.jsonl -> what a reader calls it.
 _ROWS = {
