@@ -37,7 +37,7 @@ class TokenizerInfo:
 class Manifest:
     """``PREFIX.json``: where a data set comes from and what it holds.
 
-    ``has_rejected``, ``num_pairs``, ``num_tokens``, ``lengths`` and ``file_bytes`` are filled in by :meth:`PairStoreWriter.finalize`.
+    ``has_rejected`` and what follows it are filled in by :meth:`PairStoreWriter.finalize`.
 
     Attributes:
         tokenizer: the tokenizer that made the ids.

@@ -14,7 +14,6 @@ import importlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rmipo.data.disk import write_errors_named
 from megatron_rmipo.data.manifest import PARTS, Manifest, TokenizerInfo, store_paths, summarize_lengths
 from megatron_rmipo.errors import DataError
 
@@ -61,17 +61,6 @@ def _indexed_dataset() -> ModuleType:
         return importlib.import_module("megatron.core.datasets.indexed_dataset")
 
 
-@contextlib.contextmanager
-def _disk_errors_named(prefix: str) -> Iterator[None]:
-    """Turn a failed write into an error that names the data set."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{prefix}: could not be written ({error.strerror or error}). Free some space, or choose another --output-prefix."
-        ) from error
-
-
 class PairStoreWriter:
     """Write a data set. A context manager: leaving it without :meth:`finalize` removes what was written.
 
@@ -95,7 +84,7 @@ class PairStoreWriter:
         self._lengths: list[int] = []
         self._vocab_size = vocab_size
         self._finished = False
-        with _disk_errors_named(self.prefix):
+        with write_errors_named(self.prefix):
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
             dtype = indexed_dataset.DType.optimal_dtype(vocab_size)
             self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._partial["bin"]), dtype=dtype)
@@ -125,7 +114,7 @@ class PairStoreWriter:
         assert sum(lengths) == len(tokens), (lengths, len(tokens))
         assert tokens.min() >= 0, tokens.min()
         assert tokens.max() < self._vocab_size, (tokens.max(), self._vocab_size)
-        with _disk_errors_named(self.prefix):
+        with write_errors_named(self.prefix):
             self._builder.add_document(tokens, lengths)
         self._lengths.extend(lengths)
 
@@ -143,7 +132,7 @@ class PairStoreWriter:
             raise DataError(f"{self.prefix}: no pairs to write.")
         lengths = np.array(self._lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
         try:
-            with _disk_errors_named(self.prefix):
+            with write_errors_named(self.prefix):
                 self._builder.finalize(str(self._partial["idx"]))
                 complete = dataclasses.replace(
                     manifest,
@@ -153,7 +142,7 @@ class PairStoreWriter:
                     lengths=summarize_lengths(lengths),
                     file_bytes={kind: self._partial[kind].stat().st_size for kind in ("bin", "idx")},
                 )
-                self._partial["json"].write_text(complete.to_json(), encoding="utf-8")
+                self._partial["json"].write_text(complete.to_json(), encoding="utf-8", errors="backslashreplace")
                 for path in self._partial.values():
                     _flush_to_disk(path)
                 self._paths["json"].unlink(missing_ok=True)  # an interrupted replacement must not pass for the earlier data set
@@ -176,11 +165,14 @@ class PairStoreWriter:
 
 
 def check_output_prefix(prefix: str, *, overwrite: bool) -> None:
-    """Refuse a prefix at which files stand already, unless they may be replaced.
+    """Refuse a prefix that names no file, or at which files stand already, unless they may be replaced.
 
     Raises:
         DataError: naming the files found.
     """
+    if os.path.basename(prefix) in ("", ".", ".."):
+        example = os.path.join(prefix, "pairs")
+        raise DataError(f"--output-prefix {prefix!r}: a folder, not the beginning of file names. Give one such as {example}.")
     found = [path for path in store_paths(prefix).values() if path.exists()]
     if found and not overwrite:
         names = ", ".join(path.name for path in found)
@@ -266,7 +258,7 @@ class PairStore:
         lengths = np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
         if np.any((lengths[:, 2] > 0) != self.manifest.has_rejected):
             raise DataError(
-                f"{self._paths['json']}: has_rejected is {self.manifest.has_rejected}, but {self._paths['idx'].name} says otherwise: "
-                "the files are from different runs. Preprocess again."
+                f"{self._paths['json']}: has_rejected is {self.manifest.has_rejected}, but {self._paths['idx'].name} says "
+                "otherwise: the files are from different runs. Preprocess again."
             )
         return lengths

@@ -89,8 +89,10 @@ def preprocess(options: PreprocessOptions) -> Manifest:
         batches = encode_batches(all_rows, tokenizer, template, policy, rows, options.workers)
         counts = _write_all(sources, batches, writer, rejects, options)
         _check_outcome(len(writer), rejects, options)
-        rejects.keep()
-        return writer.finalize(dataclasses.replace(manifest, counts=counts))
+        rejects.complete()
+        finished = writer.finalize(dataclasses.replace(manifest, counts=counts))
+        rejects.keep()  # after the data set: where that fails, the earlier one keeps its list
+        return finished
 
 
 def _write_all(
@@ -124,11 +126,11 @@ def _check_outcome(num_kept: int, rejects: RejectsFile, options: PreprocessOptio
         return
     if not rejects.total:
         raise DataError(f"{', '.join(options.input)}: no rows.")
-    rejects.keep()
+    rejects.keep_failed()
     problem = "--strict: " if num_kept else "no row could be used: "
     by_reason = ", ".join(f"{count} {reason}" for reason, count in rejects.counts.most_common())
     examples = "\n".join(f"  {reject}" for reject in rejects.examples.values())
     raise DataError(
         f"{problem}{rejects.total} rows rejected ({by_reason}). The first of each kind:\n{examples}\n"
-        f"All are listed in {rejects.path}."
+        f"All are listed in {rejects.failed_path}."
     )

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from megatron_rmipo.errors import DataError
+from megatron_rmipo.data.disk import write_errors_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,14 @@ class Reject:
 
 
 class RejectsFile:
-    """``PREFIX.rejects.jsonl``: every row left out. Removed again unless :meth:`keep` is called; not made without rejects."""
+    """``PREFIX.rejects.jsonl``: every row left out.
+
+    A context manager: what was written is removed unless :meth:`keep` or :meth:`keep_failed` is called.
+    """
 
     def __init__(self, prefix: str) -> None:
         self.path = Path(f"{prefix}.rejects.jsonl")
+        self.failed_path = Path(f"{prefix}.failed.rejects.jsonl")
         self._partial = Path(f"{prefix}.incomplete.rejects.jsonl")
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, Reject] = {}
@@ -54,14 +58,14 @@ class RejectsFile:
         return self.counts.total()
 
     def __enter__(self) -> RejectsFile:
-        try:
-            self._stream = open(self._partial, "w", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{self._partial}: could not be written ({error.strerror}).") from None
+        with write_errors_named(self._partial):
+            # half a surrogate pair, which JSON can write and UTF-8 cannot, stays readable as its escape
+            self._stream = open(self._partial, "w", encoding="utf-8", errors="backslashreplace")
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
         with contextlib.suppress(OSError):
             self._partial.unlink(missing_ok=True)
 
@@ -69,12 +73,30 @@ class RejectsFile:
         """List one row."""
         self.counts[reject.reason] += 1
         self.examples.setdefault(reject.reason, reject)
-        self._stream.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
+        with write_errors_named(self._partial):
+            self._stream.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
+
+    def complete(self) -> None:
+        """Write out the whole list, under its temporary name, so that :meth:`keep` needs no more space.
+
+        Raises:
+            DataError: the disk failed.
+        """
+        with write_errors_named(self._partial):
+            self._stream.close()
 
     def keep(self) -> None:
-        """Put the list in place; one left by an earlier run goes."""
-        self._stream.close()
-        if self.total:
-            os.replace(self._partial, self.path)
-        else:
-            self.path.unlink(missing_ok=True)
+        """Put the list beside its finished data set; those left by earlier runs go."""
+        self.complete()
+        with write_errors_named(self.path):
+            self.failed_path.unlink(missing_ok=True)
+            if self.total:
+                os.replace(self._partial, self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+
+    def keep_failed(self) -> None:
+        """Put the list of a run that writes no data set beside that of an earlier data set, which stays."""
+        self.complete()
+        with write_errors_named(self.failed_path):
+            os.replace(self._partial, self.failed_path)

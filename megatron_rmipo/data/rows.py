@@ -16,6 +16,7 @@ REASONS = {
     "malformed": "not readable as a row of this format",
     "missing_field": "a column is absent or null",
     "not_text": "a value that should be text is something else",
+    "not_encodable": "the text holds half of a surrogate pair, which is no character",
     "bad_turns": "the conversation's turns are in an impossible order",
     "empty_prompt": "the prompt has no text",
     "empty_response": "a response has no text, or no tokens",
@@ -37,7 +38,18 @@ SCORE_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
-COLUMN_NAMES = ("prompt", "chosen", "rejected", "system", "conversations", "chosen_score", "rejected_score")
+COLUMN_NAMES = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "system",
+    "conversations",
+    "messages",
+    "completion",
+    "response",
+    "chosen_score",
+    "rejected_score",
+)
 Row = Mapping[str, Any]
 
 
@@ -175,7 +187,21 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
             raise RowFault("empty_response", field, "the response has no text")
     if pair.chosen.strip() == pair.rejected.strip():
         raise RowFault("identical", "rejected", "the same text as chosen")
+    _require_encodable("prompt", [turn.content for turn in turns])
+    _require_encodable("chosen", [pair.chosen])
+    _require_encodable("rejected", [pair.rejected])
     return PreferencePair(turns, pair.chosen, pair.rejected)
+
+
+def _require_encodable(field: str, texts: Sequence[str]) -> None:
+    """Refuse text that UTF-8 cannot write: JSON can spell half of a surrogate pair, and the tokenizers stop at it."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = shown(text[max(0, error.start - 10) : error.start + 10])
+            message = f"character {error.start + 1} is half of a surrogate pair, near {around}"
+            raise RowFault("not_encodable", field, message) from None
 
 
 def _refuse_tie(row: Row) -> None:

@@ -11,14 +11,19 @@ import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from megatron_rmipo.data.rows import COLUMN_NAMES
 from megatron_rmipo.errors import DataError
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 _ROWS_PER_READ = 1024
+_BLANK_LINE = b""
+_ROW_COLUMNS = frozenset(COLUMN_NAMES)
+_REMEDY = "Fetch or make the file again."
 
 
 class SourceRow(NamedTuple):
@@ -27,12 +32,12 @@ class SourceRow(NamedTuple):
     Attributes:
         source: file or data set name.
         number: line of a JSON lines file, else number of the row; from 1.
-        payload: a JSON line, or the row's columns.
+        payload: a JSON line, or the row's columns; in a JSON list it can be any value, such as null.
     """
 
     source: str
     number: int
-    payload: bytes | Mapping[str, Any]
+    payload: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Source:
 
     def __iter__(self) -> Iterator[SourceRow]:
         numbered = enumerate(self._rows(), start=1)
-        return (SourceRow(self.name, number, payload) for number, payload in numbered if payload is not None)
+        return (SourceRow(self.name, number, payload) for number, payload in numbered if payload != _BLANK_LINE)
 
 
 def open_source(name: str, split: str | None = None) -> Source:
@@ -105,16 +110,16 @@ def _open_stream(path: Path) -> IO[bytes]:
     return io.BufferedReader(gzip.open(path, "rb")) if compressed else open(path, "rb")
 
 
-def _lines(path: Path, name: str) -> Iterator[bytes | None]:
-    """Lines of a file; None stands for blank ones, so that numbers stay those of the file."""
+def _lines(path: Path, name: str) -> Iterator[bytes]:
+    """Lines of a file; an empty one stands for blank ones, so that numbers stay those of the file."""
     try:
         with _open_stream(path) as stream:
             for number, line in enumerate(stream):
                 if number == 0:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                yield line if line.strip() else None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{name}: could not be read to its end ({error}).") from None
+                yield line if line.strip() else _BLANK_LINE
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: could not be read to its end ({error}). {_REMEDY}") from None
 
 
 def _count_lines(path: Path) -> int | None:
@@ -135,14 +140,16 @@ def _json_document(path: Path, name: str) -> list[Any] | None:
     try:
         with _open_stream(path) as stream:
             text = stream.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: could not be read ({error}).") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: could not be read ({error}). {_REMEDY}") from None
     if not text.lstrip().startswith("["):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
             if isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict) and "\n" in text.strip():
                 return None
     try:
         document = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{name}: nested too deeply to be rows. {_REMEDY}") from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{name}: line {error.lineno}: not valid JSON ({error.msg}). A file with one object a line is named .jsonl."
@@ -150,9 +157,9 @@ def _json_document(path: Path, name: str) -> list[Any] | None:
     if isinstance(document, list):
         return document
     lists = {key: value for key, value in document.items() if isinstance(value, list)} if isinstance(document, dict) else {}
-    if len(lists) == 1 and not {"prompt", "chosen", "rejected"} & lists.keys():
+    if len(lists) == 1 and not _ROW_COLUMNS & lists.keys():
         return next(iter(lists.values()))
-    if isinstance(document, dict) and "chosen" in document:
+    if isinstance(document, dict) and _ROW_COLUMNS & document.keys():
         return [document]
     raise DataError(
         f"{name}: a list of rows is expected, or an object holding one list; "
@@ -164,13 +171,11 @@ def _open_parquet(path: Path, name: str, size: int) -> Source:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _damage_named(name, "parquet file"):
         num_rows = int(pyarrow.parquet.read_metadata(path).num_rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a readable parquet file ({str(error).splitlines()[0]}).") from None
 
     def rows() -> Iterator[Any]:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _damage_named(name, "parquet file"), pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_PER_READ):
                 yield from batch.to_pylist()
 
@@ -181,17 +186,26 @@ def _arrow_rows(path: Path, name: str) -> Iterator[Any]:
     """Rows of an Arrow file, in the streaming form that ``datasets`` writes or the random-access form."""
     import pyarrow
 
+    with _damage_named(name, "Arrow file"), pyarrow.memory_map(str(path)) as mapped:
+        try:
+            batches: Any = pyarrow.ipc.open_stream(mapped)
+        except pyarrow.ArrowInvalid:
+            file = pyarrow.ipc.open_file(mapped)
+            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _damage_named(name: str, kind: str) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged file into an error that names it."""
+    import pyarrow
+
     try:
-        with pyarrow.memory_map(str(path)) as mapped:
-            try:
-                batches: Any = pyarrow.ipc.open_stream(mapped)
-            except pyarrow.ArrowInvalid:
-                file = pyarrow.ipc.open_file(mapped)
-                batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a readable Arrow file ({str(error).splitlines()[0]}).") from None
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        problem = (str(error).splitlines() or [repr(error)])[0]
+        raise DataError(f"{name}: not a readable {kind} ({problem}). {_REMEDY}") from None
 
 
 def _open_data_set(name: str, split: str | None, *, saved: bool) -> Source:
@@ -208,8 +222,9 @@ def _open_data_set(name: str, split: str | None, *, saved: bool) -> Source:
     data = _choose_split(found, name, split)
 
     def rows() -> Iterator[Any]:
-        for batch in data.iter(batch_size=_ROWS_PER_READ):
-            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        with _damage_named(name, "data set"):
+            for batch in data.iter(batch_size=_ROWS_PER_READ):
+                yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
     return Source(f"{name}[{split}]" if split else name, len(data), None, rows)
 
@@ -227,15 +242,18 @@ def _choose_split(found: Any, name: str, split: str | None) -> Any:
     return found[split]
 
 
-def load_payload(payload: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+def load_payload(payload: Any) -> Mapping[str, Any]:
     """The columns of a row.
 
     Raises:
         ValueError: a line that is not a JSON object.
     """
-    row = json.loads(payload) if isinstance(payload, bytes) else payload
+    try:
+        row = json.loads(payload) if isinstance(payload, bytes) else payload
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(row, Mapping):
-        raise ValueError(f"an object with columns expected, found {type(row).__name__}")
+        raise ValueError(f"an object with columns expected, found {'null' if row is None else type(row).__name__}")
     return row
 
 

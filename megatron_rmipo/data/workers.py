@@ -97,7 +97,7 @@ class RowOptions:
 
 def _reject(row: SourceRow, fault: RowFault) -> Reject:
     is_line = isinstance(row.payload, bytes)
-    payload = row.payload.decode("utf-8", errors="replace") if isinstance(row.payload, bytes) else dict(row.payload)
+    payload = row.payload.decode("utf-8", errors="replace") if isinstance(row.payload, bytes) else row.payload
     return Reject(
         row.source, "line" if is_line else "row", row.number, fault.reason, fault.field, fault.message, excerpt(payload)
     )

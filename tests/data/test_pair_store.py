@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,33 @@ def test_an_interrupted_replacement_does_not_pass_for_the_earlier_data_set(
         write(tmp_path / "pairs", make_pairs(3, 1003), overwrite=True)
     with pytest.raises(DataError, match=r"pairs\.json: not found"):
         PairStore(tmp_path / "pairs")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Free some space, or choose another --output-prefix"),
+        (errno.EDQUOT, "Free some space"),
+        (errno.EACCES, "writable for this user, or choose another --output-prefix"),
+        (errno.EROFS, "writable for this user"),
+        (errno.ENOENT, "directory). Choose another --output-prefix"),
+    ],
+)
+def test_the_remedy_fits_the_failure(number: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        PairStoreWriter(tmp_path / "pairs", 1003)
+
+
+@pytest.mark.parametrize("prefix", ["", "out/", ".", "a/.."])
+def test_a_folder_is_no_prefix(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="a folder, not the beginning of file names"):
+        PairStoreWriter(prefix, 1003)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_pairs_are_no_data_set(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
         ({"rejected": "\t"}, "empty_response"),
         ({"rejected": " Because.\n"}, "identical"),
         ({"chosen_score": 3, "rejected_score": 3.0}, "tied"),
+        ({"prompt": "Why \ud83d?"}, "not_encodable"),
+        ({"chosen": "\ude00"}, "not_encodable"),
+        ({"rejected": "No \ud83d"}, "not_encodable"),
         ({"metadata": {"score_chosen": 7.5, "score_rejected": 7.5}}, "tied"),
     ],
 )

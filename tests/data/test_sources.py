@@ -74,6 +74,17 @@ def test_numbers_are_those_of_the_lines(tmp_path: Path) -> None:
     assert [row.number for row in source] == [1, 3]
 
 
+def test_every_value_of_a_list_is_a_row(tmp_path: Path) -> None:
+    source = open_source(str(write(tmp_path / "a.json", '[null, {"a": 1}, 5, null, ""]')))
+    assert source.num_rows == 5
+    assert [(row.number, row.payload) for row in source] == [(1, None), (2, {"a": 1}), (3, 5), (4, None), (5, "")]
+
+
+@pytest.mark.parametrize("row", [{"messages": []}, {"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}])
+def test_an_object_with_our_columns_is_one_row(row: dict[str, Any], tmp_path: Path) -> None:
+    assert read(open_source(str(write(tmp_path / "a.json", json.dumps(row))))) == [row]
+
+
 def test_a_saved_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])})
@@ -129,6 +140,38 @@ def test_damage_found_while_reading_is_an_error(tmp_path: Path) -> None:
     arrow.write_bytes(b"garbage" + arrow.read_bytes())
     with pytest.raises(DataError, match="not a readable Arrow file"):
         list(open_source(str(arrow)))
+
+
+def damage(path: Path, start: int, end: int) -> Path:
+    """Overwrite some bytes in the middle of a file."""
+    whole = path.read_bytes()
+    assert end < len(whole)
+    path.write_bytes(whole[:start] + b"\xff" * (end - start) + whole[end:])
+    return path
+
+
+def test_damaged_bytes_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    lines = damage(write_gzip(tmp_path / "a.jsonl.gz", LINES), 12, 40)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: could not be read to its end .*\. Fetch or make the file again\."):
+        list(open_source(str(lines)))
+    document = damage(write_gzip(tmp_path / "a.json.gz", json.dumps(ROWS)), 12, 40)
+    with pytest.raises(DataError, match=r"a\.json\.gz: could not be read .*\. Fetch or make the file again\."):
+        open_source(str(document))
+    parquet = damage(write_parquet(tmp_path / "a.parquet"), 4, 200)
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file .*\. Fetch or make the file again\."):
+        list(open_source(str(parquet)))
+    for streaming in (True, False):
+        arrow = damage(write_arrow(tmp_path / "a.arrow", streaming=streaming), 8, 400)
+        with pytest.raises(DataError, match=r"a\.arrow: not a readable Arrow file .*\. Fetch or make the file again\."):
+            list(open_source(str(arrow)))
+
+
+def test_nesting_beyond_the_reader_is_an_error(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    with pytest.raises(DataError, match="nested too deeply"):
+        open_source(str(write(tmp_path / "a.json", deep)))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        load_payload(deep.encode())
 
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -134,7 +136,7 @@ def test_a_mistake_is_one_message_and_leaves_no_data_set(
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") < 15
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out") and path.name != "out.rejects.jsonl"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out") and path.name != "out.failed.rejects.jsonl"]
 
 
 def test_what_stands_at_the_prefix_is_kept(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +148,75 @@ def test_what_stands_at_the_prefix_is_kept(tmp_path: Path, model: Path, capsys: 
     assert (tmp_path / "out.bin").read_bytes() == before
     assert run(tmp_path, model, source, "--overwrite") == 0
     assert (tmp_path / "out.bin").read_bytes() != before
+
+
+def test_what_is_no_object_is_rejected_by_its_number(tmp_path: Path, model: Path) -> None:
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps([None, 5, rows(2)[1], [1], None]))
+    assert run(tmp_path, model, source) == 0
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    assert [(r["number"], r["reason"], r["excerpt"]) for r in rejects] == [
+        (number, "malformed", text) for number, text in ((1, "null"), (2, "5"), (4, "[1]"), (5, "null"))
+    ]
+    assert "found null" in rejects[0]["message"]
+    assert PairStore(tmp_path / "out").manifest.counts["rows"] == 5
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_half_a_surrogate_pair_is_rejected(ending: str, tmp_path: Path, model: Path) -> None:
+    good = rows(2)[1]
+    bad = [{**good, "chosen": "half \ud83d"}, {**good, "prompt": None, "\ud83d": 1}]
+    source = write_rows(tmp_path / "rows.jsonl", [good, *bad])
+    if ending == "json":
+        source = tmp_path / "rows.json"
+        source.write_text(json.dumps([good, *bad]))
+    assert run(tmp_path, model, source) == 0
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["number"], r["reason"], r["field"]) for r in rejects] == [
+        (2, "not_encodable", "chosen"),
+        (3, "missing_field", "prompt"),
+    ]
+    assert "character 6" in rejects[0]["message"]
+
+
+def test_a_failed_replacement_leaves_the_earlier_list(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(10))) == 0
+    earlier = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name.startswith("out")}
+    source = write_rows(tmp_path / "rows.jsonl", rows(30))
+
+    def left() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name.startswith("out")}
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_rmipo.data.pair_store._flush_to_disk", lambda _path: os.write(-1, b""))
+        assert run(tmp_path, model, source, "--overwrite") == 1
+    assert left() == earlier
+    assert run(tmp_path, model, source, "--overwrite", "--strict") == 1
+    assert "All are listed in" in capsys.readouterr().err
+    failed = left().pop("out.failed.rejects.jsonl")
+    assert failed.count(b"\n") == 5
+    assert {name: content for name, content in left().items() if "failed" not in name} == earlier
+    assert run(tmp_path, model, source, "--overwrite") == 0
+    assert (tmp_path / "out.rejects.jsonl").read_bytes() == failed
+    assert not (tmp_path / "out.failed.rejects.jsonl").exists()
+
+
+def test_a_disk_that_fills_up_with_rejects_is_one_message(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def close(self) -> None:
+            if not self.closed:
+                super().close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megatron_rmipo.data.rejects.open", lambda *_args, **_options: Full(), raising=False)
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(10))) == 1
+    shown = capsys.readouterr().err
+    assert "out.incomplete.rejects.jsonl: could not be written (No space left on device). Free some space" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_rejects_of_an_earlier_run_do_not_stay(tmp_path: Path, model: Path) -> None:

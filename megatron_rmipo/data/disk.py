@@ -1,0 +1,34 @@
+"""Failed writes as errors that say what to do about them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_rmipo.errors import DataError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def write_errors_named(path: str | Path) -> Iterator[None]:
+    """Turn a failed write into an error that names what was written and the remedy.
+
+    Raises:
+        DataError: instead of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = os.path.dirname(path) or "."
+        if error.errno in _NO_SPACE:
+            remedy = "Free some space, or choose another --output-prefix."
+        elif error.errno in _NO_PERMISSION:
+            remedy = f"Make {folder} writable for this user, or choose another --output-prefix."
+        else:
+            remedy = "Choose another --output-prefix."
+        raise DataError(f"{path}: could not be written ({error.strerror or error}). {remedy}") from error
