@@ -74,14 +74,14 @@ def check_output_directory(directory: Path, flag: str, ignoring: str | None = No
     Raises:
         ConversionError: it is a file, or holds something.
     """
-    directory = Path(directory)
+    given, directory = directory, Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
-        raise ConversionError(f"{flag} {directory} is a file. Name a directory that does not exist yet.")
+        raise ConversionError(f"{flag} {given} is a file. Name a directory that does not exist yet.")
     names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     entries = [name for name in names if ignoring is None or not name.endswith(ignoring)]
     if entries:
         shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
-        raise ConversionError(f"{flag} {directory} exists and holds {shown}. Name another directory, or remove this one.")
+        raise ConversionError(f"{flag} {given} exists and holds {shown}. Name another directory, or remove this one.")
 
 
 def check_space(directory: Path, num_bytes: int) -> None:
@@ -106,7 +106,8 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Yields:
         ``NAME.incomplete`` beside it. A leftover of an interrupted attempt is replaced.
     """
-    directory = Path(directory)
+    # Resolved, "." and "sub/.." have a name, and a link's target is replaced and not the link.
+    directory = Path(directory).resolve()
     partial = directory.with_name(directory.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
