@@ -5,30 +5,19 @@
 #   HF_MODEL        model directory to start from            DATA        preference data: a file or a Hugging Face data set name
 #   VALID_DATA      held-out preference data (else 1 % of DATA)          DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets
 #   SFT_DATA        fine-tune on the chosen responses of these first (the Base setting of the paper)
-#   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own
+#   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
+#                   without it
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them
 #   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP      the layout; WORK_DIR must be shared by the nodes
+#   STAGE_TIMEOUT_MINUTES   how long the other nodes wait for a stage of the first one (240); FAILURE_GRACE_SECONDS  how long its failure
+#                   may be that of an earlier start (60)      SIGNALS_REACH_ALL=1   whoever signals this script signals torchrun too
 #
-# A stage whose result is there and complete is skipped; a training that was interrupted goes on from its latest checkpoint.
+# A stage whose result is there and complete is skipped; a training that was interrupted goes on from its latest checkpoint. What was
+# made with other settings, or from something that was, is refused. SIGTERM and SIGINT reach the trainer, which saves and ends.
+# Exit status: 0 everything is there; 75 a training stopped before its end, start again to go on; else that of the command that failed.
 
-die() {
-    echo "$(basename "$0"): $*" >&2
-    exit 1
-}
-
-say() {
-    echo "== $*"
-}
-
-# Run a command, or print it where DRY_RUN is set.
-run() {
-    if [[ -n "${DRY_RUN:-}" ]]; then
-        printf '%q ' "$@"
-        echo
-    else
-        "$@"
-    fi
-}
+# shellcheck source=examples/running.sh
+source examples/running.sh
 
 # nproc would answer with OMP_NUM_THREADS.
 count_cores() {
@@ -39,74 +28,100 @@ count_gpus() {
     { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
 }
 
-# is_complete NAME RESULT COMMAND...: whether RESULT is there, made by this command; what another command made is not used silently.
-is_complete() {
-    local record="$WORK_DIR/.stages/${1// /-}" result=$2 command
-    shift 2
-    if [[ -n "${DRY_RUN:-}" ]]; then return 1; fi
-    command=$(printf '%q ' "$@")
-    if [[ ! -e "$result" ]]; then
-        mkdir -p "$WORK_DIR/.stages"
-        echo "$command" >"$record"
-        return 1
-    fi
-    if [[ -e "$record" && "$(<"$record")" != "$command" ]]; then
-        die "$result was made with other settings:
-  then: $(<"$record")
-  now:  $command
-Set WORK_DIR to another directory, or remove $(dirname "$result") to make it again."
-    fi
-}
-
-# stage NAME RESULT COMMAND...: run the command once, on the first node; RESULT is the file the command writes last.
+# stage NAME RESULT REMOVE COMMAND...: run the command once, on the first node; RESULT is the file the command writes last, REMOVE what
+# to remove to make it again. Flags in the array RUN_ONLY are added; the result does not depend on them.
 stage() {
-    local name=$1 result=$2
-    if is_complete "$@"; then
+    local name=$1 result=$2 remove=$3 made=""
+    shift 3
+    CURRENT_STAGE=$name
+    if ! is_dry; then
+        if [[ -e "$result" ]]; then made=$result; fi
+        check_record "$name" "$made" "rm -r $remove" "$(printf '%q ' "$@")"
+    fi
+    if [[ -n "$made" ]]; then
         say "$name: already there ($result)"
-    elif ((NODE_RANK > 0)) && [[ -z "${DRY_RUN:-}" ]]; then
-        say "$name: waiting for the first node to write $result"
-        until [[ -e "$result" ]]; do sleep 5; done
+    elif ((NODE_RANK > 0)) && ! is_dry; then
+        wait_for "$name" "$result"
     else
         say "$name"
-        run "${@:3}"
+        run "$@" "${RUN_ONLY[@]}"
     fi
 }
 
 # preprocess NAME INPUT SPLIT: prepare a preference data set at $WORK_DIR/data/NAME.
 preprocess() {
-    local arguments=(--input "$2" --tokenizer-model "$HF_MODEL" --output-prefix "$WORK_DIR/data/$1"
-        --seq-length "$SEQ_LENGTH" --workers "$WORKERS")
+    local arguments=(--input "$2" --tokenizer-model "$HF_MODEL" --output-prefix "$WORK_DIR/data/$1" --seq-length "$SEQ_LENGTH")
+    local RUN_ONLY=(--workers "$WORKERS")
     if [[ -n "$3" ]]; then arguments+=(--split "$3"); fi
     if [[ -n "${CHAT_TEMPLATE:-}" ]]; then arguments+=(--chat-template "$CHAT_TEMPLATE"); fi
-    if [[ -z "${DRY_RUN:-}" && "$NODE_RANK" == 0 ]]; then mkdir -p "$WORK_DIR/data"; fi
-    stage "preprocess $1" "$WORK_DIR/data/$1.json" python tools/preprocess_preferences.py "${arguments[@]}"
+    if ((NODE_RANK == 0)) && ! is_dry; then mkdir -p "$WORK_DIR/data"; fi
+    stage "preprocess $1" "$WORK_DIR/data/$1.json" "$WORK_DIR/data/$1.*" python tools/preprocess_preferences.py "${arguments[@]}"
 }
 
-# train_stage NAME FROM EXPORT FLAGS...: train from the checkpoint FROM into $WORK_DIR/NAME; the trainer writes the Hugging Face model
-# to EXPORT when it has reached its last step, and not before.
+# what_trains FLAGS...: those on which the trained model depends. The others may change between two starts of one training.
+what_trains() {
+    while (($#)); do
+        case $1 in
+            --debug) ;;
+            --exit-interval | --log-interval | --save-interval | --keep-last | --eval-interval | --num-workers | --log-dir | \
+                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes) shift ;;
+            --exit-interval=* | --log-interval=* | --save-interval=* | --keep-last=* | --eval-interval=* | --num-workers=* | \
+                --log-dir=* | --tensorboard-dir=* | --wandb-project=* | --wandb-exp-name=* | --distributed-timeout-minutes=*) ;;
+            *) printf '%q ' "$1" ;;
+        esac
+        if (($#)); then shift; fi
+    done
+}
+
+# has_checkpoint DIR: whether a training has saved there; a folder of a run that died while it wrote it is none.
+has_checkpoint() {
+    local path
+    for path in "$1/latest_checkpointed_iteration.txt" "$1"/iter_*; do
+        if [[ -e "$path" && "$path" != *.incomplete ]]; then return; fi
+    done
+    return 1
+}
+
+# train_stage NAME FROM EXPORT UPSTREAM FLAGS...: train from the checkpoint FROM into $WORK_DIR/NAME; the trainer writes the Hugging Face
+# model to EXPORT when it has reached its last step, and not before. UPSTREAM: stages it starts from, in lines.
 train_stage() {
-    local name=$1 from=$2 export=$3
-    local save="$WORK_DIR/$name"
-    shift 3
-    # The layout may change between two starts of one training, so it is no part of what is compared.
-    if is_complete "train $name" "$export/config.json" "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@"; then
-        say "train $name: already there ($export)"
-        return
+    local name="train $1" from=$2 export=$3 save="$WORK_DIR/$1" upstream made="" load
+    mapfile -t upstream <<<"$4"
+    shift 4
+    CURRENT_STAGE=$name
+    load=(--load "$from" --finetune)
+    if ! is_dry; then
+        if [[ -e "$export/config.json" ]]; then made=$export; fi
+        if has_checkpoint "$save"; then
+            made=$save
+            load=(--load "$save")
+        fi
+        # Its latest checkpoint would be exported again if the export alone were removed.
+        check_record "$name" "$made" "rm -r $save $export" \
+            "$(what_trains "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@" && echo && records_of "${upstream[@]}")"
+        if [[ -e "$export/config.json" ]]; then
+            say "$name: already there ($export)"
+            return
+        fi
+        if ((NODE_RANK == 0)) && [[ -z "$made" ]]; then rm -rf "$save"/iter_*.incomplete; fi
     fi
-    local load=(--load "$from" --finetune)
-    if [[ -z "${DRY_RUN:-}" && -e "$save/latest_checkpointed_iteration.txt" ]]; then
-        say "train $name: goes on from iteration $(<"$save/latest_checkpointed_iteration.txt")"
-        load=(--load "$save")
-    else
-        say "train $name"
-    fi
+    if [[ -n "$made" ]]; then say "$name: goes on from the latest checkpoint of $save"; else say "$name"; fi
     run torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_rmipo.train \
         "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}" \
         "${load[@]}" --save "$save" --save-hf "$export" "$@"
-    if [[ -z "${DRY_RUN:-}" && ! -e "$export/config.json" ]]; then
-        say "train $name: stopped before its end; start this script again to go on"
-        exit 0
+    if ! is_dry && ! appears "$export/config.json"; then
+        say "$name: stopped before its end; start this script again to go on"
+        exit "$EX_TEMPFAIL"
     fi
+}
+
+# appears FILE: whether it is there; on another node than the one that wrote it, that may take some seconds.
+appears() {
+    local tries=$((NODE_RANK > 0 ? 10 : 0))
+    until [[ -e "$1" ]]; do
+        if ((tries-- == 0)); then return 1; fi
+        sleep 1
+    done
 }
 
 # run_stages FLAGS...: everything; the flags go to the preference training.
@@ -114,27 +129,34 @@ run_stages() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     # Every rank would repeat what Megatron-Core says at import of packages it can do without.
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+    # torchrun kills ranks that take longer than this (seconds) to save after SIGTERM; its default is 30.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
+    handle_signals
+    local RUN_ONLY=() held_out=(--split "99,1") start="$WORK_DIR/base" sources="convert the model" valid=""
     if [[ -n "${EMBEDDED:-}" ]]; then
-        stage "make the embedded inputs" "$HF_MODEL/config.json" \
+        stage "make the embedded inputs" "$HF_MODEL/config.json" "$INPUTS" \
             python examples/embedded/make_inputs.py --output "$INPUTS" --seed 1
-    elif [[ -z "${DRY_RUN:-}" && ! -e "$HF_MODEL/config.json" ]]; then
+    elif ! is_dry && [[ ! -e "$HF_MODEL/config.json" ]]; then
         die "HF_MODEL=$HF_MODEL: no config.json there; name the directory of a Hugging Face model"
     fi
     preprocess train "$DATA" "${DATA_SPLIT:-}"
-    local held_out=(--split "99,1") start="$WORK_DIR/base"
     if [[ -n "${VALID_DATA:-}" ]]; then
         preprocess valid "$VALID_DATA" "${VALID_SPLIT:-}"
+        valid=$'\npreprocess valid'
         held_out=(--valid-data-path "$WORK_DIR/data/valid")
     fi
-    stage "convert the model" "$start/latest_checkpointed_iteration.txt" \
+    stage "convert the model" "$start/latest_checkpointed_iteration.txt" "$start" \
         python tools/convert_hf_to_megatron.py --hf-model "$HF_MODEL" --save "$start"
     if [[ -n "${SFT_DATA:-}" ]]; then
         preprocess sft "$SFT_DATA" "${SFT_SPLIT:-}"
-        train_stage sft "$start" "$WORK_DIR/sft-hf" "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${held_out[@]}"
-        start="$WORK_DIR/sft"
+        train_stage sft "$start" "$WORK_DIR/sft-hf" "$sources"$'\n'"preprocess sft$valid" \
+            "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${held_out[@]}"
+        start="$WORK_DIR/sft" sources="train sft"
     fi
-    train_stage rmipo "$start" "$WORK_DIR/hf" "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${held_out[@]}" "$@"
+    train_stage rmipo "$start" "$WORK_DIR/hf" "$sources"$'\n'"preprocess train$valid" \
+        "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${held_out[@]}" "$@"
     if ((NODE_RANK == 0)); then
+        CURRENT_STAGE="result"
         say "result"
         local rows=()
         if [[ -n "${EMBEDDED:-}" ]]; then rows=(--rows "$VALID_DATA"); fi

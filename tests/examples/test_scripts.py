@@ -2,8 +2,11 @@
 
 import os
 import shlex
+import shutil
+import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,13 @@ LLAMA = "run_rmipo_llama3_8b.sh"
 # A stand-in notes how it was called and writes what the real command writes last.
 STAND_IN = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$CALLS"
+if [[ "$*" == *"${FAILS:-no command}"* ]]; then exit 9; fi
+if [[ "$*" == *"${HANGS:-no command}"* ]]; then
+    # As the trainer: what it does at a signal takes a while, and the status is its own.
+    for name in TERM INT; do trap "echo heard $name >>\"$CALLS\"; sleep 1; echo saved >>\"$CALLS\"; exit ${STATUS:-0}" $name; done
+    echo hanging >>"$CALLS"
+    while true; do sleep 0.1; done
+fi
 while (($#)); do
     case $1 in
         --output) mkdir -p "$2/model" && echo "{}" >"$2/model/config.json" ;;
@@ -48,6 +58,19 @@ def run_script(name: str, variables: dict[str, str], *flags: str, expect: int = 
     )
     assert result.returncode == expect, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def start_script(variables: dict[str, str], *flags: str) -> subprocess.Popen[str]:
+    command = ["bash", str(ROOT / "examples" / LLAMA), *flags]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until_called(tmp_path: Path, text: str) -> None:
+    for _ in range(300):
+        if (tmp_path / "calls").exists() and text in (tmp_path / "calls").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no {text!r} in the calls")
 
 
 def calls(tmp_path: Path) -> list[str]:
@@ -174,17 +197,144 @@ def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     inputs = own_inputs(tmp_path)
-    output = run_script(LLAMA, environment(tmp_path, **inputs, INTERRUPTED="1", STEP="40"))
+    output = run_script(LLAMA, environment(tmp_path, **inputs, INTERRUPTED="1", STEP="40"), "--exit-interval", "40", expect=75)
     assert "stopped before its end" in output
     first = calls(tmp_path)
     assert first[-1].startswith("torchrun")
     assert "--finetune" in first[-1]
-    output = run_script(LLAMA, environment(tmp_path, **inputs))
-    assert "goes on from iteration 40" in output
+    # Neither the layout nor when it stops is part of what is trained.
+    output = run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"))
+    assert "goes on from the latest checkpoint" in output
     training, summary = calls(tmp_path)
     assert f"--load {tmp_path}/work/rmipo --save" in training
     assert "--finetune" not in training
     assert "summarize_run" in summary
+
+
+def test_a_run_that_died_in_its_first_save_starts_anew(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path))
+    half = tmp_path / "work/rmipo/iter_0000010.incomplete"
+    half.mkdir(parents=True)
+    run_script(LLAMA, variables)
+    assert "--finetune" in calls(tmp_path)[-2]
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("interrupted", ["", "1"])
+def test_other_settings_never_reuse_a_checkpoint(tmp_path: Path, interrupted: str) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path))
+    run_script(LLAMA, variables | {"INTERRUPTED": interrupted, "STEP": "40"}, expect=75 if interrupted else 0)
+    work = tmp_path / "work"
+    # The printed remedy, followed by half: the finished checkpoint is still there and would be exported as the new result.
+    shutil.rmtree(work / "hf", ignore_errors=True)
+    calls(tmp_path)
+    for _ in range(2):
+        message = run_script(LLAMA, variables | {"LR": "1e-6"}, expect=1)
+        assert f"rm -r {work}/rmipo {work}/hf" in message
+        assert "--lr 1e-6" in next(line for line in message.splitlines() if line.startswith("  now:"))
+        assert calls(tmp_path) == []
+    shutil.rmtree(work / "rmipo")
+    run_script(LLAMA, variables | {"LR": "1e-6"})
+    assert "--finetune" in calls(tmp_path)[0]
+
+
+def test_an_export_that_was_removed_is_made_again_from_the_checkpoint(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path))
+    run_script(LLAMA, variables)
+    shutil.rmtree(tmp_path / "work/hf")
+    calls(tmp_path)
+    run_script(LLAMA, variables)
+    assert f"--load {tmp_path}/work/rmipo --save" in calls(tmp_path)[0]
+
+
+def test_a_training_from_other_results_is_not_used_silently(tmp_path: Path) -> None:
+    inputs = own_inputs(tmp_path)
+    variables = environment(tmp_path, **inputs, SFT_DATA="sft.jsonl")
+    run_script(LLAMA, variables)
+    work = tmp_path / "work"
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "model", other)
+    changed = variables | {"HF_MODEL": str(other)}
+    # The remedies one after another, as a user follows them: each stage that stands on the changed one is refused in turn.
+    for stage, remedy in (
+        ("preprocess train", [*work.glob("data/train.*")]),
+        ("convert the model", [work / "base"]),
+        ("preprocess sft", [*work.glob("data/sft.*")]),
+        ("train sft", [work / "sft", work / "sft-hf"]),
+        ("train rmipo", [work / "rmipo", work / "hf"]),
+    ):
+        message = run_script(LLAMA, changed, expect=1)
+        assert f"{stage}: " in message
+        assert "made with other settings" in message
+        for path in remedy:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_script(LLAMA, changed)
+    # Without the fine-tuning the preference training starts elsewhere.
+    assert "train rmipo: " in run_script(LLAMA, changed | {"SFT_DATA": ""}, expect=1)
+
+
+def test_the_number_of_workers_changes_no_data(tmp_path: Path) -> None:
+    inputs = own_inputs(tmp_path)
+    run_script(LLAMA, environment(tmp_path, **inputs, WORKERS="3"))
+    assert "--workers 3" in calls(tmp_path)[0]
+    assert "preprocess train: already there" in run_script(LLAMA, environment(tmp_path, **inputs, WORKERS="5"))
+
+
+@pytest.mark.parametrize(("status", "expected"), [("0", 75), ("3", 3)])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_torchrun_and_its_status_comes_back(
+    tmp_path: Path, sent: signal.Signals, status: str, expected: int
+) -> None:
+    script = start_script(environment(tmp_path, **own_inputs(tmp_path), HANGS="megatron_rmipo.train", STATUS=status))
+    wait_until_called(tmp_path, "hanging")
+    script.send_signal(sent)
+    output, _ = script.communicate(timeout=30)
+    assert script.returncode == expected, output
+    assert calls(tmp_path)[-2:] == [f"heard {sent.name.removeprefix('SIG')}", "saved"]
+    assert "stopped by a signal" in output
+
+
+def test_a_launcher_that_signals_everything_is_not_doubled(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path), HANGS="megatron_rmipo.train", STATUS="4", SIGNALS_REACH_ALL="1")
+    script = start_script(variables)
+    wait_until_called(tmp_path, "hanging")
+    script.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert script.poll() is None
+    children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    output, _ = script.communicate(timeout=30)
+    assert script.returncode == 4, output
+    assert calls(tmp_path).count("heard TERM") == 1
+
+
+def test_a_failed_command_ends_the_script_with_its_status(tmp_path: Path) -> None:
+    run_script(LLAMA, environment(tmp_path, **own_inputs(tmp_path), FAILS="convert_hf_to_megatron"), expect=9)
+    assert "convert" in calls(tmp_path)[-1]
+    assert "convert the model: exit status 9" in (tmp_path / "work/.stages/failed").read_text()
+
+
+def test_other_nodes_do_not_wait_for_a_first_node_that_failed(tmp_path: Path) -> None:
+    inputs = own_inputs(tmp_path)
+    first, second = (environment(tmp_path, **inputs, NUM_NODES="2", NODE_RANK=rank) for rank in ("0", "1"))
+    run_script(LLAMA, first | {"FAILS": "preprocess"}, expect=9)
+    message = run_script(LLAMA, second | {"FAILURE_GRACE_SECONDS": "1"}, expect=1)
+    assert "the first node has failed (preprocess train: exit status 9)" in message
+    # The note of an earlier start goes when the first node starts again.
+    waiting = start_script(second | {"FAILURE_GRACE_SECONDS": "20"})
+    time.sleep(1)
+    run_script(LLAMA, first)
+    output, _ = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0, output
+    assert not (tmp_path / "work/.stages/failed").exists()
+
+
+def test_other_nodes_wait_only_so_long(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path), NUM_NODES="2", NODE_RANK="1", STAGE_TIMEOUT_MINUTES="0")
+    message = run_script(LLAMA, variables, expect=1)
+    assert "within 0 minutes" in message
+    assert "STAGE_TIMEOUT_MINUTES" in message
+    assert calls(tmp_path) == []
 
 
 def test_the_base_setting_starts_from_its_own_fine_tuning(tmp_path: Path) -> None:
@@ -223,7 +373,7 @@ def test_the_kubernetes_job_starts_a_script_with_variables_it_reads() -> None:
     pod = job["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert (ROOT / container["command"][-1].split()[-1]).is_file()
-    known = "".join((ROOT / "examples" / name).read_text() for name in ("stages.sh", "settings.sh", LLAMA))
+    known = "".join((ROOT / "examples" / name).read_text() for name in ("stages.sh", "running.sh", "settings.sh", LLAMA))
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     assert all(f"{name}" in known for name in values)
     assert values["NUM_NODES"] == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
