@@ -94,7 +94,7 @@ class DataConfig:
     tokens_per_microbatch: int = _option(
         8192, "Most tokens of one packed micro-batch, without padding; the number of micro-batches follows from it."
     )
-    num_workers: int = _option(2, "Threads that prepare micro-batches ahead of the model; 0: none.")
+    num_workers: int = _option(2, "Processes that prepare micro-batches ahead of the model; 0: none.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,9 @@ class TrainingConfig:
     global_batch_size: int = _option(128, "Preference pairs per optimizer step, over all ranks.")
     train_iters: int | None = _option(None, "Optimizer steps in all; not together with --epochs.")
     epochs: float | None = _option(None, "Passes over the training data; 1 where neither this nor --train-iters is given.")
-    eval_interval: int = _option(0, "Evaluate every this many steps, and after the last one; 0: only at start and end.")
+    eval_interval: int = _option(
+        0, "Evaluate every this many steps, and after the last one; 0: only at the start of a new run and at its end."
+    )
     eval_pairs: int | None = _option(None, "Held-out pairs per evaluation, the first ones; unset: all.")
     eval_at_start: bool = _option(True, "Evaluate before the first step.")
     exit_interval: int | None = _option(None, "Save and exit when the step number is a multiple of this.")

@@ -19,17 +19,13 @@ class PairOrder:
     Attributes:
         num_pairs: pairs in the data set.
         seed: of the permutations.
-        shuffle: False keeps the stored order in every epoch.
     """
 
     num_pairs: int
     seed: int
-    shuffle: bool = True
 
     def epoch(self, number: int) -> np.ndarray:
         """Indices of all pairs in the order of epoch ``number`` (from 0), int64 ``[num_pairs]``."""
-        if not self.shuffle:
-            return np.arange(self.num_pairs)
         return np.random.default_rng((self.seed, number)).permutation(self.num_pairs)
 
     def batch(self, consumed_pairs: int, size: int, total_pairs: int) -> np.ndarray:
@@ -115,29 +111,29 @@ def _sizes(tokens: np.ndarray, area: np.ndarray, scored: np.ndarray, cost: CostM
     return PairSizes(tokens, cost.per_token * tokens + cost.per_area * area + cost.per_scored_token * scored)
 
 
-def spread_over_ranks(costs: np.ndarray, num_ranks: int) -> list[list[int]]:
-    """Share pairs among data-parallel ranks so that the costliest rank costs as little as possible.
+def spread_evenly(costs: np.ndarray, num_shares: int) -> list[list[int]]:
+    """Share pairs out, to data-parallel ranks or to packs, so that the costliest share costs as little as possible.
 
-    Longest processing time first: each pair, costliest first, goes to the rank that has least so far.
+    Longest processing time first: each pair, costliest first, goes to the share that has least so far.
 
     Returns:
-        For each rank the pairs it takes, as positions in ``costs``, costliest first. A rank may get none.
+        For each share its pairs, as positions in ``costs``, costliest first. A share may get none.
     """
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0.0, rank) for rank in range(num_ranks)]
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0.0, number) for number in range(num_shares)]
     for position in np.argsort(-costs, kind="stable").tolist():
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(position)
-        heapq.heappush(loads, (load + float(costs[position]), rank))
+        load, number = heapq.heappop(loads)
+        shares[number].append(position)
+        heapq.heappush(loads, (load + float(costs[position]), number))
     return shares
 
 
-def cut_into_packs(share: Sequence[int], tokens: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Cut one rank's pairs into as few packs of at most ``max_tokens`` tokens as an even spread allows.
+def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int) -> list[list[int]]:
+    """Cut one rank's pairs into packs of at most ``max_tokens`` tokens, as few as an even spread of cost allows.
 
     Args:
         share: positions of the pairs.
-        tokens: tokens of every pair of the global batch, by position.
+        sizes: of every pair of the global batch, by position.
         max_tokens: capacity of a pack (``--tokens-per-microbatch``).
 
     Returns:
@@ -145,18 +141,13 @@ def cut_into_packs(share: Sequence[int], tokens: np.ndarray, max_tokens: int) ->
     """
     if not share:
         return []
-    largest = int(max(tokens[position] for position in share))
-    assert largest <= max_tokens, "checked against the data set before training"
+    tokens = sizes.tokens
+    assert max(int(tokens[position]) for position in share) <= max_tokens, "checked against the data set before training"
     num_packs = math.ceil(sum(int(tokens[position]) for position in share) / max_tokens)
-    ordered = sorted(share, key=lambda position: (-int(tokens[position]), position))
+    costs = sizes.costs[list(share)]
     while True:
-        packs: list[list[int]] = [[] for _ in range(num_packs)]
-        loads = [(0, pack) for pack in range(num_packs)]
-        for position in ordered:
-            load, pack = heapq.heappop(loads)
-            packs[pack].append(position)
-            heapq.heappush(loads, (load + int(tokens[position]), pack))
-        if max(load for load, _ in loads) <= max_tokens:
+        packs = [[share[member] for member in pack] for pack in spread_evenly(costs, num_packs)]
+        if all(sum(int(tokens[position]) for position in pack) <= max_tokens for pack in packs):
             return [sorted(pack) for pack in packs if pack]
         num_packs += 1
 

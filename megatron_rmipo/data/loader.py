@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pickle
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron_rmipo.data.batching import (
     PairSizes,
     conditional_sizes,
     cut_into_packs,
-    spread_over_ranks,
+    spread_evenly,
     unconditional_sizes,
 )
 from megatron_rmipo.data.packing import PackedRow, pack_pairs, pack_responses
@@ -173,15 +174,15 @@ class BatchBuilder:
             # Forward only: a third of what forward and backward cost.
             costs = costs + unconditional_sizes.costs / 3
             num_tokens += int(unconditional_sizes.tokens.sum())
-        share = spread_over_ranks(costs, layout.dp_size)[layout.dp_rank]
+        share = spread_evenly(costs, layout.dp_size)[layout.dp_rank]
         conditional = [
             self._conditional_row(pair_indices, pack)
-            for pack in cut_into_packs(share, sizes.tokens, layout.tokens_per_microbatch) or [[]]
+            for pack in cut_into_packs(share, sizes, layout.tokens_per_microbatch) or [[]]
         ]
         unconditional = []
         if unconditional_sizes is not None:
             capacity = UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
-            packs = cut_into_packs(share, unconditional_sizes.tokens, capacity) or [[]]
+            packs = cut_into_packs(share, unconditional_sizes, capacity) or [[]]
             unconditional = [self._unconditional_row(pair_indices, pack) for pack in packs]
         return RankBatch(
             pair_indices=pair_indices,
@@ -258,15 +259,12 @@ def iterate_batches(
         batch_size=None,
         sampler=range(len(steps)),
         num_workers=num_workers,
-        collate_fn=_as_is,  # type: ignore[arg-type]
+        # As bytes: torch would send each tensor as an open file, and run out of them.
+        collate_fn=pickle.dumps,
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_one_thread,
     )
-    return iter(loader)
-
-
-def _as_is(batch: RankBatch) -> RankBatch:
-    return batch
+    return map(pickle.loads, loader)
 
 
 def _one_thread(worker: int) -> None:

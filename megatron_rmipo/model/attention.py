@@ -27,7 +27,7 @@ class PackedAttention(torch.nn.Module):
     """A ``core_attention`` of Megatron's layer specs for packed rows. It holds no parameters.
 
     Args:
-        config: ``num_attention_heads``, ``num_query_groups`` and ``kv_channels`` are read.
+        config: ``kv_channels`` and ``attention_dropout`` are read.
         layer_number: Megatron passes it; every layer does the same here.
         backend: ``sdpa``: scaled_dot_product_attention, segment by segment; runs anywhere. ``flex``: FlexAttention with one
             block mask a pack, shared by all layers; trains on GPU only (it has no backward on CPU).
@@ -116,7 +116,8 @@ def _attend_flex(query: Tensor, key: Tensor, value: Tensor, *, segments: Tensor,
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention)
+    # Packs differ in length; a compilation for each would soon exceed torch's limit and fall back to dense scores.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -133,4 +134,6 @@ def _block_mask(segments_bytes: bytes, num_tokens: int, device: torch.device) ->
         prefix = (k >= prefix_start[q]) & (k < prefix_end[q])
         return own | prefix
 
-    return create_block_mask(attends, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device))
+    return create_block_mask(
+        attends, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device), _compile=device.type == "cuda"
+    )

@@ -127,6 +127,12 @@ def open_data(config: Config, source: ModelSource, *, with_rejected: bool) -> Ru
         # Each data set is split before it is blended: repeating one must not bring its held-out pairs into training.
         share = parse_split(config.data.split)[1]
         split_parts = [part.split(share) for part in parts]
+        for (first, _), part in zip(split_parts, parts, strict=True):
+            if len(first) == 0:
+                raise DataError(
+                    f"--split {config.data.split} leaves nothing to train on of the {len(part)} pairs of "
+                    f"{part.stores[0].prefix}. Hold out less, or name held-out data with --valid-data-path."
+                )
         parts = [first for first, _ in split_parts]
         held_out = PairCollection.combine([last for _, last in split_parts])
     train = PairCollection.combine(parts, weights)

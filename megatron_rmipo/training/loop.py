@@ -32,11 +32,15 @@ class Progress:
         step: optimizer steps taken, skipped ones included.
         consumed_pairs: pairs seen.
         skipped_steps: steps whose loss or gradient was not finite.
+        global_batch_size, seed, num_pairs: what the order of pairs depends on besides; a resumed run must not change them.
     """
 
     step: int = 0
     consumed_pairs: int = 0
     skipped_steps: int = 0
+    global_batch_size: int = 0
+    seed: int = 0
+    num_pairs: int = 0
 
 
 @dataclasses.dataclass
@@ -81,26 +85,31 @@ def train(run: Run) -> bool:
         evaluate(run)
     saved_at = evaluated_at = run.progress.step
     with StopRequest(run.groups) as stop:
+        started = time.perf_counter()
         for batch in _batches(run):
-            outcome = _timed_step(run, batch)
+            outcome = _step(run, batch)
             step = run.progress.step
+            # From one step's end to the next one's, waiting for data included.
+            run.throughput.add(batch, time.perf_counter() - started)
             if not outcome.updated:
                 _count_skipped_step(run, batch, outcome)
             if step % run.config.logging.log_interval == 0 or step == run.train_iters:
                 run.reporter.log("train", _record(run, batch, outcome))
-            if settings.eval_interval and step % settings.eval_interval == 0:
-                evaluate(run)
-                evaluated_at = step
             if run.config.checkpoint.save_interval and step % run.config.checkpoint.save_interval == 0:
                 run.save()
                 saved_at = step
+            if settings.eval_interval and step % settings.eval_interval == 0:
+                evaluate(run)
+                evaluated_at = step
             if stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
                 break
-    complete = run.progress.step >= run.train_iters
-    if complete and evaluated_at != run.progress.step:
-        evaluate(run)
-    if saved_at != run.progress.step:
-        run.save()
+            started = time.perf_counter()
+        # Saved before the last evaluation, and with signals still held off: neither may cost what was trained.
+        if saved_at != run.progress.step:
+            run.save()
+        complete = run.progress.consumed_pairs >= run.total_pairs
+        if complete and evaluated_at != run.progress.step:
+            evaluate(run)
     return complete
 
 
@@ -133,10 +142,8 @@ def _batches(run: Run) -> Iterator[RankBatch]:
     )
 
 
-def _timed_step(run: Run, batch: RankBatch) -> StepOutcome:
-    started = time.perf_counter()
+def _step(run: Run, batch: RankBatch) -> StepOutcome:
     outcome = train_step(run.state, batch, run.objective, run.groups)
-    run.throughput.add(batch, time.perf_counter() - started)
     run.progress.step += 1
     run.progress.consumed_pairs += batch.num_pairs
     return outcome

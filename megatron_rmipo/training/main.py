@@ -79,7 +79,7 @@ def run_training(config: Config) -> bool:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     total_pairs, train_iters = _run_length(config, data.train)
-    state, progress = _load(config, source, groups, train_iters)
+    state, progress = _load(config, source, groups, train_iters, num_pairs=len(data.train))
     with _reporter(config, groups, train_iters, progress) as reporter:
         _say_what_runs(config, source, groups, progress, reporter)
         rank_layout = data_layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -101,6 +101,7 @@ def run_training(config: Config) -> bool:
         )
         complete = train(run)
         if complete and config.checkpoint.save_hf:
+            state.gather_parameters()
             _save_hf(config, state.policy, source, groups)
     shutdown_runtime()
     return complete
@@ -183,6 +184,7 @@ def _throughput(config: Config, arch: ModelArchitecture, layout: BatchLayout, gr
 def _save(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:
     if config.checkpoint.save is None:
         return
+    state.gather_parameters()
     with_optimizer = not config.checkpoint.no_save_optim
     save_checkpoint(
         Path(config.checkpoint.save),
@@ -207,11 +209,14 @@ def _run_length(config: Config, pairs: PairCollection) -> tuple[int, int]:
     return total_pairs, -(-total_pairs // batch_size)
 
 
-def _load(config: Config, source: ModelSource, groups: ProcessGroups, train_iters: int) -> tuple[TrainingState, Progress]:
+def _load(
+    config: Config, source: ModelSource, groups: ProcessGroups, train_iters: int, *, num_pairs: int
+) -> tuple[TrainingState, Progress]:
+    fresh = Progress(global_batch_size=config.training.global_batch_size, seed=config.training.seed, num_pairs=num_pairs)
     policy = build_model(source.arch, config, groups)
     if source.hf_weights is not None:
         load_hf_weights(policy, source.hf_weights, source.arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-        return build_training_state(policy, config, groups, train_iters=train_iters), Progress()
+        return build_training_state(policy, config, groups, train_iters=train_iters), fresh
     assert source.checkpoint is not None
     state = build_training_state(policy, config, groups, train_iters=train_iters)
     resumes = not config.checkpoint.finetune
@@ -227,7 +232,25 @@ def _load(config: Config, source: ModelSource, groups: ProcessGroups, train_iter
     if not with_optimizer:
         # Its fp32 weights were taken from the model before the checkpoint was loaded into it.
         state.optimizer.reload_model_params()
-    return state, Progress(**loaded) if resumes and loaded else Progress()
+    if not (resumes and loaded):
+        return state, fresh
+    progress = Progress(**loaded)
+    _check_same_order(progress, fresh, source.checkpoint)
+    return state, progress
+
+
+def _check_same_order(progress: Progress, now: Progress, checkpoint: Path) -> None:
+    names = {"global_batch_size": "--global-batch-size", "seed": "--seed", "num_pairs": "number of training pairs"}
+    changed = [
+        f"{title} was {getattr(progress, name)}, is {getattr(now, name)}"
+        for name, title in names.items()
+        if getattr(progress, name) != getattr(now, name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"--load {checkpoint}: this run would not go on with the pairs that are left, because their order has changed: "
+            f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
+        )
 
 
 def _save_hf(config: Config, policy: PolicyModel, source: ModelSource, groups: ProcessGroups) -> None:

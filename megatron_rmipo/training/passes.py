@@ -47,7 +47,7 @@ def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
     return sums.to(torch.float32)
 
 
-def unconditional_pass(model: torch.nn.Module, batch: RankBatch, groups: ProcessGroups) -> Tensor:
+def unconditional_pass(model: torch.nn.Module, batch: RankBatch) -> Tensor:
     """Log p(y) of every response of this rank's share, forward only.
 
     Returns:
@@ -105,11 +105,11 @@ def _run_schedule(model: torch.nn.Module, rows: Sequence[PackedRow], finish: Any
         row = next(iterator)
         device = current_device()
         output = model(
-            token_ids=row.token_ids.to(device, non_blocking=True),
-            position_ids=row.position_ids.to(device, non_blocking=True),
+            token_ids=row.token_ids.to(device),
+            position_ids=row.position_ids.to(device),
             segments=row.segments,
-            source=row.source.to(device, non_blocking=True),
-            target=row.target.to(device, non_blocking=True),
+            source=row.source.to(device),
+            target=row.target.to(device),
         )
         return output, partial(finish, row)
 

@@ -35,6 +35,14 @@ class TrainingState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    def gather_parameters(self) -> None:
+        """Make every rank's weights those after the last step. All ranks call it together, before weights are read.
+
+        With ``--overlap-param-gather`` a step leaves each rank with its own share of them; the rest follows in the next forward.
+        """
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
+
 
 def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
     """This rank's part of the policy with random weights. All ranks call it together."""

@@ -42,7 +42,7 @@ def train_step(state: TrainingState, batch: RankBatch, objective: Objective, gro
     """Passes, gradient norm, update. All ranks call it together."""
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
-    unconditional = _score_unconditionally(state, batch, groups)
+    unconditional = _score_unconditionally(state, batch)
     state.model.train()
     metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
@@ -56,18 +56,18 @@ def train_step(state: TrainingState, batch: RankBatch, objective: Objective, gro
 @torch.no_grad()
 def evaluate_batch(state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups) -> PairMetrics:
     """The objective's metrics for one batch, weights untouched. All ranks call it together."""
-    unconditional = _score_unconditionally(state, batch, groups)
+    unconditional = _score_unconditionally(state, batch)
     state.model.eval()
     return evaluation_pass(state.model, batch, objective, unconditional, groups)
 
 
-def _score_unconditionally(state: TrainingState, batch: RankBatch, groups: ProcessGroups) -> torch.Tensor | None:
+def _score_unconditionally(state: TrainingState, batch: RankBatch) -> torch.Tensor | None:
     if not batch.unconditional:
         return None
     # Evaluation mode also switches activation recomputation off, which would only cost here.
     state.model.eval()
     with torch.no_grad():
-        return unconditional_pass(state.model, batch, groups)
+        return unconditional_pass(state.model, batch)
 
 
 @torch.no_grad()

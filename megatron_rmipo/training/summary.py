@@ -126,7 +126,7 @@ def describe_claim(pairs: Sequence[Record]) -> str:
 
 
 def _mean(group: Sequence[Record], name: str) -> float:
-    return sum(pair[name] for pair in group) / len(group)
+    return float(sum(pair[name] for pair in group) / len(group))
 
 
 def read_pairs(log_dir: Path) -> list[Record]:

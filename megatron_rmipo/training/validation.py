@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+
+import torch
 
 from megatron_rmipo.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from megatron_rmipo.errors import ConfigError
@@ -32,6 +35,7 @@ def flag_problems(config: Config) -> list[str]:
     """The faults of a configuration that show without knowing the model or the number of ranks."""
     return [
         *_parallel_flags(config),
+        *_device_flags(config),
         *_recompute_flags(config.model),
         *_data_flags(config.data),
         *_optimizer_flags(config.optimizer, config.training),
@@ -158,11 +162,27 @@ def _data_flags(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _device_flags(config: Config) -> Iterator[str]:
+    local_ranks, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available():
+        if local_ranks > num_gpus:
+            yield f"torchrun started {local_ranks} ranks on this machine, which has {num_gpus} GPUs; up to {num_gpus} would work"
+        if config.parallel.distributed_backend == "gloo":
+            yield "--distributed-backend gloo is for machines without CUDA; leave it out, or use nccl"
+        return
+    if config.model.attention_backend == "flex":
+        yield "--attention-backend flex needs CUDA (FlexAttention has no backward pass without); sdpa would work"
+    if config.parallel.distributed_backend == "nccl":
+        yield "--distributed-backend nccl needs CUDA; gloo would work"
+
+
 def _optimizer_flags(optimizer: OptimizerConfig, training: TrainingConfig) -> Iterator[str]:
     if optimizer.lr <= 0:
         yield f"--lr {optimizer.lr}: must be greater than 0"
     if not 0 <= optimizer.min_lr <= max(optimizer.lr, 0):
         yield f"--min-lr {optimizer.min_lr}: must lie between 0 and --lr {optimizer.lr}"
+    if optimizer.lr_decay_style == "constant" and optimizer.min_lr:
+        yield "--min-lr does nothing with --lr-decay-style constant; leave it out"
     fraction = optimizer.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         yield f"--lr-warmup-fraction {fraction}: must be at least 0 and less than 1, e.g. 0.1"

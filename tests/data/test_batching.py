@@ -10,10 +10,11 @@ import pytest
 from megatron_rmipo.data.batching import (
     CostModel,
     PairOrder,
+    PairSizes,
     check_capacity,
     conditional_sizes,
     cut_into_packs,
-    spread_over_ranks,
+    spread_evenly,
     unconditional_sizes,
 )
 from megatron_rmipo.data.packing import pack_pairs, pack_responses
@@ -72,31 +73,32 @@ def test_unconditional_sizes_are_those_of_the_row(context: int | None) -> None:
 def test_ranks_share_all_pairs_evenly() -> None:
     costs = np.random.default_rng(1).lognormal(sigma=0.8, size=128)
     for num_ranks, bound in ((8, 1.01), (16, 1.02)):
-        shares = spread_over_ranks(costs, num_ranks)
+        shares = spread_evenly(costs, num_ranks)
         assert sorted(itertools.chain(*shares)) == list(range(128))
         loads = [costs[share].sum() for share in shares]
         assert max(loads) / np.mean(loads) < bound
 
 
 def test_fewer_pairs_than_ranks_leaves_ranks_without() -> None:
-    assert sorted(len(share) for share in spread_over_ranks(np.ones(2), 3)) == [0, 1, 1]
+    assert sorted(len(share) for share in spread_evenly(np.ones(2), 3)) == [0, 1, 1]
 
 
 def test_packs_hold_every_pair_once_within_capacity() -> None:
     tokens = np.random.default_rng(2).integers(5, 60, size=41)
     share = list(range(3, 41))
-    packs = cut_into_packs(share, tokens, 97)
+    costs = tokens.astype(float) ** 2
+    packs = cut_into_packs(share, PairSizes(tokens, costs), 97)
     assert sorted(itertools.chain(*packs)) == share
     assert max(tokens[pack].sum() for pack in packs) <= 97
-    assert len(packs) <= -(-tokens[share].sum() // 97) + 2
+    assert len(packs) <= -(-tokens[share].sum() // 97) + 6
+    loads = [costs[pack].sum() for pack in packs]
+    assert max(loads) / np.mean(loads) < 1.5, "packs are even in cost"
 
 
 def test_one_pair_of_exactly_the_capacity_fits() -> None:
-    assert cut_into_packs([0, 1], np.array([10, 10]), 10) == [[0], [1]] or cut_into_packs([0, 1], np.array([10, 10]), 10) == [
-        [1],
-        [0],
-    ]
-    assert cut_into_packs([], np.array([10]), 10) == []
+    sizes = PairSizes(np.array([10, 10]), np.array([3.0, 3.0]))
+    assert sorted(cut_into_packs([0, 1], sizes, 10)) == [[0], [1]]
+    assert cut_into_packs([], sizes, 10) == []
 
 
 def test_a_pair_that_fits_no_pack_is_named_with_the_value_that_would_work() -> None:

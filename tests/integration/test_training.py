@@ -106,20 +106,49 @@ def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
     assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
+SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
-def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(prefix: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "extra"), [(1, []), (1, ["--bf16"]), (2, ["--bf16", *SHARDED])], ids=["fp32", "bf16", "sharded"]
+)
+def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(
+    prefix: Path, tmp_path: Path, ranks: int, extra: list[str]
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_distributed(run, 1, [*flags(prefix, whole, save_hf=tmp_path / "whole-hf"), precision]) == [0]
-    stopped = [*flags(prefix, parts, load=parts, exit_interval=3, save_hf=tmp_path / "parts-hf"), precision]
-    assert run_distributed(run, 1, stopped) == [0]
+    assert set(run_distributed(run, ranks, [*flags(prefix, whole, save_hf=tmp_path / "whole-hf"), *extra])) == {0}
+    stopped = [*flags(prefix, parts, load=parts, exit_interval=3, save_hf=tmp_path / "parts-hf"), *extra]
+    assert set(run_distributed(run, ranks, stopped)) == {0}
     assert sorted(losses(parts)) == [1, 2, 3]
     assert not (tmp_path / "parts-hf").exists()
-    resumed = [*flags(prefix, parts, load=parts, save_hf=tmp_path / "parts-hf"), precision]
-    assert run_distributed(run, 1, resumed) == [0]
+    resumed = [*flags(prefix, parts, load=parts, save_hf=tmp_path / "parts-hf"), *extra]
+    assert set(run_distributed(run, ranks, resumed)) == {0}
     assert losses(parts) == losses(whole)
     before, after = weights(tmp_path / "whole-hf"), weights(tmp_path / "parts-hf")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.dist
+def test_overlapped_and_sharded_updates_save_the_same_weights(prefix: Path, tmp_path: Path) -> None:
+    exported = []
+    for name, extra in (("plain", []), ("sharded", SHARDED)):
+        out = tmp_path / f"{name}-hf"
+        arguments = flags(prefix, tmp_path / name, save_hf=out, split=None, train_iters=2, lr_warmup_iters=None)
+        assert run_distributed(run, 2, [*arguments, *extra]) == [0, 0]
+        exported.append(weights(out))
+    for name, tensor in exported[0].items():
+        torch.testing.assert_close(exported[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_a_resume_that_would_change_the_order_of_pairs_is_refused(prefix: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    assert run_distributed(run, 1, flags(prefix, save, exit_interval=1)) == [0]
+    code, output = run_distributed(output_of, 1, run, flags(prefix, save, load=save, global_batch_size=5))[0]
+    assert code == 1
+    assert "--global-batch-size was 6, is 5" in output
+    assert "--finetune" in output
 
 
 @pytest.mark.dist

@@ -36,14 +36,16 @@ class Case:
     sequence_parallel: bool = False
     tokens_per_microbatch: int = 10_000
     share_prompts: bool = True
-    recompute: bool = False
+    recompute: str | None = None
     distributed_optimizer: bool = False
     overlap: bool = False
     objective: str = "rmipo"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def config(self) -> Config:
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
+        if self.recompute == "full":
+            recompute.update(recompute_method="uniform", recompute_num_layers=1)
         return Config(
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tp,
@@ -53,7 +55,7 @@ class Case:
                 overlap_grad_reduce=self.overlap,
                 overlap_param_gather=self.overlap and self.distributed_optimizer,
             ),
-            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_tokens=7, **(recompute if self.recompute else {})),
+            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_tokens=7, **recompute),
             optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
         )
 
@@ -93,7 +95,7 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection) -> dict[s
     if batch.unconditional:
         state.model.eval()
         with torch.no_grad():
-            unconditional = unconditional_pass(state.model, batch, groups)
+            unconditional = unconditional_pass(state.model, batch)
     state.model.train()
     metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
     gradients = gather_gradients(state, Path(hf_dir), groups)
