@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -22,7 +23,10 @@ _FEW_TOKENS = 4  # a response this short may be markup alone
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of a pair; ``truncated`` says that its prompt (or, by the official policy, a response) was cut."""
+    """Token ids of a pair; in a supervised row ``rejected`` is empty.
+
+    ``truncated`` says that the prompt (or, by the official policy, a response) was cut.
+    """
 
     prompt: list[int]
     chosen: list[int]
@@ -100,12 +104,12 @@ class PairEncoder:
         rendered = [_fault_or(functools.partial(self._render, pair)) for pair in pairs]
         texts = [result for result in rendered if isinstance(result, tuple)]
         prompts = iter(self._backend.first([prompt for prompt, _ in texts]))
-        responses = iter(self._backend.continuation([text for _, both in texts for text in both]))
+        responses = iter(self._backend.continuation([text for _, answers in texts for text in answers]))
         results: list[EncodedPair | RowFault] = []
         for pair, result in zip(pairs, rendered, strict=True):
             if isinstance(result, tuple):
-                finish = functools.partial(self._finish, pair, next(prompts), next(responses), next(responses))
-                results.append(_fault_or(finish))
+                answers = list(itertools.islice(responses, len(result[1])))
+                results.append(_fault_or(functools.partial(self._finish, pair, next(prompts), answers)))
             else:
                 results.append(result)
         return results
@@ -114,20 +118,20 @@ class PairEncoder:
         """Prompt and response texts, to be encoded with other pairs'; a pair with written special tokens is encoded at once."""
         if not self._template.verbatim and self._written.in_pair(pair):
             return self._encode_with_stand_ins(pair)
-        return self._template.render_pair(pair.prompt, (pair.chosen, pair.rejected))
+        return self._template.render_pair(pair.prompt, tuple(pair.responses.values()))
 
     def _encode_official(self, pair: PreferencePair) -> EncodedPair:
         assert self._policy.max_prompt_length is not None
-        texts = render_official(self._template, pair)
-        return EncodedPair(*encode_official(self._tokenizer, *texts, self._policy.seq_length, self._policy.max_prompt_length))
+        prompt, *responses = render_official(self._template, pair)
+        limits = self._policy.seq_length, self._policy.max_prompt_length
+        ids, (chosen, *rejected), truncated = encode_official(self._tokenizer, prompt, responses, *limits)
+        return EncodedPair(ids, chosen, rejected[0] if rejected else [], truncated)
 
-    def _finish(self, pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair:
+    def _finish(self, pair: PreferencePair, prompt: list[int], responses: Sequence[list[int]]) -> EncodedPair:
         """Set BOS and ends, check, and apply the length policy."""
-        encoded = EncodedPair(
-            self._checked_prompt(prompt),
-            self._ended(chosen, "chosen", pair.chosen),
-            self._ended(rejected, "rejected", pair.rejected),
-        )
+        checked = self._checked_prompt(prompt)
+        ended = [self._ended(ids, *named) for ids, named in zip(responses, pair.responses.items(), strict=True)]
+        encoded = EncodedPair(checked, ended[0], ended[1] if len(ended) > 1 else [])
         if encoded.chosen == encoded.rejected:
             raise RowFault("identical", "rejected", "both responses have the same tokens")
         if encoded.num_tokens <= self._policy.seq_length:
@@ -202,13 +206,13 @@ class PairEncoder:
     def _encode_with_stand_ins(self, pair: PreferencePair) -> EncodedPair:
         """Encode a pair in which users wrote special tokens; an end that stands behind a response already is dropped."""
         ends = {token for token in (self._eos, self._stop) if token is not None}
-        chosen, rejected = (self._written.without_trailing(text, ends) for text in (pair.chosen, pair.rejected))
-        base = self._written.free_base([*(turn.content for turn in pair.prompt), chosen, rejected])
+        texts = [self._written.without_trailing(text, ends) for text in pair.responses.values()]
+        base = self._written.free_base([*(turn.content for turn in pair.prompt), *texts])
         hidden = self._written.hide_turns(pair.prompt, base)
-        prompt, responses = self._template.render_pair(hidden, [self._written.hide(text, base) for text in (chosen, rejected)])
+        prompt, responses = self._template.render_pair(hidden, [self._written.hide(text, base) for text in texts])
         ids = [self._written.encode(text, base, first=False) for text in responses]
-        pair = PreferencePair(pair.prompt, chosen, rejected)
-        return self._finish(pair, self._written.encode(prompt, base, first=True), *ids)
+        pair = PreferencePair(pair.prompt, texts[0], texts[1] if len(texts) > 1 else None)
+        return self._finish(pair, self._written.encode(prompt, base, first=True), ids)
 
 
 def _fault_or(function: Callable[[], _Result]) -> _Result | RowFault:

@@ -1,4 +1,6 @@
-r"""The formats of preference data sets: one function each from a row (column -> value) to a :class:`PreferencePair`.
+r"""The formats of preference data sets and of supervised ones.
+
+Each is one function from a row (column -> value) to a :class:`PreferencePair`.
 
 :data:`FORMATS` lists them; :func:`recognise_format` chooses one by looking at rows.
 """
@@ -27,6 +29,7 @@ ROLES = {
 }
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = re.compile("\n\n(Human|Assistant):")
+_ANSWER_COLUMNS = ("messages", "completion", "response")
 _MARK_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -87,15 +90,33 @@ def parse_messages(row: Row) -> PreferencePair:
     before_chosen, chosen = _answer(value_of(row, "chosen"), "chosen")
     before_rejected, rejected = _answer(value_of(row, "rejected"), "rejected")
     _require_same_prompt(before_chosen, before_rejected)
+    return PreferencePair(_with_system(row, _whole_prompt(row, before_chosen)), chosen, rejected)
+
+
+def _whole_prompt(row: Row, before: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The prompt of the prompt column (text, messages or absent) and of the messages before the answer."""
     prompt = row.get("prompt")
     given = () if prompt is None else (Turn("user", prompt),) if isinstance(prompt, str) else _turns(prompt, "prompt")
-    if not isinstance(prompt, str) and before_chosen[: len(given)] != given:
-        before_chosen = given + before_chosen
-    elif not before_chosen:
-        before_chosen = given
-    if not before_chosen:
-        raise RowFault("missing_field", "prompt", "no prompt column, and no messages before the answers")
-    return PreferencePair(_with_system(row, before_chosen), chosen, rejected)
+    if not isinstance(prompt, str) and before[: len(given)] != given:
+        before = given + before
+    elif not before:
+        before = given
+    if not before:
+        raise RowFault("missing_field", "prompt", "no prompt column, and no messages before the answer")
+    return before
+
+
+def parse_supervised(row: Row) -> PreferencePair:
+    """One answer: column messages, whose last is the answer (as in UltraChat), or prompt with completion or response.
+
+    Only the last answer of a conversation is one to learn; earlier ones belong to the prompt.
+    """
+    field = next((name for name in _ANSWER_COLUMNS if row.get(name) is not None), "messages")
+    answer = value_of(row, field)
+    if field == "messages" and not isinstance(answer, list):
+        raise RowFault("not_text", field, f"a list of messages expected, found {shown(answer)}")
+    before, response = _answer(answer, field)
+    return PreferencePair(_with_system(row, _whole_prompt(row, before)), response, None)
 
 
 def parse_sharegpt(row: Row) -> PreferencePair:
@@ -157,31 +178,71 @@ FORMATS: dict[str, Callable[[Row], PreferencePair]] = {
     "messages": parse_messages,
     "hh": parse_hh,
     "sharegpt": parse_sharegpt,
+    "supervised": parse_supervised,
 }
 
 
-def recognise_format(rows: Iterable[Row]) -> str:
-    """The format of the first row that shows one.
+def refuse_mixed(row: Row, name: str) -> None:
+    """Refuse a pair in a supervised data set, and a row with one answer in a data set of pairs.
+
+    Args:
+        row: columns under our names.
+        name: the data set's format.
 
     Raises:
-        DataError: none does; names the columns found.
+        RowFault: the row is of the other kind.
+    """
+    has_pair = row.get("chosen") is not None and row.get("rejected") is not None
+    if name == "supervised" and has_pair:
+        message = "a pair in supervised data; name its format with --format (the sft objective reads pairs too)"
+        raise RowFault("mixed", "rejected", message)
+    if name != "supervised" and not has_pair and row.get("chosen") is None and _is_supervised(row):
+        raise RowFault("mixed", "chosen", "one answer alone, in data of pairs; preprocess such rows by themselves")
+
+
+def _is_supervised(row: Row) -> bool:
+    if isinstance(row.get("messages"), list):
+        return True
+    return row.get("prompt") is not None and any(row.get(name) is not None for name in ("completion", "response"))
+
+
+def recognise_format(rows: Iterable[Row]) -> str:
+    """The format of the rows: ``supervised`` where most of those that show one are, else that of the first pair.
+
+    Raises:
+        DataError: no row shows one; names the columns found.
     """
     columns: list[str] = []
+    of_pairs: list[str] = []
+    num_supervised = 0
     for row in rows:
         columns = columns or list(row)
-        chosen, prompt = row.get("chosen"), row.get("prompt")
-        if chosen is None or row.get("rejected") is None:
-            continue
-        if row.get("conversations") is not None:
-            return "sharegpt"
-        if isinstance(prompt, str) and isinstance(chosen, str):
-            return "hh" if prompt.startswith((HUMAN_MARK, HUMAN_MARK.lstrip())) and ASSISTANT_MARK in prompt else "strings"
-        if isinstance(chosen, str) and prompt is None and HUMAN_MARK in "\n\n" + chosen and ASSISTANT_MARK in chosen:
-            return "hh"
-        if isinstance(chosen, dict | list) or isinstance(prompt, list):
-            return "messages"
+        name = _pair_format(row)
+        if name is not None:
+            of_pairs.append(name)
+        elif row.get("chosen") is None and _is_supervised(row):
+            num_supervised += 1
+    if num_supervised > len(of_pairs):
+        return "supervised"
+    if of_pairs:
+        return of_pairs[0]
     raise DataError(
         f"the format of the rows is not recognised; their columns are: {', '.join(columns) or '(no rows)'}\n"
         f"Name it with --format ({', '.join(FORMATS)}), or name the columns with\n"
-        "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN."
+        "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN (supervised rows: prompt=COLUMN,response=COLUMN)."
     )
+
+
+def _pair_format(row: Row) -> str | None:
+    chosen, prompt = row.get("chosen"), row.get("prompt")
+    if chosen is None or row.get("rejected") is None:
+        return None
+    if row.get("conversations") is not None:
+        return "sharegpt"
+    if isinstance(prompt, str) and isinstance(chosen, str):
+        return "hh" if prompt.startswith((HUMAN_MARK, HUMAN_MARK.lstrip())) and ASSISTANT_MARK in prompt else "strings"
+    if isinstance(chosen, str) and prompt is None and HUMAN_MARK in "\n\n" + chosen and ASSISTANT_MARK in chosen:
+        return "hh"
+    if isinstance(chosen, dict | list) or isinstance(prompt, list):
+        return "messages"
+    return None

@@ -88,12 +88,15 @@ def describe_pair(
     pair = store[index]
     prompt = pair.prompt.tolist()
     text = tokenizer.decode(prompt)
-    lines = [f"=== pair {index}: prompt {len(prompt)}, chosen {len(pair.chosen)}, rejected {len(pair.rejected)} tokens"]
+    parts = PARTS if store.manifest.has_rejected else PARTS[:2]
+    ids = {name: getattr(pair, name).tolist() for name in parts}
+    sizes = ", ".join(f"{name} {len(ids[name])}" for name in parts)
+    lines = [f"=== {store.manifest.kind.removesuffix('s')} {index}: {sizes} tokens"]
     lines.append(f"--- prompt\n{_ending(text, max_chars)}{BOUNDARY}")
-    for name, ids in (("chosen", pair.chosen.tolist()), ("rejected", pair.rejected.tolist())):
-        lines.append(f"--- {name}\n{BOUNDARY}{_beginning(tokenizer.decode_continuation(prompt, ids), max_chars)}")
+    for name in parts[1:]:
+        lines.append(f"--- {name}\n{BOUNDARY}{_beginning(tokenizer.decode_continuation(prompt, ids[name]), max_chars)}")
     if with_ids:
-        lines += [f"{name} ids: {' '.join(map(str, getattr(pair, name).tolist()))}" for name in PARTS]
+        lines += [f"{name} ids: {' '.join(map(str, ids[name]))}" for name in parts]
     return "\n".join(lines)
 
 
@@ -117,15 +120,16 @@ def describe_store(store: PairStore) -> str:
     manifest = store.manifest
     counts = ", ".join(f"{name} {count}" for name, count in manifest.counts.items())
     lines = [
-        f"{store.prefix}: {len(store)} pairs, {manifest.num_tokens} tokens",
+        f"{store.prefix}: {len(store)} {manifest.kind}, {manifest.num_tokens} tokens",
         f"  from {', '.join(str(source['name']) for source in manifest.sources)} (format {manifest.format})",
         f"  rows: {counts}",
         f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {manifest.template_name}",
         f"  at most {manifest.seq_length} tokens, longer ones: {manifest.overlong}",
     ]
     lengths = store.lengths
-    columns = {part: lengths[:, number] for number, part in enumerate(PARTS)}
-    columns["prompt with the longer response"] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    columns = {part: lengths[:, number] for number, part in enumerate(PARTS) if lengths[:, number].any()}
+    total = "prompt with the longer response" if manifest.has_rejected else "prompt with the response"
+    columns[total] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for name, column in columns.items():
         lines += [
             "",

@@ -74,6 +74,11 @@ class Manifest:
     file_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
+    @property
+    def kind(self) -> str:
+        """What a document is called in messages: pairs or supervised rows, in the plural."""
+        return "pairs" if self.has_rejected else "supervised rows"
+
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read a manifest.

@@ -14,7 +14,8 @@ from megatron_rmipo.data.templates import BUILT_IN_TEMPLATES
 from megatron_rmipo.errors import RmipoError
 
 _DESCRIPTION = """\
-Turn preference data into Megatron's indexed format: PREFIX.bin, PREFIX.idx and PREFIX.json. Rows that cannot be used are counted
+Turn preference pairs, or supervised rows for the sft objective, into Megatron's indexed format: PREFIX.bin, PREFIX.idx and
+PREFIX.json. Rows that cannot be used are counted
 by reason and listed in PREFIX.rejects.jsonl."""
 
 
@@ -73,16 +74,14 @@ def summary(manifest: Manifest, prefix: str) -> str:
     """What was written, in a few lines."""
     counts = manifest.counts
     lines = [
-        f"{prefix}: {manifest.num_pairs} pairs, {manifest.num_tokens} tokens, from {counts['rows']} rows "
+        f"{prefix}: {manifest.num_pairs} {manifest.kind}, {manifest.num_tokens} tokens, from {counts['rows']} rows "
         f"(format {manifest.format}, template {manifest.template_name})",
     ]
     rejected = [f"{count} {name.removeprefix('rejected/')}" for name, count in counts.items() if name.startswith("rejected/")]
     if rejected:
         lines.append(f"  rejected {counts['rejected']}: {', '.join(rejected)}; listed in {prefix}.rejects.jsonl")
     if counts["truncated"]:
-        lines.append(
-            f"  {counts['truncated']} pairs longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})"
-        )
+        lines.append(f"  {counts['truncated']} longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})")
     for name, values in manifest.lengths.items():
         shown = ", ".join(f"{key} {values[key]:g}" for key in ("mean", "p50", "p95", "max"))
         lines.append(f"  {name + ' tokens:':<17} {shown}")

@@ -42,6 +42,4 @@ class Progress:
             self._logged = self._done // self._interval
             rate = self._done / max(1e-9, time.monotonic() - self._start_seconds)
             of_total = f" of {self._total}" if self._total is not None else ""
-            print(
-                f"{self._done}{of_total} rows, {num_kept} pairs kept, {num_rejected} rejected, {rate:.0f} rows/s", file=sys.stderr
-            )
+            print(f"{self._done}{of_total} rows, {num_kept} kept, {num_rejected} rejected, {rate:.0f} rows/s", file=sys.stderr)

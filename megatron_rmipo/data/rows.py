@@ -1,7 +1,7 @@
-"""A preference pair, the columns it comes from, and the reasons why a row cannot be used.
+"""A preference pair or supervised row, the columns it comes from, and the reasons why a row cannot be used.
 
-Such a row raises :class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists. How the columns make a
-pair is the business of :mod:`megatron_rmipo.data.formats`.
+A row that cannot be used raises :class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists. How the
+columns make a pair is the business of :mod:`megatron_rmipo.data.formats`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ REASONS = {
     "empty_prompt": "the prompt has no text",
     "empty_response": "a response has no text, or no tokens",
     "identical": "both responses are the same",
+    "mixed": "a pair among supervised rows, or a supervised row among pairs",
     "tied": "both responses have the same score",
     "prompt_mismatch": "chosen and rejected answer different prompts",
     "template": "the chat template refuses the conversation",
@@ -76,11 +77,16 @@ class Turn(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
-    """A prompt of one or more turns, the last not the assistant's, and two answers to it."""
+    """A prompt of one or more turns, the last not the assistant's, and two answers to it, or one: a supervised row."""
 
     prompt: tuple[Turn, ...]
     chosen: str
-    rejected: str
+    rejected: str | None
+
+    @property
+    def responses(self) -> dict[str, str]:
+        """The answers by the field to name in messages."""
+        return {"response": self.chosen} if self.rejected is None else {"chosen": self.chosen, "rejected": self.rejected}
 
 
 def text_of(row: Row, field: str) -> str:
@@ -182,14 +188,14 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
         raise RowFault("bad_turns", "prompt", f"the prompt ends with a turn of the {turns[-1].role}, not of the user")
     if any(turn.role == "system" for turn in turns[1:]):
         raise RowFault("bad_turns", "prompt", "a system turn stands behind the first turn")
-    for field, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    for field, response in pair.responses.items():
         if not response.strip():
             raise RowFault("empty_response", field, "the response has no text")
-    if pair.chosen.strip() == pair.rejected.strip():
+    if pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
         raise RowFault("identical", "rejected", "the same text as chosen")
     _require_encodable("prompt", [turn.content for turn in turns])
-    _require_encodable("chosen", [pair.chosen])
-    _require_encodable("rejected", [pair.rejected])
+    for field, response in pair.responses.items():
+        _require_encodable(field, [response])
     return PreferencePair(turns, pair.chosen, pair.rejected)
 
 

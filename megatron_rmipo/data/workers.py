@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_rmipo.data.chat import ChatTemplate
 from megatron_rmipo.data.encode import LengthPolicy, PairEncoder
-from megatron_rmipo.data.formats import FORMATS
+from megatron_rmipo.data.formats import FORMATS, refuse_mixed
 from megatron_rmipo.data.rejects import Reject
 from megatron_rmipo.data.rows import PreferencePair, RowFault, excerpt, parse_row, rename_columns
 from megatron_rmipo.data.sources import SourceRow, load_payload
@@ -31,7 +31,7 @@ class EncodedBatch:
     """What a worker makes of a batch of rows.
 
     Attributes:
-        tokens: ids of all pairs behind one another, each prompt, chosen, rejected.
+        tokens: ids of all pairs behind one another, each prompt, chosen, rejected (empty in supervised rows).
         lengths: ``[pairs, 3]``.
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.
@@ -79,6 +79,7 @@ class BatchEncoder:
     def _parse(self, row: SourceRow) -> PreferencePair | RowFault:
         try:
             columns = rename_columns(load_payload(row.payload), self._options.columns)
+            refuse_mixed(columns, self._options.format)
             return parse_row(columns, FORMATS[self._options.format], keep_ties=self._options.keep_ties)
         except RowFault as fault:
             return fault

@@ -73,4 +73,4 @@ class WrittenSpecials:
 
 
 def _texts_of(pair: PreferencePair) -> list[str]:
-    return [*(turn.content for turn in pair.prompt), pair.chosen, pair.rejected]
+    return [*(turn.content for turn in pair.prompt), *pair.responses.values()]

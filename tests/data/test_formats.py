@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.data.formats import FORMATS, recognise_format, transcript_turns
+from megatron_rmipo.data.formats import FORMATS, recognise_format, refuse_mixed, transcript_turns
 from megatron_rmipo.data.rows import PreferencePair, RowFault, Turn
 from megatron_rmipo.errors import DataError
 
@@ -79,6 +79,43 @@ def test_every_shape_is_recognised_and_read(name: str, row: dict[str, Any], pair
     assert FORMATS[name](row) == pair
 
 
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"messages": messages(USER, Turn("assistant", "Because."))}, (USER,)),
+        ({"prompt": "Why?", "prompt_id": "7", "messages": messages(USER, Turn("assistant", "Because."))}, (USER,)),
+        ({"messages": messages(*LONG.prompt, Turn("assistant", "Because."))}, LONG.prompt),
+        ({"prompt": "Why?", "completion": "Because."}, (USER,)),
+        ({"prompt": "Why?", "response": "Because.", "system": "Be kind.", "chosen": None}, (Turn("system", "Be kind."), USER)),
+        ({"prompt": messages(USER), "completion": messages(Turn("assistant", "Because."))}, (USER,)),
+    ],
+)
+def test_every_supervised_shape_is_recognised_and_read(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
+    assert recognise_format([row]) == "supervised"
+    assert FORMATS["supervised"](row) == PreferencePair(prompt, "Because.", None)
+
+
+def test_most_rows_decide_whether_the_data_hold_pairs() -> None:
+    supervised = {"prompt": "Why?", "messages": messages(USER, Turn("assistant", "Because.")), "chosen": None, "rejected": None}
+    pair = {**supervised, "chosen": supervised["messages"], "rejected": messages(USER, Turn("assistant", "No idea."))}
+    assert recognise_format([supervised, pair]) == "messages"
+    assert recognise_format([pair, supervised, supervised]) == "supervised"
+    assert recognise_format([{**supervised, "chosen": "half a pair"}, supervised]) == "supervised"
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_the_other_kind_of_row_is_refused(name: str) -> None:
+    pair = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
+    rows = [{"messages": messages(USER, Turn("assistant", "x"))}, {"prompt": "Why?", "response": "x"}]
+    own, others = (rows, [pair]) if name == "supervised" else ([pair], rows)
+    for row in own:
+        refuse_mixed(row, name)
+    for row in others:
+        with pytest.raises(RowFault) as fault:
+            refuse_mixed(row, name)
+        assert fault.value.reason == "mixed"
+
+
 def test_unusable_first_rows_do_not_hide_the_format() -> None:
     assert recognise_format([{"prompt": "x"}, {"prompt": None, "chosen": None, "rejected": None}, ROWS[0][1]]) == "strings"
 
@@ -95,6 +132,12 @@ def test_an_unknown_format_names_the_columns_and_the_flags() -> None:
         ("strings", {"prompt": "x", "chosen": "y"}, "missing_field", "rejected"),
         ("strings", {"prompt": None, "chosen": "y", "rejected": "z"}, "missing_field", "prompt"),
         ("messages", {"chosen": "text", "rejected": "text"}, "missing_field", "prompt"),
+        ("supervised", {"messages": messages(USER)}, "bad_turns", "messages"),
+        ("supervised", {"messages": []}, "empty_response", "messages"),
+        ("supervised", {"messages": "text", "prompt": "x"}, "not_text", "messages"),
+        ("supervised", {"messages": messages(Turn("assistant", "x"))}, "missing_field", "prompt"),
+        ("supervised", {"completion": "x"}, "missing_field", "prompt"),
+        ("supervised", {"prompt": "x"}, "missing_field", "messages"),
         ("messages", {"chosen": messages(USER), "rejected": messages(USER)}, "bad_turns", "chosen"),
         ("messages", {"chosen": [], "rejected": []}, "empty_response", "chosen"),
         ("messages", {"chosen": messages(USER, answer("a")), "rejected": messages(answer("b"))}, "prompt_mismatch", "rejected"),

@@ -18,21 +18,21 @@ PROMPT, CHOSEN, REJECTED = "[INST] Why? [/INST]", " Because the sea does not fil
 
 
 def test_within_the_limit_nothing_is_cut(pieces: PreferenceTokenizer) -> None:
-    prompt, chosen, rejected, truncated = encode_official(pieces, PROMPT, CHOSEN, REJECTED, 512, 256)
+    prompt, (chosen, rejected), truncated = encode_official(pieces, PROMPT, (CHOSEN, REJECTED), 512, 256)
     assert not truncated
     assert (prompt, chosen) == pieces.encode_rendered(PROMPT, CHOSEN)
     assert (prompt, rejected) == pieces.encode_rendered(PROMPT, REJECTED)
 
 
 def test_the_prompt_keeps_its_end_and_loses_bos(pieces: PreferenceTokenizer) -> None:
-    prompt, chosen, rejected, _ = encode_official(pieces, PROMPT, CHOSEN, REJECTED, 512, 256)
+    prompt, (chosen, rejected), _ = encode_official(pieces, PROMPT, (CHOSEN, REJECTED), 512, 256)
     limit = len(prompt) + max(len(chosen), len(rejected)) - 1
-    assert encode_official(pieces, PROMPT, CHOSEN, REJECTED, limit, 5) == (prompt[-5:], chosen, rejected, True)
+    assert encode_official(pieces, PROMPT, (CHOSEN, REJECTED), limit, 5) == (prompt[-5:], [chosen, rejected], True)
 
 
 def test_then_responses_keep_their_beginning_and_lose_eos(pieces: PreferenceTokenizer) -> None:
-    prompt, chosen, rejected, _ = encode_official(pieces, PROMPT, CHOSEN, REJECTED, 512, 256)
-    assert encode_official(pieces, PROMPT, CHOSEN, REJECTED, 9, 5) == (prompt[-5:], chosen[:4], rejected[:4], True)
+    prompt, (chosen, rejected), _ = encode_official(pieces, PROMPT, (CHOSEN, REJECTED), 512, 256)
+    assert encode_official(pieces, PROMPT, (CHOSEN, REJECTED), 9, 5) == (prompt[-5:], [chosen[:4], rejected[:4]], True)
 
 
 def test_a_boundary_that_differs_between_the_responses_is_refused(byte_bpe: PreferenceTokenizer) -> None:
@@ -43,7 +43,7 @@ def test_a_boundary_that_differs_between_the_responses_is_refused(byte_bpe: Pref
 
 def _fault_reason(tokenizer: PreferenceTokenizer, prompt: str, response: str) -> str | None:
     try:
-        encode_official(tokenizer, prompt, response, "\u00e9 another", 512, 256)
+        encode_official(tokenizer, prompt, (response, "\u00e9 another"), 512, 256)
     except RowFault as fault:
         return fault.reason
     return None
@@ -52,7 +52,7 @@ def _fault_reason(tokenizer: PreferenceTokenizer, prompt: str, response: str) ->
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(save_byte_bpe(tmp_path, eos=None)))
     with pytest.raises(DataError, match="needs a tokenizer with BOS and EOS"):
-        encode_official(tokenizer, "a", "b", "c", 512, 256)
+        encode_official(tokenizer, "a", ("b", "c"), 512, 256)
 
 
 def test_answers_are_rendered_alone_without_bos(byte_bpe: PreferenceTokenizer) -> None:

@@ -32,6 +32,23 @@ def test_pairs_are_shown_with_the_boundary_and_lengths(prefix: Path, capsys: pyt
     assert out.count("#") > 40
 
 
+def test_supervised_rows_are_shown_without_a_rejected_response(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_sentencepiece(tmp_path / "small.model")
+    rows = [{"prompt": f"Why {i}?", "response": f"Because of {i}."} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--input", str(tmp_path / "rows.jsonl"), "--tokenizer-model", str(model), "--chat-template", "mistral"]
+    assert preprocess_cli.main([*flags, "--output-prefix", str(tmp_path / "rows")]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "rows"), "2", "--ids"]) == 0
+    out = capsys.readouterr().out
+    assert "=== supervised row 1: prompt " in out
+    assert f"--- prompt\n<s>[INST] Why 1? [/INST]{BOUNDARY}\n--- chosen\n{BOUNDARY} Because of 1. </s>\n" in out
+    assert "rows: 3 supervised rows, " in out
+    assert "prompt with the response, tokens" in out
+    assert "rejected, tokens" not in out
+    assert "rejected ids" not in out
+
+
 def test_long_texts_and_ids(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"{prefix}.bin", "1", "--start", "4", "--max-chars", "20", "--ids"]) == 0
     out = capsys.readouterr().out

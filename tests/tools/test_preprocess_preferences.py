@@ -150,6 +150,63 @@ def test_what_stands_at_the_prefix_is_kept(tmp_path: Path, model: Path, capsys: 
     assert (tmp_path / "out.bin").read_bytes() != before
 
 
+@pytest.mark.parametrize("flags", [(), ("--overlong", "official", "--max-prompt-length", "60"), ("--format", "supervised")])
+def test_supervised_rows_are_pairs_without_a_rejected_response(
+    flags: tuple[str, ...], tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [row for i, row in enumerate(rows(20)) if i % 7]
+    content: list[dict[str, object]] = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    content += [{"messages": [*turns, {"role": "user", "content": "Is it </s>?"}, {"role": "assistant", "content": "No.</s>"}]}]
+    content += [pairs[0], {"messages": turns[:1]}, {"prompt": "Why?", "response": " "}]
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", content), *flags) == 0
+    assert "18 supervised rows," in capsys.readouterr().out
+    assert (
+        run(
+            tmp_path,
+            model,
+            write_rows(tmp_path / "pairs.jsonl", pairs),
+            *flags[: 4 if "official" in flags else 0],
+            prefix="pairs",
+        )
+        == 0
+    )
+    store, with_rejected = PairStore(tmp_path / "out"), PairStore(tmp_path / "pairs")
+    assert (store.manifest.has_rejected, with_rejected.manifest.has_rejected) == (False, True)
+    assert store.manifest.format == "supervised"
+    assert store.lengths[:, 2].tolist() == [0] * 18
+    assert len(with_rejected) == 17
+    for index in range(17):  # the same ids as in a pair
+        assert store[index].prompt.tolist() == with_rejected[index].prompt.tolist()
+        assert store[index].chosen.tolist() == with_rejected[index].chosen.tolist()
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    assert [(r["number"], r["reason"], r["field"]) for r in rejects] == [
+        (19, "mixed", "rejected"),
+        (20, "bad_turns", "messages"),
+        (21, "empty_response", "response"),
+    ]
+
+
+def test_supervised_rows_are_shortened_like_pairs(tmp_path: Path, model: Path) -> None:
+    content: list[dict[str, object]] = [
+        {"prompt": " ".join(WORDS), "response": "So it is."},
+        {"prompt": "Why?", "response": "So."},
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", content)
+    assert run(tmp_path, model, source, "--seq-length", "70") == 0
+    store = PairStore(tmp_path / "out")
+    assert store.manifest.counts["truncated"] == 1
+    assert 60 < store.lengths[0].sum() <= 70
+    assert store.manifest.lengths["total"]["max"] == store.lengths[0].sum()
+
+
+def test_a_supervised_row_among_pairs_is_rejected(tmp_path: Path, model: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "So."}, *rows(3)[1:]])
+    assert run(tmp_path, model, source) == 0
+    store = PairStore(tmp_path / "out")
+    assert (len(store), store.manifest.has_rejected, store.manifest.counts["rejected/mixed"]) == (2, True, 1)
+
+
 def test_what_is_no_object_is_rejected_by_its_number(tmp_path: Path, model: Path) -> None:
     source = tmp_path / "rows.json"
     source.write_text(json.dumps([None, 5, rows(2)[1], [1], None]))
