@@ -3,6 +3,7 @@
 # PYTHON=python3.12   another interpreter, with an environment of its own (.venv-3.12)
 # TORCH=torch==2.13.0 the torch to install first; PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL say where pip may find a CPU build
 # WORKERS=2           processes of the test suite
+# BENCH_CSV=FILE      where make bench appends its result (runs/benchmarks.csv; the entries in benchmarks/results.csv stay as they are)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,6 +15,7 @@ FIRST_PYTHON := $(shell for p in $(CANDIDATES); do if $$p -c 'import sys; sys.ex
 GIVEN_PYTHON := $(PYTHON)
 PYTHON ?= $(or $(FIRST_PYTHON),python3.11)
 WORKERS ?= 2
+BENCH_CSV ?= runs/benchmarks.csv
 
 # pyenv's launchers answer only to the versions it was told of; where that is the obstacle, ask it for the one that is wanted.
 PY_VERSION := $(shell $(PYTHON) -c '$(VERSION_SCRIPT)' 2>/dev/null)
@@ -37,7 +39,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 .PHONY: help venv demo test test-fast test-gpu check bench clean
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 venv: $(STAMP)
 
@@ -72,8 +74,10 @@ check: $(STAMP)
 	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'tools/*.sh' 'benchmarks/*.sh')
 
 bench: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.bench_step
+	@mkdir -p "$(dir $(BENCH_CSV))"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.bench_step --csv "$(BENCH_CSV)"
 
+# Not work/ and runs/: what somebody trained is theirs to remove.
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs work
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . \( -path ./work -o -path ./runs \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,8 @@ def _version() -> str:
     return match[1]
 
 
-# Lower bounds are the oldest versions the test suite was run on, upper bounds the next one that may break an interface.
+# The suite was run with the versions that README.md's last table names. Lower bounds are what the interfaces used here ask for as
+# far as is known, not each tested; upper bounds are the next version that may break one.
 REQUIREMENTS = [
     "torch>=2.11",
     "megatron-core>=0.16,<0.20",
@@ -28,6 +29,8 @@ REQUIREMENTS = [
     "protobuf>=4.25",  # transformers reads sentencepiece models with it
     "safetensors>=0.6",
     "datasets>=4.0,<6",
+    "pyarrow>=21.0",
+    "jinja2>=3.1",
     "pyyaml>=6.0",
     "tqdm>=4.66",
     "tensorboard>=2.15",

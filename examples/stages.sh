@@ -4,7 +4,8 @@
 #
 #   HF_MODEL        model directory to start from            DATA        preference data: a file or a Hugging Face data set name
 #   VALID_DATA      held-out preference data (else 1 % of DATA)          DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets
-#   SFT_DATA        fine-tune on the chosen responses of these first (the Base setting of the paper)
+#   SFT_DATA        fine-tune on these first (the Base setting of the paper): supervised rows (messages, or prompt and completion), or
+#                   preference data, of which the chosen responses count
 #   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
 #                   without it
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them

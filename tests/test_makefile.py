@@ -47,3 +47,21 @@ def test_an_interpreter_that_does_not_run_is_named() -> None:
 
 def test_fast_leaves_out_the_slow_ones() -> None:
     assert '-m "not slow"' in dry_make("test-fast")
+
+
+def test_clean_leaves_results_alone(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = [tmp_path / name for name in ("work/a/__pycache__/model", "runs/b/metrics.jsonl", "benchmarks/results.csv")]
+    removed = [tmp_path / name for name in (".venv/bin/x", "build/x", "a.egg-info/x", ".mypy_cache/x", "tests/a/__pycache__/x")]
+    for path in (*kept, *removed):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    assert all(path.exists() for path in kept)
+    assert not any(path.parent.exists() for path in removed)
+
+
+def test_bench_appends_to_a_file_that_git_ignores() -> None:
+    assert '--csv "runs/benchmarks.csv"' in dry_make("bench")
+    ignored = subprocess.run(["git", "check-ignore", "-q", "runs/benchmarks.csv"], cwd=ROOT, timeout=60, check=False)
+    assert ignored.returncode in (0, 128)  # 128: not a git checkout
