@@ -161,16 +161,8 @@ def test_supervised_rows_are_pairs_without_a_rejected_response(
     content += [pairs[0], {"messages": turns[:1]}, {"prompt": "Why?", "response": " "}]
     assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", content), *flags) == 0
     assert "18 supervised rows," in capsys.readouterr().out
-    assert (
-        run(
-            tmp_path,
-            model,
-            write_rows(tmp_path / "pairs.jsonl", pairs),
-            *flags[: 4 if "official" in flags else 0],
-            prefix="pairs",
-        )
-        == 0
-    )
+    length_flags = () if "--format" in flags else flags
+    assert run(tmp_path, model, write_rows(tmp_path / "pairs.jsonl", pairs), *length_flags, prefix="pairs") == 0
     store, with_rejected = PairStore(tmp_path / "out"), PairStore(tmp_path / "pairs")
     assert (store.manifest.has_rejected, with_rejected.manifest.has_rejected) == (False, True)
     assert store.manifest.format == "supervised"
