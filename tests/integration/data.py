@@ -13,10 +13,11 @@ FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"
 MODEL = FIXTURE / "model"
 
 
-def write_pairs(prefix: Path, pairs: list[TokenizedPair] | None = None, *, tokenizer_dir: Path = MODEL) -> Path:
-    """Prepare pairs (by default the fixture's 48) under ``prefix`` as the data tool would."""
+def write_pairs(prefix: Path, *, with_rejected: bool = True) -> Path:
+    """Prepare the fixture's 48 pairs under ``prefix`` as the data tool would, or their chosen responses alone."""
     with PairStoreWriter(prefix, vocab_size=400) as writer:
-        for pair in pairs if pairs is not None else read_pairs(FIXTURE):
-            writer.add(pair)
-        writer.finalize(Manifest(tokenizer=load_tokenizer(str(tokenizer_dir)).info))
+        for pair in read_pairs(FIXTURE):
+            rejected = pair.rejected if with_rejected else pair.rejected[:0]
+            writer.add(TokenizedPair(pair.prompt, pair.chosen, rejected))
+        writer.finalize(Manifest(tokenizer=load_tokenizer(str(MODEL)).info, has_rejected=with_rejected))
     return prefix

@@ -93,6 +93,14 @@ def name_missing_data(scene: Scene) -> None:
     scene.prefix = scene.folder / "elsewhere"
 
 
+def train_preferences_on_supervised_data(scene: Scene) -> None:
+    scene.prefix = write_pairs(scene.folder / "supervised", with_rejected=False)
+
+
+def hold_out_everything(scene: Scene) -> None:
+    scene.changes["split"] = "1,99"
+
+
 def mistype_a_flag(scene: Scene) -> None:
     scene.changes["gama_min"] = 0.5
 
@@ -151,6 +159,8 @@ CASES: list[tuple[Callable[[Scene], None], list[str]]] = [
     (shrink_model_vocabulary, ["DataError", "ids up to 399", "vocab_size 390"]),
     (remove_bin, ["DataError", "pairs.bin", "missing"]),
     (name_missing_data, ["DataError", "elsewhere"]),
+    (train_preferences_on_supervised_data, ["DataError", "supervised", "--objective rmipo", "--objective sft"]),
+    (hold_out_everything, ["DataError", "--split 1,99", "--valid-data-path"]),
     (mistype_a_flag, ["ConfigError", "--gama-min", "--gamma-min"]),
     (give_an_option_of_another_objective, ["ConfigError", "gamma", "simpo", "gamma"]),
     (shorten_sequences, ["ConfigError", "--seq-length 100", "tokens long"]),

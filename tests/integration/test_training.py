@@ -248,6 +248,16 @@ def test_too_many_skipped_steps_end_the_run(prefix: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.dist
+def test_sft_trains_on_supervised_data(tmp_path: Path) -> None:
+    supervised = write_pairs(tmp_path / "data" / "supervised", with_rejected=False)
+    pairs = write_pairs(tmp_path / "data" / "pairs")
+    for prefix, name in ((supervised, "supervised"), (pairs, "pairs")):
+        assert run_distributed(run, 1, flags(prefix, tmp_path / name, objective="sft", train_iters=3)) == [0]
+    # What is not trained on must not matter.
+    assert losses(tmp_path / "supervised") == losses(tmp_path / "pairs")
+
+
+@pytest.mark.dist
 def test_objectives_train_side_by_side(prefix: Path, tmp_path: Path) -> None:
     for objective in ("simpo", "sft"):
         save = tmp_path / objective
