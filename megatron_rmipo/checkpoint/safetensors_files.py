@@ -23,8 +23,8 @@ from megatron_rmipo.errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Tensors are read and written in pieces of about this size.
-PIECE_BYTES = 8 * 2**20
+# Tensors are read and written in pieces of about this size. The allocator keeps several, so larger ones cost more than they gain.
+PIECE_BYTES = 4 * 2**20
 # safe_open maps its file into memory, and pages that were read count as this process's until it is closed.
 _MAPPED_BYTES_LIMIT = 8 * 2**20
 
