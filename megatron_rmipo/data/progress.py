@@ -23,7 +23,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             self._bar = tqdm(total=self._total, unit=" rows", unit_scale=True, dynamic_ncols=True)
         return self
