@@ -133,4 +133,4 @@ def dense_answer(
     loss = output.losses.mean()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return float(loss), gradients, output.metrics
+    return float(loss.detach()), gradients, output.metrics
