@@ -2,21 +2,39 @@
 
 Shape letters: N scored tokens, H hidden, V full vocabulary, tp tensor-parallel size, C tokens of one chunk.
 
-Two forms:
+Three forms:
 
 * :func:`linear_logprobs` fuses the output layer with the log-prob: hidden states and the weight shard in, ``[N]`` log-probs out.
+* :func:`perturbed_linear_logprobs` also scores the targets under mixtures of these logits and a reference model's.
 * :func:`vocab_parallel_logprobs` takes ready-made logits, for models whose head is not ours.
 
-Both use two collectives a call, whatever the chunk count: one max and one sum over the tensor-parallel group.
+All use two collectives a call, whatever the chunk count: one max and one sum over the tensor-parallel group.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceHead:
+    """What of a frozen reference model is needed to mix its logits with the policy's.
+
+    Attributes:
+        hidden: ``[N, H]``, its hidden states of the same scored tokens, without gradient; replicated over the group.
+        weight: ``[V_padded / tp, H]``, this rank's rows of its output layer, sharded like the policy's.
+        epsilon: share of the reference in a mixture.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    epsilon: float
 
 
 def linear_logprobs(
@@ -53,7 +71,35 @@ def linear_logprobs(
     assert target.shape == hidden.shape[:1], (hidden.shape, target.shape)
     shard = _VocabularyShard(weight.shape[0], vocab_size, group)
     function: Any = _LinearLogprobs
-    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad)
+    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad, None)
+    return logprobs[0]
+
+
+def perturbed_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    reference: ReferenceHead,
+    group: dist.ProcessGroup | None = None,
+    *,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 1024,
+    reduce_hidden_grad: bool = True,
+) -> Tensor:
+    """Log-probability of each target under the logits f of the policy, r of a reference, and two mixtures of them.
+
+    Arguments and who calls it together are those of :func:`linear_logprobs`. All four normalizers come from the same chunks of
+    logits and share the two collectives; neither model's ``[N, V]`` logits are ever whole or gathered.
+
+    Returns:
+        fp32 ``[4, N]``, replicated over the group: the log-probability under ``f``, ``r``, ``(1 + epsilon) f - epsilon r`` and
+        ``(1 - epsilon) f + epsilon r``. Only the first row carries gradient.
+    """
+    assert hidden.shape == reference.hidden.shape, (hidden.shape, reference.hidden.shape)
+    assert weight.shape == reference.weight.shape, (weight.shape, reference.weight.shape)
+    shard = _VocabularyShard(weight.shape[0], vocab_size, group)
+    function: Any = _LinearLogprobs
+    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad, reference)
     return logprobs
 
 
@@ -105,7 +151,7 @@ class _VocabularyShard:
         return maximum, (logits - maximum[:, None]).exp_().sum(dim=1), target_logit
 
     def combine(self, maximum: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-prob, log-sum-exp), each ``[N]``: one max and one sum over the group."""
+        """(log-prob, log-sum-exp), of the statistics' own shape: one max and one sum over the group."""
         if self.group is not None:
             local_maximum, maximum = maximum, maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
@@ -138,23 +184,23 @@ class _LinearLogprobs(torch.autograd.Function):
         shard: _VocabularyShard,
         chunk_tokens: int,
         reduce_hidden_grad: bool,
+        reference: ReferenceHead | None,
     ) -> Tensor:
         local, held = shard.local_target(target)
-        statistics = [
-            shard.chunk_statistics(_chunk_logits(hidden, weight, shard, chunk), local[chunk], held[chunk])
-            for chunk in _chunks(hidden.shape[0], chunk_tokens)
-        ]
-        if not statistics:
-            statistics = [(hidden.new_zeros(0, dtype=_accumulation_dtype(hidden.dtype)),) * 3]
-        maximum, sum_exp, target_logit = (torch.cat(parts) for parts in zip(*statistics, strict=True))
-        logprobs, log_sum_exp = shard.combine(maximum, sum_exp, target_logit)
-        ctx.save_for_backward(hidden, weight, local, held, log_sum_exp)
+        num_rows = 1 if reference is None else 4
+        statistics = hidden.new_empty(3, num_rows, hidden.shape[0], dtype=_accumulation_dtype(hidden.dtype))
+        for chunk in _chunks(hidden.shape[0], chunk_tokens):
+            for row, logits in enumerate(_logits_to_score(hidden, weight, reference, shard, chunk)):
+                for part, values in enumerate(shard.chunk_statistics(logits, local[chunk], held[chunk])):
+                    statistics[part, row, chunk] = values
+        logprobs, log_sum_exp = shard.combine(*statistics)
+        ctx.save_for_backward(hidden, weight, local, held, log_sum_exp[0])
         ctx.shard, ctx.chunk_tokens, ctx.reduce_hidden_grad = shard, chunk_tokens, reduce_hidden_grad
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
+        grad = grad_outputs[0][0]
         hidden, weight, local, held, log_sum_exp = ctx.saved_tensors
         shard: _VocabularyShard = ctx.shard
         valid_weight = weight[: shard.valid_rows]
@@ -176,7 +222,7 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_hidden = grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class _LogitsLogprobs(torch.autograd.Function):
@@ -203,6 +249,20 @@ class _LogitsLogprobs(torch.autograd.Function):
 
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _logits_to_score(
+    hidden: Tensor, weight: Tensor, reference: ReferenceHead | None, shard: _VocabularyShard, chunk: slice
+) -> Iterator[Tensor]:
+    """The policy's logits of a chunk; with a reference also its own, and the two mixtures. One mixture exists at a time."""
+    policy = _chunk_logits(hidden, weight, shard, chunk)
+    yield policy
+    if reference is not None:
+        other = _chunk_logits(reference.hidden, reference.weight, shard, chunk)
+        yield other
+        # Where both models agree to the bit, so do the mixtures.
+        yield torch.lerp(policy, other, -reference.epsilon)
+        yield torch.lerp(policy, other, reference.epsilon)
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, shard: _VocabularyShard, chunk: slice) -> Tensor:

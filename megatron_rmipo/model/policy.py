@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.architecture import ModelArchitecture, RopeScaling, padded_vocab_size
 from megatron_rmipo.model.attention import PackedAttention
-from megatron_rmipo.model.logprobs import linear_logprobs
+from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 
@@ -55,20 +55,30 @@ class LogprobHead(ColumnParallelLinear):
     It is a module call, not a function on the bare weight, because DDP gathers a module's parameters in hooks on that call.
     """
 
-    def forward(self, hidden: Tensor, target: Tensor, *, weight: Tensor | None, vocab_size: int, chunk_tokens: int) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None,
+        vocab_size: int,
+        chunk_tokens: int,
+        reference: ReferenceHead | None = None,
+    ) -> Tensor:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
-        The gradient of ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters.
+        With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.perturbed_linear_logprobs`. The gradient of
+        ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters.
         """
-        return linear_logprobs(
-            hidden,
-            self.weight if weight is None else weight,
-            target,
-            self.tp_group,
-            vocab_size=vocab_size,
-            chunk_tokens=chunk_tokens,
-            reduce_hidden_grad=not self.config.sequence_parallel,
-        )
+        own_weight = self.weight if weight is None else weight
+        options: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "chunk_tokens": chunk_tokens,
+            "reduce_hidden_grad": not self.config.sequence_parallel,
+        }
+        if reference is not None:
+            return perturbed_linear_logprobs(hidden, own_weight, target, reference, self.tp_group, **options)
+        return linear_logprobs(hidden, own_weight, target, self.tp_group, **options)
 
 
 class PolicyModel(GPTModel):
@@ -108,7 +118,8 @@ class PolicyModel(GPTModel):
         position_ids: Tensor,
         segments: Tensor,
         source: Tensor,
-        target: Tensor,
+        target: Tensor | None,
+        reference: ReferenceHead | None = None,
     ) -> Tensor:
         """Run this stage over one packed row. Every tensor-parallel rank of the stage calls it together.
 
@@ -116,11 +127,13 @@ class PolicyModel(GPTModel):
             token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
             segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention`.
             source: int64 ``[N]``, the token whose hidden state predicts.
-            target: int64 ``[N]``, the id it predicts.
+            target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
+            reference: on the last stage: score the targets under mixtures with a reference model, too.
 
         Returns:
-            On the last stage fp32 ``[N]`` log-probs, else hidden states ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence
-            parallelism) for the next stage.
+            On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
+            :func:`megatron_rmipo.model.logprobs.perturbed_linear_logprobs`; without targets hidden states ``[N, H]``), else
+            hidden states ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
         """
         hidden = self.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self._rotary_table(position_ids))
@@ -130,11 +143,24 @@ class PolicyModel(GPTModel):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
         scored = hidden[:, 0].index_select(0, source)
+        if target is None:
+            return scored
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logprobs: Tensor = self.output_layer(
-            scored, target, weight=weight, vocab_size=self.architecture.vocab_size, chunk_tokens=self.chunk_tokens
+            scored,
+            target,
+            weight=weight,
+            vocab_size=self.architecture.vocab_size,
+            chunk_tokens=self.chunk_tokens,
+            reference=reference,
         )
         return logprobs
+
+    def head_weight(self) -> Tensor:
+        """``[V_padded / tp, H]``: this rank's rows of the output layer, tied or not. On the last stage alone."""
+        tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
 
     def _rotary_table(self, position_ids: Tensor) -> Tensor:
         """Angles ``[T, 1, 1, D]`` of each token's own position: a response's positions restart where its prompt ended."""

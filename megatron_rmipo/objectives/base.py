@@ -1,32 +1,41 @@
 """What every objective is given, what it returns, and what it declares it needs.
 
-Shape letter: P pairs.
+Shape letter: P pairs: of one pack in a call of an objective, of the whole global batch in :class:`BatchLogps`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+State: TypeAlias = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class PairLogps:
     """Log-probabilities of P preference pairs, summed over the scored tokens of each response.
 
-    All tensors are fp32 ``[P]``. Only ``chosen_logps`` and ``rejected_logps`` carry gradient.
+    All tensors are fp32 ``[P]``. Only ``chosen_logps`` and ``rejected_logps`` carry gradient. A response that a row does not have
+    (unpaired and supervised data) has a sum and a length of 0, but for objectives that do not read rejected responses at all.
 
     Attributes:
         chosen_logps, rejected_logps: sum of log p(y | x) over the response.
-        chosen_lengths, rejected_lengths: number of scored tokens of the response (at least 1).
+        chosen_lengths, rejected_lengths: number of scored tokens of the response.
+        mean_chosen_length: mean number of scored chosen tokens over the *global* batch (a scalar tensor). Dividing a sum
+            over tokens by it makes the mean over pairs the token mean over the global batch, however the batch is cut.
         uncond_chosen_logps, uncond_rejected_logps: sum of log p(y), the response alone; None unless the objective declares it.
         uncond_chosen_lengths, uncond_rejected_lengths: scored tokens of the response alone: the same as above from a BOS
             context, one fewer (so possibly 0) without one.
-        mean_chosen_length: mean number of scored chosen tokens over the *global* batch (a scalar tensor). Dividing a sum
-            over tokens by it makes the mean over pairs the token mean over the global batch, however the batch is cut.
+        ref_chosen_logps, ref_rejected_logps: sum of log p(y | x) under the reference; None unless declared.
+        extrapolated_chosen_logps, extrapolated_rejected_logps: the sum under ``softmax((1 + e) f - e r)`` of the logits f of the
+            policy and r of the reference, e being ``LogpNeeds.perturbation``; None unless declared.
+        interpolated_chosen_logps, interpolated_rejected_logps: the same under ``softmax((1 - e) f + e r)``.
+        batch: what :meth:`Objective.prepare` gave: scalars, or ``[P]`` values of these pairs.
     """
 
     chosen_logps: Tensor
@@ -38,6 +47,32 @@ class PairLogps:
     uncond_rejected_logps: Tensor | None = None
     uncond_chosen_lengths: Tensor | None = None
     uncond_rejected_lengths: Tensor | None = None
+    ref_chosen_logps: Tensor | None = None
+    ref_rejected_logps: Tensor | None = None
+    extrapolated_chosen_logps: Tensor | None = None
+    extrapolated_rejected_logps: Tensor | None = None
+    interpolated_chosen_logps: Tensor | None = None
+    interpolated_rejected_logps: Tensor | None = None
+    batch: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLogps:
+    """What :meth:`Objective.prepare` sees: the whole global batch, in its order, without gradient.
+
+    Attributes:
+        pairs: log-probabilities as the losses will see them; None unless the objective declares ``batch``.
+        mismatched_logps: fp32 ``[P, 2]`` of (chosen, rejected): sum of log p(y' | x) of a response y' to another prompt, the same
+            y' for x in every epoch; None unless declared.
+        ref_mismatched_logps: the same under the reference.
+        has_response: bool ``[P, 2]``: whether there is a mismatched response in each place (unpaired rows have one of the two);
+            sums of absent ones are 0.
+    """
+
+    pairs: PairLogps | None
+    mismatched_logps: Tensor | None
+    ref_mismatched_logps: Tensor | None
+    has_response: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +83,21 @@ class LogpNeeds:
         unconditional: ``"bos"``: log p(y) with the response after a BOS token, all its tokens scored; ``"none"``: without
             any context, its first token not scored; None: not needed.
         rejected: whether the rejected response is needed at all (supervised fine-tuning trains on the chosen one alone).
+        reference: log-probabilities under the reference; computed once for the whole data set, no reference in memory.
+        mismatched: log-probabilities of responses to other prompts, under the policy (a forward-only pass before the gradient pass)
+            and under the reference (computed once).
+        batch: log-probabilities of the whole global batch before its losses (a forward-only pass before the gradient pass).
+        perturbation: e > 0: the reference stays in memory, and each response is scored under the logits mixed with its own.
+        unpaired: whether rows of one response with a label will do.
     """
 
     unconditional: str | None = None
     rejected: bool = True
+    reference: bool = False
+    mismatched: bool = False
+    batch: bool = False
+    perturbation: float | None = None
+    unpaired: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +106,8 @@ class LossOutput:
 
     Attributes:
         losses: fp32 ``[P]`` with gradient; the batch loss is their mean over the global batch.
-        metrics: name -> detached fp32 ``[P]``. Every objective gives ``rewards/chosen``, ``rewards/rejected``,
-            ``rewards/margins`` and ``rewards/accuracies`` where they are defined.
+        metrics: name -> detached fp32 ``[P]``; NaN where a pair has no such value (a response it does not have). Every objective
+            gives ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and ``rewards/accuracies`` where they are defined.
         distributions: the names among ``metrics`` whose percentiles are worth showing besides their mean.
     """
 
@@ -75,6 +121,10 @@ class Objective(ABC):
 
     A subclass names itself, gives a frozen dataclass of options (``Config``; each field has ``metadata={"help": ...}``),
     declares its needs and computes the loss. Options are validated in ``Config.__post_init__`` with ``ValueError``.
+
+    One that depends on statistics of the batch, or on what earlier batches were like, overrides :meth:`prepare`, and for the latter
+    :meth:`initial_state` and :meth:`advance`. All three are pure: the trainer keeps the state, in memory and in checkpoints, and
+    advances it after an optimizer step and at no other time.
     """
 
     name: ClassVar[str]
@@ -87,6 +137,28 @@ class Objective(ABC):
     def needs(self) -> LogpNeeds:
         """The log-probabilities this objective reads, given its options."""
         return LogpNeeds()
+
+    def initial_state(self) -> State:
+        """What is carried from step to step, as it is before the first one: name -> number. Empty for most objectives."""
+        return {}
+
+    def prepare(self, batch: BatchLogps, state: State) -> dict[str, Tensor]:
+        """What the losses of a global batch need to know of it as a whole, and of the state.
+
+        Returns:
+            Name -> a scalar, or one value per pair ``[P]``: given to each call as ``logps.batch``.
+        """
+        return {}
+
+    def advance(self, state: State, prepared: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> State:
+        """The state after an optimizer step.
+
+        Args:
+            state: before the step.
+            prepared: what :meth:`prepare` gave for the step's batch.
+            metrics: of the whole batch, ``[P]`` each.
+        """
+        return state
 
     @abstractmethod
     def __call__(self, logps: PairLogps) -> LossOutput:

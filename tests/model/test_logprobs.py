@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmipo.model.logprobs import linear_logprobs, vocab_parallel_logprobs
+from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs, vocab_parallel_logprobs
 from tests.harness import run_distributed
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37
@@ -144,3 +144,70 @@ def test_nothing_scored_gives_an_empty_result_and_zero_gradients() -> None:
     result.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+EPSILON = 0.25
+
+
+def reference_problem(padded_rows: int) -> tuple[Tensor, Tensor]:
+    """float64 hidden states and weight of a reference model."""
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    return hidden, torch.randn(padded_rows, HIDDEN, generator=generator, dtype=torch.float64)
+
+
+def dense_perturbed(padded_rows: int) -> Tensor:
+    """``[4, N]`` log-probs under f, r and both mixtures, by plain torch in float64."""
+    hidden, weight, target, _ = dense_problem(padded_rows)
+    reference_hidden, reference_weight = reference_problem(padded_rows)
+    policy = hidden @ weight[:VOCAB].t()
+    reference = reference_hidden @ reference_weight[:VOCAB].t()
+    mixtures = [policy, reference, (1 + EPSILON) * policy - EPSILON * reference, (1 - EPSILON) * policy + EPSILON * reference]
+    return torch.stack([torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0] for logits in mixtures])
+
+
+def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
+    """By case: log-probs, gradients of hidden and weight, number of collectives of the forward pass."""
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    results = []
+    original, calls = torch.distributed.all_reduce, []
+    torch.distributed.all_reduce = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    for padded_rows, chunk_tokens, _ in CASES:
+        rows = padded_rows // group.size()
+        shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
+        hidden, weight, target, grad = dense_problem(padded_rows)
+        reference_hidden, reference_weight = reference_problem(padded_rows)
+        leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
+        reference = ReferenceHead(reference_hidden, reference_weight[shard], EPSILON)
+        calls.clear()
+        logprobs = perturbed_linear_logprobs(*leaves, target, reference, group, vocab_size=VOCAB, chunk_tokens=chunk_tokens)
+        num_collectives = len(calls)
+        logprobs[0].backward(grad)
+        assert leaves[0].grad is not None
+        assert leaves[1].grad is not None
+        results.append((logprobs.detach(), leaves[0].grad, leaves[1].grad, num_collectives))
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_perturbed_logprobs_match_dense_float64_in_two_collectives(world_size: int) -> None:
+    by_rank = run_distributed(perturbed_on_this_rank, world_size)
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    for number, (padded_rows, _, _) in enumerate(CASES):
+        _, hidden_grad, weight_grad, _ = dense_reference(*dense_problem(padded_rows))
+        for result in by_rank:
+            logprobs, ours_hidden_grad, _, num_collectives = result[number]
+            torch.testing.assert_close(logprobs, dense_perturbed(padded_rows), **exact)
+            torch.testing.assert_close(ours_hidden_grad, hidden_grad, **exact)
+            assert num_collectives == 2
+        torch.testing.assert_close(torch.cat([result[number][2] for result in by_rank]), weight_grad, **exact)
+
+
+def test_mixtures_of_equal_models_are_the_model_to_the_bit() -> None:
+    hidden, weight, target, _ = dense_problem(VOCAB)
+    hidden, weight = hidden.float(), weight.float()
+    logprobs = perturbed_linear_logprobs(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), chunk_tokens=4)
+    assert torch.equal(logprobs, linear_logprobs(hidden, weight, target, chunk_tokens=4).expand(4, -1))
