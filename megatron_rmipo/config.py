@@ -53,6 +53,13 @@ class ModelConfig:
     load_hf: str | None = _option(
         None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
     )
+    reference_hf: str | None = _option(
+        None, "Hugging Face model that is the reference, for objectives that need one; unset: the model the run starts from.", "DIR"
+    )
+    reference_load: str | None = _option(None, "The same as a Megatron checkpoint directory.", "DIR")
+    reference_cache: str | None = _option(
+        None, "Directory of the reference's log-probs, computed once; unset: beside the data, in PREFIX.reference/.", "DIR"
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
         "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."
     )

@@ -17,17 +17,18 @@ def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _R
     """What ``action`` returned on the first rank of ``group``, whose ranks call this together.
 
     Raises:
-        CheckpointError: on every rank, when it failed there.
+        RmipoError: on every rank, of the kind that it raised there; CheckpointError for an OSError.
     """
     outcome: list[Any] = [None, None]
     if group.rank() == 0:
         try:
             outcome[0] = action()
         except (OSError, RmipoError) as error:
-            outcome[1] = str(error)
+            outcome[1] = (type(error) if isinstance(error, RmipoError) else CheckpointError, str(error))
     dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
+        kind, text = outcome[1]
+        raise kind(text)
     result: _Result = outcome[0]
     return result
 

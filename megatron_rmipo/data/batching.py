@@ -77,28 +77,28 @@ def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bo
     """Sizes of pairs laid out by :func:`megatron_rmipo.data.packing.pack_pairs`.
 
     Args:
-        lengths: int ``[P, 3]``: prompt, chosen, rejected tokens.
+        lengths: int ``[P, 3]``: prompt, chosen, rejected tokens; 0 for a response that the row does not have.
         cost: the cost model.
         share_prompts, with_rejected: the layout.
     """
     prompt, chosen, rejected = np.asarray(lengths, dtype=np.int64).T
-    first = prompt + chosen - 1
-    if not with_rejected:
-        tokens, area, scored = first, _causal(first), chosen
-    elif share_prompts:
-        second = rejected - 1
-        tokens, scored = first + second, chosen + rejected
+    scored = chosen + rejected if with_rejected else chosen
+    lead = np.where(chosen > 0, chosen, scored)  # the response that stands behind its prompt, in one segment
+    other = scored - lead
+    first = np.where(lead > 0, prompt + lead - 1, 0)
+    if share_prompts:
+        second = np.maximum(other - 1, 0)
         area = _causal(first) + _causal(second) + second * prompt
     else:
-        second = prompt + rejected - 1
-        tokens, scored, area = first + second, chosen + rejected, _causal(first) + _causal(second)
-    return _sizes(tokens, area, scored, cost)
+        second = np.where(other > 0, prompt + other - 1, 0)
+        area = _causal(first) + _causal(second)
+    return _sizes(first + second, area, scored, cost)
 
 
 def unconditional_sizes(lengths: np.ndarray, cost: CostModel, *, has_context_token: bool, with_rejected: bool) -> PairSizes:
     """Sizes of the responses alone, laid out by :func:`megatron_rmipo.data.packing.pack_responses`."""
     responses = np.asarray(lengths, dtype=np.int64)[:, 1 : 3 if with_rejected else 2]
-    per_response = responses - (0 if has_context_token else 1)
+    per_response = responses if has_context_token else np.maximum(responses - 1, 0)
     return _sizes(per_response.sum(1), _causal(per_response).sum(1), per_response.sum(1), cost)
 
 
@@ -143,7 +143,8 @@ def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int) -> l
         return []
     tokens = sizes.tokens
     assert max(int(tokens[position]) for position in share) <= max_tokens, "checked against the data set before training"
-    num_packs = math.ceil(sum(int(tokens[position]) for position in share) / max_tokens)
+    # At least one: rows whose layout is empty (one-token responses without a context) need a place too.
+    num_packs = max(1, math.ceil(sum(int(tokens[position]) for position in share) / max_tokens))
     costs = sizes.costs[list(share)]
     while True:
         packs = [[share[member] for member in pack] for pack in spread_evenly(costs, num_packs)]

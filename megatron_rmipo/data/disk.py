@@ -15,8 +15,12 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
-def write_errors_named(path: str | Path) -> Iterator[None]:
+def write_errors_named(path: str | Path, elsewhere: str = "choose another --output-prefix") -> Iterator[None]:
     """Turn a failed write into an error that names what was written and the remedy.
+
+    Args:
+        path: what is written.
+        elsewhere: how to have it written somewhere else.
 
     Raises:
         DataError: instead of the OSError.
@@ -26,9 +30,9 @@ def write_errors_named(path: str | Path) -> Iterator[None]:
     except OSError as error:
         folder = os.path.dirname(path) or "."
         if error.errno in _NO_SPACE:
-            remedy = "Free some space, or choose another --output-prefix."
+            remedy = f"Free some space, or {elsewhere}."
         elif error.errno in _NO_PERMISSION:
-            remedy = f"Make {folder} writable for this user, or choose another --output-prefix."
+            remedy = f"Make {folder} writable for this user, or {elsewhere}."
         else:
-            remedy = "Choose another --output-prefix."
+            remedy = f"{elsewhere[0].upper()}{elsewhere[1:]}."
         raise DataError(f"{path}: could not be written ({error.strerror or error}). {remedy}") from error

@@ -23,7 +23,7 @@ _FEW_TOKENS = 4  # a response this short may be markup alone
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of a pair; in a supervised row ``rejected`` is empty.
+    """Token ids of a pair; a response that the row does not have is empty.
 
     ``truncated`` says that the prompt (or, by the official policy, a response) was cut.
     """
@@ -35,7 +35,7 @@ class EncodedPair:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt with the longer response."""
+        """Tokens of the prompt with the longer response, or with the only one."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
@@ -124,14 +124,16 @@ class PairEncoder:
         assert self._policy.max_prompt_length is not None
         prompt, *responses = render_official(self._template, pair)
         limits = self._policy.seq_length, self._policy.max_prompt_length
-        ids, (chosen, *rejected), truncated = encode_official(self._tokenizer, prompt, responses, *limits)
-        return EncodedPair(ids, chosen, rejected[0] if rejected else [], truncated)
+        ids, ended, truncated = encode_official(self._tokenizer, prompt, responses, *limits)
+        chosen, rejected = pair.in_place(ended)
+        return EncodedPair(ids, chosen or [], rejected or [], truncated)
 
     def _finish(self, pair: PreferencePair, prompt: list[int], responses: Sequence[list[int]]) -> EncodedPair:
         """Set BOS and ends, check, and apply the length policy."""
         checked = self._checked_prompt(prompt)
         ended = [self._ended(ids, *named) for ids, named in zip(responses, pair.responses.items(), strict=True)]
-        encoded = EncodedPair(checked, ended[0], ended[1] if len(ended) > 1 else [])
+        chosen, rejected = pair.in_place(ended)
+        encoded = EncodedPair(checked, chosen or [], rejected or [])
         if encoded.chosen == encoded.rejected:
             raise RowFault("identical", "rejected", "both responses have the same tokens")
         if encoded.num_tokens <= self._policy.seq_length:
@@ -211,7 +213,7 @@ class PairEncoder:
         hidden = self._written.hide_turns(pair.prompt, base)
         prompt, responses = self._template.render_pair(hidden, [self._written.hide(text, base) for text in texts])
         ids = [self._written.encode(text, base, first=False) for text in responses]
-        pair = PreferencePair(pair.prompt, texts[0], texts[1] if len(texts) > 1 else None)
+        pair = PreferencePair(pair.prompt, *pair.in_place(texts))
         return self._finish(pair, self._written.encode(prompt, base, first=True), ids)
 
 

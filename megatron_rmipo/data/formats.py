@@ -1,4 +1,4 @@
-r"""The formats of preference data sets and of supervised ones.
+r"""The formats of preference data sets, paired and unpaired, and of supervised ones.
 
 Each is one function from a row (column -> value) to a :class:`PreferencePair`.
 
@@ -7,6 +7,7 @@ Each is one function from a row (column -> value) to a :class:`PreferencePair`.
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -119,6 +120,18 @@ def parse_supervised(row: Row) -> PreferencePair:
     return PreferencePair(_with_system(row, _whole_prompt(row, before)), response, None)
 
 
+def parse_unpaired(row: Row) -> PreferencePair:
+    """One answer as in :func:`parse_supervised`, and a column label: true makes it the chosen, false the rejected answer.
+
+    The integers 1 and 0 are taken for true and false.
+    """
+    label = value_of(row, "label")
+    if not isinstance(label, int) or label not in (0, 1):
+        raise RowFault("bad_label", "label", f"true or false expected (or 1 or 0), found {shown(label)}")
+    pair = parse_supervised(row)
+    return pair if label else PreferencePair(pair.prompt, None, pair.chosen)
+
+
 def parse_sharegpt(row: Row) -> PreferencePair:
     """Column conversations (from/value or role/content messages), answers in chosen and rejected."""
     turns = _turns(value_of(row, "conversations"), "conversations")
@@ -179,57 +192,69 @@ FORMATS: dict[str, Callable[[Row], PreferencePair]] = {
     "hh": parse_hh,
     "sharegpt": parse_sharegpt,
     "supervised": parse_supervised,
+    "unpaired": parse_unpaired,
 }
+_OF_ONE_ANSWER = ("supervised", "unpaired")
 
 
 def refuse_mixed(row: Row, name: str) -> None:
-    """Refuse a pair in a supervised data set, and a row with one answer in a data set of pairs.
+    """Refuse a pair where rows have one answer, such a row among pairs, and a labelled row in a supervised data set.
+
+    A row without a label in an unpaired data set lacks a column; :func:`parse_unpaired` says so.
 
     Args:
         row: columns under our names.
         name: the data set's format.
 
     Raises:
-        RowFault: the row is of the other kind.
+        RowFault: the row is of another kind.
     """
     has_pair = row.get("chosen") is not None and row.get("rejected") is not None
-    if name == "supervised" and has_pair:
-        message = "a pair in supervised data; name its format with --format (the sft objective reads pairs too)"
-        raise RowFault("mixed", "rejected", message)
-    if name != "supervised" and not has_pair and row.get("chosen") is None and _is_supervised(row):
+    of_one_answer = None if has_pair else _format_of_one_answer(row)
+    if name in _OF_ONE_ANSWER and has_pair:
+        also = " (the sft objective reads pairs too)" if name == "supervised" else ""
+        raise RowFault("mixed", "rejected", f"a pair in {name} data; name its format with --format{also}")
+    if name not in _OF_ONE_ANSWER and of_one_answer:
         raise RowFault("mixed", "chosen", "one answer alone, in data of pairs; preprocess such rows by themselves")
+    if name == "supervised" and of_one_answer == "unpaired":
+        message = f"an answer labelled {row['label']} in supervised data; use --format unpaired, or remove the column label"
+        raise RowFault("mixed", "label", message)
 
 
-def _is_supervised(row: Row) -> bool:
-    if isinstance(row.get("messages"), list):
-        return True
-    return row.get("prompt") is not None and any(row.get(name) is not None for name in ("completion", "response"))
+def _format_of_one_answer(row: Row) -> str | None:
+    """``unpaired`` where one answer has a label, ``supervised`` where it has none, None where there is no such answer."""
+    has_prompt = row.get("prompt") is not None
+    has_answer = has_prompt and any(row.get(name) is not None for name in ("completion", "response"))
+    if row.get("chosen") is not None or not (has_answer or isinstance(row.get("messages"), list)):
+        return None
+    return "unpaired" if isinstance(row.get("label"), bool) else "supervised"
 
 
 def recognise_format(rows: Iterable[Row]) -> str:
-    """The format of the rows: ``supervised`` where most of those that show one are, else that of the first pair.
+    """The format of the rows: ``supervised`` or ``unpaired`` where that is the commonest kind, else that of the first pair.
 
     Raises:
         DataError: no row shows one; names the columns found.
     """
     columns: list[str] = []
     of_pairs: list[str] = []
-    num_supervised = 0
+    of_one_answer: collections.Counter[str] = collections.Counter()
     for row in rows:
         columns = columns or list(row)
-        name = _pair_format(row)
-        if name is not None:
+        if (name := _pair_format(row)) is not None:
             of_pairs.append(name)
-        elif row.get("chosen") is None and _is_supervised(row):
-            num_supervised += 1
-    if num_supervised > len(of_pairs):
-        return "supervised"
+        elif (name := _format_of_one_answer(row)) is not None:
+            of_one_answer[name] += 1
+    for name, count in of_one_answer.most_common(1):
+        if count > len(of_pairs):
+            return name
     if of_pairs:
         return of_pairs[0]
     raise DataError(
         f"the format of the rows is not recognised; their columns are: {', '.join(columns) or '(no rows)'}\n"
         f"Name it with --format ({', '.join(FORMATS)}), or name the columns with\n"
-        "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN (supervised rows: prompt=COLUMN,response=COLUMN)."
+        "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN (supervised rows: prompt=COLUMN,response=COLUMN;\n"
+        "unpaired rows: prompt=COLUMN,response=COLUMN,label=COLUMN)."
     )
 
 

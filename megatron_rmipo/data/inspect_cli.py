@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rmipo.data.manifest import length_columns
 from megatron_rmipo.data.pair_store import PARTS, PairStore
 from megatron_rmipo.data.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.errors import DataError, RmipoError
@@ -84,19 +85,19 @@ def _load_matching_tokenizer(store: PairStore, name: str | None) -> PreferenceTo
 def describe_pair(
     store: PairStore, index: int, tokenizer: PreferenceTokenizer, *, max_chars: int = 0, with_ids: bool = False
 ) -> str:
-    """A pair as text, the boundary between prompt and responses marked."""
+    """A pair, or a row of one response, as text, the boundary between prompt and responses marked."""
     pair = store[index]
     prompt = pair.prompt.tolist()
     text = tokenizer.decode(prompt)
-    parts = PARTS if store.manifest.has_rejected else PARTS[:2]
-    ids = {name: getattr(pair, name).tolist() for name in parts}
-    sizes = ", ".join(f"{name} {len(ids[name])}" for name in parts)
-    lines = [f"=== {store.manifest.kind.removesuffix('s')} {index}: {sizes} tokens"]
+    ids = {name: getattr(pair, name).tolist() for name in PARTS if len(getattr(pair, name))}
+    sizes = ", ".join(f"{name} {len(part)}" for name, part in ids.items())
+    label = (" (desirable)" if "chosen" in ids else " (undesirable)") if store.manifest.unpaired else ""
+    lines = [f"=== {store.manifest.kind.removesuffix('s')} {index}{label}: {sizes} tokens"]
     lines.append(f"--- prompt\n{_ending(text, max_chars)}{BOUNDARY}")
-    for name in parts[1:]:
+    for name in list(ids)[1:]:
         lines.append(f"--- {name}\n{BOUNDARY}{_beginning(tokenizer.decode_continuation(prompt, ids[name]), max_chars)}")
     if with_ids:
-        lines += [f"{name} ids: {' '.join(map(str, ids[name]))}" for name in parts]
+        lines += [f"{name} ids: {' '.join(map(str, part))}" for name, part in ids.items()]
     return "\n".join(lines)
 
 
@@ -126,11 +127,10 @@ def describe_store(store: PairStore) -> str:
         f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {manifest.template_name}",
         f"  at most {manifest.seq_length} tokens, longer ones: {manifest.overlong}",
     ]
-    lengths = store.lengths
-    columns = {part: lengths[:, number] for number, part in enumerate(PARTS) if lengths[:, number].any()}
-    total = "prompt with the longer response" if manifest.has_rejected else "prompt with the response"
-    columns[total] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    for name, column in columns.items():
+    of_pairs = manifest.has_rejected and not manifest.unpaired
+    total = "prompt with the longer response" if of_pairs else "prompt with the response"
+    for part, column in length_columns(store.lengths).items():
+        name = total if part == "total" else part
         lines += [
             "",
             f"{name}, tokens (mean {column.mean():.0f}, median {np.median(column):.0f}, max {column.max()})",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,8 +18,9 @@ from megatron_rmipo.data.batching import (
     spread_evenly,
     unconditional_sizes,
 )
+from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.packing import PackedRow, pack_pairs, pack_responses
-from megatron_rmipo.data.pair_store import PairStore, TokenizedPair
+from megatron_rmipo.data.pair_store import TokenizedPair
 
 # A forward-only pass keeps no activations, so its packs may hold more.
 UNCONDITIONAL_PACK_FACTOR = 2
@@ -37,6 +37,7 @@ class BatchLayout:
         share_prompts: a prompt stands once for both responses.
         with_rejected: the objective reads rejected responses.
         unconditional: ``"bos"``, ``"none"`` or None, as in :class:`megatron_rmipo.objectives.base.LogpNeeds`.
+        forward_passes: forward-only passes over the conditional packs, beside the gradient pass.
         bos_token_id: the context of unconditional responses for ``"bos"``.
         multiple_of: rows are padded to a multiple of this many tokens.
     """
@@ -48,6 +49,7 @@ class BatchLayout:
     share_prompts: bool = True
     with_rejected: bool = True
     unconditional: str | None = None
+    forward_passes: int = 0
     bos_token_id: int | None = None
     multiple_of: int = 1
 
@@ -75,80 +77,37 @@ class RankBatch:
         pair_indices: int64 ``[P]``, the global batch's pairs as indices of the data set, the same on every rank.
         conditional: rows of the gradient pass; at least one.
         unconditional: rows of the unconditional pass; empty where the objective has none.
-        mean_chosen_length: scored chosen tokens per pair, over the global batch.
-        num_tokens: tokens of all ranks' rows, conditional and unconditional, padding left out.
+        mismatched: rows of the mismatched pass; empty where the objective has none.
+        reference_scores, mismatched_reference_scores: fp32 ``[P, 2]`` sums under the reference of (chosen, rejected) of the
+            global batch's pairs, the same on every rank; None where not needed.
+        mean_chosen_length: scored chosen tokens per pair, over the global batch; 1 where no row has a chosen response.
+        num_tokens: tokens of all ranks' rows, each row counted once, padding left out.
         num_padding: padding tokens of this rank's rows.
         lengths: int32 ``[P, 3]``, prompt, chosen and rejected tokens of the global batch.
+        mismatched_lengths: the same of its mismatched pairs; None where there are none.
     """
 
     pair_indices: np.ndarray
     conditional: list[PackedRow]
     unconditional: list[PackedRow]
+    mismatched: list[PackedRow]
+    reference_scores: np.ndarray | None
+    mismatched_reference_scores: np.ndarray | None
     mean_chosen_length: float
     num_tokens: int
     num_padding: int
     lengths: np.ndarray
+    mismatched_lengths: np.ndarray | None
+
+    @property
+    def rows(self) -> list[PackedRow]:
+        """All rows of this rank."""
+        return self.conditional + self.unconditional + self.mismatched
 
     @property
     def num_pairs(self) -> int:
         """P, over all ranks."""
         return len(self.pair_indices)
-
-
-class PairCollection(Sequence[TokenizedPair]):
-    """Pairs of one or more prepared data sets under one numbering.
-
-    Args:
-        stores: the data sets.
-        members: int64 ``[P]``, which pairs, numbered through the data sets one after the other; None for all.
-    """
-
-    def __init__(self, stores: Sequence[PairStore], members: np.ndarray | None = None) -> None:
-        self.stores = list(stores)
-        self._starts = np.array([0, *itertools.accumulate(len(store) for store in stores)])
-        self._members = np.arange(self._starts[-1]) if members is None else members
-        self.lengths = np.concatenate([store.lengths for store in self.stores])[self._members]
-
-    @classmethod
-    def combine(cls, collections: Sequence[PairCollection], weights: Sequence[float] | None = None) -> PairCollection:
-        """Several collections as one.
-
-        Args:
-            collections: what to combine, in order.
-            weights: shares of the result: the collection that lasts longest is used once, the others are repeated. None takes
-                every pair once.
-        """
-        counts = [len(collection) for collection in collections]
-        if weights is not None:
-            scale = max(count / weight for count, weight in zip(counts, weights, strict=True))
-            counts = [max(1, round(scale * weight)) for weight in weights]
-        members, first = [], 0
-        for collection, count in zip(collections, counts, strict=True):
-            members.append(first + np.resize(collection._members, count))
-            first += int(collection._starts[-1])
-        return cls([store for collection in collections for store in collection.stores], np.concatenate(members))
-
-    def split(self, held_out_share: float) -> tuple[PairCollection, PairCollection]:
-        """(the first pairs, the last ``held_out_share`` of them, at least one), in stored order."""
-        first = len(self) - max(1, round(held_out_share * len(self)))
-        return PairCollection(self.stores, self._members[:first]), PairCollection(self.stores, self._members[first:])
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def _locate(self, index: int) -> tuple[PairStore, int]:
-        member = self._members[index]
-        which = int(np.searchsorted(self._starts, member, side="right")) - 1
-        return self.stores[which], int(member - self._starts[which])
-
-    def describe(self, index: int) -> str:
-        """Where pair ``index`` can be looked up, for messages."""
-        store, number = self._locate(index)
-        return f"pair {number} of {store.prefix}"
-
-    def __getitem__(self, index: int) -> TokenizedPair:  # type: ignore[override]
-        store, number = self._locate(index)
-        return store[number]
 
 
 class BatchBuilder:
@@ -165,58 +124,71 @@ class BatchBuilder:
             pair_indices: int64 ``[P]``, indices of the data set.
             mean_chosen_length: where the batch is part of a larger whole (an evaluation), that of the whole.
         """
-        layout = self.layout
+        layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
-        sizes = layout.conditional_sizes(lengths)
-        costs, num_tokens = sizes.costs, int(sizes.tokens.sum())
-        unconditional_sizes = layout.unconditional_sizes(lengths) if layout.unconditional else None
-        if unconditional_sizes is not None:
-            # Forward only: a third of what forward and backward cost.
-            costs = costs + unconditional_sizes.costs / 3
-            num_tokens += int(unconditional_sizes.tokens.sum())
+        passes = [_Pass(self.pairs, layout.conditional_sizes(lengths), layout.tokens_per_microbatch, self._conditional_row)]
+        # Forward only: a third of what forward and backward cost.
+        costs = passes[0].sizes.costs * (1.0 + layout.forward_passes / 3)
+        if layout.unconditional:
+            sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
+            passes.append(_Pass(self.pairs, sizes, capacity, self._unconditional_row))
+        if mismatched is not None:
+            sizes = layout.conditional_sizes(mismatched.lengths[pair_indices])
+            passes.append(_Pass(mismatched, sizes, layout.tokens_per_microbatch, self._conditional_row))
+        costs = costs + sum(later.sizes.costs / 3 for later in passes[1:])
         share = spread_evenly(costs, layout.dp_size)[layout.dp_rank]
-        conditional = [
-            self._conditional_row(pair_indices, pack)
-            for pack in cut_into_packs(share, sizes, layout.tokens_per_microbatch) or [[]]
-        ]
-        unconditional = []
-        if unconditional_sizes is not None:
-            capacity = UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
-            packs = cut_into_packs(share, unconditional_sizes, capacity) or [[]]
-            unconditional = [self._unconditional_row(pair_indices, pack) for pack in packs]
+        rows = [self._lay_out(one, share, pair_indices) for one in passes]
         return RankBatch(
             pair_indices=pair_indices,
-            conditional=conditional,
-            unconditional=unconditional,
-            mean_chosen_length=float(lengths[:, 1].mean()) if mean_chosen_length is None else mean_chosen_length,
-            num_tokens=num_tokens,
-            num_padding=sum(row.num_padding for row in conditional + unconditional),
+            conditional=rows[0],
+            unconditional=rows[1] if layout.unconditional else [],
+            mismatched=rows[-1] if mismatched is not None else [],
+            reference_scores=self.pairs.scores_of(pair_indices),
+            mismatched_reference_scores=mismatched.scores_of(pair_indices) if mismatched is not None else None,
+            mean_chosen_length=mean_chosen_length or float(lengths[:, 1].mean()) or 1.0,
+            num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
+            num_padding=sum(row.num_padding for part in rows for row in part),
             lengths=lengths,
+            mismatched_lengths=mismatched.lengths[pair_indices] if mismatched is not None else None,
         )
 
-    def _fetch(self, pair_indices: np.ndarray, pack: list[int]) -> tuple[list[TokenizedPair], list[int]]:
-        if not pack:
+    def _lay_out(self, one: _Pass, share: list[int], pair_indices: np.ndarray) -> list[PackedRow]:
+        rows = []
+        for pack in cut_into_packs(share, one.sizes, one.max_tokens) or [[]]:
             # Fewer pairs than ranks: this one runs a pair that does not count, so that collectives still match.
-            return [self.pairs[pair_indices[0]]], [-1]
-        return [self.pairs[pair_indices[position]] for position in pack], pack
+            pairs, numbers = [one.pairs[int(pair_indices[position])] for position in pack or [0]], pack or [-1]
+            rows.append(one.lay_out(pairs, numbers))
+        return rows
 
-    def _conditional_row(self, pair_indices: np.ndarray, pack: list[int]) -> PackedRow:
+    def _conditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
         layout = self.layout
         return pack_pairs(
-            *self._fetch(pair_indices, pack),
+            pairs,
+            numbers,
             share_prompts=layout.share_prompts,
             with_rejected=layout.with_rejected,
             multiple_of=layout.multiple_of,
         )
 
-    def _unconditional_row(self, pair_indices: np.ndarray, pack: list[int]) -> PackedRow:
+    def _unconditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
         layout = self.layout
         return pack_responses(
-            *self._fetch(pair_indices, pack),
+            pairs,
+            numbers,
             context_token_id=layout.context_token_id,
             with_rejected=layout.with_rejected,
             multiple_of=layout.multiple_of,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass of a step over the global batch: its pairs, their sizes, the capacity of a pack, and how a pack is laid out."""
+
+    pairs: PairCollection
+    sizes: PairSizes
+    max_tokens: int
+    lay_out: Callable[[list[TokenizedPair], list[int]], PackedRow]
 
 
 class _Steps(torch.utils.data.Dataset[RankBatch]):

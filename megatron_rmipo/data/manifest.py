@@ -37,7 +37,7 @@ class TokenizerInfo:
 class Manifest:
     """``PREFIX.json``: where a data set comes from and what it holds.
 
-    ``has_rejected`` and what follows it are filled in by :meth:`PairStoreWriter.finalize`.
+    ``has_rejected`` and what follows it are set by :meth:`PairStoreWriter.finalize`, and two of the counts in unpaired data.
 
     Attributes:
         tokenizer: the tokenizer that made the ids.
@@ -49,11 +49,13 @@ class Manifest:
         max_prompt_length: the prompt's limit of ``--overlong official``.
         format: the format of the rows.
         sources: per input: its name, and its size in bytes where it is a file.
-        counts: rows read, kept, truncated, and rejected by reason (``rejected/REASON``).
+        counts: rows read, kept, truncated, and rejected by reason (``rejected/REASON``); in unpaired data also rows kept by
+            label: ``desirable`` (chosen) and ``undesirable`` (rejected).
         has_rejected: False for supervised data, whose rejected sequences are all empty; manifests without the field hold pairs.
+        unpaired: True for unpaired data, whose rows have a chosen or a rejected response each, not both (``has_rejected`` is True
+            then, even if no row has the label false); manifests without the field hold other data.
         num_pairs, num_tokens: what the files hold.
-        lengths: tokens of prompt, chosen, rejected (pairs alone) and total (prompt with the longer response): mean, max,
-            percentiles.
+        lengths: see :func:`summarize_lengths`.
         file_bytes: sizes of the ``bin`` and ``idx`` files.
     """
 
@@ -68,6 +70,7 @@ class Manifest:
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     has_rejected: bool = True
+    unpaired: bool = False
     num_pairs: int = 0
     num_tokens: int = 0
     lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -76,7 +79,9 @@ class Manifest:
 
     @property
     def kind(self) -> str:
-        """What a document is called in messages: pairs or supervised rows, in the plural."""
+        """What a document is called in messages: pairs, unpaired rows or supervised rows, in the plural."""
+        if self.unpaired:
+            return "unpaired rows"
         return "pairs" if self.has_rejected else "supervised rows"
 
     @classmethod
@@ -114,20 +119,26 @@ def store_paths(prefix: str | Path) -> dict[str, Path]:
     return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
 
 
-def summarize_lengths(lengths: npt.NDArray[np.int32]) -> dict[str, dict[str, float]]:
-    """Mean, max and percentiles of the columns of ``lengths`` ``[num_pairs, 3]`` and of prompt plus longer response.
+def length_columns(lengths: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.int32]]:
+    """Tokens of prompt, chosen, rejected, and total (prompt with the longer response).
 
-    Without the column of rejected responses where there are none.
+    Args:
+        lengths: int32 ``[num_pairs, 3]``, at least one pair.
+
+    Returns:
+        A column ``[rows that have the part]`` for each part that any row has.
     """
-    if len(lengths) == 0:
-        return {}
-    columns = {part: column for part, column in zip(PARTS, lengths.T, strict=True) if column.any()}
-    columns["total"] = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    columns = {part: column[column > 0] for part, column in zip(PARTS, lengths.T, strict=True) if column.any()}
+    return {**columns, "total": lengths[:, 0] + lengths[:, 1:].max(axis=1)}
+
+
+def summarize_lengths(lengths: npt.NDArray[np.int32]) -> dict[str, dict[str, float]]:
+    """Mean, max and percentiles of each of :func:`length_columns`: a response counts where there is one."""
     return {
         name: {
             "mean": round(float(column.mean()), 2),
             "max": int(column.max()),
             **{f"p{p}": round(float(np.percentile(column, p)), 1) for p in PERCENTILES},
         }
-        for name, column in columns.items()
+        for name, column in length_columns(lengths).items()
     }

@@ -6,6 +6,9 @@ For a pair with prompt x and responses y_w, y_l the row holds ``x y_w y_l``, eac
 predicts nothing. A token attends to earlier tokens of its own response and to the prompt. What is scored is a list of triples:
 ``source`` (the token whose hidden state predicts), ``target`` (the id it predicts), ``response`` (whose sum it joins). The last
 prompt token is the source of two triples, one per response: that is all it takes to share a prompt.
+
+A response that a row does not have (unpaired data) takes no tokens and no triples, nor does its prompt for it; it keeps its place
+among the responses, with the length 0.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class PackedRow:
         token_ids, position_ids: ``[T]``.
         segments: ``[S, 4]``: start, length, prefix start, prefix length; see :mod:`megatron_rmipo.model.attention`.
         source, target, response: ``[N]``, the scored triples.
-        lengths: ``[R]``, scored tokens per response.
+        lengths: ``[R]``, scored tokens per response, 0 for one that the row does not have.
         pair_numbers: ``[R]``: which pair of the global batch a response belongs to; -1 marks a filler that must not count.
         branches: ``[R]``: 0 for a chosen response, 1 for a rejected one.
         num_padding: tokens at the end that stand for nothing (to make T a multiple).
@@ -126,7 +129,7 @@ def pack_pairs(
     """Lay out pairs as one row, every token of every response scored.
 
     Args:
-        pairs: what to pack; prompts and responses hold at least one token each.
+        pairs: what to pack; prompts hold at least one token each, and so do responses but for those that a row does not have.
         pair_numbers: number of each pair within the global batch, -1 for a filler.
         share_prompts: whether a prompt stands once for both responses, or once for each.
         with_rejected: False packs prompts and chosen responses alone.
@@ -141,6 +144,9 @@ def pack_pairs(
         prompt_start: int | None = None
         for branch, response in enumerate((pair.chosen, pair.rejected) if with_rejected else (pair.chosen,)):
             targets = np.asarray(response, dtype=np.int64)
+            if not targets.size:
+                builder.add_response(targets, targets, number, branch)
+                continue
             if prompt_start is None or not share_prompts:
                 prompt_start = builder.add_segment(np.concatenate([prompt, targets[:-1]]), 0)
                 first = prompt_start + prompt.size

@@ -1,9 +1,9 @@
 """Tokenized preference pairs on disk: Megatron's IndexedDataset with a document per pair, and a manifest beside it.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` hold, for each pair, one document of three sequences: prompt, chosen, rejected. Supervised data
-have the same form with the rejected sequence empty, in every document. ``PREFIX.json`` (the manifest) says with which tokenizer
-and template they were made and what was left out. It is written last: a data set without a manifest was never finished and is
-refused.
+have the same form with the rejected sequence empty, in every document; unpaired data with one of the two responses empty, by the
+row's label. ``PREFIX.json`` (the manifest) says with which tokenizer and template they were made and what was left out. It is
+written last: a data set without a manifest was never finished and is refused.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class TokenizedPair:
     """One preference pair as token ids, int64 ``[length]`` each.
 
     The prompt has at least one token and starts with BOS where the tokenizer has one; each response has at least one token and
-    ends with EOS or the template's end-of-turn token. (Truncation by ``--overlong official`` can cost BOS and EOS.) In supervised
-    data the rejected response is an empty array.
+    ends with EOS or the template's end-of-turn token. (Truncation by ``--overlong official`` can cost BOS and EOS.) A response
+    that the row does not have is an empty array: the rejected one in supervised data, one of the two in unpaired data.
     """
 
     prompt: npt.NDArray[np.int64]
@@ -69,20 +69,21 @@ class PairStoreWriter:
     Args:
         prefix: path without extension. Its folder is made if missing.
         vocab_size: decides the integer type of the ids (uint16 below 65,500, else int32).
+        unpaired: every row has a chosen or a rejected response, not both.
         overwrite: replace a data set that stands at the prefix.
 
     Raises:
         DataError: files stand at the prefix and ``overwrite`` is off, or it cannot be written.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int, *, overwrite: bool = False) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int, *, unpaired: bool = False, overwrite: bool = False) -> None:
         indexed_dataset = _indexed_dataset()
         self.prefix = str(prefix)
         self._paths = store_paths(self.prefix)
         self._partial = store_paths(f"{self.prefix}.incomplete")
         check_output_prefix(self.prefix, overwrite=overwrite)
         self._lengths: list[int] = []
-        self._vocab_size = vocab_size
+        self._vocab_size, self._unpaired = vocab_size, unpaired
         self._finished = False
         with write_errors_named(self.prefix):
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +109,13 @@ class PairStoreWriter:
     def add_flat(self, tokens: npt.NDArray[Any], lengths: list[int]) -> None:
         """Append one pair given as prompt, chosen and rejected behind one another, and their three lengths."""
         assert len(lengths) == SEQUENCES_PER_PAIR, lengths
-        assert min(lengths[:2]) >= 1, lengths
-        assert lengths[2] >= 0, lengths
-        assert not self._lengths or (lengths[2] == 0) == (self._lengths[2] == 0), "pairs and supervised rows in one data set"
+        assert min(lengths) >= 0, lengths
+        assert lengths[0] >= 1, lengths
+        if self._unpaired:
+            assert (lengths[1] == 0) != (lengths[2] == 0), f"an unpaired row has one response: {lengths}"
+        else:
+            assert lengths[1] >= 1, lengths
+            assert not self._lengths or (lengths[2] == 0) == (self._lengths[2] == 0), "pairs and supervised rows in one data set"
         assert sum(lengths) == len(tokens), (lengths, len(tokens))
         assert tokens.min() >= 0, tokens.min()
         assert tokens.max() < self._vocab_size, (tokens.max(), self._vocab_size)
@@ -131,12 +136,16 @@ class PairStoreWriter:
             self.abandon()
             raise DataError(f"{self.prefix}: no pairs to write.")
         lengths = np.array(self._lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
+        num_chosen, num_rejected = (lengths[:, 1:] > 0).sum(axis=0).tolist()
+        by_label = {"desirable": num_chosen, "undesirable": num_rejected} if self._unpaired else {}
         try:
             with write_errors_named(self.prefix):
                 self._builder.finalize(str(self._partial["idx"]))
                 complete = dataclasses.replace(
                     manifest,
-                    has_rejected=bool(lengths[0, 2]),
+                    counts={**manifest.counts, **by_label},
+                    has_rejected=self._unpaired or num_rejected > 0,
+                    unpaired=self._unpaired,
                     num_pairs=len(lengths),
                     num_tokens=int(lengths.sum(dtype=np.int64)),
                     lengths=summarize_lengths(lengths),
@@ -192,7 +201,7 @@ class PairStore:
 
     Attributes:
         manifest: what ``PREFIX.json`` says.
-        lengths: int32 ``[num_pairs, 3]``: tokens of prompt, chosen, rejected.
+        lengths: int32 ``[num_pairs, 3]``: tokens of prompt, chosen, rejected; 0 for a response that the row does not have.
 
     Raises:
         DataError: a file is missing, or does not belong to the others.
@@ -256,9 +265,20 @@ class PairStore:
                 f"{self._paths['bin'].name}: the files are from different runs. Preprocess again."
             )
         lengths = np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
-        if np.any((lengths[:, 2] > 0) != self.manifest.has_rejected):
-            raise DataError(
-                f"{self._paths['json']}: has_rejected is {self.manifest.has_rejected}, but {self._paths['idx'].name} says "
-                "otherwise: the files are from different runs. Preprocess again."
-            )
+        self._check_responses(lengths)
         return lengths
+
+    def _check_responses(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Refuse files whose rows do not have the responses that the manifest says they have."""
+        present = lengths[:, 1:] > 0
+        if self.manifest.unpaired:
+            agrees = present.sum(axis=1) == 1
+        else:
+            agrees = (present == (True, self.manifest.has_rejected)).all(axis=1)
+        if not agrees.all():
+            row = int(agrees.argmin())
+            raise DataError(
+                f"{self._paths['json']}: holds {self.manifest.kind}, but by {self._paths['idx'].name} row {row} has "
+                f"{lengths[row, 1]} chosen and {lengths[row, 2]} rejected tokens: the files are from different runs. "
+                "Preprocess again."
+            )

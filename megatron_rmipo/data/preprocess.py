@@ -82,7 +82,9 @@ def preprocess(options: PreprocessOptions) -> Manifest:
         sources=[{"name": source.name, "bytes": source.size_bytes} for source in sources],
     )
     with (
-        PairStoreWriter(options.output_prefix, tokenizer.info.vocab_size, overwrite=options.overwrite) as writer,
+        PairStoreWriter(
+            options.output_prefix, tokenizer.info.vocab_size, unpaired=row_format == "unpaired", overwrite=options.overwrite
+        ) as writer,
         RejectsFile(options.output_prefix) as rejects,
     ):
         all_rows = itertools.chain.from_iterable(sources)

@@ -14,9 +14,8 @@ from megatron_rmipo.data.templates import BUILT_IN_TEMPLATES
 from megatron_rmipo.errors import RmipoError
 
 _DESCRIPTION = """\
-Turn preference pairs, or supervised rows for the sft objective, into Megatron's indexed format: PREFIX.bin, PREFIX.idx and
-PREFIX.json. Rows that cannot be used are counted
-by reason and listed in PREFIX.rejects.jsonl."""
+Turn preference pairs, unpaired rows (one answer with a label) or supervised rows into Megatron's indexed format: PREFIX.bin,
+PREFIX.idx and PREFIX.json. Rows that cannot be used are counted by reason and listed in PREFIX.rejects.jsonl."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,6 +76,8 @@ def summary(manifest: Manifest, prefix: str) -> str:
         f"{prefix}: {manifest.num_pairs} {manifest.kind}, {manifest.num_tokens} tokens, from {counts['rows']} rows "
         f"(format {manifest.format}, template {manifest.template_name})",
     ]
+    if manifest.unpaired:
+        lines.append(f"  {counts['desirable']} desirable (label true), {counts['undesirable']} undesirable (label false)")
     rejected = [f"{count} {name.removeprefix('rejected/')}" for name, count in counts.items() if name.startswith("rejected/")]
     if rejected:
         lines.append(f"  rejected {counts['rejected']}: {', '.join(rejected)}; listed in {prefix}.rejects.jsonl")

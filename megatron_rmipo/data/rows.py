@@ -1,4 +1,4 @@
-"""A preference pair or supervised row, the columns it comes from, and the reasons why a row cannot be used.
+"""A preference pair or a row with one answer, the columns it comes from, and the reasons why a row cannot be used.
 
 A row that cannot be used raises :class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists. How the
 columns make a pair is the business of :mod:`megatron_rmipo.data.formats`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_rmipo.errors import DataError
 
@@ -21,7 +21,8 @@ REASONS = {
     "empty_prompt": "the prompt has no text",
     "empty_response": "a response has no text, or no tokens",
     "identical": "both responses are the same",
-    "mixed": "a pair among supervised rows, or a supervised row among pairs",
+    "bad_label": "the label of an unpaired row is neither true nor false",
+    "mixed": "a row of another kind than the data set's: a pair, an unpaired row or a supervised one",
     "tied": "both responses have the same score",
     "prompt_mismatch": "chosen and rejected answer different prompts",
     "template": "the chat template refuses the conversation",
@@ -48,10 +49,12 @@ COLUMN_NAMES = (
     "messages",
     "completion",
     "response",
+    "label",
     "chosen_score",
     "rejected_score",
 )
 Row = Mapping[str, Any]
+_Value = TypeVar("_Value")
 
 
 class RowFault(Exception):
@@ -77,16 +80,32 @@ class Turn(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
-    """A prompt of one or more turns, the last not the assistant's, and two answers to it, or one: a supervised row."""
+    """A prompt of one or more turns, the last not the assistant's, and two answers to it, or one.
+
+    A supervised row and an unpaired row with the label true have a chosen answer alone, one with the label false a rejected one
+    alone.
+    """
 
     prompt: tuple[Turn, ...]
-    chosen: str
+    chosen: str | None
     rejected: str | None
 
     @property
     def responses(self) -> dict[str, str]:
-        """The answers by the field to name in messages."""
-        return {"response": self.chosen} if self.rejected is None else {"chosen": self.chosen, "rejected": self.rejected}
+        """The answers there are, in the order chosen, rejected, by the field to name in messages."""
+        if self.chosen is not None and self.rejected is not None:
+            return {"chosen": self.chosen, "rejected": self.rejected}
+        answer = self.rejected if self.chosen is None else self.chosen
+        assert answer is not None, "a row without an answer"
+        return {"response": answer}
+
+    def in_place(self, values: Sequence[_Value]) -> tuple[_Value | None, _Value | None]:
+        """What belongs to each of :attr:`responses`, in their order, as (chosen, rejected), None for the answer there is not."""
+        if self.chosen is not None and self.rejected is not None:
+            chosen, rejected = values
+            return chosen, rejected
+        (value,) = values
+        return (None, value) if self.chosen is None else (value, None)
 
 
 def text_of(row: Row, field: str) -> str:
@@ -191,12 +210,12 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
     for field, response in pair.responses.items():
         if not response.strip():
             raise RowFault("empty_response", field, "the response has no text")
-    if pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
+    if pair.chosen is not None and pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
         raise RowFault("identical", "rejected", "the same text as chosen")
     _require_encodable("prompt", [turn.content for turn in turns])
     for field, response in pair.responses.items():
         _require_encodable(field, [response])
-    return PreferencePair(turns, pair.chosen, pair.rejected)
+    return pair._replace(prompt=turns)
 
 
 def _require_encodable(field: str, texts: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ class EncodedBatch:
     """What a worker makes of a batch of rows.
 
     Attributes:
-        tokens: ids of all pairs behind one another, each prompt, chosen, rejected (empty in supervised rows).
+        tokens: ids of all pairs behind one another, each prompt, chosen, rejected (empty where the row has none).
         lengths: ``[pairs, 3]``.
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.

@@ -27,8 +27,8 @@ class ReferenceHead:
     """What of a frozen reference model is needed to mix its logits with the policy's.
 
     Attributes:
-        hidden: ``[N, H]``, its hidden states of the same scored tokens, without gradient; replicated over the group.
-        weight: ``[V_padded / tp, H]``, this rank's rows of its output layer, sharded like the policy's.
+        hidden: ``[N, H']``, its hidden states of the same scored tokens, without gradient; replicated over the group.
+        weight: ``[V_padded / tp, H']``, this rank's rows of its output layer, sharded like the policy's.
         epsilon: share of the reference in a mixture.
     """
 
@@ -95,8 +95,8 @@ def perturbed_linear_logprobs(
         fp32 ``[4, N]``, replicated over the group: the log-probability under ``f``, ``r``, ``(1 + epsilon) f - epsilon r`` and
         ``(1 - epsilon) f + epsilon r``. Only the first row carries gradient.
     """
-    assert hidden.shape == reference.hidden.shape, (hidden.shape, reference.hidden.shape)
-    assert weight.shape == reference.weight.shape, (weight.shape, reference.weight.shape)
+    assert hidden.shape[0] == reference.hidden.shape[0], (hidden.shape, reference.hidden.shape)
+    assert weight.shape[0] == reference.weight.shape[0], (weight.shape, reference.weight.shape)
     shard = _VocabularyShard(weight.shape[0], vocab_size, group)
     function: Any = _LinearLogprobs
     logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad, reference)

@@ -1,4 +1,4 @@
-"""What a run starts from: which model, which prepared data, and whether they belong together."""
+"""The prepared data of a run, whether it fits the model, and whether outputs would overwrite anything."""
 
 from __future__ import annotations
 
@@ -8,59 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rmipo.checkpoint.assets import check_output_directory
-from megatron_rmipo.checkpoint.directory import find_checkpoint, hf_assets_directory
-from megatron_rmipo.checkpoint.hf import open_weights
 from megatron_rmipo.config import Config
-from megatron_rmipo.data.loader import PairCollection
+from megatron_rmipo.data.collection import PairCollection
+from megatron_rmipo.data.loader import BatchLayout
 from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.data.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.training.flops import forward_cost_model
+from megatron_rmipo.training.model_source import ModelSource, holds_checkpoints
 from megatron_rmipo.training.validation import parse_blend, parse_split
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Where the weights come from.
-
-    Attributes:
-        arch: the model.
-        assets: directory of its Hugging Face config and tokenizer.
-        hf_weights: directory of safetensors, or None where a checkpoint is loaded.
-        checkpoint: directory of Megatron checkpoints, or None.
-    """
-
-    arch: ModelArchitecture
-    assets: Path
-    hf_weights: Path | None
-    checkpoint: Path | None
-
-
-def find_model(config: Config) -> ModelSource:
-    """``--load`` where it holds checkpoints, else ``--load-hf``.
-
-    Raises:
-        ConfigError: neither is given.
-        CheckpointError: ``--load`` holds checkpoints of which none is complete, or none at all and ``--load-hf`` is not given.
-        ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
-    """
-    load, load_hf = config.checkpoint.load, config.model.load_hf
-    if load is not None and (load_hf is None or _holds_checkpoints(Path(load))):
-        _, iteration = find_checkpoint(Path(load))
-        assets = hf_assets_directory(Path(load), iteration)
-        return ModelSource(read_architecture(assets), assets, None, Path(load))
-    if load_hf is None:
-        raise ConfigError("no model to start from: give --load-hf DIR (a Hugging Face model) or --load DIR (a checkpoint).")
-    arch = read_architecture(Path(load_hf))
-    # Headers alone: missing, truncated or foreign weights show before anything is built.
-    open_weights(Path(load_hf), arch).close()
-    return ModelSource(arch, Path(load_hf), Path(load_hf), None)
-
-
-def _holds_checkpoints(directory: Path) -> bool:
-    # Whole or damaged: damage must be told, not passed over by starting anew. What an interrupted save left has another name.
-    return any(path.name == "release" or path.name.removeprefix("iter_").isdigit() for path in directory.glob("*"))
 
 
 def check_outputs(config: Config) -> None:
@@ -78,7 +36,7 @@ def check_outputs(config: Config) -> None:
     if save.exists() and not save.is_dir():
         raise ConfigError(f"--save {save} is a file. Name a directory.")
     goes_on = config.checkpoint.load is not None and Path(config.checkpoint.load).resolve() == save.resolve()
-    if _holds_checkpoints(save) and not (goes_on and not config.checkpoint.finetune):
+    if holds_checkpoints(save) and not (goes_on and not config.checkpoint.finetune):
         raise ConfigError(
             f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
             "name another directory."
@@ -102,23 +60,23 @@ class RunData:
     bos_token_id: int | None
 
 
-def open_data(config: Config, source: ModelSource, *, with_rejected: bool) -> RunData:
+def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
     """Open ``--data-path`` and the held-out pairs, and check that they fit the model.
 
     Args:
         config: the run's configuration.
         source: the model.
-        with_rejected: whether the objective reads rejected responses.
+        needs: of the objective; where it reads mismatched pairs, they are made.
 
     Raises:
         ConfigError: no data is named, or a flag asks for more than there is.
-        DataError: a data set is missing, incomplete, empty, made with another tokenizer, or without the rejected responses that
-            the objective needs.
+        DataError: a data set is missing, incomplete, empty, made with another tokenizer, or without the responses that the
+            objective needs; or unpaired data is blended with pairs.
     """
     if not config.data.data_path:
         raise ConfigError("no data to train on: give --data-path PREFIX (of PREFIX.bin, .idx and .json).")
     tokenizer = load_tokenizer(str(source.assets)).info
-    check = partial(_check_store, fingerprint=tokenizer.fingerprint, with_rejected=with_rejected, config=config, source=source)
+    check = partial(_check_store, fingerprint=tokenizer.fingerprint, needs=needs, config=config, source=source)
     parts, weights = _open_blend(config.data.data_path, "--data-path", check)
     held_out = None
     if config.data.valid_data_path:
@@ -136,6 +94,11 @@ def open_data(config: Config, source: ModelSource, *, with_rejected: bool) -> Ru
         parts = [first for first, _ in split_parts]
         held_out = PairCollection.combine([last for _, last in split_parts])
     train = PairCollection.combine(parts, weights)
+    collections = [pairs for pairs in (train, held_out) if pairs is not None]
+    _refuse_mixed([store for pairs in collections for store in pairs.stores])
+    if needs.mismatched:
+        for pairs in collections:
+            pairs.match_anew()
     num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
     return RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
 
@@ -151,9 +114,17 @@ def _open_blend(
     return [PairCollection([store]) for store in stores], [weight for weight, _ in blend] if len(blend) > 1 else None
 
 
-def _check_store(
-    store: PairStore, flag: str, *, fingerprint: str, with_rejected: bool, config: Config, source: ModelSource
-) -> None:
+def _refuse_mixed(stores: Sequence[PairStore]) -> None:
+    """Unpaired rows count one response, pairs two: a mean over rows of both kinds would weigh responses unevenly."""
+    kinds = {store.manifest.unpaired: store.prefix for store in stores}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{kinds[True]} holds unpaired rows, {kinds[False]} pairs; one run takes one kind. Train on them one after the "
+            "other, or write the pairs as unpaired rows, too."
+        )
+
+
+def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNeeds, config: Config, source: ModelSource) -> None:
     made_with = store.manifest.tokenizer
     if len(store) == 0:
         raise DataError(f"{flag} {store.prefix}: no pairs in it. Look at {store.prefix}.json for why rows were dropped.")
@@ -163,10 +134,16 @@ def _check_store(
             f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
             f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
         )
-    if with_rejected and not store.manifest.has_rejected:
+    objective = config.objective.objective
+    if needs.rejected and not store.manifest.has_rejected:
         raise DataError(
-            f"{flag} {store.prefix}: supervised data, without rejected responses, which --objective {config.objective.objective} "
-            "needs. Train on preference pairs, or use --objective sft."
+            f"{flag} {store.prefix}: supervised data, without rejected responses, which --objective {objective} needs. "
+            "Train on preference pairs, or use --objective sft."
+        )
+    if store.manifest.unpaired and not needs.unpaired:
+        raise DataError(
+            f"{flag} {store.prefix}: unpaired data, one response with a label a row, but --objective {objective} compares two "
+            "responses. Train on preference pairs, or use --objective kto."
         )
     if made_with.vocab_size > source.arch.vocab_size:
         raise DataError(
@@ -180,3 +157,16 @@ def _check_store(
             f"--seq-length {allowed}: pair {int(longest.argmax())} of {store.prefix} is {most} tokens long. "
             f"Use --seq-length {most}, or prepare the data again with --seq-length {allowed}."
         )
+
+
+def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int, dp_size: int) -> BatchLayout:
+    """How a run cuts pairs and lays them out, prompt with both responses, on one data-parallel rank."""
+    parallel = config.parallel
+    return BatchLayout(
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        cost=forward_cost_model(arch),
+        share_prompts=config.model.share_prompts,
+        multiple_of=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+    )

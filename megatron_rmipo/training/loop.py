@@ -33,6 +33,8 @@ class Progress:
         consumed_pairs: pairs seen.
         skipped_steps: steps whose loss or gradient was not finite.
         global_batch_size, seed, num_pairs: what the order of pairs depends on besides; a resumed run must not change them.
+        objective: its name, "" where an older version did not save it; a resumed run must not change it.
+        reference: fingerprint of the reference's weights, "" where there is none; a resumed run must not change it.
     """
 
     step: int = 0
@@ -41,6 +43,8 @@ class Progress:
     global_batch_size: int = 0
     seed: int = 0
     num_pairs: int = 0
+    objective: str = ""
+    reference: str = ""
 
 
 @dataclasses.dataclass

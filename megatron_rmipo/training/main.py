@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import traceback
@@ -13,11 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
+from megatron_rmipo.checkpoint.hf import export_hf
 from megatron_rmipo.checkpoint.store import load_checkpoint, save_checkpoint
 from megatron_rmipo.config import Config
 from megatron_rmipo.data.batching import PairOrder, check_capacity
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
+from megatron_rmipo.data.collection import PairCollection
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import PolicyModel
@@ -26,9 +28,11 @@ from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.arguments import parse_arguments
-from megatron_rmipo.training.flops import forward_cost_model, pair_flops, peak_flops
-from megatron_rmipo.training.inputs import ModelSource, RunData, check_outputs, find_model, open_data
+from megatron_rmipo.training.flops import pair_flops, peak_flops
+from megatron_rmipo.training.inputs import RunData, check_outputs, conditional_layout, open_data
 from megatron_rmipo.training.loop import Progress, Run, train
+from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights
+from megatron_rmipo.training.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.reporting import Reporter
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from megatron_rmipo.training.throughput import Throughput
@@ -66,8 +70,11 @@ def run_training(config: Config) -> bool:
     source = find_model(config)
     validate(config, source.arch, world_size)
     objective = _build_objective(config)
-    data = open_data(config, source, with_rejected=objective.needs.rejected)
-    data_layout = partial(_layout, config, source, data, objective)
+    reference = choose_reference(config, source, objective.needs)
+    if reference is not None and reference.source is not None:
+        validate(config, reference.source.arch, world_size)
+    data = open_data(config, source, objective.needs)
+    data_layout = partial(_layout, config, source.arch, data, objective)
     _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
     check_outputs(config)
 
@@ -79,7 +86,14 @@ def run_training(config: Config) -> bool:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     total_pairs, train_iters = _run_length(config, data.train)
-    state, progress = _load(config, source, groups, train_iters, num_pairs=len(data.train))
+    fresh = _fresh_progress(config, data)
+    if reference is not None:
+        fresh.reference = identify_reference(reference, groups)
+        attach_scores(config, reference, fresh.reference, data, objective.needs, groups)
+    state, progress = _load(config, source, groups, train_iters, objective, fresh)
+    if objective.needs.perturbation is not None:
+        assert reference is not None
+        state.reference = load_reference(config, reference, groups)
     with _reporter(config, groups, train_iters, progress) as reporter:
         _say_what_runs(config, source, groups, progress, reporter)
         rank_layout = data_layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -115,25 +129,21 @@ def _build_objective(config: Config) -> Objective:
 
 
 def _layout(
-    config: Config, source: ModelSource, data: RunData, objective: Objective, *, dp_rank: int, dp_size: int
+    config: Config, arch: ModelArchitecture, data: RunData, objective: Objective, *, dp_rank: int, dp_size: int
 ) -> BatchLayout:
     needs = objective.needs
     if needs.unconditional == "bos" and data.bos_token_id is None:
         raise ConfigError(
-            f"--objective {objective.name} scores responses after a BOS token, but the tokenizer in {source.assets} has none. "
+            f"--objective {objective.name} scores responses after a BOS token, but the model's tokenizer has none. "
             f"Use --unconditional-context none, which leaves the first token of log p(y) unscored."
         )
-    parallel = config.parallel
-    return BatchLayout(
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        cost=forward_cost_model(source.arch),
-        share_prompts=config.model.share_prompts,
+    plain = conditional_layout(config, arch, dp_rank=dp_rank, dp_size=dp_size)
+    return dataclasses.replace(
+        plain,
         with_rejected=needs.rejected,
         unconditional=needs.unconditional,
+        forward_passes=int(needs.batch) + int(needs.perturbation is not None),
         bos_token_id=data.bos_token_id,
-        multiple_of=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
     )
 
 
@@ -141,6 +151,13 @@ def _check_rows_fit(data: RunData, layout: BatchLayout) -> None:
     for pairs in (data.train, data.held_out):
         if pairs is not None:
             check_capacity(layout.conditional_sizes(pairs.lengths), layout.tokens_per_microbatch, pairs.describe)
+            if pairs.mismatched is not None:
+                describe = functools.partial(_describe_mismatched, pairs)
+                check_capacity(layout.conditional_sizes(pairs.mismatched.lengths), layout.tokens_per_microbatch, describe)
+
+
+def _describe_mismatched(pairs: PairCollection, index: int) -> str:
+    return f"{pairs.describe(index)}, its prompt with the responses of another,"
 
 
 def _reporter(config: Config, groups: ProcessGroups, train_iters: int, progress: Progress) -> Reporter:
@@ -192,7 +209,7 @@ def _save(config: Config, source: ModelSource, state: TrainingState, progress: P
         model=state.model,
         optimizer=state.optimizer if with_optimizer else None,
         scheduler=state.scheduler if with_optimizer else None,
-        train_state=dataclasses.asdict(progress),
+        train_state={**dataclasses.asdict(progress), "objective_state": dict(state.objective_state)},
         config=config.to_flat_dict(),
         assets_dir=source.assets,
         groups=groups,
@@ -209,16 +226,27 @@ def _run_length(config: Config, pairs: PairCollection) -> tuple[int, int]:
     return total_pairs, -(-total_pairs // batch_size)
 
 
+def _fresh_progress(config: Config, data: RunData) -> Progress:
+    return Progress(
+        global_batch_size=config.training.global_batch_size,
+        seed=config.training.seed,
+        num_pairs=len(data.train),
+        objective=config.objective.objective,
+    )
+
+
 def _load(
-    config: Config, source: ModelSource, groups: ProcessGroups, train_iters: int, *, num_pairs: int
+    config: Config, source: ModelSource, groups: ProcessGroups, train_iters: int, objective: Objective, fresh: Progress
 ) -> tuple[TrainingState, Progress]:
-    fresh = Progress(global_batch_size=config.training.global_batch_size, seed=config.training.seed, num_pairs=num_pairs)
     policy = build_model(source.arch, config, groups)
     if source.hf_weights is not None:
-        load_hf_weights(policy, source.hf_weights, source.arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-        return build_training_state(policy, config, groups, train_iters=train_iters), fresh
+        load_weights(source, policy, groups)
+        state = build_training_state(policy, config, groups, train_iters=train_iters)
+        state.objective_state = objective.initial_state()
+        return state, fresh
     assert source.checkpoint is not None
     state = build_training_state(policy, config, groups, train_iters=train_iters)
+    state.objective_state = objective.initial_state()
     resumes = not config.checkpoint.finetune
     with_optimizer = resumes and not config.checkpoint.no_load_optim
     loaded = load_checkpoint(
@@ -234,22 +262,36 @@ def _load(
         state.optimizer.reload_model_params()
     if not (resumes and loaded):
         return state, fresh
+    objective_state = loaded.pop("objective_state", {})
     progress = Progress(**loaded)
-    _check_same_order(progress, fresh, source.checkpoint)
+    _check_same_run(progress, fresh, source.checkpoint)
+    if objective_state.keys() == state.objective_state.keys():
+        state.objective_state = objective_state
+    else:
+        raise ConfigError(
+            f"--load {source.checkpoint}: its objective carried {', '.join(objective_state) or 'nothing'} from step to step, "
+            f"this one {', '.join(state.objective_state) or 'nothing'}. Give the objective's options as they were, or start a "
+            "new run from these weights with --finetune."
+        )
     return state, progress
 
 
-def _check_same_order(progress: Progress, now: Progress, checkpoint: Path) -> None:
-    names = {"global_batch_size": "--global-batch-size", "seed": "--seed", "num_pairs": "number of training pairs"}
+def _check_same_run(progress: Progress, now: Progress, checkpoint: Path) -> None:
+    names = {
+        "global_batch_size": "--global-batch-size",
+        "seed": "--seed",
+        "num_pairs": "number of training pairs",
+        "objective": "--objective",
+    }
     changed = [
         f"{title} was {getattr(progress, name)}, is {getattr(now, name)}"
         for name, title in names.items()
-        if getattr(progress, name) != getattr(now, name)
+        if getattr(progress, name) != getattr(now, name) and getattr(progress, name) != ""
     ]
     if changed:
         raise ConfigError(
-            f"--load {checkpoint}: this run would not go on with the pairs that are left, because their order has changed: "
-            f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
+            f"--load {checkpoint}: this would not be the same run, nor the pairs that are left of it: {'; '.join(changed)}. "
+            "Give them as they were, or start a new run from these weights with --finetune."
         )
 
 

@@ -23,13 +23,22 @@ def summarize(pair_metrics: Mapping[str, Tensor], distributions: Iterable[str] =
         distributions: the names that also get ``name/p5``, ``name/p50`` and ``name/p95`` (linear interpolation).
 
     Returns:
-        Name -> mean, and the percentiles; NaN where a pair's value is NaN.
+        Name -> mean, and the percentiles, over the pairs that have a value (not NaN); a name that no pair has is left out. The
+        loss of every pair counts: one that is not finite makes the mean so.
     """
     summary = {}
-    for name, values in pair_metrics.items():
-        summary[name] = values.detach().to(torch.float64).mean().item()
+    known = {name: _known(values) if name != "loss" else values.to(torch.float64) for name, values in pair_metrics.items()}
+    for name, values in known.items():
+        if values.numel():
+            summary[name] = values.mean().item()
     shares = torch.tensor(PERCENTILES, dtype=torch.float64) / 100.0
     for name in distributions:
-        points = torch.quantile(pair_metrics[name].detach().cpu().to(torch.float64), shares)
-        summary.update({f"{name}/p{percent}": point for percent, point in zip(PERCENTILES, points.tolist(), strict=True)})
+        if known[name].numel():
+            points = torch.quantile(known[name], shares).tolist()
+            summary.update({f"{name}/p{percent}": point for percent, point in zip(PERCENTILES, points, strict=True)})
     return summary
+
+
+def _known(values: Tensor) -> Tensor:
+    wide = values.detach().cpu().to(torch.float64)
+    return wide[~wide.isnan()]

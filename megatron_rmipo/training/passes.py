@@ -1,27 +1,43 @@
-"""The passes of a training step through Megatron's pipeline schedules.
+"""The passes of a training step, and of an evaluation: what has to be known of the global batch first, then its losses.
 
-Every function here is collective: all ranks of the run call it together, each with its own data-parallel share. Results exist on
-the last pipeline stage, where the scores are made.
+Every function here is collective: all ranks of the run call it together, each with its own data-parallel share.
 
-Shape letters: P pairs of the global batch, R responses of a row.
+Shape letter: P pairs of the global batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rmipo.data.loader import RankBatch
 from megatron_rmipo.data.packing import PackedRow
-from megatron_rmipo.objectives.base import Objective, PairLogps
+from megatron_rmipo.model.logprobs import ReferenceHead
+from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+from megatron_rmipo.training.rows import from_last_stage, gather_pairs, response_sums, run_rows, score_responses
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the passes before the losses found. Empty but on the last stage.
+
+    Attributes:
+        unconditional: fp32 ``[P, 2, 2]``, see :func:`megatron_rmipo.training.rows.score_responses`; pairs of this rank alone.
+        batch: what :meth:`Objective.prepare` gave, on the CPU, the same on every data-parallel rank.
+        references: for each conditional row, its scored tokens' hidden states under the resident reference.
+    """
+
+    unconditional: Tensor | None
+    batch: Mapping[str, Tensor]
+    references: Sequence[ReferenceHead]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,138 +47,164 @@ class PairMetrics:
     Attributes:
         values: name -> fp32 ``[P]``, in the order of the global batch; ``loss`` among them.
         distributions: names whose percentiles are worth showing.
+        batch: what :meth:`Objective.prepare` gave for the batch.
     """
 
     values: dict[str, Tensor]
     distributions: tuple[str, ...] = ()
+    batch: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
-    """Sum of log-probs per response, fp32 ``[R]``, from ``[N]`` log-probs of a row's scored tokens.
+@torch.no_grad()
+def prepare_batch(
+    model: torch.nn.Module,
+    batch: RankBatch,
+    objective: Objective,
+    state: State,
+    groups: ProcessGroups,
+    reference: PolicyModel | None = None,
+) -> Prepared:
+    """Run the forward-only passes the objective declares, and let it look at the global batch.
 
-    Summed in float64 in a fixed order: sums near -5000 keep their digits, and two runs agree to the bit.
+    Args:
+        model: the policy in evaluation mode, so that activations are not recomputed.
+        batch: this rank's share.
+        objective: what is trained.
+        state: of the objective; it is not changed.
+        groups: the process groups of this rank.
+        reference: the resident reference, for objectives that need one.
     """
-    lengths = row.lengths.to(logprobs.device)
-    sums = torch.segment_reduce(logprobs.to(torch.float64), "sum", lengths=lengths, unsafe=True)
-    return sums.to(torch.float32)
+    needs = objective.needs
+    unconditional = score_responses(model, batch.unconditional, batch.num_pairs) if batch.unconditional else None
+    scores = score_responses(model, batch.conditional, batch.num_pairs) if needs.batch else None
+    mismatched = score_responses(model, batch.mismatched, batch.num_pairs) if batch.mismatched else None
+    references: list[ReferenceHead] = []
+    if needs.perturbation is not None:
+        assert reference is not None
+        hidden = run_rows(reference, batch.conditional, lambda row, output: output, backward=False, scores=False)
+        references = [ReferenceHead(one, reference.head_weight(), needs.perturbation) for one in hidden]
+    if not groups.is_last_stage:
+        return Prepared(None, {}, [])
+    whole = _whole_batch(batch, scores, mismatched, groups)
+    return Prepared(unconditional, objective.prepare(whole, state), references)
 
 
-def unconditional_pass(model: torch.nn.Module, batch: RankBatch) -> Tensor:
-    """Log p(y) of every response of this rank's share, forward only.
+def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | None, groups: ProcessGroups) -> BatchLogps:
+    pairs = None
+    if scores is not None:
+        scores = gather_pairs(scores, groups)
+        pairs = PairLogps(
+            chosen_logps=scores[:, 0, 0],
+            rejected_logps=scores[:, 1, 0],
+            chosen_lengths=scores[:, 0, 1],
+            rejected_lengths=scores[:, 1, 1],
+            mean_chosen_length=torch.tensor(batch.mean_chosen_length),
+            **_reference_fields(batch.reference_scores),
+        )
+    has_response = torch.from_numpy(batch.lengths[:, 1:] > 0)
+    if mismatched is not None:
+        mismatched = gather_pairs(mismatched, groups)
+        has_response = mismatched[:, :, 1] > 0
+    reference = batch.mismatched_reference_scores
+    return BatchLogps(
+        pairs=pairs,
+        mismatched_logps=mismatched[:, :, 0] if mismatched is not None else None,
+        ref_mismatched_logps=torch.from_numpy(reference) if reference is not None else None,
+        has_response=has_response,
+    )
 
-    Returns:
-        fp32 ``[P, 2, 2]`` on the CPU: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs of
-        other ranks, and everywhere but on the last stage.
-    """
 
-    def collect(row: PackedRow, logprobs: Tensor, non_loss_data: bool = False) -> tuple[PackedRow, Tensor]:
-        return row, response_sums(logprobs, row)
-
-    outputs = _run_schedule(model, batch.unconditional, collect, forward_only=True)
-    scores = torch.zeros(batch.num_pairs, 2, 2)
-    for row, sums in outputs:
-        counts = row.pair_numbers >= 0
-        numbers, branches = row.pair_numbers[counts], row.branches[counts]
-        scores[numbers, branches, 0] = sums.cpu()[counts]
-        scores[numbers, branches, 1] = row.lengths[counts].to(torch.float32)
-    return scores
+def _reference_fields(scores: np.ndarray | None) -> dict[str, Any]:
+    if scores is None:
+        return {}
+    table = torch.from_numpy(scores)
+    return {"ref_chosen_logps": table[:, 0], "ref_rejected_logps": table[:, 1]}
 
 
 def gradient_pass(
-    model: torch.nn.Module, batch: RankBatch, objective: Objective, unconditional: Tensor | None, groups: ProcessGroups
+    model: torch.nn.Module, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
 ) -> PairMetrics:
     """Forward and backward over this rank's packs; gradients end up as the exact mean over the global batch's pairs."""
-    compute = partial(_pair_losses, objective=objective, batch=batch, unconditional=unconditional)
 
-    def loss_function(row: PackedRow, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        losses, report = compute(row, logprobs)
-        counts = row.pair_numbers.view(losses.numel(), -1)[:, 0] >= 0
+    def finish(row: PackedRow, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        losses, report = _pair_losses(row, logprobs, objective=objective, batch=batch, prepared=prepared)
+        counts = (report["numbers"] >= 0).to(losses.device)
         # Megatron divides the gradient by the number of pairs over all packs and data-parallel ranks.
-        num_pairs = counts.sum().to(torch.int).to(losses.device)
-        return torch.where(counts.to(losses.device), losses, 0.0).sum(), num_pairs, report
+        return torch.where(counts, losses, 0.0).sum(), counts.sum().to(torch.int), report
 
-    reports = _run_schedule(model, batch.conditional, loss_function, forward_only=False)
-    return _gather_pair_metrics(reports, batch.num_pairs, groups)
+    reports = run_rows(model, batch.conditional, finish, backward=True, references=prepared.references)
+    return _gather_pair_metrics(reports, batch.num_pairs, prepared, groups)
 
 
 def evaluation_pass(
-    model: torch.nn.Module, batch: RankBatch, objective: Objective, unconditional: Tensor | None, groups: ProcessGroups
+    model: torch.nn.Module, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
 ) -> PairMetrics:
     """The same metrics as the gradient pass, forward only."""
-    compute = partial(_pair_losses, objective=objective, batch=batch, unconditional=unconditional)
-
-    def collect(row: PackedRow, logprobs: Tensor, non_loss_data: bool = False) -> dict[str, Any]:
-        return compute(row, logprobs)[1]
-
-    reports = _run_schedule(model, batch.conditional, collect, forward_only=True)
-    return _gather_pair_metrics(reports, batch.num_pairs, groups)
-
-
-def _run_schedule(model: torch.nn.Module, rows: Sequence[PackedRow], finish: Any, *, forward_only: bool) -> list[Any]:
-    """Run rows as micro-batches through Megatron's schedule; what ``finish(row, logprobs)`` gave, on the last stage."""
-
-    def forward_step(iterator: Iterator[PackedRow], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        row = next(iterator)
-        device = current_device()
-        output = model(
-            token_ids=row.token_ids.to(device),
-            position_ids=row.position_ids.to(device),
-            segments=row.segments,
-            source=row.source.to(device),
-            target=row.target.to(device),
-        )
-        return output, partial(finish, row)
-
-    outputs: list[Any] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(rows),
-        model=[model],
-        num_microbatches=len(rows),
-        # Shapes travel with the activations; this one is only asked for.
-        seq_length=rows[0].num_tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
-    return outputs
+    compute = partial(_pair_losses, objective=objective, batch=batch, prepared=prepared)
+    finish = lambda row, logprobs: compute(row, logprobs)[1]  # noqa: E731
+    reports = run_rows(model, batch.conditional, finish, backward=False, references=prepared.references)
+    return _gather_pair_metrics(reports, batch.num_pairs, prepared, groups)
 
 
 def _pair_losses(
-    row: PackedRow, logprobs: Tensor, *, objective: Objective, batch: RankBatch, unconditional: Tensor | None
+    row: PackedRow, logprobs: Tensor, *, objective: Objective, batch: RankBatch, prepared: Prepared
 ) -> tuple[Tensor, dict[str, Any]]:
     """Losses of the row's pairs (with gradient) and what to report of them."""
     branches = 2 if objective.needs.rejected else 1
-    sums = response_sums(logprobs, row).view(-1, branches)
+    sums = response_sums(logprobs, row)
+    # One line of sums, or four with a resident reference, each [pairs, branches].
+    policy, *others = sums.view(-1, *row.lengths.view(-1, branches).shape)
     lengths = row.lengths.view(-1, branches).to(sums.device, torch.float32)
     numbers = row.pair_numbers.view(-1, branches)[:, 0]
-    extra: dict[str, Tensor] = {}
-    if unconditional is not None:
-        # A filler reads pair 0's score; its loss does not count.
-        scores = unconditional[numbers.clamp(min=0)].to(sums.device)
-        extra = {
-            "uncond_chosen_logps": scores[:, 0, 0],
-            "uncond_chosen_lengths": scores[:, 0, 1],
-            "uncond_rejected_logps": scores[:, 1, 0],
-            "uncond_rejected_lengths": scores[:, 1, 1],
-        }
-    absent = torch.zeros_like(sums[:, 0])
+    absent = torch.zeros_like(policy[:, 0])
     output = objective(
         PairLogps(
-            chosen_logps=sums[:, 0],
-            rejected_logps=sums[:, 1] if branches == 2 else absent,
+            chosen_logps=policy[:, 0],
+            rejected_logps=policy[:, 1] if branches == 2 else absent,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1] if branches == 2 else absent + 1,
             mean_chosen_length=torch.tensor(batch.mean_chosen_length, device=sums.device),
-            **extra,
+            **_known_of_pairs(numbers, batch, prepared, sums.device),
+            **_resident_fields(others),
         )
     )
     values = {"loss": output.losses.detach(), **output.metrics}
     return output.losses, {"numbers": numbers, "values": values, "distributions": output.distributions}
 
 
-def _gather_pair_metrics(reports: list[dict[str, Any]], num_pairs: int, groups: ProcessGroups) -> PairMetrics:
+def _known_of_pairs(numbers: Tensor, batch: RankBatch, prepared: Prepared, device: torch.device) -> dict[str, Any]:
+    """What passes before this one, and the reference, said of some pairs (numbers ``[pairs]`` of the global batch)."""
+    # A filler reads what is known of pair 0; its loss does not count.
+    numbers = numbers.clamp(min=0)
+    known: dict[str, Any] = {}
+    if prepared.unconditional is not None:
+        scores = prepared.unconditional[numbers].to(device)
+        known = {
+            "uncond_chosen_logps": scores[:, 0, 0],
+            "uncond_chosen_lengths": scores[:, 0, 1],
+            "uncond_rejected_logps": scores[:, 1, 0],
+            "uncond_rejected_lengths": scores[:, 1, 1],
+        }
+    if batch.reference_scores is not None:
+        fields = _reference_fields(batch.reference_scores[numbers.numpy()])
+        known.update({name: values.to(device) for name, values in fields.items()})
+    known["batch"] = {
+        name: (values if values.dim() == 0 else values[numbers]).to(device) for name, values in prepared.batch.items()
+    }
+    return known
+
+
+def _resident_fields(others: Sequence[Tensor]) -> dict[str, Any]:
+    """Sums under the reference and under both mixtures, as :class:`PairLogps` names them, from ``[pairs, 2]`` each."""
+    fields = {}
+    for prefix, sums in zip(("ref", "extrapolated", "interpolated"), others, strict=False):
+        fields[f"{prefix}_chosen_logps"], fields[f"{prefix}_rejected_logps"] = sums.detach().unbind(1)
+    return fields
+
+
+def _gather_pair_metrics(reports: list[dict[str, Any]], num_pairs: int, prepared: Prepared, groups: ProcessGroups) -> PairMetrics:
     """Put every rank's reports in the order of the global batch: one reduction, then one broadcast to the other stages."""
-    payload: list[Any] = [None]
+    payload = None
     if groups.is_last_stage:
         names = list(reports[0]["values"])
         table = torch.zeros(len(names), num_pairs, device=current_device())
@@ -170,11 +212,6 @@ def _gather_pair_metrics(reports: list[dict[str, Any]], num_pairs: int, groups: 
             counts = report["numbers"] >= 0
             stacked = torch.stack([report["values"][name].to(torch.float32) for name in names])
             table[:, report["numbers"][counts]] = stacked[:, counts.to(stacked.device)]
-        # Each pair is one rank's, so the sum is that rank's value to the bit, whatever the layout.
-        dist.all_reduce(table, group=groups.dp)
-        payload = [(names, table.cpu(), reports[0]["distributions"])]
-    if groups.pp_size > 1:
-        last_stage = dist.get_global_rank(groups.pp, groups.pp_size - 1)
-        dist.broadcast_object_list(payload, src=last_stage, group=groups.pp, device=current_device())
-    names, table, distributions = payload[0]
-    return PairMetrics(dict(zip(names, table, strict=True)), distributions)
+        payload = (names, gather_pairs(table, groups), reports[0]["distributions"], dict(prepared.batch))
+    names, table, distributions, prepared_batch = from_last_stage(payload, groups)
+    return PairMetrics(dict(zip(names, table, strict=True)), distributions, prepared_batch)

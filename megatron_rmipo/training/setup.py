@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_rmipo.config import Config, OptimizerConfig, ParallelConfig
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
+from megatron_rmipo.objectives.base import State
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -28,12 +29,16 @@ class TrainingState:
         model: the policy in Megatron's DDP wrapper.
         policy: the policy itself.
         optimizer, scheduler: Megatron's.
+        objective_state: what the objective carries from step to step; the same on every rank.
+        reference: the frozen reference, for objectives that mix its logits with the policy's; it never changes.
     """
 
     model: DistributedDataParallel
     policy: PolicyModel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    objective_state: State = dataclasses.field(default_factory=dict)
+    reference: PolicyModel | None = None
 
     def gather_parameters(self) -> None:
         """Make every rank's weights those after the last step. All ranks call it together, before weights are read.

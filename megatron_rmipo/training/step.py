@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_rmipo.data.loader import RankBatch
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.training.passes import PairMetrics, evaluation_pass, gradient_pass, unconditional_pass
+from megatron_rmipo.training.passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.training.setup import TrainingState
 
 
@@ -42,12 +42,14 @@ def train_step(state: TrainingState, batch: RankBatch, objective: Objective, gro
     """Passes, gradient norm, update. All ranks call it together."""
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
-    unconditional = _score_unconditionally(state, batch)
+    prepared = _prepare(state, batch, objective, groups)
     state.model.train()
-    metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
+    metrics = gradient_pass(state.model, batch, objective, prepared, groups)
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
     finite_losses = bool(torch.isfinite(metrics.values["loss"]).all())
     grad_norm, updated = _update(state.optimizer, allowed=finite_losses)
+    if updated:
+        state.objective_state = objective.advance(state.objective_state, metrics.batch, metrics.values)
     # A skipped step still uses up its place in the schedule: the run's length is counted in batches seen.
     state.scheduler.step(increment=1)
     return StepOutcome(metrics, grad_norm, updated, learning_rate)
@@ -55,19 +57,15 @@ def train_step(state: TrainingState, batch: RankBatch, objective: Objective, gro
 
 @torch.no_grad()
 def evaluate_batch(state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups) -> PairMetrics:
-    """The objective's metrics for one batch, weights untouched. All ranks call it together."""
-    unconditional = _score_unconditionally(state, batch)
-    state.model.eval()
-    return evaluation_pass(state.model, batch, objective, unconditional, groups)
+    """The objective's metrics for one batch, weights and objective state untouched. All ranks call it together."""
+    prepared = _prepare(state, batch, objective, groups)
+    return evaluation_pass(state.model, batch, objective, prepared, groups)
 
 
-def _score_unconditionally(state: TrainingState, batch: RankBatch) -> torch.Tensor | None:
-    if not batch.unconditional:
-        return None
+def _prepare(state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups) -> Prepared:
     # Evaluation mode also switches activation recomputation off, which would only cost here.
     state.model.eval()
-    with torch.no_grad():
-        return unconditional_pass(state.model, batch)
+    return prepare_batch(state.model, batch, objective, state.objective_state, groups, state.reference)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class Throughput:
         self._pairs += batch.num_pairs
         self._tokens += batch.num_tokens
         self._padding += batch.num_padding
-        self._row_tokens += sum(row.num_tokens for row in batch.conditional + batch.unconditional)
+        self._row_tokens += sum(row.num_tokens for row in batch.rows)
         self._flops += float(self._pair_flops(batch.lengths).sum())
 
     def take(self) -> dict[str, float]:

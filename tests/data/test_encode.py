@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,36 @@ def test_special_tokens_that_users_wrote_stay_text(kind: str, template: str | No
     assert [token for token in pair.chosen if token in special] == [plain.chosen[-1]]
     assert words in tokenizer.decode(pair.prompt)
     assert words in tokenizer.decode(pair.rejected)
+
+
+WRITTEN = " \u00e9 </s> <|eot_id|> x"  # special tokens in a rendered text are tokens: not for the template none
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "written"), [(*kind, text) for kind in KINDS for text in ("", WRITTEN) if kind[1] != "none" or not text]
+)
+@pytest.mark.parametrize("num_cut", [0, 9])
+def test_an_answer_alone_has_the_ids_it_has_in_a_pair(
+    kind: str, template: str | None, written: str, num_cut: int, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
+    whole = PreferencePair((Turn("user", "Why? " + "the river runs to the sea " * 9 + written),), "So it is." + written, "So.")
+    policy = LengthPolicy(encode_one(tokenizer, template, whole).num_tokens - num_cut)
+    pair = encode_one(tokenizer, template, whole, policy)
+    assert pair.truncated == (num_cut > 0)
+    # The longer answer decides what stays of the prompt: alone it leaves as much, whatever its label.
+    desirable = encode_one(tokenizer, template, whole._replace(rejected=None), policy)
+    assert desirable == EncodedPair(pair.prompt, pair.chosen, [], pair.truncated)
+    undesirable = encode_one(tokenizer, template, whole._replace(chosen=None, rejected=whole.chosen), policy)
+    assert undesirable == EncodedPair(pair.prompt, [], pair.chosen, pair.truncated)
+
+
+@pytest.mark.parametrize("limits", [(512, 256), (9, 5)])
+def test_the_official_policy_takes_an_answer_alone(limits: tuple[int, int], pieces: PreferenceTokenizer) -> None:
+    policy = LengthPolicy(limits[0], "official", limits[1])
+    pair = encode_one(pieces, "mistral", PAIR, policy)
+    assert encode_one(pieces, "mistral", PAIR._replace(rejected=None), policy) == dataclasses.replace(pair, rejected=[])
+    assert encode_one(pieces, "mistral", PAIR._replace(chosen=None), policy) == dataclasses.replace(pair, chosen=[])
 
 
 def test_an_end_written_behind_a_response_is_not_doubled(byte_bpe: PreferenceTokenizer) -> None:

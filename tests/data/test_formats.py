@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any
 
 import pytest
@@ -95,6 +97,54 @@ def test_every_supervised_shape_is_recognised_and_read(row: dict[str, Any], prom
     assert FORMATS["supervised"](row) == PreferencePair(prompt, "Because.", None)
 
 
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "completion": "Because."},
+        {"prompt": "Why?", "response": "Because.", "chosen": None, "rejected": None},
+        {"prompt": messages(USER), "completion": messages(Turn("assistant", "Because."))},  # TRL's conversational form
+        {"messages": messages(USER, Turn("assistant", "Because."))},
+        {"prompt": "Why?", "messages": messages(USER, Turn("assistant", "Because."))},
+    ],
+)
+def test_every_unpaired_shape_is_recognised_and_its_answer_placed_by_the_label(row: dict[str, Any], label: bool) -> None:
+    assert recognise_format([{**row, "label": label}]) == "unpaired"
+    expected = PreferencePair((USER,), "Because.", None) if label else PreferencePair((USER,), None, "Because.")
+    assert FORMATS["unpaired"]({**row, "label": label}) == expected
+    assert FORMATS["unpaired"]({**row, "label": int(label)}) == expected
+
+
+@pytest.mark.parametrize("label", [None, 0, 1, 7, "good"])
+def test_no_other_label_makes_a_row_unpaired(label: object) -> None:
+    assert recognise_format([{"prompt": "Why?", "completion": "Because.", "label": label}]) == "supervised"
+
+
+def test_a_label_beside_a_pair_changes_nothing() -> None:
+    row = {**ROWS[0][1], "label": False}
+    assert recognise_format([row]) == "strings"
+    refuse_mixed(row, "strings")
+    assert FORMATS["strings"](row) == PAIR
+
+
+@pytest.mark.parametrize("label", ["good", "true", 2, -1, 1.0, [True]])
+def test_a_label_that_is_neither_true_nor_false_is_named(label: object) -> None:
+    with pytest.raises(RowFault, match=re.escape(f"true or false expected (or 1 or 0), found {type(label).__name__} ")) as fault:
+        FORMATS["unpaired"]({"prompt": "Why?", "completion": "Because.", "label": label})
+    assert (fault.value.reason, fault.value.field) == ("bad_label", "label")
+    assert repr(label) in fault.value.message
+
+
+def test_the_commonest_kind_of_three_is_the_data_sets() -> None:
+    pair = ROWS[0][1]
+    supervised = {"prompt": "Why?", "completion": "Because.", "label": None}
+    unpaired = {**supervised, "label": True}
+    assert recognise_format([pair, supervised, unpaired, {**unpaired, "label": False}]) == "unpaired"
+    assert recognise_format([supervised, unpaired, unpaired]) == "unpaired"
+    assert recognise_format([pair, unpaired, supervised, supervised]) == "supervised"
+    assert recognise_format([unpaired, supervised, pair]) == "strings"
+
+
 def test_most_rows_decide_whether_the_data_hold_pairs() -> None:
     supervised = {"prompt": "Why?", "messages": messages(USER, Turn("assistant", "Because.")), "chosen": None, "rejected": None}
     pair = {**supervised, "chosen": supervised["messages"], "rejected": messages(USER, Turn("assistant", "No idea."))}
@@ -105,15 +155,35 @@ def test_most_rows_decide_whether_the_data_hold_pairs() -> None:
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_the_other_kind_of_row_is_refused(name: str) -> None:
-    pair = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
-    rows = [{"messages": messages(USER, Turn("assistant", "x"))}, {"prompt": "Why?", "response": "x"}]
-    own, others = (rows, [pair]) if name == "supervised" else ([pair], rows)
-    for row in own:
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "supervised": [{"messages": messages(USER, Turn("assistant", "x"))}, {"prompt": "Why?", "response": "x"}],
+        "unpaired": [
+            {"messages": messages(USER, Turn("assistant", "x")), "label": False},
+            {"prompt": "Why?", "response": "x", "label": True},
+        ],
+        "pairs": [{"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}],
+    }
+    for row in kinds.pop(name if name in kinds else "pairs"):
         refuse_mixed(row, name)
-    for row in others:
+    if name == "unpaired":  # without a label a row lacks a column
+        for row in kinds.pop("supervised"):
+            refuse_mixed(row, name)
+            with pytest.raises(RowFault) as fault:
+                FORMATS[name](row)
+            assert (fault.value.reason, fault.value.field) == ("missing_field", "label")
+    for row in itertools.chain(*kinds.values()):
         with pytest.raises(RowFault) as fault:
             refuse_mixed(row, name)
         assert fault.value.reason == "mixed"
+
+
+def test_a_row_of_another_kind_is_told_the_remedy() -> None:
+    with pytest.raises(
+        RowFault, match="an answer labelled False in supervised data; use --format unpaired, or remove the column"
+    ):
+        refuse_mixed({"prompt": "Why?", "response": "x", "label": False}, "supervised")
+    with pytest.raises(RowFault, match=r"a pair in unpaired data; name its format with --format$"):
+        refuse_mixed(ROWS[0][1], "unpaired")
 
 
 def test_unusable_first_rows_do_not_hide_the_format() -> None:
@@ -123,6 +193,8 @@ def test_unusable_first_rows_do_not_hide_the_format() -> None:
 def test_an_unknown_format_names_the_columns_and_the_flags() -> None:
     with pytest.raises(DataError, match=r"question, good, bad\n.*--format.*\n.*--columns"):
         recognise_format([{"question": "a", "good": "b", "bad": "c"}])
+    with pytest.raises(DataError, match="unpaired rows: prompt=COLUMN,response=COLUMN,label=COLUMN"):
+        recognise_format([{"question": "a", "good": True}])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +210,11 @@ def test_an_unknown_format_names_the_columns_and_the_flags() -> None:
         ("supervised", {"messages": messages(Turn("assistant", "x"))}, "missing_field", "prompt"),
         ("supervised", {"completion": "x"}, "missing_field", "prompt"),
         ("supervised", {"prompt": "x"}, "missing_field", "messages"),
+        ("unpaired", {"prompt": "x", "completion": "y"}, "missing_field", "label"),
+        ("unpaired", {"prompt": "x", "completion": "y", "label": None}, "missing_field", "label"),
+        ("unpaired", {"prompt": "x", "label": True}, "missing_field", "messages"),
+        ("unpaired", {"completion": "y", "label": True}, "missing_field", "prompt"),
+        ("unpaired", {"messages": messages(USER), "label": False}, "bad_turns", "messages"),
         ("messages", {"chosen": messages(USER), "rejected": messages(USER)}, "bad_turns", "chosen"),
         ("messages", {"chosen": [], "rejected": []}, "empty_response", "chosen"),
         ("messages", {"chosen": messages(USER, answer("a")), "rejected": messages(answer("b"))}, "prompt_mismatch", "rejected"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_rmipo.data.batching import CostModel, PairOrder
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection, iterate_batches
+from megatron_rmipo.data.collection import PairCollection
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, iterate_batches
 from tests.integration.problem import PairList, collection, make_pairs
 
 COST = CostModel(1.0, 0.01, 1.0)

@@ -9,10 +9,17 @@ import torch
 from megatron_rmipo.data.packing import PackedRow, pack_pairs, pack_responses
 from megatron_rmipo.data.pair_store import TokenizedPair
 
+NONE = np.empty(0, dtype=np.int64)
 PAIRS = [
     TokenizedPair(np.array([1, 10, 11]), np.array([20, 21, 22]), np.array([30, 31])),
     TokenizedPair(np.array([1]), np.array([40]), np.array([50, 51, 52, 53])),
     TokenizedPair(np.array([1, 12]), np.array([60, 61]), np.array([70])),
+]
+UNPAIRED = [
+    TokenizedPair(np.array([1, 10, 11]), NONE, np.array([30, 31])),
+    TokenizedPair(np.array([1, 12, 13, 14]), np.array([20, 21, 22]), NONE),
+    TokenizedPair(np.array([1]), NONE, np.array([70])),
+    TokenizedPair(np.array([1, 15]), np.array([60]), NONE),
 ]
 
 
@@ -47,6 +54,46 @@ def test_every_response_token_is_predicted_from_its_prompt_and_its_own_past(shar
     assert row.pair_numbers.tolist() == [4, 4, 0, 0, 2, 2]
     assert row.branches.tolist() == [0, 1] * 3
     assert row.lengths.tolist() == [3, 2, 1, 4, 2, 1]
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_a_response_that_is_not_there_keeps_its_place_and_takes_no_tokens(share_prompts: bool) -> None:
+    row = pack_pairs(UNPAIRED, [4, 0, 2, -1], share_prompts=share_prompts)
+    assert contexts(row) == [
+        [],
+        [([1, 10, 11], 30), ([1, 10, 11, 30], 31)],
+        [([1, 12, 13, 14], 20), ([1, 12, 13, 14, 20], 21), ([1, 12, 13, 14, 20, 21], 22)],
+        [],
+        [],
+        [([1], 70)],
+        [([1, 15], 60)],
+        [],
+    ]
+    assert row.token_ids.tolist() == [1, 10, 11, 30, 1, 12, 13, 14, 20, 21, 1, 1, 15]
+    assert row.segments.tolist() == [[0, 4, 0, 0], [4, 6, 0, 0], [10, 1, 0, 0], [11, 2, 0, 0]]
+    assert row.lengths.view(-1, 2).tolist() == [[0, 2], [3, 0], [0, 1], [1, 0]]
+    assert row.pair_numbers.tolist() == [4, 4, 0, 0, 2, 2, -1, -1]
+    assert row.branches.tolist() == [0, 1] * 4
+    assert {tensor.dtype for tensor in (row.source, row.target, row.response, row.lengths)} == {torch.int64}
+
+
+def test_undesirable_rows_read_for_their_chosen_response_take_no_tokens() -> None:
+    row = pack_pairs(UNPAIRED, [0, 1, 2, 3], with_rejected=False)
+    assert row.token_ids.tolist() == [1, 12, 13, 14, 20, 21, 1, 15]
+    assert row.lengths.tolist() == [0, 3, 0, 1]
+    empty = pack_pairs(UNPAIRED[:1], [0], with_rejected=False, multiple_of=2)
+    assert (empty.num_scored, empty.num_tokens, empty.num_padding, empty.lengths.tolist()) == (0, 2, 2, [0])
+
+
+@pytest.mark.parametrize(("context", "lengths"), [(1, [0, 2, 3, 0, 0, 1, 1, 0]), (None, [0, 1, 2, 0, 0, 0, 0, 0])])
+def test_responses_that_are_not_there_have_no_log_probs_of_their_own(context: int | None, lengths: list[int]) -> None:
+    row = pack_responses(UNPAIRED, [4, 0, 2, 1], context_token_id=context)
+    before, skipped = ([], 1) if context is None else ([context], 0)
+    assert contexts(row) == [expected(before, r.tolist())[skipped:] for p in UNPAIRED for r in (p.chosen, p.rejected)]
+    assert row.lengths.tolist() == lengths
+    assert row.num_tokens == sum(lengths)
+    assert row.pair_numbers.tolist() == [4, 4, 0, 0, 2, 2, 1, 1]
+    assert row.branches.tolist() == [0, 1] * 4
 
 
 def test_shared_prompts_stand_once_and_last_tokens_not_at_all() -> None:

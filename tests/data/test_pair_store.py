@@ -22,8 +22,22 @@ def make_pairs(count: int, vocab_size: int, seed: int = 0) -> list[TokenizedPair
     return [TokenizedPair(*(rng.integers(0, vocab_size, rng.integers(1, 40)) for _ in range(3))) for _ in range(count)]
 
 
-def write(prefix: Path, pairs: list[TokenizedPair], vocab_size: int = 1003, *, overwrite: bool = False) -> Manifest:
-    with PairStoreWriter(prefix, vocab_size, overwrite=overwrite) as writer:
+EMPTY = np.empty(0, dtype=np.int64)
+
+
+def make_unpaired(count: int, vocab_size: int = 1003) -> list[TokenizedPair]:
+    """Rows with one response, the second of every three desirable."""
+    pairs = make_pairs(count, vocab_size)
+    return [
+        dataclasses.replace(pair, rejected=EMPTY) if number % 3 == 1 else dataclasses.replace(pair, chosen=EMPTY)
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def write(
+    prefix: Path, pairs: list[TokenizedPair], vocab_size: int = 1003, *, unpaired: bool = False, overwrite: bool = False
+) -> Manifest:
+    with PairStoreWriter(prefix, vocab_size, unpaired=unpaired, overwrite=overwrite) as writer:
         for pair in pairs:
             writer.add(pair)
         return writer.finalize(Manifest(dataclasses.replace(INFO, vocab_size=vocab_size), counts={"rows": len(pairs)}))
@@ -81,23 +95,82 @@ def test_supervised_data_have_an_empty_rejected_sequence(tmp_path: Path, vocab_s
     assert np.array_equal(data[3 * 6 + 1], pairs[6].chosen)
 
 
+@pytest.mark.parametrize("vocab_size", [1003, 128_256])
+def test_unpaired_rows_have_one_response_each(tmp_path: Path, vocab_size: int) -> None:
+    rows = make_unpaired(9, vocab_size)
+    manifest = write(tmp_path / "rows", rows, vocab_size, unpaired=True)
+    store = PairStore(tmp_path / "rows")
+    assert store.manifest == manifest
+    assert (manifest.unpaired, manifest.has_rejected, manifest.kind, manifest.num_pairs) == (True, True, "unpaired rows", 9)
+    assert manifest.counts == {"rows": 9, "desirable": 3, "undesirable": 6}
+    for index, row in enumerate(rows):
+        assert same(store[index], row)
+        assert store.lengths[index].tolist() == [row.prompt.size, row.chosen.size, row.rejected.size]
+        assert (store.lengths[index, 1] > 0) == (index % 3 == 1)
+    assert {part.dtype for part in (store[0].chosen, store[1].rejected)} == {np.dtype(np.int64)}
+    # A response counts where there is one: the 0 of the others is no length.
+    assert manifest.lengths["chosen"]["mean"] == round(np.mean([rows[index].chosen.size for index in (1, 4, 7)]), 2)
+    assert manifest.lengths["rejected"]["p5"] > 0
+    assert manifest.lengths["total"]["max"] == max(row.prompt.size + row.chosen.size + row.rejected.size for row in rows)
+
+
+@pytest.mark.parametrize(("side", "counts"), [("chosen", (0, 4)), ("rejected", (4, 0))])
+def test_unpaired_rows_may_all_have_one_label(side: str, counts: tuple[int, int], tmp_path: Path) -> None:
+    rows = [dataclasses.replace(pair, **{side: EMPTY}) for pair in make_pairs(4, 1003)]
+    write(tmp_path / "rows", rows, unpaired=True)
+    manifest = PairStore(tmp_path / "rows").manifest
+    assert (manifest.counts["desirable"], manifest.counts["undesirable"]) == counts
+    assert (manifest.unpaired, manifest.has_rejected) == (True, True)
+    assert side not in manifest.lengths
+
+
+def test_a_row_with_two_responses_or_none_is_not_unpaired(tmp_path: Path) -> None:
+    pair = make_pairs(1, 1003)[0]
+    for wrong in (pair, dataclasses.replace(pair, chosen=EMPTY, rejected=EMPTY)):
+        with pytest.raises(AssertionError, match="an unpaired row has one response"):
+            write(tmp_path / "rows", [*make_unpaired(2), wrong], unpaired=True)
+    with pytest.raises(AssertionError, match=r"\[\d+, 0, \d+\]"):
+        write(tmp_path / "rows", make_unpaired(1))
+
+
+def test_a_manifest_that_denies_its_unpaired_rows_is_refused(tmp_path: Path) -> None:
+    rows = make_unpaired(3)
+    write(tmp_path / "rows", rows, unpaired=True)
+    edit_manifest(tmp_path / "rows", unpaired=False)
+    with pytest.raises(
+        DataError,
+        match=rf"rows\.json: holds pairs, but by rows\.idx row 0 has 0 chosen and {rows[0].rejected.size} rejected tokens",
+    ):
+        PairStore(tmp_path / "rows")
+    edit_manifest(tmp_path / "rows", unpaired=True)
+    assert len(PairStore(tmp_path / "rows")) == 3
+    pairs = make_pairs(2, 1003)
+    write(tmp_path / "pairs", pairs)
+    edit_manifest(tmp_path / "pairs", unpaired=True)
+    with pytest.raises(DataError, match=rf"holds unpaired rows, but by pairs\.idx row 0 has {pairs[0].chosen.size} chosen and"):
+        PairStore(tmp_path / "pairs")
+
+
 def test_pairs_and_supervised_rows_do_not_mix(tmp_path: Path) -> None:
     first, second = make_pairs(2, 1003)
     with pytest.raises(AssertionError, match="pairs and supervised rows"):
         write(tmp_path / "rows", [first, dataclasses.replace(second, rejected=np.empty(0, dtype=np.int64))])
     write(tmp_path / "rows", [first, second])
     edit_manifest(tmp_path / "rows", has_rejected=False)
-    with pytest.raises(DataError, match=r"rows\.json: has_rejected is False, but rows\.idx says otherwise"):
+    with pytest.raises(
+        DataError, match=r"rows\.json: holds supervised rows, but by rows\.idx row 0 has \d+ chosen and \d+ rejected tokens"
+    ):
         PairStore(tmp_path / "rows")
 
 
-def test_a_manifest_without_the_field_holds_pairs(tmp_path: Path) -> None:
+def test_a_manifest_without_the_fields_holds_pairs(tmp_path: Path) -> None:
     write(tmp_path / "pairs", make_pairs(2, 1003))
     path = tmp_path / "pairs.json"
     fields = json.loads(path.read_text())
-    assert fields.pop("has_rejected") is True
+    assert (fields.pop("has_rejected"), fields.pop("unpaired")) == (True, False)
     path.write_text(json.dumps(fields))
-    assert PairStore(tmp_path / "pairs").manifest.has_rejected is True
+    manifest = PairStore(tmp_path / "pairs").manifest
+    assert (manifest.has_rejected, manifest.unpaired, manifest.kind) == (True, False, "pairs")
 
 
 def test_the_manifest_counts(tmp_path: Path) -> None:

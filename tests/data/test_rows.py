@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.data.formats import parse_strings
+from megatron_rmipo.data.formats import parse_strings, parse_unpaired
 from megatron_rmipo.data.rows import PreferencePair, RowFault, Turn, excerpt, parse_columns, parse_row, rename_columns
 from megatron_rmipo.errors import DataError
 
@@ -29,6 +29,24 @@ def test_unusable_pairs_are_refused_by_reason(changes: dict[str, Any], reason: s
     with pytest.raises(RowFault) as fault:
         parse_row({**GOOD, **changes}, parse_strings)
     assert fault.value.reason == reason
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(("text", "reason"), [(" \n", "empty_response"), ("half \ud83d", "not_encodable")])
+def test_the_one_answer_of_an_unpaired_row_is_checked(text: str, reason: str, label: bool) -> None:
+    with pytest.raises(RowFault) as fault:
+        parse_row({"prompt": "Why?", "completion": text, "label": label}, parse_unpaired)
+    assert (fault.value.reason, fault.value.field) == (reason, "response")
+
+
+def test_what_belongs_to_the_responses_finds_its_place() -> None:
+    pair = PreferencePair((Turn("user", "Why?"),), "a", "b")
+    assert pair.responses == {"chosen": "a", "rejected": "b"}
+    assert pair.in_place([1, 2]) == (1, 2)
+    assert pair._replace(rejected=None).responses == {"response": "a"}
+    assert pair._replace(rejected=None).in_place([1]) == (1, None)
+    assert pair._replace(chosen=None).responses == {"response": "b"}
+    assert pair._replace(chosen=None).in_place([2]) == (None, 2)
 
 
 def test_ties_can_be_kept_and_other_scores_do_not_matter() -> None:

@@ -1,4 +1,4 @@
-"""One small problem, shared by the multi-process tests: a Hugging Face Llama, 24 pairs, and the dense float64 answer."""
+"""One small problem, shared by the multi-process tests: Hugging Face Llamas, 24 pairs, and the dense float64 answer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rmipo.data.loader import PairCollection
+from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.pair_store import TokenizedPair
-from megatron_rmipo.objectives.base import Objective, PairLogps
+from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 
 BOS = 1
 VOCAB = 83  # not a multiple of anything a layout could want
@@ -58,6 +58,14 @@ def make_pairs(count: int = NUM_PAIRS, seed: int = 5) -> list[TokenizedPair]:
     return pairs
 
 
+def unpaired(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """One response of each pair, chosen and rejected by turns of three."""
+    return [
+        TokenizedPair(p.prompt, p.chosen[: 0 if number % 3 else None], p.rejected[: None if number % 3 else 0])
+        for number, p in enumerate(pairs)
+    ]
+
+
 def collection(pairs: Sequence[TokenizedPair]) -> PairCollection:
     return PairCollection([PairList(pairs)])  # type: ignore[list-item]
 
@@ -91,46 +99,90 @@ def make_hf_model(directory: Path, *, tied: bool = False, layers: int = 4, seed:
     return directory
 
 
-def dense_answer(
-    hf_dir: Path, pairs: Sequence[TokenizedPair], objective: Objective
-) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """(loss, gradient by Hugging Face name, metrics) in float64 by transformers, one sequence at a time, nothing packed."""
-    from transformers import LlamaForCausalLM
+class DenseProblem:
+    """Pairs under a policy and a reference, in float64 by transformers, one sequence at a time, nothing packed.
 
-    model = LlamaForCausalLM.from_pretrained(hf_dir, dtype=torch.float64, attn_implementation="eager")
+    Args:
+        hf_dir, reference_dir: the two models.
+        pairs: the global batch; an empty response is one that the row does not have.
+    """
 
-    def score(context: np.ndarray, response: np.ndarray) -> Tensor:
+    def __init__(self, hf_dir: Path, reference_dir: Path, pairs: Sequence[TokenizedPair]) -> None:
+        self.pairs = list(pairs)
+        self.model, self.reference = (_dense_model(path) for path in (hf_dir, reference_dir))
+        self.lengths = torch.tensor([[p.chosen.size, p.rejected.size] for p in pairs], dtype=torch.float64)
+        self.conditional = self._table(self.model, pairs)
+
+    def answer(self, objective: Objective, state: State | None = None) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+        """(loss, gradient by Hugging Face name, metrics)."""
+        needs = objective.needs
+        fields: dict[str, Any] = {
+            "chosen_logps": self.conditional[:, 0],
+            "rejected_logps": self.conditional[:, 1] if needs.rejected else torch.zeros(len(self.pairs)),
+            "chosen_lengths": self.lengths[:, 0],
+            "rejected_lengths": self.lengths[:, 1],
+            "mean_chosen_length": self.lengths[:, 0].mean(),
+        }
+        with torch.no_grad():
+            fields.update(self._further_fields(objective))
+            whole = BatchLogps(
+                pairs=PairLogps(**fields) if needs.batch else None,
+                mismatched_logps=self._table(self.model, self._mismatched()) if needs.mismatched else None,
+                ref_mismatched_logps=self._table(self.reference, self._mismatched()) if needs.mismatched else None,
+                has_response=torch.tensor([[p.chosen.size > 0, p.rejected.size > 0] for p in self._mismatched()]),
+            )
+            prepared = objective.prepare(whole, objective.initial_state() if state is None else state)
+        output = objective(PairLogps(**fields, batch=prepared))
+        loss = output.losses.mean()
+        self.model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        return float(loss.detach()), gradients, output.metrics
+
+    def _further_fields(self, objective: Objective) -> dict[str, Tensor]:
+        needs, fields = objective.needs, {}
+        if needs.unconditional is not None:
+            before = np.array([BOS] if needs.unconditional == "bos" else [], dtype=np.int64)
+            alone = self._table(self.model, [TokenizedPair(before, p.chosen, p.rejected) for p in self.pairs])
+            scored = self.lengths - (0 if needs.unconditional == "bos" else 1)
+            fields.update(uncond_chosen_logps=alone[:, 0], uncond_rejected_logps=alone[:, 1])
+            fields.update(uncond_chosen_lengths=scored[:, 0], uncond_rejected_lengths=scored[:, 1])
+        if needs.reference or needs.perturbation is not None:
+            scores = self._table(self.reference, self.pairs)
+            fields.update(ref_chosen_logps=scores[:, 0], ref_rejected_logps=scores[:, 1])
+        for name, share in (("extrapolated", -1.0), ("interpolated", 1.0)):
+            if needs.perturbation is not None:
+                scores = self._table(self.model, self.pairs, share * needs.perturbation)
+                fields.update({f"{name}_chosen_logps": scores[:, 0], f"{name}_rejected_logps": scores[:, 1]})
+        return fields
+
+    def _mismatched(self) -> list[TokenizedPair]:
+        """Each prompt with the responses of the next pair, which in this problem always has another prompt."""
+        longest = max(p.prompt.size + max(p.chosen.size, p.rejected.size) for p in self.pairs)
+        following = [*self.pairs[1:], self.pairs[0]]
+        return [
+            TokenizedPair(p.prompt, q.chosen[: longest - p.prompt.size], q.rejected[: longest - p.prompt.size])
+            for p, q in zip(self.pairs, following, strict=True)
+        ]
+
+    def _table(self, model: Any, pairs: Sequence[TokenizedPair], share: float = 0.0) -> Tensor:
+        """``[P, 2]`` sums; with a share, under logits mixed with that share of the reference's."""
+        rows = [[self._score(model, p.prompt, response, share) for response in (p.chosen, p.rejected)] for p in pairs]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    def _score(self, model: Any, context: np.ndarray, response: np.ndarray, share: float) -> Tensor:
+        if response.size == 0:
+            return torch.zeros((), dtype=torch.float64)
         ids = torch.tensor(np.concatenate([context, response]))[None]
         logits = model(ids).logits[0]
+        if share:
+            logits = (1 - share) * logits + share * self.reference(ids).logits[0]
         logprobs = torch.log_softmax(logits[:-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
-        return logprobs[max(len(context) - 1, 0) :].sum()
+        total: Tensor = logprobs[max(len(context) - 1, 0) :].sum()
+        return total
 
-    conditional = torch.stack([torch.stack([score(p.prompt, p.chosen), score(p.prompt, p.rejected)]) for p in pairs])
-    lengths = torch.tensor([[p.chosen.size, p.rejected.size] for p in pairs], dtype=torch.float64)
-    extra: dict[str, Tensor] = {}
-    context = objective.needs.unconditional
-    if context is not None:
-        with torch.no_grad():
-            before = np.array([BOS] if context == "bos" else [], dtype=np.int64)
-            alone = torch.stack([torch.stack([score(before, p.chosen), score(before, p.rejected)]) for p in pairs])
-        scored = lengths - (0 if context == "bos" else 1)
-        extra = {
-            "uncond_chosen_logps": alone[:, 0],
-            "uncond_rejected_logps": alone[:, 1],
-            "uncond_chosen_lengths": scored[:, 0],
-            "uncond_rejected_lengths": scored[:, 1],
-        }
-    output = objective(
-        PairLogps(
-            chosen_logps=conditional[:, 0],
-            rejected_logps=conditional[:, 1],
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-            mean_chosen_length=lengths[:, 0].mean(),
-            **extra,
-        )
-    )
-    loss = output.losses.mean()
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return float(loss.detach()), gradients, output.metrics
+
+def _dense_model(hf_dir: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(hf_dir, dtype=torch.float64, attn_implementation="eager")

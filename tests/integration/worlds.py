@@ -16,12 +16,15 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
 from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, PairCollection
+from megatron_rmipo.data.collection import PairCollection
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
 from megatron_rmipo.training.flops import forward_cost_model
-from megatron_rmipo.training.passes import gradient_pass, unconditional_pass
+from megatron_rmipo.training.passes import gradient_pass, prepare_batch
+from megatron_rmipo.training.rows import from_last_stage, gather_pairs, score_responses
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from tests.integration.problem import BOS
 
@@ -68,13 +71,13 @@ def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: in
     return build_training_state(policy, case.config(), groups, train_iters=train_iters)
 
 
-def build_batches(case: Case, pairs: PairCollection, state: TrainingState, groups: ProcessGroups) -> BatchBuilder:
+def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups: ProcessGroups) -> BatchBuilder:
     needs = build_objective(case.objective, case.options).needs
     layout = BatchLayout(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         tokens_per_microbatch=case.tokens_per_microbatch,
-        cost=forward_cost_model(state.policy.architecture),
+        cost=forward_cost_model(policy.architecture),
         share_prompts=case.share_prompts,
         with_rejected=needs.rejected,
         unconditional=needs.unconditional,
@@ -84,20 +87,46 @@ def build_batches(case: Case, pairs: PairCollection, state: TrainingState, group
     return BatchBuilder(pairs, layout)
 
 
-def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection) -> dict[str, Any] | None:
+def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> PolicyModel:
+    """The frozen reference at the case's layout."""
+    arch = read_architecture(reference_dir)
+    reference = build_model(arch, case.config(), groups)
+    load_hf_weights(reference, reference_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    return reference.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def score_all(case: Case, reference: PolicyModel, pairs: PairCollection, groups: ProcessGroups) -> list[Any]:
+    """The log-probs of all pairs under the reference by the product's own pass: of the one data set, fp32 ``[P, 2]``."""
+    batch = build_batches(case, pairs, reference, groups).build(np.arange(len(pairs)))
+    scores = score_responses(reference, batch.conditional, batch.num_pairs)
+    if groups.is_last_stage:
+        scores = gather_pairs(scores, groups)
+    return [from_last_stage(scores, groups)[:, :, 0].numpy()]
+
+
+def loss_and_gradients(case: Case, hf_dir: str, reference_dir: str, pairs: PairCollection) -> dict[str, Any] | None:
     """The global batch's loss, metrics and gradients by Hugging Face name; None except on the rank that has them all."""
     groups = initialize_runtime(case.tp, case.pp)
     objective = build_objective(case.objective, case.options)
+    needs, reference = objective.needs, None
+    if needs.reference or needs.perturbation is not None:
+        reference = build_reference(case, Path(reference_dir), groups)
+    if needs.reference:
+        assert reference is not None
+        pairs.reference_scores = score_all(case, reference, pairs, groups)
+        if needs.mismatched:
+            pairs.match_anew()
+            assert pairs.mismatched is not None
+            pairs.mismatched.reference_scores = score_all(case, reference, pairs.mismatched, groups)
     state = build_state(case, Path(hf_dir), groups)
-    batch = build_batches(case, pairs, state, groups).build(np.arange(len(pairs)))
+    batch = build_batches(case, pairs, state.policy, groups).build(np.arange(len(pairs)))
+    pairs.reference_scores = pairs.mismatched = None
     state.model.zero_grad_buffer()
-    unconditional = None
-    if batch.unconditional:
-        state.model.eval()
-        with torch.no_grad():
-            unconditional = unconditional_pass(state.model, batch)
+    state.model.eval()
+    prepared = prepare_batch(state.model, batch, objective, objective.initial_state(), groups, reference)
     state.model.train()
-    metrics = gradient_pass(state.model, batch, objective, unconditional, groups)
+    metrics = gradient_pass(state.model, batch, objective, prepared, groups)
     gradients = gather_gradients(state, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
     end_case()
@@ -133,6 +162,6 @@ def end_case() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def run_cases(cases: list[Case], hf_dir: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
+def run_cases(cases: list[Case], hf_dir: str, reference_dir: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
     """Several cases one after the other in one set of processes, which are slow to start."""
-    return [loss_and_gradients(case, hf_dir, pairs) for case in cases]
+    return [loss_and_gradients(case, hf_dir, reference_dir, pairs) for case in cases]

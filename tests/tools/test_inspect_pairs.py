@@ -49,6 +49,29 @@ def test_supervised_rows_are_shown_without_a_rejected_response(tmp_path: Path, c
     assert "rejected ids" not in out
 
 
+def test_unpaired_rows_are_shown_with_their_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_sentencepiece(tmp_path / "small.model")
+    rows = [{"prompt": f"Why {i}?", "completion": f"Because of {i}.", "label": i == 1} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--input", str(tmp_path / "rows.jsonl"), "--tokenizer-model", str(model), "--chat-template", "mistral"]
+    assert preprocess_cli.main([*flags, "--output-prefix", str(tmp_path / "rows")]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "rows"), "3", "--ids"]) == 0
+    out = capsys.readouterr().out
+    first, second, third = out.split("=== unpaired row ")[1:]
+    assert first.startswith("0 (undesirable): prompt ")
+    assert second.startswith("1 (desirable): prompt ")
+    assert f"--- prompt\n<s>[INST] Why 0? [/INST]{BOUNDARY}\n--- rejected\n{BOUNDARY} Because of 0. </s>\nprompt ids: 1 " in first
+    assert "chosen" not in first
+    assert f"--- prompt\n<s>[INST] Why 1? [/INST]{BOUNDARY}\n--- chosen\n{BOUNDARY} Because of 1. </s>\nprompt ids: 1 " in second
+    assert "rejected" not in second
+    assert "rows: 3 unpaired rows, " in third
+    assert "desirable 1, undesirable 2\n" in third
+    sections = third.split("tokens (mean ")
+    assert [sum(int(line.split()[-1]) for line in section.splitlines() if "#" in line) for section in sections] == [0, 3, 1, 2, 3]
+    assert "prompt with the response, tokens" in third
+
+
 def test_long_texts_and_ids(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"{prefix}.bin", "1", "--start", "4", "--max-chars", "20", "--ids"]) == 0
     out = capsys.readouterr().out

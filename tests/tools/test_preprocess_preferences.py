@@ -192,6 +192,67 @@ def test_supervised_rows_are_shortened_like_pairs(tmp_path: Path, model: Path) -
     assert store.manifest.lengths["total"]["max"] == store.lengths[0].sum()
 
 
+@pytest.mark.parametrize("flags", [(), ("--overlong", "official", "--max-prompt-length", "60"), ("--format", "unpaired")])
+def test_unpaired_rows_are_pairs_without_one_response(
+    flags: tuple[str, ...], tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [row for i, row in enumerate(rows(20)) if i % 7]
+    content: list[dict[str, object]] = []
+    for i, row in enumerate(pairs):
+        label = i % 3 == 0
+        content.append({"prompt": row["prompt"], "completion": row["chosen" if label else "rejected"], "label": label})
+    turns = [{"role": "user", "content": "Is it </s>?"}, {"role": "assistant", "content": "No.</s>"}]
+    content += [{"messages": turns, "label": False}, {"prompt": "Why?", "response": "So.", "label": 1}]
+    content += [pairs[0], {"prompt": "Why?", "response": "So."}, {"prompt": "Why?", "response": "So.", "label": "bad"}]
+    content += [{"prompt": "Why?", "completion": " ", "label": False}]
+    assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", content), *flags) == 0
+    out = capsys.readouterr().out
+    assert "19 unpaired rows," in out
+    assert "  7 desirable (label true), 12 undesirable (label false)\n" in out
+    length_flags = () if "--format" in flags else flags
+    assert run(tmp_path, model, write_rows(tmp_path / "pairs.jsonl", pairs), *length_flags, prefix="pairs") == 0
+    store, with_both = PairStore(tmp_path / "out"), PairStore(tmp_path / "pairs")
+    assert (store.manifest.unpaired, with_both.manifest.unpaired, store.manifest.format) == (True, False, "unpaired")
+    assert (store.manifest.counts["desirable"], store.manifest.counts["undesirable"]) == (7, 12)
+    assert "desirable" not in with_both.manifest.counts
+    for index in range(17):  # the same ids as in a pair
+        side, other = ("chosen", "rejected") if index % 3 == 0 else ("rejected", "chosen")
+        assert store[index].prompt.tolist() == with_both[index].prompt.tolist()
+        assert getattr(store[index], side).tolist() == getattr(with_both[index], side).tolist()
+        assert getattr(store[index], other).size == 0
+    assert [(part > 0).tolist() for part in store.lengths[17:, 1:]] == [[False, True], [True, False]]
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    assert [(r["number"], r["reason"], r["field"]) for r in rejects] == [
+        (20, "mixed", "rejected"),
+        (21, "missing_field", "label"),
+        (22, "bad_label", "label"),
+        (23, "empty_response", "response"),
+    ]
+    assert rejects[2]["message"] == "true or false expected (or 1 or 0), found str 'bad'"
+
+
+def test_the_column_of_labels_is_named(tmp_path: Path, model: Path) -> None:
+    content: list[dict[str, object]] = [
+        {"q": "Why?", "a": "So.", "thumbs": {"up": True}},
+        {"q": "Why?", "a": "No.", "thumbs": {"up": 0}},
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", content)
+    assert run(tmp_path, model, source, "--columns", "prompt=q,completion=a,label=thumbs.up") == 0
+    store = PairStore(tmp_path / "out")
+    assert (store.manifest.format, (store.lengths[:, 1:] > 0).tolist()) == ("unpaired", [[True, False], [False, True]])
+
+
+def test_a_labelled_row_among_others_is_rejected(tmp_path: Path, model: Path) -> None:
+    labelled: dict[str, object] = {"prompt": "Why?", "completion": "So.", "label": False}
+    supervised: list[dict[str, object]] = [{"prompt": "Why?", "completion": "So."}, {"prompt": "Why?", "completion": "No."}]
+    for name, others, field in (("pairs", rows(3)[1:], "chosen"), ("supervised", supervised, "label")):
+        source = write_rows(tmp_path / f"{name}.jsonl", [labelled, *others])
+        assert run(tmp_path, model, source, prefix=name) == 0
+        (reject,) = (tmp_path / f"{name}.rejects.jsonl").read_text().splitlines()
+        assert (json.loads(reject)["reason"], json.loads(reject)["field"]) == ("mixed", field)
+        assert (len(PairStore(tmp_path / name)), PairStore(tmp_path / name).manifest.unpaired) == (2, False)
+
+
 def test_a_supervised_row_among_pairs_is_rejected(tmp_path: Path, model: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "So."}, *rows(3)[1:]])
     assert run(tmp_path, model, source) == 0

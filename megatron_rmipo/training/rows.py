@@ -1,0 +1,127 @@
+"""Packed rows through Megatron's pipeline schedules, as micro-batches.
+
+Every function here is collective: all ranks of the run call it together, each with its own data-parallel share. Results exist on
+the last pipeline stage, where the scores are made.
+
+Shape letters: N scored tokens, P pairs of the global batch, R responses of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rmipo.data.packing import PackedRow
+from megatron_rmipo.model.logprobs import ReferenceHead
+from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+
+
+def run_rows(
+    model: torch.nn.Module,
+    rows: Sequence[PackedRow],
+    finish: Callable[[PackedRow, Tensor], Any],
+    *,
+    backward: bool,
+    references: Sequence[ReferenceHead] = (),
+    scores: bool = True,
+) -> list[Any]:
+    """Run rows as micro-batches.
+
+    Args:
+        model: this rank's stage of the model.
+        rows: at least one; the same number on all stages of a replica.
+        finish: called on the last stage with each row and the model's output for it. With ``backward`` it returns what Megatron
+            takes: (loss to sum, number of pairs as an int tensor, what to report).
+        backward: run the backward pass, too.
+        references: on the last stage, a reference for each row: outputs are ``[4, N]`` then.
+        scores: False gives the last stage's hidden states ``[N, H]`` to ``finish`` instead of log-probs ``[N]``.
+
+    Returns:
+        What ``finish`` gave for each row (with ``backward``, what it said to report); empty but on the last stage.
+    """
+
+    def forward_step(iterator: Iterator[tuple[PackedRow, ReferenceHead | None]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        row, reference = next(iterator)
+        device = current_device()
+        extra = {} if reference is None else {"reference": reference}
+        output = model(
+            token_ids=row.token_ids.to(device),
+            position_ids=row.position_ids.to(device),
+            segments=row.segments,
+            source=row.source.to(device),
+            target=row.target.to(device) if scores else None,
+            **extra,
+        )
+        return output, partial(finish, row) if backward else partial(_keep, finish, row)
+
+    nothing: list[ReferenceHead | None] = [None] * len(rows)
+    outputs: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(zip(rows, references or nothing, strict=True)),
+        model=[model],
+        num_microbatches=len(rows),
+        # Shapes travel with the activations; this one is only asked for.
+        seq_length=rows[0].num_tokens,
+        micro_batch_size=1,
+        forward_only=not backward,
+        collect_non_loss_data=not backward,
+    )
+    return outputs
+
+
+def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Tensor, non_loss_data: bool) -> Any:
+    return finish(row, output)
+
+
+def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
+    """Sums of log-probs per response, fp32 ``[..., R]``, from ``[..., N]`` log-probs of a row's scored tokens.
+
+    Summed in float64 in a fixed order: sums near -5000 keep their digits, and two runs agree to the bit.
+    """
+    lengths = row.lengths.to(logprobs.device)
+    wide = logprobs.to(torch.float64)
+    if wide.dim() == 1:
+        return torch.segment_reduce(wide, "sum", lengths=lengths, unsafe=True).to(torch.float32)
+    return torch.stack([response_sums(one, row) for one in logprobs])
+
+
+def score_responses(model: torch.nn.Module, rows: Sequence[PackedRow], num_pairs: int) -> Tensor:
+    """Log-probs of every response of this rank's rows, forward only.
+
+    Returns:
+        fp32 ``[P, 2, 2]`` on the CPU: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs of
+        other ranks, and everywhere but on the last stage.
+    """
+    scores = torch.zeros(num_pairs, 2, 2)
+    for row, sums in run_rows(model, rows, lambda row, logprobs: (row, response_sums(logprobs, row)), backward=False):
+        counts = row.pair_numbers >= 0
+        numbers, branches = row.pair_numbers[counts], row.branches[counts]
+        scores[numbers, branches, 0] = sums.cpu()[counts]
+        scores[numbers, branches, 1] = row.lengths[counts].to(torch.float32)
+    return scores
+
+
+def gather_pairs(table: Tensor, groups: ProcessGroups) -> Tensor:
+    """Put together what the data-parallel ranks of a stage know of their own pairs (zero elsewhere), on the CPU.
+
+    Each pair is one rank's, so the sum is that rank's value to the bit, whatever the layout. All ranks of a stage call it
+    together.
+    """
+    table = table.to(current_device())
+    dist.all_reduce(table, group=groups.dp)
+    return table.cpu()
+
+
+def from_last_stage(value: Any, groups: ProcessGroups) -> Any:
+    """What the last pipeline stage holds, on every stage. All ranks of a pipeline call it together."""
+    payload = [value]
+    if groups.pp_size > 1:
+        source = dist.get_global_rank(groups.pp, groups.pp_size - 1)
+        dist.broadcast_object_list(payload, src=source, group=groups.pp, device=current_device())
+    return payload[0]
