@@ -82,6 +82,48 @@ def parse_config(
     return _assemble(given, name, objectives)
 
 
+def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:
+    """Read some of a run's flags, for a command that shares them with the trainer.
+
+    Args:
+        argv: the arguments, without the program's name.
+        fields: section of the configuration -> names of those of its fields that are flags here.
+        prog, description: for ``--help``.
+
+    Returns:
+        Each section with the given values, defaults elsewhere.
+
+    Raises:
+        ConfigError: an unknown flag (named with the nearest), or a value of the wrong type.
+        SystemExit: after ``--help``.
+    """
+    kinds = {section: {name: field_types(section)[name] for name in names} for section, names in fields.items()}
+    flags = {name: kind for section in kinds.values() for name, kind in section.items()}
+    parser = _new_parser(prog, f"{prog} [--FLAG VALUE ...]", description, epilog="The flags are those of the trainer.")
+    for section, names in fields.items():
+        _add_section(parser, section, names, flags, ())
+    values, unknown = parser.parse_known_args(_normalize(argv))
+    problems = [_unknown_flag(token, flags) for token in unknown if token.startswith("-")]
+    if unknown and not problems:
+        problems = [f"{unknown[0]!r} belongs to no flag"]
+    given = {key: Given(raw, _flag(key)) for key, raw in vars(values).items()}
+    sections = {section: section(**_converted(given, section_kinds, problems)) for section, section_kinds in kinds.items()}
+    _refuse(problems)
+    return sections
+
+
+def _converted(given: Mapping[str, Given], kinds: Mapping[str, ValueType], problems: list[str]) -> dict[str, Any]:
+    """The values of the given flags; what is wrong with them is added to ``problems``."""
+    values: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        if key in given:
+            try:
+                values[key] = convert(given[key].raw, kind)
+            except ValueError as error:
+                problems.append(f"{given[key].source}: {error}")
+    return values
+
+
 def _normalize(argv: Sequence[str]) -> list[str]:
     tokens: list[str] = []
     for token in argv:
@@ -143,27 +185,47 @@ def _sections() -> list[type]:
 
 
 def _build_parser(prog: str, objectives: Mapping[str, type], flags: Mapping[str, ValueType]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [--config FILE] [--FLAG VALUE ...]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-        description="Preference optimization on Megatron-Core. Start several ranks with torchrun.",
+    parser = _new_parser(
+        prog,
+        f"{prog} [--config FILE] [--FLAG VALUE ...]",
+        "Preference optimization on Megatron-Core. Start several ranks with torchrun.",
         epilog="Every flag may stand in the YAML file by its name with underscores; the command line wins.",
     )
     general = parser.add_argument_group("General")
     general.add_argument("--config", metavar="FILE", help="YAML file of flag names and values, flat.")
+    names = [name for name in objectives if ":" not in name]
     for section in _sections():
-        group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0].rstrip("."))
-        for field in dataclasses.fields(section):
-            if field.name in flags:
-                text = field.metadata["help"].replace("{objectives}", ", ".join(sorted(o for o in objectives if ":" not in o)))
-                _add_flag(group, field.name, flags[field.name], f"{text} {_default_text(field)}", field.metadata["metavar"])
+        _add_section(parser, section, list(field_types(section)), flags, names)
     group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
     for key, text in _option_helps(objectives).items():
         _add_flag(group, key, flags[key], text, None)
     return parser
+
+
+def _new_parser(prog: str, usage: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return _Parser(
+        prog=prog,
+        usage=usage,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        description=description,
+        epilog=epilog,
+    )
+
+
+def _add_section(
+    parser: argparse.ArgumentParser,
+    section: type,
+    names: Sequence[str],
+    flags: Mapping[str, ValueType],
+    objectives: Sequence[str],
+) -> None:
+    group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0].rstrip("."))
+    for field in dataclasses.fields(section):
+        if field.name in names:
+            text = field.metadata["help"].replace("{objectives}", ", ".join(sorted(objectives)))
+            _add_flag(group, field.name, flags[field.name], f"{text} {_default_text(field)}", field.metadata["metavar"])
 
 
 def _option_helps(objectives: Mapping[str, type]) -> dict[str, str]:
@@ -198,20 +260,9 @@ def _add_flag(group: Any, key: str, kind: ValueType, text: str, metavar: str | N
 
 def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, type]) -> Config:
     problems: list[str] = []
-
-    def converted(kinds: Mapping[str, ValueType]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, kind in kinds.items():
-            if key in given:
-                try:
-                    values[key] = convert(given[key].raw, kind)
-                except ValueError as error:
-                    problems.append(f"{given[key].source}: {error}")
-        return values
-
-    section_values = {section: converted(field_types(section)) for section in _sections()}
+    section_values = {section: _converted(given, field_types(section), problems) for section in _sections()}
     option_kinds = field_types(objectives[name])
-    options = converted(option_kinds)
+    options = _converted(given, option_kinds, problems)
     taken = set(option_kinds).union(*(field_types(section) for section in _sections()))
     problems += [_unused_option(given[key], key, name, objectives) for key in given if key not in taken]
     _refuse(problems)

@@ -83,8 +83,8 @@ class RankBatch:
         mean_chosen_length: scored chosen tokens per pair, over the global batch; 1 where no row has a chosen response.
         num_tokens: tokens of all ranks' rows, each row counted once, padding left out.
         num_padding: padding tokens of this rank's rows.
+        cost: of all ranks' passes, forward and backward, by the layout's cost model.
         lengths: int32 ``[P, 3]``, prompt, chosen and rejected tokens of the global batch.
-        mismatched_lengths: the same of its mismatched pairs; None where there are none.
     """
 
     pair_indices: np.ndarray
@@ -96,8 +96,8 @@ class RankBatch:
     mean_chosen_length: float
     num_tokens: int
     num_padding: int
+    cost: float
     lengths: np.ndarray
-    mismatched_lengths: np.ndarray | None
 
     @property
     def rows(self) -> list[PackedRow]:
@@ -127,15 +127,15 @@ class BatchBuilder:
         layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
         passes = [_Pass(self.pairs, layout.conditional_sizes(lengths), layout.tokens_per_microbatch, self._conditional_row)]
-        # Forward only: a third of what forward and backward cost.
-        costs = passes[0].sizes.costs * (1.0 + layout.forward_passes / 3)
+        # Backward costs twice the forward.
+        costs = passes[0].sizes.costs * (3.0 + layout.forward_passes)
         if layout.unconditional:
             sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
             passes.append(_Pass(self.pairs, sizes, capacity, self._unconditional_row))
         if mismatched is not None:
             sizes = layout.conditional_sizes(mismatched.lengths[pair_indices])
             passes.append(_Pass(mismatched, sizes, layout.tokens_per_microbatch, self._conditional_row))
-        costs = costs + sum(later.sizes.costs / 3 for later in passes[1:])
+        costs = costs + sum(later.sizes.costs for later in passes[1:])
         share = spread_evenly(costs, layout.dp_size)[layout.dp_rank]
         rows = [self._lay_out(one, share, pair_indices) for one in passes]
         return RankBatch(
@@ -147,9 +147,9 @@ class BatchBuilder:
             mismatched_reference_scores=mismatched.scores_of(pair_indices) if mismatched is not None else None,
             mean_chosen_length=mean_chosen_length or float(lengths[:, 1].mean()) or 1.0,
             num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
+            cost=float(costs.sum()),
             num_padding=sum(row.num_padding for part in rows for row in part),
             lengths=lengths,
-            mismatched_lengths=mismatched.lengths[pair_indices] if mismatched is not None else None,
         )
 
     def _lay_out(self, one: _Pass, share: list[int], pair_indices: np.ndarray) -> list[PackedRow]:

@@ -84,8 +84,8 @@ class LogpNeeds:
             any context, its first token not scored; None: not needed.
         rejected: whether the rejected response is needed at all (supervised fine-tuning trains on the chosen one alone).
         reference: log-probabilities under the reference; computed once for the whole data set, no reference in memory.
-        mismatched: log-probabilities of responses to other prompts, under the policy (a forward-only pass before the gradient pass)
-            and under the reference (computed once).
+        mismatched: log-probabilities of responses to other prompts, under the policy (a forward-only pass before the gradient
+            pass) and under the reference (computed once).
         batch: log-probabilities of the whole global batch before its losses (a forward-only pass before the gradient pass).
         perturbation: e > 0: the reference stays in memory, and each response is scored under the logits mixed with its own.
         unpaired: whether rows of one response with a label will do.
@@ -122,9 +122,9 @@ class Objective(ABC):
     A subclass names itself, gives a frozen dataclass of options (``Config``; each field has ``metadata={"help": ...}``),
     declares its needs and computes the loss. Options are validated in ``Config.__post_init__`` with ``ValueError``.
 
-    One that depends on statistics of the batch, or on what earlier batches were like, overrides :meth:`prepare`, and for the latter
-    :meth:`initial_state` and :meth:`advance`. All three are pure: the trainer keeps the state, in memory and in checkpoints, and
-    advances it after an optimizer step and at no other time.
+    One that depends on statistics of the batch, or on what earlier batches were like, overrides :meth:`prepare`, and for the
+    latter :meth:`initial_state` and :meth:`advance`. All three are pure: the trainer keeps the state, in memory and in
+    checkpoints, and advances it after an optimizer step and at no other time.
     """
 
     name: ClassVar[str]

@@ -1,9 +1,19 @@
-"""Checks shared by the options of all objectives: a ``ValueError`` names the option, the value and what would be valid."""
+"""Shared by the options of all objectives: what one of the same name means, and checks.
+
+A check's ``ValueError`` names the option, the value and what would be valid.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+# An option means the same in every objective that has it; only defaults differ.
+BETA_HELP = "scale of the reward"
+LABEL_SMOOTHING_HELP = "assumed share of pairs labelled the wrong way round, 0 to 0.5"
+LENGTH_NORMALIZATION_HELP = "reward = beta * mean log-probability per token; off: beta * sum"
+GAMMA_BETA_RATIO_HELP = "margin the rewards must differ by, in units of beta: gamma = beta * ratio"
+SFT_WEIGHT_HELP = "weight of the token-mean negative log-likelihood of the chosen responses"
 
 
 def check_number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, low_is_valid: bool = True) -> None:

@@ -7,12 +7,43 @@ import difflib
 import importlib
 from collections.abc import Mapping
 
+from megatron_rmipo.objectives.alpha_dpo import AlphaDpo
+from megatron_rmipo.objectives.alpha_po import AlphaPo
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.beta_dpo import BetaDpo
+from megatron_rmipo.objectives.cpo import Cpo
+from megatron_rmipo.objectives.dpo import Dpo
+from megatron_rmipo.objectives.epsilon_dpo import EpsilonDpo
+from megatron_rmipo.objectives.hinge import Hinge
+from megatron_rmipo.objectives.infopo import Infopo
+from megatron_rmipo.objectives.ipo import Ipo
+from megatron_rmipo.objectives.kto import Kto
+from megatron_rmipo.objectives.orpo import Orpo
 from megatron_rmipo.objectives.rmipo import Rmipo
 from megatron_rmipo.objectives.sft import Sft
+from megatron_rmipo.objectives.simper import Simper
 from megatron_rmipo.objectives.simpo import Simpo
+from megatron_rmipo.objectives.slic import Slic
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Rmipo, Simpo, Sft)}
+_CLASSES: tuple[type[Objective], ...] = (
+    Rmipo,
+    Simpo,
+    Simper,
+    Dpo,
+    Ipo,
+    Slic,
+    Hinge,
+    Cpo,
+    Kto,
+    AlphaDpo,
+    BetaDpo,
+    EpsilonDpo,
+    Infopo,
+    Orpo,
+    AlphaPo,
+    Sft,
+)
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _CLASSES}
 
 
 def find_objective(name: str) -> type[Objective]:

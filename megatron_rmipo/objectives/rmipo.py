@@ -21,7 +21,17 @@ from megatron_rmipo.objectives.base import (
     reward_metrics,
     smoothed_log_sigmoid_loss,
 )
-from megatron_rmipo.objectives.options import check_choice, check_number, check_switch
+from megatron_rmipo.objectives.metrics import likelihood_metrics
+from megatron_rmipo.objectives.options import (
+    BETA_HELP,
+    LABEL_SMOOTHING_HELP,
+    LENGTH_NORMALIZATION_HELP,
+    SFT_WEIGHT_HELP,
+    check_choice,
+    check_number,
+    check_switch,
+)
+from megatron_rmipo.objectives.presets import check_preset, fill_option, refuse_option
 from megatron_rmipo.objectives.sft import chosen_nll
 
 MarginScale = Literal["gamma", "beta_gamma"]
@@ -65,7 +75,7 @@ class RmipoConfig:
         default=None,
         metadata={"help": "before y in log p(y): bos (preset paper), or none, leaving its first token unscored (official)"},
     )
-    beta: float = dataclasses.field(default=2.0, metadata={"help": "scale of the reward"})
+    beta: float = dataclasses.field(default=2.0, metadata={"help": BETA_HELP})
     gamma_min: float | None = dataclasses.field(
         default=None,
         metadata={"help": f"smallest margin, of pairs the prompt tells apart clearly (default {DEFAULT_GAMMA_MIN:g})"},
@@ -84,15 +94,9 @@ class RmipoConfig:
             "help": "what moves the margin: pmi (default), or gap, the difference in mean log-probability, without log p(y)"
         },
     )
-    length_normalization: bool = dataclasses.field(
-        default=True, metadata={"help": "reward = beta * mean log-probability per token; off: beta * sum"}
-    )
-    label_smoothing: float = dataclasses.field(
-        default=0.0, metadata={"help": "assumed share of pairs labelled the wrong way round, 0 to 0.5"}
-    )
-    sft_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "weight of the token-mean negative log-likelihood of the chosen responses"}
-    )
+    length_normalization: bool = dataclasses.field(default=True, metadata={"help": LENGTH_NORMALIZATION_HELP})
+    label_smoothing: float = dataclasses.field(default=0.0, metadata={"help": LABEL_SMOOTHING_HELP})
+    sft_weight: float = dataclasses.field(default=0.0, metadata={"help": SFT_WEIGHT_HELP})
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, tuple(PRESETS))
@@ -101,53 +105,38 @@ class RmipoConfig:
         check_switch("length_normalization", self.length_normalization)
         check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
         check_number("sft_weight", self.sft_weight, low=0.0)
-        self._fill("margin_scale", PRESETS[self.preset]["margin_scale"], ("gamma", "beta_gamma"))
+        fill_option(self, "margin_scale", PRESETS[self.preset]["margin_scale"])
+        check_choice("margin_scale", self.margin_scale, ("gamma", "beta_gamma"))
         self._fill_bounds()
         self._fill_signal()
-        self._check_preset()
+        check_preset(self, PRESETS)
 
     def _fill_bounds(self) -> None:
-        if self.gamma_max is None:
-            object.__setattr__(self, "gamma_max", DEFAULT_GAMMA_MAX)
+        fill_option(self, "gamma_max", DEFAULT_GAMMA_MAX)
         check_number("gamma_max", self.gamma_max, low=0.0)
         if self.margin_schedule == "none":
-            self._refuse("gamma_min", "margin_schedule none gives every pair the margin gamma_max")
+            refuse_option(self, "gamma_min", "margin_schedule none gives every pair the margin gamma_max")
             return
-        if self.gamma_min is None:
-            object.__setattr__(self, "gamma_min", DEFAULT_GAMMA_MIN)
+        fill_option(self, "gamma_min", DEFAULT_GAMMA_MIN)
         check_number("gamma_min", self.gamma_min, low=0.0)
         if self.gamma_min > self.gamma_max:  # type: ignore[operator]
             raise ValueError(f"gamma_min {self.gamma_min:g} is greater than gamma_max {self.gamma_max:g}")
 
     def _fill_signal(self) -> None:
         if self.margin_schedule == "none":
-            self._refuse("margin_signal", "margin_schedule none gives every pair the same margin")
+            refuse_option(self, "margin_signal", "margin_schedule none gives every pair the same margin")
         else:
-            self._fill("margin_signal", "pmi", ("pmi", "gap"))
+            fill_option(self, "margin_signal", "pmi")
+            check_choice("margin_signal", self.margin_signal, ("pmi", "gap"))
         if self.margin_signal == "pmi":
-            self._fill("pmi_normalization", PRESETS[self.preset]["pmi_normalization"], ("sum", "mean"))
-            self._fill("unconditional_context", PRESETS[self.preset]["unconditional_context"], ("bos", "none"))
+            fill_option(self, "pmi_normalization", PRESETS[self.preset]["pmi_normalization"])
+            check_choice("pmi_normalization", self.pmi_normalization, ("sum", "mean"))
+            fill_option(self, "unconditional_context", PRESETS[self.preset]["unconditional_context"])
+            check_choice("unconditional_context", self.unconditional_context, ("bos", "none"))
         else:
             reason = f"no mutual information is computed with margin_{'signal gap' if self.margin_signal else 'schedule none'}"
-            self._refuse("pmi_normalization", reason)
-            self._refuse("unconditional_context", reason)
-
-    def _check_preset(self) -> None:
-        # A saved configuration holds all three switches; another preset on top of it must not be ignored silently.
-        switches = {name: getattr(self, name) for name in PRESETS[self.preset] if getattr(self, name) is not None}
-        if all(value != PRESETS[self.preset][name] for name, value in switches.items()):
-            other = next(name for name in PRESETS if name != self.preset)
-            given = ", ".join(f"{name} {value}" for name, value in switches.items())
-            raise ValueError(f"preset {self.preset!r} would do nothing: {given} is preset {other!r}; leave them out")
-
-    def _fill(self, name: str, default: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, default)
-        check_choice(name, getattr(self, name), choices)
-
-    def _refuse(self, name: str, reason: str) -> None:
-        if getattr(self, name) is not None:
-            raise ValueError(f"{name} {getattr(self, name)!r} would do nothing: {reason}; leave it out")
+            refuse_option(self, "pmi_normalization", reason)
+            refuse_option(self, "unconditional_context", reason)
 
 
 class Rmipo(Objective):
@@ -191,13 +180,10 @@ class Rmipo(Objective):
             gamma = self._margin(signal)
         margin = config.beta * gamma if config.margin_scale == "beta_gamma" else gamma
         losses = smoothed_log_sigmoid_loss(chosen_rewards - rejected_rewards - margin, config.label_smoothing)
-        nll = chosen_nll(logps)
         if config.sft_weight > 0.0:
-            losses = losses + config.sft_weight * nll
+            losses = losses + config.sft_weight * chosen_nll(logps)
         metrics["gamma"] = gamma
-        metrics["logps/chosen"] = chosen_mean.detach()
-        metrics["logps/rejected"] = rejected_mean.detach()
-        metrics["nll/chosen"] = nll.detach()
+        metrics.update(likelihood_metrics(logps))
         distributions = tuple(name for name in ("gamma", "dpmi", "rewards/margins") if name in metrics)
         return LossOutput(losses=losses, metrics=metrics, distributions=distributions)
 

@@ -9,7 +9,16 @@ import dataclasses
 from typing import ClassVar
 
 from megatron_rmipo.objectives.base import LossOutput, Objective, PairLogps, reward_metrics, smoothed_log_sigmoid_loss
-from megatron_rmipo.objectives.options import check_number
+from megatron_rmipo.objectives.metrics import likelihood_metrics
+from megatron_rmipo.objectives.options import (
+    BETA_HELP,
+    GAMMA_BETA_RATIO_HELP,
+    LABEL_SMOOTHING_HELP,
+    LENGTH_NORMALIZATION_HELP,
+    SFT_WEIGHT_HELP,
+    check_number,
+    check_switch,
+)
 from megatron_rmipo.objectives.sft import chosen_nll
 
 
@@ -21,20 +30,16 @@ class SimpoConfig:
         ValueError: an option is outside its range.
     """
 
-    beta: float = dataclasses.field(default=2.0, metadata={"help": "scale of the reward"})
-    gamma_beta_ratio: float = dataclasses.field(
-        default=0.25, metadata={"help": "margin the average log-probabilities must differ by; gamma = beta * ratio"}
-    )
-    label_smoothing: float = dataclasses.field(
-        default=0.0, metadata={"help": "assumed share of pairs labelled the wrong way round, 0 to 0.5"}
-    )
-    sft_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "weight of the token-mean negative log-likelihood of the chosen responses"}
-    )
+    beta: float = dataclasses.field(default=2.0, metadata={"help": BETA_HELP})
+    gamma_beta_ratio: float = dataclasses.field(default=0.25, metadata={"help": GAMMA_BETA_RATIO_HELP})
+    length_normalization: bool = dataclasses.field(default=True, metadata={"help": LENGTH_NORMALIZATION_HELP})
+    label_smoothing: float = dataclasses.field(default=0.0, metadata={"help": LABEL_SMOOTHING_HELP})
+    sft_weight: float = dataclasses.field(default=0.0, metadata={"help": SFT_WEIGHT_HELP})
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0, low_is_valid=False)
         check_number("gamma_beta_ratio", self.gamma_beta_ratio, low=0.0)
+        check_switch("length_normalization", self.length_normalization)
         check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
         check_number("sft_weight", self.sft_weight, low=0.0)
 
@@ -42,7 +47,7 @@ class SimpoConfig:
 class Simpo(Objective):
     """``L = -logsigmoid(beta (bar Lw - bar Ll) - gamma)``, ``bar L`` the mean log-probability per token.
 
-    ``gamma = beta * gamma_beta_ratio``.
+    ``gamma = beta * gamma_beta_ratio``. Without length normalisation ``L`` stands in place of ``bar L``, against the same margin.
 
     Source: SimPO (Meng et al. 2024), equation 6; label smoothing and the SFT term as in its reference code.
     """
@@ -54,15 +59,12 @@ class Simpo(Objective):
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Loss and metrics per pair."""
         config = self.config
-        chosen_mean = logps.chosen_logps / logps.chosen_lengths
-        rejected_mean = logps.rejected_logps / logps.rejected_lengths
-        logits = config.beta * (chosen_mean - rejected_mean - config.gamma_beta_ratio)
+        chosen, rejected = logps.chosen_logps, logps.rejected_logps
+        if config.length_normalization:
+            chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
+        logits = config.beta * (chosen - rejected - config.gamma_beta_ratio)
         losses = smoothed_log_sigmoid_loss(logits, config.label_smoothing)
-        nll = chosen_nll(logps)
         if config.sft_weight > 0.0:
-            losses = losses + config.sft_weight * nll
-        metrics = reward_metrics(config.beta * chosen_mean, config.beta * rejected_mean)
-        metrics["logps/chosen"] = chosen_mean.detach()
-        metrics["logps/rejected"] = rejected_mean.detach()
-        metrics["nll/chosen"] = nll.detach()
+            losses = losses + config.sft_weight * chosen_nll(logps)
+        metrics = reward_metrics(config.beta * chosen, config.beta * rejected) | likelihood_metrics(logps)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

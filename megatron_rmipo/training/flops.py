@@ -1,19 +1,16 @@
-"""Model floating point operations of preference pairs, and what devices can do.
+"""Model floating point operations, as the cost model that batches are cut by, and what devices can do.
 
 Counted are the multiplications and additions of matrix products that the loss needs: layers for each token that stands in the
 packed row, attention for each (query, key) that is kept, the output layer for each scored token; backward twice the forward.
 Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, rotary
 embeddings, softmax and the optimizer are left out as usual. A sliding window is not counted: rows that would need it are refused.
-
-Shape letter: P pairs.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from megatron_rmipo.data.batching import CostModel, conditional_sizes, unconditional_sizes
+from megatron_rmipo.data.batching import CostModel
 from megatron_rmipo.model.architecture import ModelArchitecture
 
 # Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.
@@ -73,35 +70,3 @@ def forward_cost_model(arch: ModelArchitecture) -> CostModel:
         per_area=4.0 * arch.num_layers * query_size,
         per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,
     )
-
-
-def pair_flops(
-    arch: ModelArchitecture,
-    lengths: np.ndarray,
-    *,
-    share_prompts: bool = True,
-    with_rejected: bool = True,
-    unconditional: str | None = None,
-    forward_only: bool = False,
-) -> np.ndarray:
-    """Model FLOPs of pairs in one step, over all ranks.
-
-    Args:
-        arch: the model.
-        lengths: int ``[P, 3]``: tokens of prompt, chosen, rejected.
-        share_prompts: the prompt runs once for both responses.
-        with_rejected: the rejected response is computed at all.
-        unconditional: the forward-only pass over the responses alone: ``"bos"`` scores all their tokens, ``"none"`` all but the
-            first, None leaves the pass out.
-        forward_only: an evaluation: no backward.
-
-    Returns:
-        float64 ``[P]``.
-    """
-    cost = forward_cost_model(arch)
-    forward = conditional_sizes(lengths, cost, share_prompts=share_prompts, with_rejected=with_rejected).costs
-    total: np.ndarray = forward if forward_only else 3.0 * forward
-    if unconditional is not None:
-        alone = unconditional_sizes(lengths, cost, has_context_token=unconditional == "bos", with_rejected=with_rejected)
-        total = total + alone.costs
-    return total

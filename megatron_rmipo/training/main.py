@@ -28,7 +28,7 @@ from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.arguments import parse_arguments
-from megatron_rmipo.training.flops import pair_flops, peak_flops
+from megatron_rmipo.training.flops import peak_flops
 from megatron_rmipo.training.inputs import RunData, check_outputs, conditional_layout, open_data
 from megatron_rmipo.training.loop import Progress, Run, train
 from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights
@@ -110,7 +110,7 @@ def run_training(config: Config) -> bool:
             held_out=BatchBuilder(data.held_out, rank_layout) if data.held_out is not None else None,
             num_held_out=data.num_held_out,
             reporter=reporter,
-            throughput=_throughput(config, source.arch, rank_layout, groups),
+            throughput=_throughput(config, groups),
             save=partial(_save, config, source, state, progress, groups),
         )
         complete = train(run)
@@ -184,18 +184,11 @@ def _say_what_runs(config: Config, source: ModelSource, groups: ProcessGroups, p
     reporter.say(f"ranks: {groups.world_size} (TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}); from {start}")
 
 
-def _throughput(config: Config, arch: ModelArchitecture, layout: BatchLayout, groups: ProcessGroups) -> Throughput:
-    flops = partial(
-        pair_flops,
-        arch,
-        share_prompts=layout.share_prompts,
-        with_rejected=layout.with_rejected,
-        unconditional=layout.unconditional,
-    )
+def _throughput(config: Config, groups: ProcessGroups) -> Throughput:
     peak = None
     if torch.cuda.is_available():
         peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16 if config.model.bf16 else torch.float32)
-    return Throughput(groups.world_size, flops, peak)
+    return Throughput(groups.world_size, peak)
 
 
 def _save(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:

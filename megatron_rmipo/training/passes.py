@@ -189,7 +189,7 @@ def _known_of_pairs(numbers: Tensor, batch: RankBatch, prepared: Prepared, devic
         fields = _reference_fields(batch.reference_scores[numbers.numpy()])
         known.update({name: values.to(device) for name, values in fields.items()})
     known["batch"] = {
-        name: (values if values.dim() == 0 else values[numbers]).to(device) for name, values in prepared.batch.items()
+        name: (values[numbers] if values.dim() else values).to(device, torch.float32) for name, values in prepared.batch.items()
     }
     return known
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from megatron_rmipo.data.loader import RankBatch
@@ -17,13 +15,11 @@ class Throughput:
 
     Args:
         world_size: ranks the work is shared by.
-        pair_flops: model floating point operations ``[P]`` of pairs with the given int ``[P, 3]`` lengths.
         peak_flops: of one device at the run's dtype, per second; None where it is not known.
     """
 
-    def __init__(self, world_size: int, pair_flops: Callable[[np.ndarray], np.ndarray], peak_flops: float | None) -> None:
+    def __init__(self, world_size: int, peak_flops: float | None) -> None:
         self._world_size = world_size
-        self._pair_flops = pair_flops
         self._peak_flops = peak_flops
         self._clear()
 
@@ -32,14 +28,14 @@ class Throughput:
         self._steps = self._pairs = self._tokens = self._padding = self._row_tokens = 0
 
     def add(self, batch: RankBatch, seconds: float) -> None:
-        """Count one step on this rank."""
+        """Count one step on this rank. The batch's cost is in model FLOPs, see :mod:`megatron_rmipo.training.flops`."""
         self._steps += 1
         self._seconds += seconds
         self._pairs += batch.num_pairs
         self._tokens += batch.num_tokens
         self._padding += batch.num_padding
         self._row_tokens += sum(row.num_tokens for row in batch.rows)
-        self._flops += float(self._pair_flops(batch.lengths).sum())
+        self._flops += batch.cost
 
     def take(self) -> dict[str, float]:
         """Rates since the last call. Padding share and memory are this rank's own.

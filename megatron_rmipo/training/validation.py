@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -26,7 +27,22 @@ def validate(config: Config, architecture: ModelArchitecture, world_size: int) -
     Raises:
         ConfigError: one line per fault: the flags, their values, and values that would work.
     """
-    problems = [*flag_problems(config), *_layout_problems(config, architecture, world_size)]
+    _raise([*flag_problems(config), *_layout_problems(config, architecture, world_size)])
+
+
+def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, world_size: int) -> None:
+    """The same for a command that trains nothing: layout, model and device flags alone.
+
+    Raises:
+        ConfigError: as :func:`validate`.
+    """
+    own = [*_parallel_flags(config), *_device_flags(config), *_recompute_flags(config.model)]
+    # A batch size is not a matter of such a command.
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=world_size))
+    _raise([*own, *_layout_problems(config, architecture, world_size)])
+
+
+def _raise(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
 

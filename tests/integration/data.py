@@ -13,11 +13,17 @@ FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"
 MODEL = FIXTURE / "model"
 
 
-def write_pairs(prefix: Path, *, with_rejected: bool = True) -> Path:
-    """Prepare the fixture's 48 pairs under ``prefix`` as the data tool would, or their chosen responses alone."""
-    with PairStoreWriter(prefix, vocab_size=400) as writer:
-        for pair in read_pairs(FIXTURE):
-            rejected = pair.rejected if with_rejected else pair.rejected[:0]
-            writer.add(TokenizedPair(pair.prompt, pair.chosen, rejected))
+def write_pairs(prefix: Path, *, with_rejected: bool = True, swap_first: bool = False) -> Path:
+    """Prepare the fixture's 48 pairs under ``prefix`` as the data tool would.
+
+    Args:
+        prefix: what stands there is replaced.
+        with_rejected: False leaves the rejected responses out.
+        swap_first: exchange the responses of the first pair.
+    """
+    with PairStoreWriter(prefix, vocab_size=400, overwrite=True) as writer:
+        for number, pair in enumerate(read_pairs(FIXTURE)):
+            chosen, rejected = (pair.rejected, pair.chosen) if swap_first and number == 0 else (pair.chosen, pair.rejected)
+            writer.add(TokenizedPair(pair.prompt, chosen, rejected if with_rejected else rejected[:0]))
         writer.finalize(Manifest(tokenizer=load_tokenizer(str(MODEL)).info, has_rejected=with_rejected))
     return prefix

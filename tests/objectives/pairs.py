@@ -16,6 +16,7 @@ def make_pairs(
     lengths: tuple[list[int], list[int]],
     uncond: tuple[list[float], list[float]] | None = None,
     uncond_lengths: tuple[list[int], list[int]] | None = None,
+    ref: tuple[list[float], list[float]] | None = None,
 ) -> PairLogps:
     """Pairs from plain numbers; the unconditional lengths are those of the responses unless given."""
 
@@ -33,11 +34,13 @@ def make_pairs(
         uncond_rejected_logps=tensor(uncond[1]) if uncond else None,
         uncond_chosen_lengths=tensor(counts[0]) if uncond else None,
         uncond_rejected_lengths=tensor(counts[1]) if uncond else None,
+        ref_chosen_logps=tensor(ref[0]) if ref else None,
+        ref_rejected_logps=tensor(ref[1]) if ref else None,
     )
 
 
 def random_pairs(num_pairs: int, seed: int, *, context: str = "bos") -> PairLogps:
-    """Pairs of odd lengths with log-probabilities near -2 a token and a PMI of either sign."""
+    """Pairs of odd lengths with log-probabilities near -2 a token, a PMI of either sign and a reference a few nats off."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -46,6 +49,7 @@ def random_pairs(num_pairs: int, seed: int, *, context: str = "bos") -> PairLogp
     lengths = [torch.randint(2, 60, (num_pairs,), generator=generator).float() for _ in range(2)]
     logps = [length * uniform(-3.0, -1.0) for length in lengths]
     uncond = [logp + uniform(-2.0, 1.0) for logp in logps]
+    ref = [logp + uniform(-3.0, 3.0) for logp in logps]
     dropped = 0.0 if context == "bos" else 1.0
     return PairLogps(
         chosen_logps=logps[0].requires_grad_(),
@@ -57,6 +61,8 @@ def random_pairs(num_pairs: int, seed: int, *, context: str = "bos") -> PairLogp
         uncond_rejected_logps=uncond[1],
         uncond_chosen_lengths=lengths[0] - dropped,
         uncond_rejected_lengths=lengths[1] - dropped,
+        ref_chosen_logps=ref[0],
+        ref_rejected_logps=ref[1],
     )
 
 
@@ -72,4 +78,22 @@ def swapped(pairs: PairLogps) -> PairLogps:
         uncond_rejected_logps=pairs.uncond_chosen_logps,
         uncond_chosen_lengths=pairs.uncond_rejected_lengths,
         uncond_rejected_lengths=pairs.uncond_chosen_lengths,
+        ref_chosen_logps=pairs.ref_rejected_logps,
+        ref_rejected_logps=pairs.ref_chosen_logps,
+    )
+
+
+def part_of(pairs: PairLogps, part: slice) -> PairLogps:
+    """Some of the pairs, as one pack of the same global batch."""
+    columns = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
+    cut = {name: column[part] for name, column in columns.items() if isinstance(column, Tensor) and column.ndim == 1}
+    return dataclasses.replace(pairs, **cut)
+
+
+def fresh(pairs: PairLogps) -> PairLogps:
+    """The same pairs with log-probabilities that have no gradient yet."""
+    return dataclasses.replace(
+        pairs,
+        chosen_logps=pairs.chosen_logps.detach().clone().requires_grad_(),
+        rejected_logps=pairs.rejected_logps.detach().clone().requires_grad_(),
     )

@@ -14,15 +14,34 @@ from tests.objectives.pairs import random_pairs
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_every_objective_is_built_by_name_and_gives_finite_losses(name: str) -> None:
+def test_every_objective_is_built_by_name(name: str) -> None:
     objective = build_objective(name, {})
     assert type(objective) is OBJECTIVES[name]
     assert objective.name == name
-    output = objective(random_pairs(7, seed=0))
+
+
+def needs_no_preparation(name: str) -> bool:
+    needs = build_objective(name, {}).needs
+    return not (needs.batch or needs.mismatched or needs.perturbation is not None)
+
+
+# Those that see the global batch first are run by their own tests.
+@pytest.mark.parametrize("name", sorted(filter(needs_no_preparation, OBJECTIVES)))
+def test_every_objective_gives_finite_losses_and_metrics_of_pairs(name: str) -> None:
+    output = build_objective(name, {})(random_pairs(7, seed=0))
     assert output.losses.shape == (7,)
     assert output.losses.isfinite().all()
     assert set(output.distributions) <= set(output.metrics)
     assert all(metric.shape == (7,) for metric in output.metrics.values())
+    assert name == "sft" or {f"rewards/{what}" for what in ("chosen", "rejected", "margins", "accuracies")} <= set(output.metrics)
+
+
+def test_an_option_is_of_one_kind_in_every_objective_that_has_it() -> None:
+    kinds: dict[str, set[str]] = {}
+    for objective in OBJECTIVES.values():
+        for field in dataclasses.fields(objective.Config):
+            kinds.setdefault(field.name, set()).add(str(field.type).removesuffix(" | None"))
+    assert {name: types for name, types in kinds.items() if len(types) > 1} == {}
 
 
 def test_unset_options_fall_back_and_set_ones_arrive() -> None:
@@ -38,9 +57,9 @@ def test_an_objective_of_ones_own_is_built_from_module_and_class() -> None:
     ("name", "options", "words"),
     [
         ("rmpo", {}, ["'rmpo'", "did you mean 'rmipo'", "simpo"]),
-        ("zzz", {}, ["'zzz'.", "rmipo, simpo, sft"]),
+        ("zzz", {}, ["'zzz'.", "rmipo, simpo, simper, dpo"]),
         ("simpo", {"gamma_min": 0.3}, ["'simpo'", "gamma_min", "0.3", "rmipo would", "gamma_beta_ratio"]),
-        ("rmipo", {"gamma_beta_ratio": 0.5}, ["gamma_beta_ratio", "simpo would", "gamma_max"]),
+        ("rmipo", {"gamma_beta_ratio": 0.5}, ["gamma_beta_ratio", "simpo, alpha_dpo, alpha_po would", "gamma_max"]),
         ("rmipo", {"gama_min": 0.5}, ["gama_min", "did you mean gamma_min"]),
         ("sft", {"beta": 2.0}, ["'sft'", "beta", "no options"]),
         ("no.such.module:Loss", {}, ["cannot be imported", "no.such"]),
@@ -64,3 +83,4 @@ def test_needs_follow_the_options() -> None:
     assert build_objective("rmipo", {"preset": "official"}).needs == LogpNeeds(unconditional="none")
     assert build_objective("rmipo", {"margin_signal": "gap"}).needs == LogpNeeds()
     assert build_objective("simpo", {}).needs == LogpNeeds()
+    assert build_objective("dpo", {}).needs == LogpNeeds(reference=True)

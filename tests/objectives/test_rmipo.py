@@ -19,6 +19,10 @@ from tests.objectives.pairs import make_pairs, random_pairs, swapped
 # rewards (beta 2): 2 * -2 = -4 and 2 * -2.5 = -5, margin 1. PMI sums: 2 and 1, dpmi 1. gamma = 0.3 + 1.3 / e = 0.7782433...
 HAND = {"chosen": [-6.0], "rejected": [-10.0], "lengths": ([3], [4]), "uncond": ([-8.0], [-11.0])}
 HAND_GAMMA = 0.778243273
+# What the loss reads, in the order in which float64_loss unpacks it.
+COLUMNS = [
+    f"{prefix}{side}_{what}" for prefix in ("", "uncond_") for what in ("logps", "lengths") for side in ("chosen", "rejected")
+]
 
 
 def run(pairs: PairLogps, **options: Any) -> LossOutput:
@@ -93,7 +97,7 @@ def test_gap_signal_is_the_average_log_probability_gap_without_beta() -> None:
 def float64_loss(pairs: PairLogps, config: RmipoConfig) -> tuple[list[float], list[float]]:
     """Losses and margins by a plain loop over pairs in float64, written from the formulas."""
     losses, margins = [], []
-    columns = [getattr(pairs, field.name) for field in dataclasses.fields(PairLogps) if field.name != "mean_chosen_length"]
+    columns = [getattr(pairs, name) for name in COLUMNS]
     for lw, ll, nw, nl, uw, ul, mw, ml in zip(*(column.double().tolist() for column in columns), strict=True):
         by_token = config.pmi_normalization == "mean"
         dpmi = (lw / nw - uw / mw) - (ll / nl - ul / ml) if by_token else (lw - uw) - (ll - ul)

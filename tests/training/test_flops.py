@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.pair_store import TokenizedPair
 from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.training.flops import pair_flops, peak_flops
+from megatron_rmipo.training.flops import forward_cost_model, peak_flops
+from tests.integration.problem import collection
 
 ARCH = ModelArchitecture(
     family="llama",
@@ -97,6 +102,14 @@ def counted(model: PlainModel, visible: list[list[int]], sources: list[int], *, 
     return counter.get_total_flops()
 
 
+def pair_flops(lengths: tuple[int, int, int], **layout: Any) -> float:
+    """What a batch of one pair says that it costs."""
+    pair = TokenizedPair(*(np.arange(length) + 3 for length in lengths))
+    settings = {"tokens_per_microbatch": 100, "bos_token_id": 1, **layout}
+    builder = BatchBuilder(collection([pair]), BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(ARCH), **settings))
+    return builder.build(np.array([0])).cost
+
+
 LENGTHS = [(5, 4, 3), (3, 2, 6), (1, 1, 4)]
 
 
@@ -107,37 +120,43 @@ def test_gradient_pass(lengths: tuple[int, int, int], share: bool) -> None:
     prompt, *responses = lengths
     visible, sources = row(prompt, responses, share=share)
     assert len(sources) == sum(responses)
-    flops = pair_flops(ARCH, np.array([lengths]), share_prompts=share)
-    assert flops.tolist() == [counted(model, visible, sources, backward=True)]
-    forward = pair_flops(ARCH, np.array([lengths]), share_prompts=share, forward_only=True)
-    assert forward.tolist() == [counted(model, visible, sources, backward=False)]
+    flops = pair_flops(lengths, share_prompts=share)
+    assert flops == counted(model, visible, sources, backward=True)
+    forward = counted(model, visible, sources, backward=False)
+    assert pair_flops(lengths, share_prompts=share, forward_passes=2) == flops + 2 * forward
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_chosen_alone(lengths: tuple[int, int, int]) -> None:
     visible, sources = row(lengths[0], [lengths[1]], share=True)
-    flops = pair_flops(ARCH, np.array([lengths]), with_rejected=False)
-    assert flops.tolist() == [counted(PlainModel(ARCH), visible, sources, backward=True)]
+    flops = pair_flops(lengths, with_rejected=False)
+    assert flops == counted(PlainModel(ARCH), visible, sources, backward=True)
 
 
 @pytest.mark.parametrize("context", ["bos", "none"])
-def test_unconditional_pass_is_forward_only_over_the_responses(context: str) -> None:
-    model = PlainModel(ARCH)
-    extra = pair_flops(ARCH, np.array(LENGTHS), unconditional=context) - pair_flops(ARCH, np.array(LENGTHS))
-    for (_, *responses), flops in zip(LENGTHS, extra, strict=True):
-        expected = 0
-        for response in responses:
-            tokens = response if context == "bos" else response - 1
-            if tokens:
-                visible = [list(range(query + 1)) for query in range(tokens)]
-                expected += counted(model, visible, list(range(tokens)), backward=False)
-        assert flops == expected
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_unconditional_pass_is_forward_only_over_the_responses(lengths: tuple[int, int, int], context: str) -> None:
+    model, expected = PlainModel(ARCH), 0
+    for response in lengths[1:]:
+        tokens = response if context == "bos" else response - 1
+        if tokens:
+            visible = [list(range(query + 1)) for query in range(tokens)]
+            expected += counted(model, visible, list(range(tokens)), backward=False)
+    assert pair_flops(lengths, unconditional=context) - pair_flops(lengths) == expected
 
 
-def test_pairs_are_counted_one_by_one() -> None:
-    together = pair_flops(ARCH, np.array(LENGTHS), unconditional="bos")
-    alone = [pair_flops(ARCH, np.array([lengths]), unconditional="bos")[0] for lengths in LENGTHS]
-    assert together.tolist() == alone
+def test_the_mismatched_pass_is_forward_only_over_prompts_with_other_responses() -> None:
+    pairs = [
+        TokenizedPair(*(np.arange(length) + first for length in lengths)) for first, lengths in ((3, (5, 4, 3)), (9, (3, 2, 6)))
+    ]
+    both, costs = collection(pairs), []
+    layout = BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(ARCH), tokens_per_microbatch=100)
+    for _ in range(2):
+        costs.append(BatchBuilder(both, layout).build(np.arange(2)).cost)
+        both.match_anew()
+    # The second pair's longer response is cut to what the longest row, of nine tokens, leaves behind a prompt of five.
+    expected = [row(5, [2, 4], share=True), row(3, [4, 3], share=True)]
+    assert costs[1] - costs[0] == sum(counted(PlainModel(ARCH), *one, backward=False) for one in expected)
 
 
 @pytest.mark.parametrize(

@@ -29,5 +29,11 @@ def test_sums_are_taken_in_float64() -> None:
     assert summarize({"x": values})["x"] == (2.0**24 + 1023) / 1024
 
 
-def test_a_pair_that_is_not_a_number_is_not_hidden() -> None:
-    assert math.isnan(summarize({"x": torch.tensor([1.0, float("nan")])})["x"])
+def test_a_loss_that_is_not_a_number_is_not_hidden() -> None:
+    assert math.isnan(summarize({"loss": torch.tensor([1.0, float("nan")])})["loss"])
+
+
+def test_pairs_without_a_value_are_left_out() -> None:
+    nan = float("nan")
+    values = {"x": torch.tensor([1.0, nan, 4.0]), "y": torch.tensor([nan, nan, nan])}
+    assert summarize(values, ("x", "y")) == pytest.approx({"x": 2.5, "x/p5": 1.15, "x/p50": 2.5, "x/p95": 3.85})

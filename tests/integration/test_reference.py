@@ -1,0 +1,176 @@
+"""The reference through the command line: computed once, found again, gone on with after a kill, never taken for another."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rmipo.data.reference_scores import SCORES_FILE
+from megatron_rmipo.training import score_cli
+from tests.harness import run_distributed
+from tests.integration.data import MODEL, write_pairs
+from tests.integration.test_training import flags, losses, output_of, records, run, weights
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "data" / "pairs")
+
+
+def score_files(prefix: Path) -> list[Path]:
+    return sorted(prefix.with_name(prefix.name + ".reference").glob(f"*/{SCORES_FILE}"))
+
+
+def other_model(directory: Path) -> Path:
+    """The fixture's model with other weights."""
+    directory.mkdir()
+    for path in MODEL.iterdir():
+        if path.suffix != ".safetensors":
+            (directory / path.name).write_bytes(path.read_bytes())
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(MODEL / "model.safetensors")
+    changed = {name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+    save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_the_first_loss_of_dpo_is_ln_2(prefix: Path, tmp_path: Path, layout: dict[str, int]) -> None:
+    arguments = flags(prefix, tmp_path / "run", objective="dpo", train_iters=2, lr_warmup_iters=None, **layout)
+    ranks = 2 if layout else 1
+    assert set(run_distributed(run, ranks, arguments)) == {0}
+    by_step = losses(tmp_path / "run")
+    assert by_step[1] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(by_step[2] - math.log(2)) > 1e-3
+    assert len(score_files(prefix)) == 1
+
+
+@pytest.mark.dist
+def test_scores_are_found_again_and_others_are_never_taken_for_them(prefix: Path, tmp_path: Path) -> None:
+    def train(name: str, **changes: Any) -> float:
+        arguments = flags(prefix, tmp_path / name, objective="dpo", train_iters=1, lr_warmup_iters=None, split=None, **changes)
+        code, output = run_distributed(output_of, 1, run, arguments)[0]
+        assert code == 0, output
+        return losses(tmp_path / name)[1]
+
+    first = train("first")
+    (scores,) = score_files(prefix)
+    written = scores.stat().st_mtime_ns
+    assert train("again") == first
+    assert scores.stat().st_mtime_ns == written
+    other = other_model(tmp_path / "other")
+    changed = train("changed", reference_hf=other)
+    assert abs(changed - math.log(2)) > 1e-3, "the other reference was not looked at"
+    assert len(score_files(prefix)) == 2
+    assert train("bf16", bf16=True) == pytest.approx(math.log(2), abs=1e-2)
+    assert len(score_files(prefix)) == 3
+    # The same data with one pair changed.
+    write_pairs(prefix, swap_first=True)
+    assert train("data") == pytest.approx(math.log(2), abs=1e-6)
+    assert len(score_files(prefix)) == 4
+
+
+@pytest.mark.dist
+def test_scoring_goes_on_after_a_kill_at_another_layout(prefix: Path, tmp_path: Path) -> None:
+    arguments = ["--load-hf", str(MODEL), "--pairs", str(prefix), "--tokens-per-microbatch", "700"]
+    program = (
+        "import sys, time\n"
+        "from megatron_rmipo.training import score_cli, scoring\n"
+        "scoring.ROWS_PER_WRITE = 5\n"
+        "original = scoring._write\n"
+        "def slowly(*given):\n"
+        "    original(*given)\n"
+        "    time.sleep(1)\n"
+        "scoring._write = slowly\n"
+        "sys.exit(score_cli.main(sys.argv[1:]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 100
+    progress: list[Path] = []
+    while not (progress and json.loads(progress[0].read_text())["num_done"] >= 10):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        progress = list(prefix.with_name("pairs.reference").glob("*/progress.json"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    num_done = json.loads(progress[0].read_text())["num_done"]
+    assert 10 <= num_done < 48
+    (scores,) = score_files(prefix)
+    before = np.load(scores)
+    assert np.isfinite(before[:num_done]).all()
+    assert np.isnan(before[num_done + 5 :]).all()
+    assert set(run_distributed(score_cli.main, 2, [*arguments, "--tensor-model-parallel-size", "2"])) == {0}
+    after = np.load(scores)
+    assert after[:num_done].tolist() == before[:num_done].tolist(), "what was done is not done again"
+    assert run_distributed(score_cli.main, 1, [*arguments, "--reference-cache", str(tmp_path / "whole")]) == [0]
+    whole = np.load(next((tmp_path / "whole").glob(f"*/{SCORES_FILE}")))
+    np.testing.assert_allclose(after, whole, rtol=1e-5)
+    # Training finds what the tool computed.
+    assert run_distributed(run, 1, flags(prefix, tmp_path / "run", objective="dpo", train_iters=1, lr_warmup_iters=None)) == [0]
+    assert score_files(prefix) == [scores]
+    assert losses(tmp_path / "run")[1] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("dpo", {}),
+        ("kto", {}),
+        ("alpha_dpo", {"preset": "official"}),
+        ("beta_dpo", {}),
+        ("epsilon_dpo", {"epsilon": 0.05}),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    prefix: Path, tmp_path: Path, objective: str, options: dict[str, Any]
+) -> None:
+    settings = {"objective": objective, "eval_interval": 2, **options}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_distributed(run, 1, flags(prefix, whole, save_hf=tmp_path / "whole-hf", **settings)) == [0]
+    assert run_distributed(run, 1, flags(prefix, parts, exit_interval=3, **settings)) == [0]
+    # Another number of evaluations must change nothing; where the reference's log-probs are kept, the run knows which it is.
+    settings.update(load_hf=MODEL if objective == "epsilon_dpo" else None, eval_interval=1)
+    resumed = flags(prefix, parts, load=parts, save_hf=tmp_path / "parts-hf", **settings)
+    code, output = run_distributed(output_of, 1, run, resumed)[0]
+    assert code == 0, output
+    assert losses(parts) == losses(whole)
+    assert records(parts, "eval")[-1]["loss"] == records(whole, "eval")[-1]["loss"]
+    before, after = weights(tmp_path / "whole-hf"), weights(tmp_path / "parts-hf")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.dist
+def test_a_resume_with_another_reference_or_none_is_refused(prefix: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    assert run_distributed(run, 1, flags(prefix, save, objective="dpo", exit_interval=1)) == [0]
+    other = other_model(tmp_path / "other")
+
+    def refusal(**changes: Any) -> str:
+        arguments = flags(prefix, save, load=save, **{"objective": "dpo", **changes})
+        code, output = run_distributed(output_of, 1, run, arguments)[0]
+        assert code == 1
+        assert "Traceback" not in output
+        return str(output)
+
+    assert "holds other weights" in refusal(reference_hf=other)
+    assert "--objective was dpo, is simpo" in refusal(objective="simpo")
+    (scores,) = score_files(prefix)
+    for path in scores.parent.iterdir():
+        path.unlink()
+    scores.parent.rmdir()
+    assert "have to be computed again" in refusal(load_hf=None)
