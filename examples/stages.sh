@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The stages from a Hugging Face model and preference data to a trained Hugging Face model. The scripts beside this file set the
-# argument arrays and call run_stages.
+# argument arrays and call run_stages, or prepare_start and train_stage for several trainings from one start.
 #
 #   HF_MODEL        model directory to start from            DATA        preference data: a file or a Hugging Face data set name
 #   VALID_DATA      held-out preference data (else 1 % of DATA)          DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets
@@ -19,6 +19,8 @@
 
 # shellcheck source=examples/running.sh
 source examples/running.sh
+
+RUN_ONLY=()
 
 # nproc would answer with OMP_NUM_THREADS.
 count_cores() {
@@ -65,9 +67,10 @@ what_trains() {
         case $1 in
             --debug) ;;
             --exit-interval | --log-interval | --save-interval | --keep-last | --eval-interval | --num-workers | --log-dir | \
-                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes) shift ;;
+                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --reference-cache) shift ;;
             --exit-interval=* | --log-interval=* | --save-interval=* | --keep-last=* | --eval-interval=* | --num-workers=* | \
-                --log-dir=* | --tensorboard-dir=* | --wandb-project=* | --wandb-exp-name=* | --distributed-timeout-minutes=*) ;;
+                --log-dir=* | --tensorboard-dir=* | --wandb-project=* | --wandb-exp-name=* | --distributed-timeout-minutes=* | \
+                --reference-cache=*) ;;
             *) printf '%q ' "$1" ;;
         esac
         if (($#)); then shift; fi
@@ -84,7 +87,8 @@ has_checkpoint() {
 }
 
 # train_stage NAME FROM EXPORT UPSTREAM FLAGS...: train from the checkpoint FROM into $WORK_DIR/NAME; the trainer writes the Hugging Face
-# model to EXPORT when it has reached its last step, and not before. UPSTREAM: stages it starts from, in lines.
+# model to EXPORT when it has reached its last step, and not before. UPSTREAM: stages it starts from, in lines. Returns the trainer's
+# status where it failed.
 train_stage() {
     local name="train $1" from=$2 export=$3 save="$WORK_DIR/$1" upstream made="" load
     mapfile -t upstream <<<"$4"
@@ -109,7 +113,7 @@ train_stage() {
     if [[ -n "$made" ]]; then say "$name: goes on from the latest checkpoint of $save"; else say "$name"; fi
     run torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_rmipo.train \
         "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}" \
-        "${load[@]}" --save "$save" --save-hf "$export" "$@"
+        "${load[@]}" --save "$save" --save-hf "$export" "$@" || return
     if ! is_dry && ! appears "$export/config.json"; then
         say "$name: stopped before its end; start this script again to go on"
         exit "$EX_TEMPFAIL"
@@ -125,15 +129,18 @@ appears() {
     done
 }
 
-# run_stages FLAGS...: everything; the flags go to the preference training.
-run_stages() {
+# prepare_start: everything a preference training starts from. Sets START (checkpoint directory), SOURCES (the stages that made what it
+# reads, in lines) and HELD_OUT (flags).
+prepare_start() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     # Every rank would repeat what Megatron-Core says at import of packages it can do without.
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
     # torchrun kills ranks that take longer than this (seconds) to save after SIGTERM; its default is 30.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
     handle_signals
-    local RUN_ONLY=() held_out=(--split "99,1") start="$WORK_DIR/base" sources="convert the model" valid=""
+    local sources="convert the model" valid=""
+    HELD_OUT=(--split "99,1")
+    START="$WORK_DIR/base"
     if [[ -n "${EMBEDDED:-}" ]]; then
         stage "make the embedded inputs" "$HF_MODEL/config.json" "$INPUTS" \
             python examples/embedded/make_inputs.py --output "$INPUTS" --seed 1
@@ -144,18 +151,23 @@ run_stages() {
     if [[ -n "${VALID_DATA:-}" ]]; then
         preprocess valid "$VALID_DATA" "${VALID_SPLIT:-}"
         valid=$'\npreprocess valid'
-        held_out=(--valid-data-path "$WORK_DIR/data/valid")
+        HELD_OUT=(--valid-data-path "$WORK_DIR/data/valid")
     fi
-    stage "convert the model" "$start/latest_checkpointed_iteration.txt" "$start" \
-        python tools/convert_hf_to_megatron.py --hf-model "$HF_MODEL" --save "$start"
+    stage "convert the model" "$START/latest_checkpointed_iteration.txt" "$START" \
+        python tools/convert_hf_to_megatron.py --hf-model "$HF_MODEL" --save "$START"
     if [[ -n "${SFT_DATA:-}" ]]; then
         preprocess sft "$SFT_DATA" "${SFT_SPLIT:-}"
-        train_stage sft "$start" "$WORK_DIR/sft-hf" "$sources"$'\n'"preprocess sft$valid" \
-            "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${held_out[@]}"
-        start="$WORK_DIR/sft" sources="train sft"
+        train_stage sft "$START" "$WORK_DIR/sft-hf" "$sources"$'\n'"preprocess sft$valid" \
+            "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${HELD_OUT[@]}"
+        START="$WORK_DIR/sft" sources="train sft"
     fi
-    train_stage rmipo "$start" "$WORK_DIR/hf" "$sources"$'\n'"preprocess train$valid" \
-        "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${held_out[@]}" "$@"
+    SOURCES="$sources"$'\n'"preprocess train$valid"
+}
+
+# run_stages FLAGS...: everything; the flags go to the preference training.
+run_stages() {
+    prepare_start
+    train_stage rmipo "$START" "$WORK_DIR/hf" "$SOURCES" "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${HELD_OUT[@]}" "$@"
     if ((NODE_RANK == 0)); then
         CURRENT_STAGE="result"
         say "result"

@@ -54,7 +54,9 @@ class ModelConfig:
         None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
     )
     reference_hf: str | None = _option(
-        None, "Hugging Face model that is the reference, for objectives that need one; unset: the model the run starts from.", "DIR"
+        None,
+        "Hugging Face model that is the reference, for objectives that need one; unset: the model the run starts from.",
+        "DIR",
     )
     reference_load: str | None = _option(None, "The same as a Megatron checkpoint directory.", "DIR")
     reference_cache: str | None = _option(

@@ -13,11 +13,11 @@ import pytest
 from megatron_rmipo.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
-PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
 # Those that show nothing to run.
-WITHOUT_COMMANDS = {"docs/objectives.md"}
+WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")}
 SHELLS = ("", "bash", "sh", "console")
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|bash|pip|source) ")
 # Where names in a document may be rooted.
@@ -66,8 +66,9 @@ def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -
         known.update(self._option_string_actions)
         return parse_known(self, *rest, **options)  # type: ignore[call-overload]
 
-    def stop(self: argparse.ArgumentParser, *rest: object, **options: object) -> None:
-        parse(self, *rest, **options)  # type: ignore[call-overload]
+    def stop(self: object, *rest: object, **options: object) -> None:
+        if isinstance(self, argparse.ArgumentParser):
+            parse(self, *rest, **options)  # type: ignore[call-overload]
         raise ParsedError
 
     with monkeypatch.context() as patch:
@@ -76,9 +77,13 @@ def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -
             parse_arguments(arguments)
             return known
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        # This one shares the trainer's parser, which tells unknown flags by itself.
+        patch.setattr("megatron_rmipo.training.score_cli.score", stop)
         module = name
         if name.startswith("tools/"):
             (module,) = re.findall(r"^from (megatron_rmipo\.\S+) import main$", (ROOT / name).read_text(), re.MULTILINE)
+        elif not hasattr(importlib.import_module(name), "main"):
+            module = f"{name}.__main__"
         with pytest.raises(ParsedError):
             importlib.import_module(module).main(arguments)
     return known

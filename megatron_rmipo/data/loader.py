@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -234,10 +235,13 @@ def iterate_batches(
         # As bytes: torch would send each tensor as an open file, and run out of them.
         collate_fn=pickle.dumps,
         multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
     )
     return map(pickle.loads, loader)
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # torchrun signals a rank's whole process group; the rank needs its workers while it saves, and ends them itself.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

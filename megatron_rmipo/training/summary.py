@@ -40,7 +40,7 @@ def read_evaluations(log_dir: Path) -> list[Record]:
         ConfigError: there is no metrics.jsonl, a line of it is damaged, or it has fewer than two evaluations.
     """
     path = log_dir / METRICS_FILE
-    evaluations = [record for record in _read_records(path) if record.get("kind") == "eval"]
+    evaluations = [record for record in read_records(path) if record.get("kind") == "eval"]
     if len(evaluations) < 2:
         raise ConfigError(
             f"{path}: {len(evaluations)} evaluations in it, two are needed to compare. Train with --valid-data-path or --split."
@@ -48,7 +48,12 @@ def read_evaluations(log_dir: Path) -> list[Record]:
     return evaluations
 
 
-def _read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """The JSON objects of a file, one a line.
+
+    Raises:
+        ConfigError: it cannot be read, or a line of it is damaged.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -134,7 +139,7 @@ def read_pairs(log_dir: Path) -> list[Record]:
     path = log_dir / PAIRS_FILE
     if not path.exists():
         return []
-    return _read_records(path)
+    return read_records(path)
 
 
 def read_kinds(rows: Path) -> list[str]:

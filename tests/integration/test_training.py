@@ -187,9 +187,11 @@ def start_under_torchrun(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.dist
-def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path, num_workers: int) -> None:
     save = tmp_path / "run"
-    process = start_under_torchrun(flags(prefix, save, train_iters=5000, use_distributed_optimizer=True))
+    arguments = flags(prefix, save, train_iters=5000, use_distributed_optimizer=True, num_workers=num_workers)
+    process = start_under_torchrun(arguments)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     steps = max(losses(save))

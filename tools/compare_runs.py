@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Show several runs side by side, as tables and as a picture.
+
+python tools/compare_runs.py --runs work/embedded/comparison --picture comparison.png
+"""
+
+import sys
+
+from megatron_rmipo.training.comparison_cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
