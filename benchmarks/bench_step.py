@@ -30,6 +30,7 @@ from benchmarks.measure import Cost, counted_flops, peak_bytes, timed
 from benchmarks.padded_baseline import PaddedBaseline, StepResult
 from megatron_rmipo.checkpoint.hf import load_hf_weights
 from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig
+from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.model.families import read_architecture
 from megatron_rmipo.objectives.registry import build_objective
@@ -63,7 +64,7 @@ def build_ours(options: argparse.Namespace, model_dir: Path, pairs: Pairs) -> St
         unconditional=objective.needs.unconditional,
         bos_token_id=BOS,
     )
-    builder = BatchBuilder(pairs, layout)  # type: ignore[arg-type]
+    builder = BatchBuilder(PairCollection([pairs]), layout)  # type: ignore[list-item]
 
     def step() -> StepResult:
         outcome = train_step(state, builder.build(np.arange(len(pairs))), objective, groups)

@@ -13,6 +13,17 @@ FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"
 MODEL = FIXTURE / "model"
 
 
+def write_unpaired(prefix: Path) -> Path:
+    """The same as unpaired rows: every chosen response, and of two pairs in three the rejected one, in rows of their own."""
+    with PairStoreWriter(prefix, vocab_size=400, unpaired=True) as writer:
+        for number, pair in enumerate(read_pairs(FIXTURE)):
+            writer.add(TokenizedPair(pair.prompt, pair.chosen, pair.rejected[:0]))
+            if number % 3:
+                writer.add(TokenizedPair(pair.prompt, pair.chosen[:0], pair.rejected))
+        writer.finalize(Manifest(tokenizer=load_tokenizer(str(MODEL)).info))
+    return prefix
+
+
 def write_pairs(prefix: Path, *, with_rejected: bool = True, swap_first: bool = False) -> Path:
     """Prepare the fixture's 48 pairs under ``prefix`` as the data tool would.
 

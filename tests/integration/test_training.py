@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from megatron_rmipo.training import main as trainer
 from tests.harness import free_port, run_distributed
-from tests.integration.data import MODEL, write_pairs
+from tests.integration.data import MODEL, write_pairs, write_unpaired
 
 STEPS = 6
 
@@ -257,6 +257,38 @@ def test_sft_trains_on_supervised_data(tmp_path: Path) -> None:
         assert run_distributed(run, 1, flags(prefix, tmp_path / name, objective="sft", train_iters=3)) == [0]
     # What is not trained on must not matter.
     assert losses(tmp_path / "supervised") == losses(tmp_path / "pairs")
+
+
+@pytest.mark.dist
+def test_kto_trains_on_unpaired_rows_at_any_layout(tmp_path: Path) -> None:
+    prefix, by_layout = write_unpaired(tmp_path / "data" / "unpaired"), []
+    for name, ranks, layout in (
+        ("one", 1, {}),
+        ("tp", 2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("dp", 2, {"tokens_per_microbatch": 900}),
+    ):
+        arguments = flags(prefix, tmp_path / name, objective="kto", beta=0.5, split="60,20", **layout)
+        assert set(run_distributed(run, ranks, arguments)) == {0}
+        by_layout.append(losses(tmp_path / name))
+        last = records(tmp_path / name, "eval")[-1]
+        assert "rewards/margins" not in last
+        assert last["rewards/chosen"] > last["rewards/rejected"]
+    assert by_layout[0][1] == pytest.approx(0.5, abs=1e-6), "policy and reference are the same at first"
+    for other in by_layout[1:]:
+        assert other == pytest.approx(by_layout[0], rel=1e-5)
+
+
+@pytest.mark.dist
+def test_unpaired_rows_are_refused_where_two_responses_are_compared(tmp_path: Path) -> None:
+    unpaired, pairs = write_unpaired(tmp_path / "unpaired"), write_pairs(tmp_path / "pairs")
+    code, output = run_distributed(output_of, 1, run, flags(unpaired, tmp_path / "run", objective="dpo"))[0]
+    assert code == 1
+    assert "unpaired data, one response with a label a row" in output
+    assert "--objective kto" in output
+    blend = flags(unpaired, tmp_path / "run", objective="kto", valid_data_path=pairs, split=None)
+    code, output = run_distributed(output_of, 1, run, blend)[0]
+    assert code == 1
+    assert f"{unpaired} holds unpaired rows, {pairs} pairs" in output
 
 
 @pytest.mark.dist
