@@ -133,9 +133,12 @@ def _layout(
 ) -> BatchLayout:
     needs = objective.needs
     if needs.unconditional == "bos" and data.bos_token_id is None:
+        remedy = "Use another objective, or a model with a BOS token."
+        if "unconditional_context" in config.objective.options:
+            remedy = "Use --unconditional-context none, which leaves the first token of log p(y) unscored."
         raise ConfigError(
-            f"--objective {objective.name} scores responses after a BOS token, but the model's tokenizer has none. "
-            f"Use --unconditional-context none, which leaves the first token of log p(y) unscored."
+            f"--objective {config.objective.objective} scores responses after a BOS token, but the model's tokenizer has none. "
+            f"{remedy}"
         )
     plain = conditional_layout(config, arch, dp_rank=dp_rank, dp_size=dp_size)
     return dataclasses.replace(

@@ -22,6 +22,7 @@ from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+from megatron_rmipo.training.objective_contract import check_output, check_prepared
 from megatron_rmipo.training.rows import from_last_stage, gather_pairs, response_sums, run_rows, score_responses
 
 
@@ -85,8 +86,9 @@ def prepare_batch(
         references = [ReferenceHead(one, reference.head_weight(), needs.perturbation) for one in hidden]
     if not groups.is_last_stage:
         return Prepared(None, {}, [])
-    whole = _whole_batch(batch, scores, mismatched, groups)
-    return Prepared(unconditional, objective.prepare(whole, state), references)
+    prepared = objective.prepare(_whole_batch(batch, scores, mismatched, groups), state)
+    check_prepared(objective, prepared, batch.num_pairs)
+    return Prepared(unconditional, prepared, references)
 
 
 def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | None, groups: ProcessGroups) -> BatchLogps:
@@ -168,6 +170,7 @@ def _pair_losses(
             **_resident_fields(others),
         )
     )
+    check_output(objective, output, numbers.numel())
     values = {"loss": output.losses.detach(), **output.metrics}
     return output.losses, {"numbers": numbers, "values": values, "distributions": output.distributions}
 

@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_rmipo.data.loader import RankBatch
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.objective_contract import check_state
 from megatron_rmipo.training.passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.training.setup import TrainingState
 
@@ -50,6 +51,7 @@ def train_step(state: TrainingState, batch: RankBatch, objective: Objective, gro
     grad_norm, updated = _update(state.optimizer, allowed=finite_losses)
     if updated:
         state.objective_state = objective.advance(state.objective_state, metrics.batch, metrics.values)
+        check_state(objective, state.objective_state)
     # A skipped step still uses up its place in the schedule: the run's length is counted in batches seen.
     state.scheduler.step(increment=1)
     return StepOutcome(metrics, grad_norm, updated, learning_rate)

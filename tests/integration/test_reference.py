@@ -21,7 +21,7 @@ from megatron_rmipo.data.reference_scores import SCORES_FILE
 from megatron_rmipo.training import score_cli
 from tests.harness import run_distributed
 from tests.integration.data import MODEL, write_pairs
-from tests.integration.test_training import flags, losses, output_of, records, run, weights
+from tests.integration.test_training import STEPS, flags, losses, output_of, records, run, weights
 
 
 @pytest.fixture
@@ -152,6 +152,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert records(parts, "eval")[-1]["loss"] == records(whole, "eval")[-1]["loss"]
     before, after = weights(tmp_path / "whole-hf"), weights(tmp_path / "parts-hf")
     assert all(torch.equal(before[name], after[name]) for name in before)
+    state = json.loads((whole / f"iter_{STEPS:07d}" / "rmipo.json").read_text())["train_state"]["objective_state"]
+    if objective == "epsilon_dpo":
+        assert state["beta"] != 0.01, "no step moved beta"
+    else:
+        assert state.get("num_batches") == (STEPS if objective in ("alpha_dpo", "beta_dpo") else None)
 
 
 @pytest.mark.dist
