@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(
     argv: Sequence[str],
     objectives: Mapping[str, type],
-    load_options: Callable[[str], type] | None = None,
+    load_options: Callable[[str], type],
     prog: str = "python -m megatron_rmipo.train",
 ) -> Config:
     """Read a run's configuration from the command line and the YAML file it may name.
@@ -53,7 +53,7 @@ def parse_config(
     Args:
         argv: the arguments, without the program's name.
         objectives: name of an objective -> dataclass of its options; each field may have ``metadata={"help": ...}``.
-        load_options: the same for an objective named ``package.module:Class``.
+        load_options: the dataclass for any other name, of types that flags can have; ValueError: it names no objective.
         prog: how the program was started, for ``--help``.
 
     Raises:
@@ -145,21 +145,13 @@ def _is_number(text: str) -> bool:
     return False
 
 
-def _options_class(name: str, objectives: Mapping[str, type], load_options: Callable[[str], type] | None) -> type:
+def _options_class(name: str, objectives: Mapping[str, type], load_options: Callable[[str], type]) -> type:
     if name in objectives:
         return objectives[name]
-    if ":" in name and load_options is not None:
-        try:
-            options = load_options(name)
-            field_types(options)
-            return options
-        except (ValueError, TypeError, ImportError, AttributeError) as error:
-            raise ConfigError(f"--objective {name}: {error}") from error
-    nearest = difflib.get_close_matches(name, objectives, n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    raise ConfigError(
-        f"--objective {name}: no objective has this name.{hint} Known: {', '.join(sorted(objectives))}, or package.module:Class."
-    )
+    try:
+        return load_options(name)
+    except ValueError as error:
+        raise ConfigError(f"--objective: {error}") from error
 
 
 def _all_flags(objectives: Mapping[str, type]) -> dict[str, ValueType]:

@@ -33,8 +33,12 @@ class SharpOptions:
 TWO_OBJECTIVES = {"flat": FlatOptions, "sharp": SharpOptions}
 
 
+def unknown(name: str) -> type:
+    raise ValueError(f"{name} is neither flat nor sharp")
+
+
 def parse(*argv: str) -> Config:
-    return parse_config(["--objective", "flat", *argv], TWO_OBJECTIVES)
+    return parse_config(["--objective", "flat", *argv], TWO_OBJECTIVES, unknown)
 
 
 def fault(*argv: str) -> str:
@@ -77,7 +81,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 def test_the_objective_may_be_named_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("objective: sharp\nsharpness: 5\n")
-    config = parse_config(["--config", str(file)], TWO_OBJECTIVES)
+    config = parse_config(["--config", str(file)], TWO_OBJECTIVES, unknown)
     assert (config.objective.objective, config.objective.options) == ("sharp", {"sharpness": 5})
 
 
@@ -93,7 +97,7 @@ def test_the_objective_may_be_named_in_the_file(tmp_path: Path) -> None:
         (["--attention-backend", "fast"], ["--attention-backend", "auto, sdpa, flex", "'fast'"]),
         (["--shape", "oval"], ["--shape", "round, square", "'oval'"]),
         (["--sharpness", "4"], ["--sharpness", "--objective flat", "sharp", "--beta, --shape, --normalize"]),
-        (["--objective", "flatt"], ["--objective flatt", "Did you mean flat?", "sharp"]),
+        (["--objective", "flatt"], ["--objective: flatt is neither flat nor sharp"]),
         (["--objective", "sharp", "--sharpness", "-4"], ["--objective sharp", "sharpness -4 is below 0"]),
         (["--lr"], ["--lr", "expected one argument"]),
         (["stray"], ["'stray' belongs to no flag"]),
@@ -139,13 +143,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     config = parse("--lr", "3e-7", "--data-path", "A", "--no-share-prompts", "--beta", "3", "--save", "out", "--no-save-optim")
     config.save_config(tmp_path / "new" / "config.yaml")
-    assert parse_config(["--config", str(tmp_path / "new" / "config.yaml")], TWO_OBJECTIVES) == config
+    assert parse_config(["--config", str(tmp_path / "new" / "config.yaml")], TWO_OBJECTIVES, unknown) == config
     assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["beta"] == 3.0
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_a_saved_configuration_of_every_objective_reads_back(tmp_path: Path, objective: str) -> None:
-    config = parse_arguments(["--objective", objective])
+RMIPO_GAP = ["--objective", "rmipo", "--margin-signal", "gap", "--margin-scale", "beta_gamma"]
+
+
+@pytest.mark.parametrize("argv", [*(["--objective", name] for name in sorted(OBJECTIVES)), RMIPO_GAP], ids=" ".join)
+def test_a_saved_configuration_of_every_objective_reads_back(tmp_path: Path, argv: list[str]) -> None:
+    config = parse_arguments(argv)
     config.save_config(tmp_path / "config.yaml")
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -170,6 +177,8 @@ def test_an_objective_from_elsewhere_brings_its_options() -> None:
 def test_an_objective_that_cannot_be_imported_is_a_typed_error() -> None:
     with pytest.raises(ConfigError, match="no_such_module_anywhere"):
         parse_arguments(["--objective", "no_such_module_anywhere:Loss"])
+    with pytest.raises(ConfigError, match=r"^--objective: unknown objective 'simpoo'; did you mean 'simpo'\?"):
+        parse_arguments(["--objective", "simpoo"])
 
 
 def test_an_option_may_not_take_a_flag_of_the_trainer() -> None:
@@ -178,7 +187,7 @@ def test_an_option_may_not_take_a_flag_of_the_trainer() -> None:
         seed: int = 0
 
     with pytest.raises(ConfigError, match=r"greedy.*seed"):
-        parse_config(["--objective", "greedy"], {"greedy": Greedy})
+        parse_config(["--objective", "greedy"], {"greedy": Greedy}, unknown)
 
 
 def test_help_names_every_flag_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,13 +62,20 @@ class PairCollection(Sequence[TokenizedPair]):
         first = len(self) - max(1, round(held_out_share * len(self)))
         return PairCollection(self.stores, self._members[:first]), PairCollection(self.stores, self._members[first:])
 
-    def match_anew(self) -> None:
+    def match_anew(self, made: dict[str, MismatchedStore] | None = None) -> None:
         """Make ``mismatched``.
+
+        Args:
+            made: by prefix, to be shared by collections of the same data sets; what is missing is added.
 
         Raises:
             DataError: all prompts of a data set are the same.
         """
-        stores: list[Any] = [MismatchedStore(store) for store in self.stores]
+        made = {} if made is None else made
+        for store in self.stores:
+            if store.prefix not in made:
+                made[store.prefix] = MismatchedStore(store)
+        stores: list[Any] = [made[store.prefix] for store in self.stores]
         self.mismatched = PairCollection(stores, self._members)
 
     def scores_of(self, indices: np.ndarray) -> np.ndarray | None:

@@ -24,7 +24,7 @@ class MismatchedStore:
         store: the data set.
 
     Attributes:
-        prefix: that of the data set.
+        prefix, manifest: those of the data set.
         partners: int64 ``[P]``, see :func:`find_partners`.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
 
@@ -34,6 +34,7 @@ class MismatchedStore:
 
     def __init__(self, store: PairStore) -> None:
         self.prefix = store.prefix
+        self.manifest = store.manifest
         self.partners = find_partners(store)
         self._store = store
         prompts = store.lengths[:, :1]

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,14 @@ import numpy.typing as npt
 
 from megatron_rmipo.data.disk import write_errors_named
 from megatron_rmipo.data.manifest import store_paths
-from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.errors import DataError
 
 SCORES_FILE, PROGRESS_FILE = "scores.npy", "progress.json"
 _ELSEWHERE = "name another directory with --reference-cache"
 Scores = npt.NDArray[np.float32]
+Kind = Literal["matched", "mismatched"]
+# Counted up when the rule of what is scored changes (which rows are matched, how long they may be).
+_RULE = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +49,18 @@ class ScoreKey:
     tokenizer: str
     reference: str
     dtype: str
-    kind: Literal["matched", "mismatched"]
+    kind: Kind
 
     @property
     def digest(self) -> str:
-        """Hex digest over all fields."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """Hex digest over all fields, and over the rule by which rows are scored."""
+        content = {**dataclasses.asdict(self), "rule": _RULE}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def data_fingerprint(store: PairStore) -> str:
-    """sha256 of the data set's tokens and index."""
-    paths = store_paths(store.prefix)
+def data_fingerprint(prefix: str) -> str:
+    """sha256 of a data set's tokens and index."""
+    paths = store_paths(prefix)
     digest = hashlib.sha256()
     for kind in ("bin", "idx"):
         with open(paths[kind], "rb") as stream:
@@ -77,9 +80,16 @@ def open_scores(directory: Path, key: ScoreKey, num_rows: int) -> Scores | None:
     Raises:
         DataError: the files are damaged.
     """
-    if not directory.exists() or _read_progress(directory, key) < num_rows:
+    with write_errors_named(directory, _ELSEWHERE):
+        exists = directory.exists()
+    if not exists or _read_progress(directory, key) < num_rows:
         return None
-    return _open_array(directory, num_rows, "r")
+    scores = _open_array(directory, num_rows, "r")
+    if not np.isfinite(scores).all():
+        raise DataError(
+            f"{directory / SCORES_FILE}: holds numbers that are not finite. Remove {directory}; it is computed again."
+        )
+    return scores
 
 
 class ScoreWriter:
@@ -107,16 +117,17 @@ class ScoreWriter:
 
     def _create(self, num_rows: int) -> None:
         # Appears whole: another run may start on the same data at the same moment.
-        partial = self.directory.with_name(f"{self.directory.name}.incomplete.{os.getpid()}")
-        partial.mkdir(parents=True)
-        np.save(partial / SCORES_FILE, np.full((num_rows, 2), np.nan, dtype=np.float32))
-        _write_progress(partial, self._key, 0)
-        try:
-            os.rename(partial, self.directory)
-        except OSError:
-            shutil.rmtree(partial)
-            if not self.directory.exists():
-                raise
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=self.directory.parent) as folder:
+            partial = Path(folder) / "scores"
+            partial.mkdir()
+            np.save(partial / SCORES_FILE, np.full((num_rows, 2), np.nan, dtype=np.float32))
+            _write_progress(partial, self._key, 0)
+            try:
+                os.rename(partial, self.directory)
+            except OSError:
+                if not self.directory.exists():
+                    raise
 
     def write(self, scores: Scores) -> None:
         """Write the next rows' scores, fp32 ``[rows, 2]``; they are on the disk when this returns.
@@ -134,14 +145,19 @@ class ScoreWriter:
             self._array[self.num_done : self.num_done + len(scores)] = scores
             self._array.flush()
             self.num_done += len(scores)
-            _write_progress(self.directory, self._key, self.num_done)
+            # A run beside this one may be further.
+            _write_progress(self.directory, self._key, max(self.num_done, _read_progress(self.directory, self._key)))
 
 
 def _open_array(directory: Path, num_rows: int, mode: Literal["r", "r+"]) -> np.memmap[Any, np.dtype[np.float32]]:
     path = directory / SCORES_FILE
     try:
         array: np.memmap[Any, np.dtype[np.float32]] = np.load(path, mmap_mode=mode)
-    except (OSError, ValueError) as error:
+    except PermissionError:
+        if mode == "r":
+            raise DataError(f"{path}: not readable for this user. Change its permissions.") from None
+        raise
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not readable as an array ({error}). Remove {directory}; it is computed again.") from None
     if array.shape != (num_rows, 2) or array.dtype != np.float32:
         raise DataError(
@@ -163,6 +179,13 @@ def _read_progress(directory: Path, key: ScoreKey) -> int:
 
 
 def _write_progress(directory: Path, key: ScoreKey, num_done: int) -> None:
-    temporary = directory / f"{PROGRESS_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps({"key": dataclasses.asdict(key), "num_done": num_done}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / PROGRESS_FILE)
+    text = json.dumps({"key": dataclasses.asdict(key), "num_done": num_done}, indent=2) + "\n"
+    descriptor, temporary = tempfile.mkstemp(prefix=".", dir=directory)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, directory / PROGRESS_FILE)
+    except OSError:
+        os.unlink(temporary)
+        raise

@@ -8,9 +8,13 @@ import inspect
 import sys
 from collections.abc import Sequence
 
+from megatron_rmipo.config_values import ValueType, field_types
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.objectives.base import LogpNeeds, Objective
-from megatron_rmipo.objectives.registry import OBJECTIVES, find_objective
+from megatron_rmipo.objectives.options import in_words
+from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
+
+_EACH_STEP = "(forward only, each step)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,20 +40,23 @@ def table() -> str:
 
 
 def description(name: str) -> str:
-    """Formula, needs and options of one objective.
+    """Formula, notation, needs and options of one objective.
 
     Raises:
         ConfigError: there is no such objective, or it cannot be built from its defaults.
     """
     objective = _built(name)
-    paragraph = inspect.getdoc(type(objective)) or ""
+    config = objective.config
+    kinds = field_types(type(config))
     options = [
-        (f"--{field.name.replace('_', '-')}", default_in_words(objective.config, field.name), field.metadata.get("help", ""))
-        for field in dataclasses.fields(objective.Config)
+        (_flag(field.name, kinds[field.name]), default_in_words(config, field.name), field.metadata.get("help", ""))
+        for field in dataclasses.fields(config)
+        if field.name in kinds
     ]
     listed = _columns([("option", "default", "meaning"), *options]) if options else "no options"
-    head = paragraph.split("\n\n")[0].replace("``", "")
-    return f"{name}: {head}\n\nneeds: {needs_in_words(objective.needs)}\n\n{listed}"
+    notation = "".join(f"\n\n{part}" for part in _module_doc(objective).split("\n\n") if part.startswith("Notation: "))
+    text = f"{name}: {inspect.cleandoc(type(objective).__doc__ or '')}{notation}".replace("``", "")
+    return f"{text}\n\nneeds: {needs_in_words(objective.needs)}\n\n{listed}"
 
 
 def needs_in_words(needs: LogpNeeds) -> str:
@@ -58,13 +65,13 @@ def needs_in_words(needs: LogpNeeds) -> str:
     if not needs.rejected:
         words.append("the chosen responses alone")
     if needs.unconditional is not None:
-        words.append(f"log p(y), context {needs.unconditional}")
+        words.append(f"log p(y), context {needs.unconditional} {_EACH_STEP}")
     if needs.reference:
-        words.append("reference")
+        words.append("reference (log-probs computed once)")
     if needs.mismatched:
-        words.append("mismatched pairs")
+        words.append(f"mismatched pairs {_EACH_STEP}")
     if needs.batch:
-        words.append("the global batch beforehand")
+        words.append(f"the global batch beforehand {_EACH_STEP}")
     if needs.perturbation is not None:
         words.append("reference in memory")
     if needs.unpaired:
@@ -77,14 +84,21 @@ def default_in_words(config: object, name: str) -> str:
     value = getattr(config, name)
     if value is None:
         return "-"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return in_words(value)
+
+
+def _flag(name: str, kind: ValueType) -> str:
+    """``--beta``; of a switch, ``--[no-]length-normalization``."""
+    return f"--{'[no-]' if kind.base is bool else ''}{name.replace('_', '-')}"
+
+
+def _module_doc(objective: Objective) -> str:
+    return inspect.getdoc(inspect.getmodule(type(objective))) or ""
 
 
 def _built(name: str) -> Objective:
     try:
-        return find_objective(name)()
+        return build_objective(name, {})
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
 

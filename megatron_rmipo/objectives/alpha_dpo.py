@@ -1,7 +1,9 @@
 """alpha-DPO: SimPO's reward with a margin that is larger for pairs the policy has already told apart better than the reference.
 
 Notation: ``Lw, Ll`` sum log p(y | x) of the chosen and rejected response, ``Rw, Rl`` the same under the reference, ``bar`` the
-mean per scored token, ``x = bar Lw - bar Ll``. Shape letter: P pairs.
+mean per scored token, ``x = bar Lw - bar Ll``.
+
+Shape letter: P pairs.
 """
 
 from __future__ import annotations
@@ -44,13 +46,13 @@ from megatron_rmipo.objectives.options import (
     check_number,
     check_switch,
 )
-from megatron_rmipo.objectives.presets import check_preset, fill_option, refuse_option
+from megatron_rmipo.objectives.presets import PRESET_HELP, fill_option, preset_defaults, refuse_option, settle_preset
 
-PRESETS: dict[str, dict[str, str]] = {
-    # As printed in the paper.
-    "paper": {"z_scale": "alpha", "gap_normalization": "sum", "gap_statistics": "batch"},
+PRESETS: dict[str, dict[str, object]] = {
+    # As printed in the paper. The bias correction, which it does not speak of, is for those who set gap_statistics ema.
+    "paper": {"z_scale": "alpha", "gap_normalization": "sum", "gap_statistics": "batch", "ema_bias_correction": True},
     # What the authors' released trainer computes.
-    "official": {"z_scale": "beta_alpha", "gap_normalization": "mean", "gap_statistics": "ema"},
+    "official": {"z_scale": "beta_alpha", "gap_normalization": "mean", "gap_statistics": "ema", "ema_bias_correction": False},
 }
 
 
@@ -62,12 +64,7 @@ class AlphaDpoConfig:
         ValueError: an option is outside its range, or is set although another one makes it meaningless.
     """
 
-    preset: Literal["paper", "official"] = dataclasses.field(
-        default="paper",
-        metadata={
-            "help": "paper: as printed; official: as the authors' trainer computes it. Fills the three switches left unset"
-        },
-    )
+    preset: Literal["paper", "official"] | None = dataclasses.field(default=None, metadata={"help": PRESET_HELP})
     z_scale: Literal["alpha", "beta_alpha"] | None = dataclasses.field(
         default=None,
         metadata={"help": "times z, in the margin: alpha (preset paper) or beta_alpha, beta * alpha (official)"},
@@ -81,7 +78,7 @@ class AlphaDpoConfig:
         metadata={"help": "mean and spread of the gaps: of this batch (preset paper), or ema, moving averages (official)"},
     )
     ema_bias_correction: bool | None = dataclasses.field(
-        default=None, metadata={"help": f"{EMA_BIAS_CORRECTION_HELP} (gap_statistics ema alone; default on)"}
+        default=None, metadata={"help": f"{EMA_BIAS_CORRECTION_HELP} (gap_statistics ema alone; preset paper: on, official: off)"}
     )
     beta: float = dataclasses.field(default=2.5, metadata={"help": BETA_HELP})
     alpha: float = dataclasses.field(default=0.1, metadata={"help": "weight of z in the margin"})
@@ -90,7 +87,6 @@ class AlphaDpoConfig:
     label_smoothing: float = dataclasses.field(default=0.0, metadata={"help": LABEL_SMOOTHING_HELP})
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, tuple(PRESETS))
         check_number("beta", self.beta, low=0.0, low_is_valid=False)
         check_number("alpha", self.alpha, low=0.0)
         if self.alpha == 0.0:
@@ -99,10 +95,10 @@ class AlphaDpoConfig:
         check_switch("length_normalization", self.length_normalization)
         check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
         self._fill_switches()
-        check_preset(self, PRESETS)
+        settle_preset(self, PRESETS)
 
     def _fill_switches(self) -> None:
-        preset = PRESETS[self.preset]
+        preset = preset_defaults(self, PRESETS)
         fill_option(self, "z_scale", preset["z_scale"])
         check_choice("z_scale", self.z_scale, ("alpha", "beta_alpha"))
         fill_option(self, "gap_statistics", preset["gap_statistics"])
@@ -113,7 +109,7 @@ class AlphaDpoConfig:
         else:
             refuse_option(self, "gap_normalization", "length_normalization off takes the gap on sums as well")
         if self.gap_statistics == "ema":
-            fill_option(self, "ema_bias_correction", True)
+            fill_option(self, "ema_bias_correction", preset["ema_bias_correction"])
             check_switch("ema_bias_correction", self.ema_bias_correction)
         else:
             refuse_option(self, "ema_bias_correction", "gap_statistics batch has no moving average")
@@ -124,13 +120,14 @@ class AlphaDpo(Objective):
 
     Preset ``paper``: ``s = alpha``; ``z`` is the z-score of ``(Lw - Rw) - (Ll - Rl)`` in its global batch. Preset ``official``:
     ``s = beta * alpha``; ``z`` is that of ``(bar Lw - bar Rw) - (bar Ll - bar Rl)`` against moving averages (decay 0.9) of the
-    batches' mean and unbiased standard deviation, this batch included. The released code starts them at zero without correction,
-    so that its first spread is a tenth of the batch's and ``|z|`` near 22; ``ema_bias_correction`` off does as it does.
+    batches' mean and unbiased standard deviation, this batch included, which start at zero without correction: the z-scores of a
+    first batch come out about ten times too large (its spread counts a tenth). ``ema_bias_correction`` on divides the averages by
+    the weight they have gathered.
 
     ``paper`` is the default because a batch's loss then depends on that batch and the weights alone, and no state is carried.
 
     ``z`` is 0 where nothing spreads: the policy equals the reference, a batch of one pair. A spread below a floor counts as the
-    floor, so that rounding alone does not make margins: see :mod:`megatron_rmipo.objectives.batch_statistics`.
+    floor (0.1 nat on sums, 0.001 per token), so that rounding alone does not make margins.
 
     Without length normalisation ``x`` and the gap are on sums. Rewards are ``beta * bar L`` (``beta * L``); the metric ``gamma``
     is the whole margin that ``beta x`` is measured against, in both presets.

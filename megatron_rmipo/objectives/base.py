@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from megatron_rmipo.objectives.options import check_choice, check_number
 
 State: TypeAlias = Mapping[str, float]
 
@@ -89,15 +91,24 @@ class LogpNeeds:
         batch: log-probabilities of the whole global batch before its losses (a forward-only pass before the gradient pass).
         perturbation: e > 0: the reference stays in memory, and each response is scored under the logits mixed with its own.
         unpaired: whether rows of one response with a label will do.
+
+    Raises:
+        ValueError: there is no such unconditional context, or the perturbation is not above 0.
     """
 
-    unconditional: str | None = None
+    unconditional: Literal["bos", "none"] | None = None
     rejected: bool = True
     reference: bool = False
     mismatched: bool = False
     batch: bool = False
     perturbation: float | None = None
     unpaired: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unconditional is not None:
+            check_choice("unconditional", self.unconditional, ("bos", "none"))
+        if self.perturbation is not None:
+            check_number("perturbation", self.perturbation, low=0.0, low_is_valid=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """beta-DPO: DPO with one beta per batch, set by how far the batch's reward gaps lie from what is usual.
 
 Notation: ``Lw, Ll`` sum log p(y | x) of the chosen and rejected response, ``Rw, Rl`` the same under the reference,
-``h = (Lw - Rw) - (Ll - Rl)``, the gap. Shape letter: P pairs.
+``h = (Lw - Rw) - (Ll - Rl)``, the gap.
+
+Shape letter: P pairs.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class BetaDpoConfig:
         metadata={"help": "relative change of beta per nat that the selected pairs' mean gap lies above the usual one"},
     )
     rho: float = dataclasses.field(
-        default=0.2, metadata={"help": "share of the batch left out of the selection, 0 to 1; mostly pairs with unusual gaps"}
+        default=0.2,
+        metadata={"help": "share of the batch left out of the selection, at least 0, below 1; mostly pairs with unusual gaps"},
     )
     filter_pairs: bool = dataclasses.field(
         default=True, metadata={"help": "train on the selected pairs alone; off: on all, the selection decides beta alone"}
@@ -64,7 +67,7 @@ class BetaDpoConfig:
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=MIN_BETA)
         check_number("beta_sensitivity", self.beta_sensitivity, low=0.0)
-        check_number("rho", self.rho, low=0.0, high=1.0)
+        check_number("rho", self.rho, low=0.0, high=1.0, high_is_valid=False)
         check_switch("filter_pairs", self.filter_pairs)
         check_switch("ema_bias_correction", self.ema_bias_correction)
         if self.rho == 0.0 and not self.filter_pairs:
@@ -78,12 +81,15 @@ class BetaDpo(Objective):
     """``L = -logsigmoid(b h)``, ``b = max(0.001, beta (1 + beta_sensitivity (M - M0)))``, no gradient through ``b``.
 
     ``M`` is the mean ``h`` of the batch's selected pairs, ``M0`` and ``S`` are moving averages (decay 0.9) of the mean and the
-    unbiased standard deviation of ``h`` over a global batch, this batch included. Of N pairs ``max(1, int(N (1 - rho)))`` are
-    selected: drawn without replacement with weight ``exp(-((h - M0) / S)^2 / 2)``, by a generator seeded with the number of
-    batches before, so that every rank, every layout and a resumed run draw the same.
+    unbiased standard deviation of ``h`` over a global batch, this batch included. Of N pairs ``N (1 - rho)``, rounded down but at
+    least 1, are selected: drawn without replacement with weight ``exp(-((h - M0) / S)^2 / 2)``, by a generator seeded with the
+    number of batches before, so that every rank, every layout and a resumed run draw the same.
 
     With ``filter_pairs`` the batch loss is the mean over the selected pairs, as in the released code; the losses of the others
     are 0. The paper's appendix describes the selection as deciding beta alone, which is ``filter_pairs`` off.
+
+    The gaps are bare, as in the released code. Appendix A of the RMiPO paper has them times ``beta``: its alpha is a
+    ``beta_sensitivity`` of ``alpha * beta``.
 
     Source: beta-DPO (Wu et al. 2024, arXiv 2407.08639), algorithm 1, and its released code.
     """
@@ -108,7 +114,8 @@ class BetaDpo(Objective):
         updated = updated_averages(state, gaps)
         usual, spread = averages_in_use(state, updated, bias_correction=config.ema_bias_correction)
         log_weights = -0.5 * z_scores(gaps, usual, spread, SUM_SPREAD_FLOOR).square()
-        num_selected = max(1, int(gaps.numel() * (1.0 - config.rho)))
+        # Rounded first: 20 * (1 - 0.8) is just below 4 in floating point.
+        num_selected = max(1, int(round(gaps.numel() * (1.0 - config.rho), 9)))
         selected = draw_without_replacement(log_weights, num_selected, seed=int(state["num_batches"]))
         beta = config.beta * (1.0 + config.beta_sensitivity * (gaps[selected].mean() - usual))
         prepared = {"beta": beta.clamp(min=MIN_BETA), "selected": selected.double(), **updated}

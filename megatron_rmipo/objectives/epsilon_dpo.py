@@ -1,7 +1,9 @@
 """epsilon-DPO: DPO with a beta per pair, moved by whether the policy's preference grows with its distance from the reference.
 
 Notation: ``Lw, Ll`` sum log p(y | x) of the chosen and rejected response, ``Rw, Rl`` the same under the reference,
-``h = (Lw - Rw) - (Ll - Rl)``. Shape letter: P pairs.
+``h = (Lw - Rw) - (Ll - Rl)``, ``f, r`` the logits of policy and reference.
+
+Shape letter: P pairs.
 """
 
 from __future__ import annotations
@@ -44,9 +46,8 @@ class EpsilonDpoConfig:
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0, low_is_valid=False)
-        check_number("epsilon", self.epsilon, low=0.0, high=1.0, low_is_valid=False)
-        if self.epsilon == 1.0:
-            raise ValueError("epsilon must be below 1, not 1: beta / (1 - epsilon) would be infinite")
+        # At 1 the largest beta of a pair, beta / (1 - epsilon), would be infinite.
+        check_number("epsilon", self.epsilon, low=0.0, high=1.0, low_is_valid=False, high_is_valid=False)
 
 
 class EpsilonDpo(Objective):
@@ -98,7 +99,6 @@ class EpsilonDpo(Objective):
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))
 
 
-@torch.no_grad()
 def _steps(logps: PairLogps) -> Tensor:
     """1 where the preference grows with the distance from the reference, -1 where it shrinks, else 0; fp32 ``[P]``."""
     assert logps.extrapolated_chosen_logps is not None

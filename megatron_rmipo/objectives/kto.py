@@ -1,7 +1,9 @@
 """KTO: each response on its own against what the policy's drift from the reference is worth on the whole.
 
 Notation: ``Lw, Ll`` sum log p(y | x) of the chosen and rejected response, ``Rw, Rl`` the same under the reference, ``L', R'``
-those of a response to another prompt. Shape letter: P pairs (or rows with one response).
+those of a response to another prompt.
+
+Shape letter: P pairs (or rows with one response).
 """
 
 from __future__ import annotations

@@ -16,21 +16,26 @@ GAMMA_BETA_RATIO_HELP = "margin the rewards must differ by, in units of beta: ga
 SFT_WEIGHT_HELP = "weight of the token-mean negative log-likelihood of the chosen responses"
 
 
-def check_number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, low_is_valid: bool = True) -> None:
-    """Refuse anything but a finite number in ``[low, high]`` (``(low, high]`` when ``low_is_valid`` is False).
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_is_valid: bool = True,
+    high_is_valid: bool = True,
+) -> None:
+    """Refuse anything but a finite number in ``[low, high]``, a bound that is not valid left out.
 
     Raises:
         ValueError: naming option, value and interval.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if number and low <= value <= high and (low_is_valid or value != low):  # type: ignore[operator]
+    if number and low <= value <= high and (low_is_valid or value != low) and (high_is_valid or value != high):  # type: ignore[operator]
         return
-    if high < math.inf:
-        valid = f"between {low:g} and {high:g}"
-    elif low > -math.inf:
-        valid = f"{'at least' if low_is_valid else 'greater than'} {low:g}"
-    else:
-        valid = "finite"
+    bounds = [f"{'at least' if low_is_valid else 'greater than'} {low:g}"] if low > -math.inf else []
+    bounds += [f"{'at most' if high_is_valid else 'below'} {high:g}"] if high < math.inf else []
+    valid = " and ".join(bounds) or "that is finite"
     raise ValueError(f"{name} must be a number {valid}, not {value!r}")
 
 
@@ -52,3 +57,10 @@ def check_switch(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, not {value!r}")
+
+
+def in_words(value: object) -> str:
+    """An option's value as a flag would have it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

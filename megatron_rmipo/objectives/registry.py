@@ -6,10 +6,12 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
+from typing import Any
 
+from megatron_rmipo.config_values import field_types
 from megatron_rmipo.objectives.alpha_dpo import AlphaDpo
 from megatron_rmipo.objectives.alpha_po import AlphaPo
-from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.base import LogpNeeds, Objective
 from megatron_rmipo.objectives.beta_dpo import BetaDpo
 from megatron_rmipo.objectives.cpo import Cpo
 from megatron_rmipo.objectives.dpo import Dpo
@@ -50,22 +52,26 @@ def find_objective(name: str) -> type[Objective]:
     """The class of an objective: a name in :data:`OBJECTIVES`, or ``package.module:Class`` for one of your own.
 
     Raises:
-        ValueError: the name is unknown (naming the nearest), or the class cannot be imported or is not an :class:`Objective`.
+        ValueError: the name is unknown (naming the nearest), the class cannot be imported, or it is no complete objective.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    if ":" not in name:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown objective {name!r}{hint} Known: {', '.join(OBJECTIVES)}, or package.module:Class")
     module_name, _, class_name = name.partition(":")
+    if ":" not in name:
+        raise ValueError(f"unknown objective {name!r}{_nearest(name)} Known: {', '.join(OBJECTIVES)}, or package.module:Class")
+    if not module_name or not class_name or module_name.startswith("."):
+        raise ValueError(f"objective {name!r} must be named package.module:Class")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ValueError(f"objective {name!r} is not a subclass of megatron_rmipo.objectives.base.Objective")
-    return found
+        module = importlib.import_module(module_name)
+    # Whatever a module of the user's raises, SyntaxError included, is a fault of the name or of the module, not of this program.
+    except Exception as error:
+        raise ValueError(
+            f"objective {name!r} cannot be imported: {type(error).__name__}: {error} "
+            f"(is its directory on PYTHONPATH? python -c 'import {module_name}' tells more)"
+        ) from error
+    if not hasattr(module, class_name):
+        raise ValueError(f"objective {name!r} cannot be imported: module {module_name} has no {class_name}")
+    return _checked(name, getattr(module, class_name))
 
 
 def build_objective(name: str, options: Mapping[str, object]) -> Objective:
@@ -73,31 +79,58 @@ def build_objective(name: str, options: Mapping[str, object]) -> Objective:
 
     Args:
         name: a name in :data:`OBJECTIVES`, or ``package.module:Class``.
-        options: option name -> value, only such as the objective has.
+        options: option name -> value.
 
     Raises:
-        ValueError: the objective is unknown, does not have an option (naming those it has and who has this one), or an option's
-            value is not valid.
+        ValueError: the objective is unknown, does not have an option, an option's value is not valid, or what it then needs is
+            not.
     """
-    objective = find_objective(name)
+    found = find_objective(name)
     given = {key: value for key, value in options.items() if value is not None}
-    valid = _option_names(objective)
+    known = [field.name for field in dataclasses.fields(found.Config)]
     for key in given:
-        if key not in valid:
-            raise ValueError(_unused_option(name, key, given[key], valid))
-    return objective(objective.Config(**given))
+        if key not in known:
+            raise ValueError(f"objective {name!r} has no option {key}; it has {', '.join(known) or 'none'}")
+    objective = found(found.Config(**given))
+    _check_needs(name, objective)
+    return objective
 
 
-def _option_names(objective: type[Objective]) -> list[str]:
-    return [field.name for field in dataclasses.fields(objective.Config)]
+def _nearest(name: str) -> str:
+    """What may have been meant by an unknown name, to follow it in a sentence."""
+    if "." in name:
+        module_name, _, class_name = name.rpartition(".")
+        return f"; did you mean '{module_name}:{class_name}', a colon before the class?"
+    near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
-def _unused_option(name: str, key: str, value: object, valid: list[str]) -> str:
-    takers = [other for other, objective in OBJECTIVES.items() if key in _option_names(objective)]
-    message = f"objective {name!r} does not use {key} (set to {value!r})"
-    if takers:
-        message += f"; {', '.join(takers)} would"
-    else:
-        near = difflib.get_close_matches(key, valid, n=1)
-        message += f"; did you mean {near[0]}?" if near else ""
-    return f"{message}. It has {', '.join(valid) if valid else 'no options'}"
+def _checked(name: str, found: Any) -> type[Objective]:
+    """A class from elsewhere, if it has all that an objective has."""
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"objective {name!r} is not a subclass of megatron_rmipo.objectives.base.Objective")
+    if not isinstance(getattr(found, "name", None), str):
+        raise ValueError(f"objective {name!r} needs a class attribute name, a text")
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
+        raise ValueError(
+            f"objective {name!r} needs a class attribute Config, the dataclass of its options (an empty one for none)"
+        )
+    try:
+        field_types(config)
+    except (TypeError, NameError) as error:
+        raise ValueError(f"objective {name!r}: {error}") from error
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise ValueError(f"objective {name!r} must define {', '.join(missing)}")
+    return found
+
+
+def _check_needs(name: str, objective: Objective) -> None:
+    """Read the needs where a fault in them can still be told as one of this objective."""
+    try:
+        needs: object = objective.needs
+    except ValueError as error:
+        raise ValueError(f"objective {name!r}: needs: {error}") from error
+    if not isinstance(needs, LogpNeeds):
+        raise ValueError(f"objective {name!r}: needs must be a property that gives LogpNeeds(...), not {needs!r}")

@@ -1,7 +1,9 @@
 """RMiPO: SimPO's reward with a margin per pair, modulated by how much of the preference the prompt explains.
 
 Notation: ``Lw, Ll`` sum log p(y | x) of the chosen and rejected response, ``Uw, Ul`` sum log p(y) of the response alone, ``bar``
-the mean per scored token, ``dpmi`` the difference in pointwise mutual information with the prompt. Shape letter: P pairs.
+the mean per scored token, ``dpmi`` the difference in pointwise mutual information with the prompt.
+
+Shape letter: P pairs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from megatron_rmipo.objectives.options import (
     check_number,
     check_switch,
 )
-from megatron_rmipo.objectives.presets import check_preset, fill_option, refuse_option
+from megatron_rmipo.objectives.presets import PRESET_HELP, fill_option, preset_defaults, refuse_option, settle_preset
 from megatron_rmipo.objectives.sft import chosen_nll
 
 MarginScale = Literal["gamma", "beta_gamma"]
@@ -39,7 +41,7 @@ PmiNormalization = Literal["sum", "mean"]
 UnconditionalContext = Literal["bos", "none"]
 MarginSchedule = Literal["exponential", "linear", "cosine", "none"]
 
-PRESETS: dict[str, dict[str, str]] = {
+PRESETS: dict[str, dict[str, object]] = {
     # As printed in the paper: equation 8 and appendix C.
     "paper": {"margin_scale": "gamma", "pmi_normalization": "sum", "unconditional_context": "bos"},
     # What the authors' released trainer computes.
@@ -57,12 +59,7 @@ class RmipoConfig:
         ValueError: an option is outside its range, or is set although another one makes it meaningless.
     """
 
-    preset: Literal["paper", "official"] = dataclasses.field(
-        default="paper",
-        metadata={
-            "help": "paper: as printed; official: as the authors' trainer computes it. Fills the three switches left unset"
-        },
-    )
+    preset: Literal["paper", "official"] | None = dataclasses.field(default=None, metadata={"help": PRESET_HELP})
     margin_scale: MarginScale | None = dataclasses.field(
         default=None,
         metadata={"help": "subtracted from the reward difference: gamma (preset paper) or beta_gamma, beta * gamma (official)"},
@@ -99,19 +96,19 @@ class RmipoConfig:
     sft_weight: float = dataclasses.field(default=0.0, metadata={"help": SFT_WEIGHT_HELP})
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, tuple(PRESETS))
         check_choice("margin_schedule", self.margin_schedule, ("exponential", "linear", "cosine", "none"))
         check_number("beta", self.beta, low=0.0, low_is_valid=False)
         check_switch("length_normalization", self.length_normalization)
         check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
         check_number("sft_weight", self.sft_weight, low=0.0)
-        fill_option(self, "margin_scale", PRESETS[self.preset]["margin_scale"])
+        fill_option(self, "margin_scale", preset_defaults(self, PRESETS)["margin_scale"])
         check_choice("margin_scale", self.margin_scale, ("gamma", "beta_gamma"))
         self._fill_bounds()
         self._fill_signal()
-        check_preset(self, PRESETS)
+        settle_preset(self, PRESETS)
 
     def _fill_bounds(self) -> None:
+        low_default, high_default = (" (the default)" if bound is None else "" for bound in (self.gamma_min, self.gamma_max))
         fill_option(self, "gamma_max", DEFAULT_GAMMA_MAX)
         check_number("gamma_max", self.gamma_max, low=0.0)
         if self.margin_schedule == "none":
@@ -120,7 +117,15 @@ class RmipoConfig:
         fill_option(self, "gamma_min", DEFAULT_GAMMA_MIN)
         check_number("gamma_min", self.gamma_min, low=0.0)
         if self.gamma_min > self.gamma_max:  # type: ignore[operator]
-            raise ValueError(f"gamma_min {self.gamma_min:g} is greater than gamma_max {self.gamma_max:g}")
+            raise ValueError(
+                f"gamma_min {self.gamma_min:g}{low_default} is greater than gamma_max {self.gamma_max:g}{high_default}; "
+                "change one of them"
+            )
+        if self.gamma_min == self.gamma_max:
+            raise ValueError(
+                f"gamma_min {self.gamma_min:g}{low_default} equal to gamma_max leaves the margin nothing to move between; "
+                f"for one margin for all pairs give margin_schedule none and gamma_max {self.gamma_max:g} alone"
+            )
 
     def _fill_signal(self) -> None:
         if self.margin_schedule == "none":
@@ -129,9 +134,10 @@ class RmipoConfig:
             fill_option(self, "margin_signal", "pmi")
             check_choice("margin_signal", self.margin_signal, ("pmi", "gap"))
         if self.margin_signal == "pmi":
-            fill_option(self, "pmi_normalization", PRESETS[self.preset]["pmi_normalization"])
+            preset = preset_defaults(self, PRESETS)
+            fill_option(self, "pmi_normalization", preset["pmi_normalization"])
             check_choice("pmi_normalization", self.pmi_normalization, ("sum", "mean"))
-            fill_option(self, "unconditional_context", PRESETS[self.preset]["unconditional_context"])
+            fill_option(self, "unconditional_context", preset["unconditional_context"])
             check_choice("unconditional_context", self.unconditional_context, ("bos", "none"))
         else:
             reason = f"no mutual information is computed with margin_{'signal gap' if self.margin_signal else 'schedule none'}"
@@ -145,6 +151,10 @@ class Rmipo(Objective):
     Preset ``paper``: ``dpmi = (Lw - Uw) - (Ll - Ul)``. Preset ``official``: ``dpmi = (bar Lw - bar Uw) - (bar Ll - bar Ul)``, the
     first token of each response unscored in ``U``, and ``beta * gamma`` in place of ``gamma``. The metric ``gamma`` is always the
     margin before that factor, so that it lies between ``gamma_min`` and ``gamma_max`` in both.
+
+    ``gamma(dpmi) = gamma_min + (gamma_max - gamma_min) w`` with, for ``r = max(0, dpmi)`` and ``m = min(r, 1)``, the schedule
+    ``exponential`` ``w = exp(-r)``, ``linear`` ``w = 1 - m``, ``cosine`` ``w = (1 + cos(pi m)) / 2``, ``none`` ``w = 1``. With
+    ``margin_signal`` ``gap`` ``bar Lw - bar Ll`` stands in place of ``dpmi``.
 
     A response of which no token is scored in ``U`` (one token, context ``none``) tells nothing about the prompt: its mutual
     information counts as 0, where the authors' code divides 0 by 0.

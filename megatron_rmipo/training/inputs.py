@@ -11,6 +11,7 @@ from megatron_rmipo.checkpoint.assets import check_output_directory
 from megatron_rmipo.config import Config
 from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchLayout
+from megatron_rmipo.data.mismatch import MismatchedStore
 from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.data.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, DataError
@@ -96,9 +97,9 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
     train = PairCollection.combine(parts, weights)
     collections = [pairs for pairs in (train, held_out) if pairs is not None]
     _refuse_mixed([store for pairs in collections for store in pairs.stores])
-    if needs.mismatched:
-        for pairs in collections:
-            pairs.match_anew()
+    made: dict[str, MismatchedStore] = {}
+    for pairs in collections if needs.mismatched else []:
+        pairs.match_anew(made)
     num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
     return RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
 
@@ -114,6 +115,26 @@ def _open_blend(
     return [PairCollection([store]) for store in stores], [weight for weight, _ in blend] if len(blend) > 1 else None
 
 
+def check_tokenizer(store: PairStore, flag: str, source: ModelSource, fingerprint: str) -> None:
+    """Refuse data that was made with another tokenizer than the model's, whose fingerprint is given.
+
+    Raises:
+        DataError: naming both.
+    """
+    made_with = store.manifest.tokenizer
+    if made_with.fingerprint != fingerprint:
+        raise DataError(
+            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, "
+            f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
+            f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
+        )
+    if made_with.vocab_size > source.arch.vocab_size:
+        raise DataError(
+            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} "
+            f"has vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
+        )
+
+
 def _refuse_mixed(stores: Sequence[PairStore]) -> None:
     """Unpaired rows count one response, pairs two: a mean over rows of both kinds would weigh responses unevenly."""
     kinds = {store.manifest.unpaired: store.prefix for store in stores}
@@ -125,15 +146,9 @@ def _refuse_mixed(stores: Sequence[PairStore]) -> None:
 
 
 def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNeeds, config: Config, source: ModelSource) -> None:
-    made_with = store.manifest.tokenizer
     if len(store) == 0:
         raise DataError(f"{flag} {store.prefix}: no pairs in it. Look at {store.prefix}.json for why rows were dropped.")
-    if made_with.fingerprint != fingerprint:
-        raise DataError(
-            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, "
-            f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
-            f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
-        )
+    check_tokenizer(store, flag, source, fingerprint)
     objective = config.objective.objective
     if needs.rejected and not store.manifest.has_rejected:
         raise DataError(
@@ -142,13 +157,9 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNe
         )
     if store.manifest.unpaired and not needs.unpaired:
         raise DataError(
-            f"{flag} {store.prefix}: unpaired data, one response with a label a row, but --objective {objective} compares two "
-            "responses. Train on preference pairs, or use --objective kto."
-        )
-    if made_with.vocab_size > source.arch.vocab_size:
-        raise DataError(
-            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} "
-            f"has vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
+            f"{flag} {store.prefix}: unpaired data, one response with a label a row, but --objective {objective} needs "
+            f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or use "
+            "--objective kto."
         )
     longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
     most, allowed = int(longest.max()), config.data.seq_length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ class Progress:
         consumed_pairs: pairs seen.
         skipped_steps: steps whose loss or gradient was not finite.
         global_batch_size, seed, num_pairs: what the order of pairs depends on besides; a resumed run must not change them.
-        objective: its name, "" where an older version did not save it; a resumed run must not change it.
+        objective, options: the objective's name and options, empty where an older version did not save them; a resumed run must
+            not change them.
         reference: fingerprint of the reference's weights, "" where there is none; a resumed run must not change it.
     """
 
@@ -44,6 +46,7 @@ class Progress:
     seed: int = 0
     num_pairs: int = 0
     objective: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     reference: str = ""
 
 

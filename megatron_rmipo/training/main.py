@@ -27,6 +27,7 @@ from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 from megatron_rmipo.training.arguments import parse_arguments
 from megatron_rmipo.training.flops import peak_flops
 from megatron_rmipo.training.inputs import RunData, check_outputs, conditional_layout, open_data
@@ -34,6 +35,7 @@ from megatron_rmipo.training.loop import Progress, Run, train
 from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights
 from megatron_rmipo.training.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.reporting import Reporter
+from megatron_rmipo.training.resume import StartingPoint, starting_point
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from megatron_rmipo.training.throughput import Throughput
 from megatron_rmipo.training.validation import validate
@@ -50,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RmipoError as error:
         if shows_tracebacks:
             traceback.print_exc()
-        elif _speaks_for_its_node(error):
-            print(f"{_rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        elif speaks_for_its_node():
+            print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -70,10 +72,9 @@ def run_training(config: Config) -> bool:
     source = find_model(config)
     validate(config, source.arch, world_size)
     objective = _build_objective(config)
-    reference = choose_reference(config, source, objective.needs)
-    if reference is not None and reference.source is not None:
-        validate(config, reference.source.arch, world_size)
     data = open_data(config, source, objective.needs)
+    start = starting_point(config, source, data, objective)
+    reference = choose_reference(config, source, start, objective.needs, world_size)
     data_layout = partial(_layout, config, source.arch, data, objective)
     _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
     check_outputs(config)
@@ -86,14 +87,14 @@ def run_training(config: Config) -> bool:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     total_pairs, train_iters = _run_length(config, data.train)
-    fresh = _fresh_progress(config, data)
+    progress = start.progress
     if reference is not None:
-        fresh.reference = identify_reference(reference, groups)
-        attach_scores(config, reference, fresh.reference, data, objective.needs, groups)
-    state, progress = _load(config, source, groups, train_iters, objective, fresh)
+        progress.reference = identify_reference(reference, groups)
+        attach_scores(config, reference, progress.reference, data, objective.needs, groups)
+    state = _load(config, source, start, groups, train_iters)
     if objective.needs.perturbation is not None:
         assert reference is not None
-        state.reference = load_reference(config, reference, groups)
+        state.reference = load_reference(config, reference, progress.reference, groups)
     with _reporter(config, groups, train_iters, progress) as reporter:
         _say_what_runs(config, source, groups, progress, reporter)
         rank_layout = data_layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -222,73 +223,27 @@ def _run_length(config: Config, pairs: PairCollection) -> tuple[int, int]:
     return total_pairs, -(-total_pairs // batch_size)
 
 
-def _fresh_progress(config: Config, data: RunData) -> Progress:
-    return Progress(
-        global_batch_size=config.training.global_batch_size,
-        seed=config.training.seed,
-        num_pairs=len(data.train),
-        objective=config.objective.objective,
-    )
-
-
-def _load(
-    config: Config, source: ModelSource, groups: ProcessGroups, train_iters: int, objective: Objective, fresh: Progress
-) -> tuple[TrainingState, Progress]:
+def _load(config: Config, source: ModelSource, start: StartingPoint, groups: ProcessGroups, train_iters: int) -> TrainingState:
     policy = build_model(source.arch, config, groups)
     if source.hf_weights is not None:
         load_weights(source, policy, groups)
-        state = build_training_state(policy, config, groups, train_iters=train_iters)
-        state.objective_state = objective.initial_state()
-        return state, fresh
-    assert source.checkpoint is not None
     state = build_training_state(policy, config, groups, train_iters=train_iters)
-    state.objective_state = objective.initial_state()
-    resumes = not config.checkpoint.finetune
-    with_optimizer = resumes and not config.checkpoint.no_load_optim
-    loaded = load_checkpoint(
+    state.objective_state = start.objective_state
+    if source.checkpoint is None:
+        return state
+    with_optimizer = not config.checkpoint.finetune and not config.checkpoint.no_load_optim
+    load_checkpoint(
         source.checkpoint,
         model=state.model,
         optimizer=state.optimizer if with_optimizer else None,
         scheduler=state.scheduler if with_optimizer else None,
-        load_rng=resumes and not config.checkpoint.no_load_rng,
+        load_rng=not config.checkpoint.finetune and not config.checkpoint.no_load_rng,
         groups=groups,
     )
     if not with_optimizer:
         # Its fp32 weights were taken from the model before the checkpoint was loaded into it.
         state.optimizer.reload_model_params()
-    if not (resumes and loaded):
-        return state, fresh
-    objective_state = loaded.pop("objective_state", {})
-    progress = Progress(**loaded)
-    _check_same_run(progress, fresh, source.checkpoint)
-    if objective_state.keys() == state.objective_state.keys():
-        state.objective_state = objective_state
-    else:
-        raise ConfigError(
-            f"--load {source.checkpoint}: its objective carried {', '.join(objective_state) or 'nothing'} from step to step, "
-            f"this one {', '.join(state.objective_state) or 'nothing'}. Give the objective's options as they were, or start a "
-            "new run from these weights with --finetune."
-        )
-    return state, progress
-
-
-def _check_same_run(progress: Progress, now: Progress, checkpoint: Path) -> None:
-    names = {
-        "global_batch_size": "--global-batch-size",
-        "seed": "--seed",
-        "num_pairs": "number of training pairs",
-        "objective": "--objective",
-    }
-    changed = [
-        f"{title} was {getattr(progress, name)}, is {getattr(now, name)}"
-        for name, title in names.items()
-        if getattr(progress, name) != getattr(now, name) and getattr(progress, name) != ""
-    ]
-    if changed:
-        raise ConfigError(
-            f"--load {checkpoint}: this would not be the same run, nor the pairs that are left of it: {'; '.join(changed)}. "
-            "Give them as they were, or start a new run from these weights with --finetune."
-        )
+    return state
 
 
 def _save_hf(config: Config, policy: PolicyModel, source: ModelSource, groups: ProcessGroups) -> None:
@@ -304,12 +259,3 @@ def _save_hf(config: Config, policy: PolicyModel, source: ModelSource, groups: P
             pp_group=groups.pp,
         )
     dist.barrier(group=groups.world)
-
-
-def _rank_label() -> str:
-    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-
-
-def _speaks_for_its_node(error: RmipoError) -> bool:
-    # Before the ranks are connected they all read the same input and would all say the same.
-    return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.directory import find_checkpoint, hf_assets_directory, read_record
 from megatron_rmipo.checkpoint.hf import load_hf_weights, open_weights
@@ -107,8 +107,8 @@ def saved_train_state(source: ModelSource) -> dict[str, Any]:
     return {} if record is None or record.iteration == "release" else dict(record.train_state)
 
 
-def weights_fingerprint(source: ModelSource) -> str:
-    """sha256 over the architecture and the contents of every weight file.
+def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
+    """sha256 over the architecture and the contents of every weight file. All ranks call it together and share the reading.
 
     The same weights in another form (Hugging Face, Megatron, other shards) have another fingerprint.
     """
@@ -118,10 +118,11 @@ def weights_fingerprint(source: ModelSource) -> str:
         assert source.checkpoint is not None
         path, _ = find_checkpoint(source.checkpoint)
         files = [path / ".metadata", *sorted(path.glob("*.distcp"))]
-    # hashlib leaves the interpreter free while it reads.
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_file_digest, files))
-    content = {"architecture": dataclasses.asdict(source.arch), "files": digests}
+    own = {number: _file_digest(path) for number, path in enumerate(files) if number % groups.world_size == groups.rank}
+    parts: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(parts, own, group=groups.world)
+    digests = {number: digest for part in parts for number, digest in part.items()}
+    content = {"architecture": dataclasses.asdict(source.arch), "files": [digests[number] for number in sorted(digests)]}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

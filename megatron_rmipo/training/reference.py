@@ -6,13 +6,13 @@ Training holds no reference then, but for objectives that mix its logits with th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_rmipo.checkpoint.agreement import on_first_rank
 from megatron_rmipo.config import Config
-from megatron_rmipo.data.reference_scores import Scores, open_scores, score_directory
 from megatron_rmipo.data.tokenize import load_tokenizer
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -22,11 +22,13 @@ from megatron_rmipo.training.model_source import (
     checkpoint_source,
     hf_source,
     load_weights,
-    saved_train_state,
     weights_fingerprint,
 )
-from megatron_rmipo.training.scoring import Kind, are_finished, score_keys, score_store
+from megatron_rmipo.training.resume import StartingPoint
+from megatron_rmipo.training.scoring import find_missing, plan_scores, score_rows
 from megatron_rmipo.training.setup import build_model
+from megatron_rmipo.training.throughput import forget_peak_memory
+from megatron_rmipo.training.validation import refuse_impossible_layout
 
 _REMEDY = "Name it with --reference-load DIR (Megatron checkpoints) or --reference-hf DIR (Hugging Face)."
 
@@ -44,12 +46,14 @@ class ReferenceChoice:
     recorded: str | None
 
 
-def choose_reference(config: Config, source: ModelSource, needs: LogpNeeds) -> ReferenceChoice | None:
+def choose_reference(
+    config: Config, source: ModelSource, start: StartingPoint, needs: LogpNeeds, world_size: int
+) -> ReferenceChoice | None:
     """The reference that the flags name, else the model a new run starts from; None where the objective needs none.
 
     Raises:
-        ConfigError: flags that do nothing or contradict each other, a reference of another vocabulary or tokenizer, or none for
-            an objective that keeps it in memory.
+        ConfigError: flags that do nothing or contradict each other, a reference that cannot be cut into this layout or has
+            another tokenizer, or none for an objective that keeps it in memory.
     """
     model = config.model
     _refuse_idle_flags(config, needs)
@@ -57,25 +61,36 @@ def choose_reference(config: Config, source: ModelSource, needs: LogpNeeds) -> R
         return None
     if model.reference_hf is not None and model.reference_load is not None:
         raise ConfigError("--reference-hf and --reference-load both name the reference; give one of them.")
-    saved = {} if config.checkpoint.finetune else saved_train_state(source)
-    recorded = saved.get("reference") or None
+    recorded = start.progress.reference or None
+    chosen: ModelSource | None = None
     if model.reference_hf is not None:
-        chosen: ModelSource | None = hf_source(Path(model.reference_hf))
+        chosen = _named("--reference-hf", model.reference_hf, hf_source)
     elif model.reference_load is not None:
-        chosen = checkpoint_source(Path(model.reference_load))
-    elif not saved:
+        chosen = _named("--reference-load", model.reference_load, checkpoint_source)
+    elif not start.resumes:
         chosen = source
-    else:
+    elif needs.perturbation is not None and model.load_hf is not None:
         # The run goes on from a checkpoint of its own, which is no reference any more.
-        chosen = hf_source(Path(model.load_hf)) if model.load_hf is not None else None
+        chosen = _named("--load-hf", model.load_hf, hf_source)
     if chosen is None and (recorded is None or needs.perturbation is not None):
         raise ConfigError(
             f"--load {source.directory}: the run goes on, but --objective {config.objective.objective} needs its reference, "
             f"which is another model than this one. {_REMEDY}"
         )
-    if chosen is not None:
+    if chosen is not None and chosen.directory != source.directory:
         _check_vocabulary(chosen, source)
+        try:
+            refuse_impossible_layout(config, chosen.arch, world_size)
+        except ConfigError as error:
+            raise ConfigError(f"the reference in {chosen.directory}: {error}") from error
     return ReferenceChoice(chosen, recorded)
+
+
+def _named(flag: str, directory: str, find: Callable[[Path], ModelSource]) -> ModelSource:
+    try:
+        return find(Path(directory))
+    except RmipoError as error:
+        raise type(error)(f"{flag} {directory}: {error}") from error
 
 
 def _refuse_idle_flags(config: Config, needs: LogpNeeds) -> None:
@@ -89,8 +104,6 @@ def _refuse_idle_flags(config: Config, needs: LogpNeeds) -> None:
 
 
 def _check_vocabulary(reference: ModelSource, source: ModelSource) -> None:
-    if reference.directory == source.directory:
-        return
     same_tokenizer = load_tokenizer(str(reference.assets)).info.fingerprint == load_tokenizer(str(source.assets)).info.fingerprint
     if reference.arch.vocab_size != source.arch.vocab_size or not same_tokenizer:
         raise ConfigError(
@@ -108,12 +121,11 @@ def identify_reference(choice: ReferenceChoice, groups: ProcessGroups) -> str:
     if choice.source is None:
         assert choice.recorded is not None
         return choice.recorded
-    source = choice.source
-    found = on_first_rank(groups.world, lambda: weights_fingerprint(source))
+    found = weights_fingerprint(choice.source, groups)
     if choice.recorded is not None and found != choice.recorded:
         raise ConfigError(
             f"{choice.source.directory} holds other weights ({found[:12]}) than the reference this run had before "
-            f"({choice.recorded[:12]}). {_REMEDY}"
+            f"({choice.recorded[:12]}), or the same in another form: Hugging Face and Megatron count as two. {_REMEDY}"
         )
     return found
 
@@ -140,43 +152,55 @@ def attach_scores(
         DataError: a log-prob is not finite, or cannot be written.
     """
     collections = [part for part in (data.train, data.held_out) if part is not None]
-    stores = list({store.prefix: store for part in collections for store in part.stores}.values())
-    # A resident reference gives its log-probs of the data as it goes.
-    kinds: list[Kind] = ["matched"] if needs.reference else []
-    kinds += ["mismatched"] if needs.mismatched else []
-    cache = config.model.reference_cache
-    model = None
-    for kind in kinds:
-        keys = score_keys(stores, kind, reference=fingerprint, bf16=config.model.bf16, groups=groups)
-        if not are_finished(stores, keys, cache, groups):
-            model = model or load_reference(config, choice, groups)
-            layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-            for store, key in zip(stores, keys, strict=True):
-                score_store(model, store, key, cache, layout, groups)
-        scores: dict[str, Scores] = {}
-        for store, key in zip(stores, keys, strict=True):
-            found = open_scores(score_directory(store.prefix, cache, key), key, len(store))
-            assert found is not None, "just computed"
-            scores[store.prefix] = found
-        for part in collections:
-            target = part if kind == "matched" else part.mismatched
-            assert target is not None
-            target.reference_scores = [scores[store.prefix] for store in target.stores]
+    matched = _distinct([store for part in collections for store in part.stores]) if needs.reference else []
+    mismatched = [store for part in collections if part.mismatched is not None for store in part.mismatched.stores]
+    tasks = plan_scores(
+        [*matched, *_distinct(mismatched)],
+        reference=fingerprint,
+        bf16=config.model.bf16,
+        cache=config.model.reference_cache,
+        groups=groups,
+    )
+    missing = find_missing(tasks, groups)
+    if missing:
+        model = load_reference(config, choice, fingerprint, groups)
+        layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        for task in missing:
+            score_rows(model, task, layout, groups)
+        del model
+        forget_peak_memory()
+    tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}
+    for part in collections:
+        if needs.reference:
+            part.reference_scores = [tables["matched", store.prefix] for store in part.stores]
+        if part.mismatched is not None:
+            part.mismatched.reference_scores = [tables["mismatched", store.prefix] for store in part.mismatched.stores]
 
 
-def load_reference(config: Config, choice: ReferenceChoice, groups: ProcessGroups) -> PolicyModel:
+def _distinct(stores: Sequence[Any]) -> list[Any]:
+    return list({store.prefix: store for store in stores}.values())
+
+
+def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, groups: ProcessGroups) -> PolicyModel:
     """Build the reference with its weights, frozen. All ranks call it together.
+
+    Where a run goes on from its own checkpoint, ``--load-hf`` is tried: it is what most runs began with.
 
     Raises:
         ConfigError: where its weights lie is not known.
     """
-    if choice.source is None:
+    source = choice.source
+    if source is None and config.model.load_hf is not None:
+        source = _named("--load-hf", config.model.load_hf, hf_source)
+        if weights_fingerprint(source, groups) != fingerprint:
+            source = None
+    if source is None:
         raise ConfigError(
             "the log-probs of this run's reference are not (all) there, and so have to be computed again, but --load names a "
             f"later model. {_REMEDY}"
         )
-    model = build_model(choice.source.arch, config, groups)
-    load_weights(choice.source, model, groups)
+    model = build_model(source.arch, config, groups)
+    load_weights(source, model, groups)
     model.requires_grad_(False)
     model.eval()
     return model

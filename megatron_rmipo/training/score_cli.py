@@ -6,24 +6,26 @@ Training with an objective that needs a reference finds them there; whoever else
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from megatron_rmipo.checkpoint.agreement import on_first_rank
 from megatron_rmipo.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
 from megatron_rmipo.config_parsing import parse_fields
 from megatron_rmipo.data.batching import check_capacity
 from megatron_rmipo.data.mismatch import MismatchedStore
 from megatron_rmipo.data.pair_store import PairStore
+from megatron_rmipo.data.reference_scores import SCORES_FILE
 from megatron_rmipo.data.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, DataError, RmipoError
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
-from megatron_rmipo.training.inputs import conditional_layout
+from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
+from megatron_rmipo.training.inputs import check_tokenizer, conditional_layout
 from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights, weights_fingerprint
-from megatron_rmipo.training.scoring import Kind, score_keys, score_store
+from megatron_rmipo.training.scoring import find_missing, plan_scores, score_rows
 from megatron_rmipo.training.setup import build_model
 from megatron_rmipo.training.validation import refuse_impossible_layout
 
@@ -76,7 +78,7 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
     """Score the data sets. Called by every rank.
 
     Returns:
-        The directories of the scores.
+        A line for each file of scores.
 
     Raises:
         RmipoError: a fault the user can mend; what was computed before stays.
@@ -86,49 +88,51 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
         raise ConfigError("nothing to score: give --pairs PREFIX (of PREFIX.bin, .idx and .json).")
     source = find_model(config)
     stores = [PairStore(prefix) for prefix in scoring.pairs]
-    longest = max(int((store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)).max()) for store in stores)
+    longest = max(_check_store(store, source) for store in stores)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
     refuse_impossible_layout(config, source.arch, int(os.environ.get("WORLD_SIZE", "1")))
-    kinds: list[Kind] = ["matched", "mismatched"] if scoring.mismatched else ["matched"]
-    for store in stores:
-        _check_store(store, source, config, mismatched=scoring.mismatched)
+    rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
+    layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
+    for one in rows:
+        describe = functools.partial("pair {1} of {0}".format, one.prefix)
+        check_capacity(layout.conditional_sizes(one.lengths), layout.tokens_per_microbatch, describe)
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
-    fingerprint = on_first_rank(groups.world, lambda: weights_fingerprint(source))
-    model = build_model(source.arch, config, groups)
-    load_weights(source, model, groups)
-    layout = conditional_layout(config, source.arch, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-    directories = []
-    for kind in kinds:
-        keys = score_keys(stores, kind, reference=fingerprint, bf16=config.model.bf16, groups=groups)
-        for store, key in zip(stores, keys, strict=True):
-            directories.append(str(score_store(model, store, key, config.model.reference_cache, layout, groups)))
+    fingerprint = weights_fingerprint(source, groups)
+    cache = config.model.reference_cache
+    tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)
+    missing = find_missing(tasks, groups)
+    if missing:
+        model = build_model(source.arch, config, groups)
+        load_weights(source, model, groups)
+        layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        for task in missing:
+            score_rows(model, task, layout, groups)
     shutdown_runtime()
-    return directories
+    return [f"{'wrote' if task in missing else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
 
 
-def _check_store(store: PairStore, source: ModelSource, config: Config, *, mismatched: bool) -> None:
-    if store.manifest.tokenizer.fingerprint != load_tokenizer(str(source.assets)).info.fingerprint:
-        raise DataError(
-            f"--pairs {store.prefix}: made with another tokenizer than the model's in {source.assets}. Prepare it again: "
-            f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
-        )
+def _check_store(store: PairStore, source: ModelSource) -> int:
+    """Tokens of the longest row, which the model can take."""
+    check_tokenizer(store, "--pairs", source, load_tokenizer(str(source.assets)).info.fingerprint)
     if not store.manifest.has_rejected:
         raise DataError(f"--pairs {store.prefix}: supervised data, which no objective compares with a reference.")
-    layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
-    for lengths in [store.lengths, MismatchedStore(store).lengths] if mismatched else [store.lengths]:
-        sizes = layout.conditional_sizes(lengths)
-        check_capacity(sizes, layout.tokens_per_microbatch, lambda row: f"pair {row} of {store.prefix}")
+    lengths = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
+    if lengths.max() > source.arch.max_position_embeddings:
+        raise DataError(
+            f"--pairs {store.prefix}: pair {int(lengths.argmax())} is {int(lengths.max())} tokens long, but the model has "
+            f"max_position_embeddings {source.arch.max_position_embeddings}. Prepare the data with that --seq-length."
+        )
+    return int(lengths.max())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool on this rank; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    is_first = os.environ.get("RANK", "0") == "0"
     try:
         sections = parse_fields(arguments, _FIELDS, "score_pairs.py", _DESCRIPTION)
         config = Config(
@@ -138,13 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parallel=sections[ParallelConfig],
             logging=sections[LoggingConfig],
         )
-        directories = score(config, sections[ScoringConfig])
+        lines = score(config, sections[ScoringConfig])
     except RmipoError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif is_first:
-            print(f"error: {error}", file=sys.stderr)
+        elif speaks_for_its_node():
+            print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
-    if is_first:
-        print("\n".join(f"wrote {directory}/scores.npy" for directory in directories))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
     return 0

@@ -5,11 +5,13 @@ Every function here is collective: all ranks call it together.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,75 +22,118 @@ from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.mismatch import MismatchedStore
 from megatron_rmipo.data.pair_store import PairStore
-from megatron_rmipo.data.reference_scores import ScoreKey, ScoreWriter, data_fingerprint, open_scores, score_directory
+from megatron_rmipo.data.reference_scores import (
+    Kind,
+    ScoreKey,
+    Scores,
+    ScoreWriter,
+    data_fingerprint,
+    open_scores,
+    score_directory,
+)
+from megatron_rmipo.errors import DataError
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.rows import from_last_stage, gather_pairs, score_responses
 
 # Rows of each data-parallel rank between two writes: enough to fill several packs, and little to lose.
 ROWS_PER_WRITE = 64
+_OPEN_TRIES = 10
 
-Kind = Literal["matched", "mismatched"]
+
+@dataclasses.dataclass(frozen=True)
+class ScoreTask:
+    """The scores of one data set.
+
+    Attributes:
+        rows: the data set, or its prompts with the responses of other rows.
+        key: what the scores depend on.
+        directory: where they are kept.
+    """
+
+    rows: PairStore | MismatchedStore
+    key: ScoreKey
+    directory: Path
+
+    def open(self) -> Scores:
+        """The finished scores, fp32 ``[P, 2]``.
+
+        Raises:
+            DataError: they are not there, or damaged.
+        """
+        for _ in range(_OPEN_TRIES):
+            scores = open_scores(self.directory, self.key, len(self.rows))
+            if scores is not None:
+                return scores
+            # On a shared file system another node's files may take a moment to be seen.
+            time.sleep(1.0)
+        raise DataError(
+            f"{self.directory}: the scores were written, but are not (all) there. Is it on a disk that all nodes share?"
+        )
 
 
-def score_keys(stores: Sequence[PairStore], kind: Kind, *, reference: str, bf16: bool, groups: ProcessGroups) -> list[ScoreKey]:
-    """The key of each data set's scores under a reference of the given fingerprint."""
-    fingerprints = on_first_rank(groups.world, lambda: [data_fingerprint(store) for store in stores])
+def plan_scores(
+    rows: Sequence[PairStore | MismatchedStore], *, reference: str, bf16: bool, cache: str | None, groups: ProcessGroups
+) -> list[ScoreTask]:
+    """What the scores of each data set under a reference of the given fingerprint depend on, and where they lie."""
+    prefixes = sorted({one.prefix for one in rows})
+    fingerprints = on_first_rank(groups.world, lambda: {prefix: data_fingerprint(prefix) for prefix in prefixes})
     dtype = "bfloat16" if bf16 else "float32"
-    return [
-        ScoreKey(fingerprint, store.manifest.tokenizer.fingerprint, reference, dtype, kind)
-        for store, fingerprint in zip(stores, fingerprints, strict=True)
-    ]
+    tasks = []
+    for one in rows:
+        kind: Kind = "mismatched" if isinstance(one, MismatchedStore) else "matched"
+        key = ScoreKey(fingerprints[one.prefix], one.manifest.tokenizer.fingerprint, reference, dtype, kind)
+        tasks.append(ScoreTask(one, key, score_directory(one.prefix, cache, key)))
+    return tasks
 
 
-def are_finished(stores: Sequence[PairStore], keys: Sequence[ScoreKey], cache: str | None, groups: ProcessGroups) -> bool:
-    """Whether the scores of all data sets are there."""
+def find_missing(tasks: Sequence[ScoreTask], groups: ProcessGroups) -> list[ScoreTask]:
+    """Those whose scores are not all there yet; the places to write them to are made.
 
-    def look() -> bool:
-        directories = [score_directory(store.prefix, cache, key) for store, key in zip(stores, keys, strict=True)]
-        found = [open_scores(*arguments) for arguments in zip(directories, keys, map(len, stores), strict=True)]
-        return all(scores is not None for scores in found)
+    Raises:
+        DataError: what is there is damaged, or what is missing could not be written.
+    """
 
-    return on_first_rank(groups.world, look)
+    def look() -> list[int]:
+        missing = []
+        for number, task in enumerate(tasks):
+            if open_scores(task.directory, task.key, len(task.rows)) is None:
+                ScoreWriter(task.directory, task.key, len(task.rows))
+                missing.append(number)
+        return missing
+
+    return [tasks[number] for number in on_first_rank(groups.world, look)]
 
 
-def score_store(
-    model: PolicyModel, store: PairStore, key: ScoreKey, cache: str | None, layout: BatchLayout, groups: ProcessGroups
-) -> Path:
+def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups: ProcessGroups) -> None:
     """Compute what is missing of a data set's scores. Shows a progress bar.
 
     Args:
         model: this rank's part of the reference, its weights loaded.
-        store: the data set.
-        key: from :func:`score_keys`.
-        cache: directory to write to; None: beside the data.
+        task: from :func:`find_missing`.
         layout: how rows are cut; the result does not depend on it.
         groups: the process groups of this rank.
-
-    Returns:
-        The directory of the scores.
 
     Raises:
         DataError: a score is not finite, or the scores cannot be written.
     """
-    directory = score_directory(store.prefix, cache, key)
-    rows: Any = MismatchedStore(store) if key.kind == "mismatched" else store
+    rows: Any = task.rows
+    num_rows = len(rows)
     builder = BatchBuilder(PairCollection([rows]), layout)
     writer: list[ScoreWriter] = []
 
     def open_writer() -> int:
-        writer.append(ScoreWriter(directory, key, len(store)))
+        writer.append(ScoreWriter(task.directory, task.key, num_rows))
         return writer[0].num_done
 
     num_done = on_first_rank(groups.world, open_writer)
-    with _progress_bar(f"{key.kind} log-probs of {store.prefix}", num_done, len(store), shown=groups.rank == 0) as bar:
+    with _progress_bar(f"{task.key.kind} log-probs of {rows.prefix}", num_done, num_rows, shown=groups.rank == 0) as bar:
         block = ROWS_PER_WRITE * groups.dp_size
-        for first in range(num_done, len(store), block):
-            indices = np.arange(first, min(first + block, len(store)))
+        for first in range(num_done, num_rows, block):
+            indices = np.arange(first, min(first + block, num_rows))
             scores = _score_block(model, builder, indices, groups)
             on_first_rank(groups.world, partial(_write, writer, scores))
             bar.update(len(indices))
-    return directory
 
 
 @torch.no_grad()

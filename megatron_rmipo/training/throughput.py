@@ -60,6 +60,13 @@ class Throughput:
         return record
 
 
+def forget_peak_memory() -> None:
+    """Begin to look for the peak anew, where the device's allocator keeps it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes() -> int:
     """Most memory in use so far: of the device's allocator with CUDA, else of the process (resident set)."""
     if torch.cuda.is_available():

@@ -24,16 +24,17 @@ def write_unpaired(prefix: Path) -> Path:
     return prefix
 
 
-def write_pairs(prefix: Path, *, with_rejected: bool = True, swap_first: bool = False) -> Path:
+def write_pairs(prefix: Path, *, with_rejected: bool = True, swap_first: bool = False, first: int = 0) -> Path:
     """Prepare the fixture's 48 pairs under ``prefix`` as the data tool would.
 
     Args:
         prefix: what stands there is replaced.
         with_rejected: False leaves the rejected responses out.
         swap_first: exchange the responses of the first pair.
+        first: leave out the pairs before this one.
     """
     with PairStoreWriter(prefix, vocab_size=400, overwrite=True) as writer:
-        for number, pair in enumerate(read_pairs(FIXTURE)):
+        for number, pair in enumerate(read_pairs(FIXTURE)[first:]):
             chosen, rejected = (pair.rejected, pair.chosen) if swap_first and number == 0 else (pair.chosen, pair.rejected)
             writer.add(TokenizedPair(pair.prompt, chosen, rejected if with_rejected else rejected[:0]))
         writer.finalize(Manifest(tokenizer=load_tokenizer(str(MODEL)).info, has_rejected=with_rejected))

@@ -23,6 +23,7 @@ class PairList:
     """Pairs in memory, in the place of a PairStore."""
 
     prefix = "memory"
+    manifest = None
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
         self.pairs = list(pairs)

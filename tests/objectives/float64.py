@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,6 +57,19 @@ def numbers_of(pairs: PairLogps) -> Numbers:
         nl=double(pairs.rejected_lengths),
         mean_chosen_length=pairs.mean_chosen_length.item(),
     )
+
+
+def softplus(x: float) -> float:
+    """``log(1 + exp(x)) = -logsigmoid(-x)``."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def gaps_of(pairs: PairLogps, *, per_token: bool = False) -> list[float]:
+    """``(Lw - Rw) - (Ll - Rl)`` of each pair, each sum divided by the response's length if ``per_token``."""
+    n = numbers_of(pairs)
+    gaps = (n.lw / n.nw - n.rw / n.nw) - (n.ll / n.nl - n.rl / n.nl) if per_token else n.h
+    values: list[float] = gaps.detach().tolist()
+    return values
 
 
 def run_with_gradients(objective: Objective, pairs: PairLogps) -> tuple[LossOutput, Tensor, Tensor]:

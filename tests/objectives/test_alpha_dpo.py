@@ -17,27 +17,20 @@ import torch
 from megatron_rmipo.objectives.alpha_dpo import AlphaDpo, AlphaDpoConfig
 from megatron_rmipo.objectives.base import LogpNeeds, PairLogps
 from tests.objectives.batches import batch_of, cut, gradients, with_prepared
+from tests.objectives.float64 import gaps_of, softplus
 from tests.objectives.pairs import make_pairs, random_pairs
 
 # Per token: x = -1 - -2 = 1 and -3 - -2 = -1. Sums: h = (-2 + 3) - (-6 + 6) = 1 and (-6 + 7) - (-2 + 4) = -1.
 HAND: dict[str, Any] = {"chosen": [-2.0, -6.0], "rejected": [-6.0, -2.0], "lengths": ([2, 2], [3, 1])}
 HAND_REF = ([-3.0, -7.0], [-6.0, -4.0])
 
-
-def softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+OFFICIAL_SWITCHES = {"z_scale": "beta_alpha", "gap_normalization": "mean", "gap_statistics": "ema"}
 
 
 def rows_of(pairs: PairLogps) -> list[tuple[float, ...]]:
     columns = [pairs.chosen_logps, pairs.rejected_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps]
     columns += [pairs.chosen_lengths, pairs.rejected_lengths]
     return list(zip(*(column.double().tolist() for column in columns if column is not None), strict=True))
-
-
-def gaps_of(pairs: PairLogps, *, per_token: bool) -> list[float]:
-    if per_token:
-        return [(lw / nw - ll / nl) - (rw / nw - rl / nl) for lw, ll, rw, rl, nw, nl in rows_of(pairs)]
-    return [(lw - rw) - (ll - rl) for lw, ll, rw, rl, _, _ in rows_of(pairs)]
 
 
 def test_hand_worked_batch_in_the_papers_form() -> None:
@@ -54,13 +47,14 @@ def test_hand_worked_batch_in_the_papers_form() -> None:
 
 
 def test_hand_worked_first_batch_in_the_authors_form() -> None:
-    # Per token the gaps are (-1 + 1.5) - (-2 + 2) = 0.5 and (-3 + 3.5) - (-2 + 4) = -1.5: mean -0.5, spread sqrt 2.
+    # Per token the gaps are (-1 + 1.5) - (-2 + 2) = 0.5 and (-3 + 3.5) - (-2 + 4) = -1.5: mean -0.5, spread sqrt 2, of which the
+    # averages that start at zero have a tenth: z = (0.5 + 0.05) / 0.1414 and (-1.5 + 0.05) / 0.1414.
     objective = AlphaDpo(AlphaDpoConfig(preset="official"))
     output = objective(with_prepared(objective, make_pairs(**HAND, ref=HAND_REF)))
-    z = 1.0 / math.sqrt(2.0)
+    z = [5.5 / math.sqrt(2.0), -14.5 / math.sqrt(2.0)]
     assert output.metrics["gap"].tolist() == pytest.approx([0.5, -1.5])
-    assert output.metrics["alpha_dpo/z"].tolist() == pytest.approx([z, -z])
-    margins = [2.5 * (0.3 + 0.1 * z), 2.5 * (0.3 - 0.1 * z)]
+    assert output.metrics["alpha_dpo/z"].tolist() == pytest.approx(z)
+    margins = [2.5 * (0.3 + 0.1 * z[0]), 2.5 * (0.3 + 0.1 * z[1])]
     assert output.metrics["gamma"].tolist() == pytest.approx(margins)
     assert output.losses.tolist() == pytest.approx([softplus(-(2.5 - margins[0])), softplus(2.5 + margins[1])], rel=1e-6)
 
@@ -118,11 +112,11 @@ def test_moving_averages_over_several_batches(correction: bool) -> None:
 
 def test_the_released_averages_start_at_a_tenth() -> None:
     pairs = make_pairs([-10.0, -12.0], [-10.0, -10.0], ([1, 1], [1, 1]), ref=([-20.0, -20.0], [-10.0, -10.0]))
-    official = AlphaDpo(AlphaDpoConfig(preset="official", ema_bias_correction=False))
+    official = AlphaDpo(AlphaDpoConfig(preset="official"))
     z = official.prepare(batch_of(pairs), official.initial_state())["z"].tolist()
     # Gaps 10 and 8: mean 9, spread sqrt 2, a tenth of both in use.
     assert z == pytest.approx([9.1 / (0.1 * math.sqrt(2.0)), 7.1 / (0.1 * math.sqrt(2.0))])
-    corrected = AlphaDpo(AlphaDpoConfig(preset="official"))
+    corrected = AlphaDpo(AlphaDpoConfig(gap_statistics="ema"))
     z = corrected.prepare(batch_of(pairs), corrected.initial_state())["z"].tolist()
     assert z == pytest.approx([1.0 / math.sqrt(2.0), -1.0 / math.sqrt(2.0)])
 
@@ -229,18 +223,27 @@ def test_needs_and_metrics() -> None:
 @pytest.mark.parametrize(
     ("options", "switches"),
     [
-        ({}, ("alpha", "sum", "batch", None)),
-        ({"preset": "official"}, ("beta_alpha", "mean", "ema", True)),
-        ({"preset": "official", "ema_bias_correction": False}, ("beta_alpha", "mean", "ema", False)),
-        ({"length_normalization": False}, ("alpha", None, "batch", None)),
-        ({"gap_statistics": "ema"}, ("alpha", "sum", "ema", True)),
+        ({}, ("paper", "alpha", "sum", "batch", None)),
+        ({"preset": "official"}, ("official", "beta_alpha", "mean", "ema", False)),
+        ({"preset": "official", "ema_bias_correction": True}, ("official", "beta_alpha", "mean", "ema", True)),
+        ({"preset": "official", "gap_statistics": "batch"}, ("official", "beta_alpha", "mean", "batch", None)),
+        ({"length_normalization": False}, ("paper", "alpha", None, "batch", None)),
+        ({"gap_statistics": "ema"}, ("paper", "alpha", "sum", "ema", True)),
+        # All four as the released code has them, whoever sets them; three leave the fourth to the paper.
+        ({**OFFICIAL_SWITCHES, "ema_bias_correction": False}, ("official", "beta_alpha", "mean", "ema", False)),
+        (OFFICIAL_SWITCHES, ("paper", "beta_alpha", "mean", "ema", True)),
+        (
+            {"length_normalization": False, "z_scale": "beta_alpha", "gap_statistics": "ema"},
+            ("paper", "beta_alpha", None, "ema", True),
+        ),
     ],
 )
 def test_presets_fill_the_switches_and_a_saved_configuration_builds_again(
     options: dict[str, Any], switches: tuple[Any, ...]
 ) -> None:
     config = AlphaDpoConfig(**options)
-    assert (config.z_scale, config.gap_normalization, config.gap_statistics, config.ema_bias_correction) == switches
+    found = (config.preset, config.z_scale, config.gap_normalization, config.gap_statistics, config.ema_bias_correction)
+    assert found == switches
     assert AlphaDpoConfig(**dataclasses.asdict(config)) == config
 
 
@@ -255,18 +258,18 @@ def test_presets_fill_the_switches_and_a_saved_configuration_builds_again(
         ({"alpha": 0.0}, ["alpha 0", "objective simpo"]),
         ({"alpha": -0.1}, ["alpha", "at least 0"]),
         ({"gamma_beta_ratio": math.nan}, ["gamma_beta_ratio", "nan"]),
-        ({"label_smoothing": 0.6}, ["label_smoothing", "between 0 and 0.5"]),
+        ({"label_smoothing": 0.6}, ["label_smoothing", "at least 0 and at most 0.5"]),
         ({"length_normalization": 1}, ["length_normalization", "true or false"]),
         ({"ema_bias_correction": True}, ["ema_bias_correction", "would do nothing", "no moving average"]),
         ({"gap_statistics": "ema", "ema_bias_correction": "on"}, ["ema_bias_correction", "true or false"]),
         ({"length_normalization": False, "gap_normalization": "sum"}, ["gap_normalization", "would do nothing"]),
         (
             {"preset": "official", "z_scale": "alpha", "gap_normalization": "sum", "gap_statistics": "batch"},
-            ["preset 'official' would do nothing", "preset 'paper'"],
+            ["preset 'official' would do nothing", "give preset 'paper'"],
         ),
         (
-            {"length_normalization": False, "z_scale": "beta_alpha", "gap_statistics": "ema"},
-            ["preset 'paper' would do nothing", "preset 'official'"],
+            {"preset": "paper", **OFFICIAL_SWITCHES, "ema_bias_correction": False},
+            ["preset 'paper' would do nothing", "ema_bias_correction off", "give preset 'official'"],
         ),
     ],
 )

@@ -17,17 +17,8 @@ import torch
 from megatron_rmipo.objectives.base import LogpNeeds, PairLogps, State
 from megatron_rmipo.objectives.beta_dpo import BetaDpo, BetaDpoConfig, draw_without_replacement
 from tests.objectives.batches import batch_of, cut, gradients, with_prepared
+from tests.objectives.float64 import gaps_of, softplus
 from tests.objectives.pairs import make_pairs, random_pairs
-
-
-def softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def gaps_of(pairs: PairLogps) -> list[float]:
-    columns = [pairs.chosen_logps, pairs.ref_chosen_logps, pairs.rejected_logps, pairs.ref_rejected_logps]
-    rows = zip(*(column.double().tolist() for column in columns if column is not None), strict=True)
-    return [(lw - rw) - (ll - rl) for lw, rw, ll, rl in rows]
 
 
 def with_gaps(*gaps: float) -> PairLogps:
@@ -135,7 +126,8 @@ def test_selection_is_without_replacement() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_pairs", "rho", "expected"), [(10, 0.2, 8), (7, 0.5, 3), (3, 0.9, 1), (1, 0.2, 1), (5, 1.0, 1), (5, 0.0, 5)]
+    ("num_pairs", "rho", "expected"),
+    [(10, 0.2, 8), (20, 0.8, 4), (7, 0.5, 3), (3, 0.9, 1), (1, 0.2, 1), (5, 0.99, 1), (5, 0.0, 5)],
 )
 def test_how_many_are_selected(num_pairs: int, rho: float, expected: int) -> None:
     prepared = BetaDpo(BetaDpoConfig(rho=rho)).prepare(batch_of(random_pairs(num_pairs, seed=1)), BetaDpo().initial_state())
@@ -250,7 +242,7 @@ def test_needs_and_metrics() -> None:
     [
         ({"beta": 1e-4}, ["beta", "at least 0.001"]),
         ({"beta_sensitivity": -0.1}, ["beta_sensitivity", "at least 0"]),
-        ({"rho": 1.1}, ["rho", "between 0 and 1"]),
+        ({"rho": 1.0}, ["rho must be a number at least 0 and below 1, not 1.0"]),
         ({"filter_pairs": 1}, ["filter_pairs", "true or false"]),
         ({"ema_bias_correction": None}, ["ema_bias_correction", "true or false"]),
         ({"rho": 0.0, "filter_pairs": False}, ["filter_pairs off would do nothing", "rho 0"]),

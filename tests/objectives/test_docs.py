@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron_rmipo.objectives.__main__ import default_in_words, main
-from megatron_rmipo.objectives.registry import OBJECTIVES
+from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
+from tests.objectives.batches import with_prepared
+from tests.objectives.float64 import numbers_of, softplus
+from tests.objectives.pairs import random_pairs
 
 DOCS = Path(__file__).parents[2] / "docs"
 HEADER = "| option | default | meaning |"
@@ -75,9 +79,11 @@ def test_the_program_lists_every_objective(capsys: pytest.CaptureFixture[str]) -
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()[1:]]
     needs = dict(lines)
     assert list(needs) == list(OBJECTIVES)
-    assert needs["rmipo"] == "log p(y), context bos"
+    assert needs["rmipo"] == "log p(y), context bos (forward only, each step)"
     assert needs["simpo"] == "-"
-    assert needs["dpo"] == "reference"
+    assert needs["dpo"] == "reference (log-probs computed once)"
+    assert "mismatched pairs (forward only, each step)" in needs["kto"]
+    assert "global batch beforehand (forward only, each step)" in needs["beta_dpo"]
     assert needs["sft"] == "the chosen responses alone"
 
 
@@ -88,9 +94,48 @@ def test_the_program_explains_every_objective(capsys: pytest.CaptureFixture[str]
     assert text.startswith(f"{name}: ")
     assert "needs: " in text
     for option, default in options_in_code(name).items():
-        assert re.search(rf"^--{option.replace('_', '-')} +{re.escape(default)} +\S", text, re.MULTILINE), option
+        switch = r"\[no-\]" if "bool" in str(OBJECTIVES[name].Config.__annotations__[option]) else ""
+        assert re.search(rf"^--{switch}{option.replace('_', '-')} +{re.escape(default)} +\S", text, re.MULTILINE), option
     if not options_in_code(name):
         assert text.endswith("no options\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "symbols"),
+    [
+        ("alpha_dpo", ["x = bar Lw - bar Ll", "s = alpha", "z is the z-score of"]),
+        ("epsilon_dpo", ["h = (Lw - Rw) - (Ll - Rl)", "step is 1 where", "f, r the logits"]),
+        ("rmipo", ["gamma(dpmi) = gamma_min + (gamma_max - gamma_min) w", "exponential w = exp(-r)", "Uw, Ul sum log p(y)"]),
+    ],
+)
+def test_the_program_tells_what_the_letters_of_a_formula_are(
+    capsys: pytest.CaptureFixture[str], name: str, symbols: list[str]
+) -> None:
+    assert main([name]) == 0
+    text = capsys.readouterr().out
+    assert all(symbol in text for symbol in symbols), text
+    assert text.count("\nNotation: ") == 1
+
+
+def test_the_example_computes_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "objectives.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "page_example.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = build_objective("page_example:UsualMargin", {})
+    state = objective.initial_state()
+    usual = 0.0
+    for step in range(3):
+        pairs = with_prepared(objective, random_pairs(7, seed=step), state)
+        n = numbers_of(pairs)
+        margins = (2.0 * (n.bar_lw - n.bar_ll)).tolist()
+        usual = 0.9 * usual + 0.1 * sum(margins) / 7
+        output = objective(pairs)
+        assert output.losses.tolist() == pytest.approx([softplus(usual - margin) for margin in margins], rel=1e-5)
+        assert output.metrics["rewards/margins"].tolist() == pytest.approx(margins, rel=1e-5)
+        state = objective.advance(state, pairs.batch, output.metrics)
+        assert state == pytest.approx({"usual": usual}, abs=1e-6)
+    assert objective.needs == LogpNeeds(batch=True)
 
 
 def test_the_program_refuses_an_unknown_name_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,8 @@ import torch
 from megatron_rmipo.objectives.base import BatchLogps, LogpNeeds, LossOutput, PairLogps, State
 from megatron_rmipo.objectives.epsilon_dpo import EpsilonDpo, EpsilonDpoConfig
 from tests.objectives.batches import cut, gradients
+from tests.objectives.float64 import softplus
 from tests.objectives.pairs import make_pairs, random_pairs
-
-
-def softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def perturbed(pairs: PairLogps, off: list[list[float]], towards: list[list[float]]) -> PairLogps:
@@ -186,9 +183,9 @@ def test_needs_and_metrics() -> None:
     ("options", "words"),
     [
         ({"beta": 0.0}, ["beta", "greater than 0"]),
-        ({"epsilon": 0.0}, ["epsilon", "between 0 and 1"]),
+        ({"epsilon": 0.0}, ["epsilon must be a number greater than 0 and below 1, not 0.0"]),
         ({"epsilon": 1.0}, ["epsilon", "below 1"]),
-        ({"epsilon": 1.5}, ["epsilon", "between 0 and 1"]),
+        ({"epsilon": 1.5}, ["epsilon", "greater than 0 and below 1"]),
         ({"epsilon": math.nan}, ["epsilon", "nan"]),
     ],
 )

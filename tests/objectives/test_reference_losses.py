@@ -189,14 +189,14 @@ def test_the_reference_is_all_that_is_needed(name: str) -> None:
     ("name", "options", "words"),
     [
         ("dpo", {"beta": 0.0}, ["beta", "greater than 0"]),
-        ("dpo", {"label_smoothing": 0.6}, ["label_smoothing", "between 0 and 0.5"]),
+        ("dpo", {"label_smoothing": 0.6}, ["label_smoothing", "at least 0 and at most 0.5"]),
         ("ipo", {"tau": -0.1}, ["tau", "greater than 0", "-0.1"]),
         ("ipo", {"log_ratio_normalization": "average"}, ["log_ratio_normalization", "sum, mean", "'average'"]),
         ("hinge", {"beta": math.inf}, ["beta", "inf"]),
         ("ipo", {"beta": 0.1}, ["'ipo'", "beta", "tau, log_ratio_normalization"]),
-        ("ipo", {"label_smoothing": 0.1}, ["label_smoothing", "dpo", "would"]),
-        ("hinge", {"label_smoothing": 0.1}, ["'hinge'", "label_smoothing", "It has beta"]),
-        ("infopo", {"beta": 0.1}, ["'infopo'", "no options"]),
+        ("ipo", {"label_smoothing": 0.1}, ["'ipo' has no option label_smoothing", "tau"]),
+        ("hinge", {"label_smoothing": 0.1}, ["'hinge' has no option label_smoothing; it has beta"]),
+        ("infopo", {"beta": 0.1}, ["'infopo' has no option beta; it has none"]),
     ],
 )
 def test_options_that_cannot_work_are_refused(name: str, options: dict[str, Any], words: list[str]) -> None:

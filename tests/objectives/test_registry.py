@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,11 +60,13 @@ def test_an_objective_of_ones_own_is_built_from_module_and_class() -> None:
     [
         ("rmpo", {}, ["'rmpo'", "did you mean 'rmipo'", "simpo"]),
         ("zzz", {}, ["'zzz'.", "rmipo, simpo, simper, dpo"]),
-        ("simpo", {"gamma_min": 0.3}, ["'simpo'", "gamma_min", "0.3", "rmipo would", "gamma_beta_ratio"]),
-        ("rmipo", {"gamma_beta_ratio": 0.5}, ["gamma_beta_ratio", "simpo, alpha_dpo, alpha_po would", "gamma_max"]),
-        ("rmipo", {"gama_min": 0.5}, ["gama_min", "did you mean gamma_min"]),
-        ("sft", {"beta": 2.0}, ["'sft'", "beta", "no options"]),
-        ("no.such.module:Loss", {}, ["cannot be imported", "no.such"]),
+        ("mine.Mine", {}, ["unknown objective 'mine.Mine'; did you mean 'mine:Mine', a colon before the class?"]),
+        (":Mine", {}, ["':Mine' must be named package.module:Class"]),
+        (".mine:Mine", {}, ["'.mine:Mine' must be named package.module:Class"]),
+        ("mine:", {}, ["'mine:' must be named package.module:Class"]),
+        ("simpo", {"gamma_min": 0.3}, ["'simpo' has no option gamma_min; it has beta, gamma_beta_ratio"]),
+        ("sft", {"beta": 2.0}, ["'sft' has no option beta; it has none"]),
+        ("no.such.module:Loss", {}, ["cannot be imported: ModuleNotFoundError: No module named 'no'", "PYTHONPATH"]),
         ("megatron_rmipo.objectives.rmipo:Nothing", {}, ["cannot be imported", "Nothing"]),
         ("megatron_rmipo.objectives.base:PairLogps", {}, ["not a subclass"]),
     ],
@@ -71,6 +75,72 @@ def test_refusals_name_the_remedy(name: str, options: dict[str, object], words: 
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         build_objective(name, options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+HEADER = """
+import dataclasses
+from megatron_rmipo.objectives.base import LogpNeeds, Objective
+@dataclasses.dataclass(frozen=True)
+class Options:
+    beta: float = 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("class Mine(Objective): name, Config = 'mine', Options", ["must define __call__"]),
+        ("class Mine(Objective): Config, __call__ = Options, None", ["class attribute name"]),
+        ("class Mine(Objective): name, Config, __call__ = 3, Options, None", ["class attribute name"]),
+        ("class Mine(Objective): name, __call__ = 'mine', None", ["class attribute Config"]),
+        ("class Mine(Objective): name, Config, __call__ = 'mine', dict, None", ["class attribute Config", "dataclass"]),
+        (
+            "Options.__annotations__['beta'] = dict\nclass Mine(Objective): name, Config, __call__ = 'm', Options, None",
+            ["beta", "dict"],
+        ),
+        (
+            "Options.__annotations__['beta'] = 'Real'\nclass Mine(Objective): name, Config, __call__ = 'm', Options, None",
+            ["'Real'"],
+        ),
+        (
+            "class Mine(Objective): name, Config, needs, __call__ = 'm', Options, {'batch': True}, None",
+            ["needs must be a property"],
+        ),
+        (
+            "class Mine(Objective):\n def needs(self): pass\n name, Config, __call__ = 'm', Options, None",
+            ["that gives LogpNeeds(...), not <bound method"],
+        ),
+        (
+            "class Mine(Objective): name, Config, __call__, needs = 'm', Options, None, property(lambda _: LogpNeeds('eos'))",
+            ["unconditional must be one of bos, none, not 'eos'"],
+        ),
+        ("1 / 0", ["cannot be imported: ZeroDivisionError: division by zero", "python -c 'import {module}' tells more"]),
+        ("class Mine(", ["cannot be imported: SyntaxError", "{module}.py"]),
+        ("class Other(Objective): pass", ["module {module} has no Mine"]),
+    ],
+)
+def test_a_fault_in_a_class_of_ones_own_is_told(
+    text: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path.name
+    (tmp_path / f"{module}.py").write_text(HEADER + text + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=module) as error:
+        build_objective(f"{module}:Mine", {})
+    assert all(word.format(module=module) in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ({"unconditional": "eos"}, "unconditional must be one of bos, none, not 'eos'"),
+        ({"perturbation": 0.0}, "perturbation must be a number greater than 0, not 0.0"),
+        ({"perturbation": float("nan")}, "perturbation must be a number greater than 0, not nan"),
+    ],
+)
+def test_needs_that_nothing_answers_are_refused(needs: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        LogpNeeds(**needs)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))

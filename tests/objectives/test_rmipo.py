@@ -13,6 +13,7 @@ import torch
 
 from megatron_rmipo.objectives.base import LossOutput, PairLogps
 from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
+from tests.objectives.float64 import softplus
 from tests.objectives.pairs import make_pairs, random_pairs, swapped
 
 # One pair worked by hand: Lw = -6 over 3 tokens, Ll = -10 over 4, Uw = -8, Ul = -11.
@@ -110,8 +111,7 @@ def float64_loss(pairs: PairLogps, config: RmipoConfig) -> tuple[list[float], li
         g = config.gamma_max * share + config.gamma_min * (1.0 - share)
         reward = config.beta * (lw / nw - ll / nl) if config.length_normalization else config.beta * (lw - ll)
         z = reward - (config.beta if config.margin_scale == "beta_gamma" else 1.0) * g
-        softplus = max(-z, 0.0) + math.log1p(math.exp(-abs(z)))
-        loss = softplus + config.label_smoothing * z  # -(1-e) log s(z) - e log s(-z), because log s(-z) = log s(z) - z
+        loss = softplus(-z) + config.label_smoothing * z  # -(1-e) log s(z) - e log s(-z), because log s(-z) = log s(z) - z
         losses.append(loss + config.sft_weight * -lw / pairs.mean_chosen_length.item())
         margins.append(g)
     return losses, margins
@@ -125,9 +125,7 @@ def float64_loss(pairs: PairLogps, config: RmipoConfig) -> tuple[list[float], li
 def test_every_combination_agrees_with_float64(
     scale: str, normalization: str, context: str, schedule: str, length_normalization: bool
 ) -> None:
-    official = (scale, normalization, context) == ("beta_gamma", "mean", "none")
     config = RmipoConfig(
-        preset="official" if official else "paper",
         margin_scale=scale,
         pmi_normalization=normalization,
         unconditional_context=context,
@@ -266,8 +264,33 @@ def test_presets_fill_the_three_switches(preset: str, switches: tuple[str, str, 
 
 
 @pytest.mark.parametrize(
+    ("options", "preset"),
+    [
+        ({}, "paper"),
+        ({"margin_scale": "beta_gamma", "pmi_normalization": "mean"}, "paper"),
+        ({"margin_scale": "beta_gamma", "pmi_normalization": "mean", "unconditional_context": "none"}, "official"),
+        ({"margin_signal": "gap"}, "paper"),
+        ({"margin_signal": "gap", "margin_scale": "beta_gamma"}, "official"),
+        ({"margin_schedule": "none", "margin_scale": "beta_gamma"}, "official"),
+        ({"preset": "paper", "margin_scale": "beta_gamma"}, "paper"),
+    ],
+)
+def test_switches_alone_name_the_preset_they_are(options: dict[str, Any], preset: str) -> None:
+    config = RmipoConfig(**options)
+    assert config.preset == preset
+    assert all(getattr(config, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize(
     "options",
-    [{}, {"margin_signal": "gap"}, {"margin_schedule": "none"}, {"preset": "official", "gamma_min": 0.0, "gamma_max": 2.0}],
+    [
+        {},
+        {"margin_signal": "gap"},
+        {"margin_schedule": "none"},
+        {"preset": "official", "gamma_min": 0.0, "gamma_max": 2.0},
+        {"margin_scale": "beta_gamma", "pmi_normalization": "mean", "unconditional_context": "none"},
+        {"margin_signal": "gap", "margin_scale": "beta_gamma"},
+    ],
 )
 def test_a_saved_configuration_builds_the_same_objective_again(options: dict[str, Any]) -> None:
     config = RmipoConfig(**options)
@@ -283,9 +306,12 @@ def test_a_saved_configuration_builds_the_same_objective_again(options: dict[str
         ({"beta": 0.0}, ["beta", "greater than 0"]),
         ({"beta": math.nan}, ["beta", "nan"]),
         ({"beta": "2.0"}, ["beta", "'2.0'"]),
-        ({"gamma_min": 2.0}, ["gamma_min 2", "gamma_max 1.6"]),
+        ({"gamma_min": 2.0}, ["gamma_min 2 is greater than gamma_max 1.6 (the default)"]),
+        ({"gamma_max": 0.1}, ["gamma_min 0.3 (the default) is greater than gamma_max 0.1"]),
+        ({"gamma_min": 1.0, "gamma_max": 1.0}, ["gamma_min 1 equal to gamma_max", "margin_schedule none and gamma_max 1 alone"]),
+        ({"gamma_max": 0.3, "margin_signal": "gap"}, ["gamma_min 0.3 (the default) equal", "margin_schedule none"]),
         ({"gamma_max": -0.5}, ["gamma_max", "at least 0"]),
-        ({"label_smoothing": 0.6}, ["label_smoothing", "between 0 and 0.5"]),
+        ({"label_smoothing": 0.6}, ["label_smoothing", "at least 0 and at most 0.5"]),
         ({"sft_weight": -1.0}, ["sft_weight", "at least 0"]),
         ({"length_normalization": 1}, ["length_normalization", "true or false"]),
         ({"margin_schedule": "none", "gamma_min": 0.3}, ["gamma_min", "would do nothing"]),
@@ -293,9 +319,12 @@ def test_a_saved_configuration_builds_the_same_objective_again(options: dict[str
         ({"margin_schedule": "none", "pmi_normalization": "sum"}, ["pmi_normalization", "margin_schedule none"]),
         (
             {"preset": "official", "margin_scale": "gamma", "pmi_normalization": "sum", "unconditional_context": "bos"},
-            ["preset 'official' would do nothing", "preset 'paper'"],
+            ["preset 'official' would do nothing", "give preset 'paper'"],
         ),
-        ({"margin_signal": "gap", "margin_scale": "beta_gamma"}, ["preset 'paper' would do nothing", "preset 'official'"]),
+        (
+            {"preset": "paper", "margin_signal": "gap", "margin_scale": "beta_gamma"},
+            ["preset 'paper' would do nothing: with margin_scale beta_gamma it is", "give preset 'official'"],
+        ),
         ({"margin_signal": "gap", "unconditional_context": "bos"}, ["unconditional_context", "margin_signal gap"]),
     ],
 )

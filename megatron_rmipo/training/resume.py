@@ -1,0 +1,74 @@
+"""Whether a run goes on from a checkpoint of its own, and whether it is still the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_rmipo.config import Config
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.objectives.base import Objective, State
+from megatron_rmipo.training.inputs import RunData
+from megatron_rmipo.training.loop import Progress
+from megatron_rmipo.training.model_source import ModelSource, saved_train_state
+
+# What a resumed run must not change -> how it is told.
+_FIXED = {
+    "global_batch_size": "--global-batch-size",
+    "seed": "--seed",
+    "num_pairs": "number of training pairs",
+    "objective": "--objective",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StartingPoint:
+    """Where a run starts.
+
+    Attributes:
+        progress: of the run, nothing done yet in a new one.
+        objective_state: what the objective carries into the first step.
+        resumes: whether the run goes on from a checkpoint of its own.
+    """
+
+    progress: Progress
+    objective_state: State
+    resumes: bool
+
+
+def starting_point(config: Config, source: ModelSource, data: RunData, objective: Objective) -> StartingPoint:
+    """The progress saved with the checkpoint the run goes on from, or that of a new run.
+
+    Raises:
+        ConfigError: this would not be the same run: the order of pairs, the objective or its options have changed.
+    """
+    now = Progress(
+        global_batch_size=config.training.global_batch_size,
+        seed=config.training.seed,
+        num_pairs=len(data.train),
+        objective=config.objective.objective,
+        options=dict(config.objective.options),
+    )
+    saved = {} if config.checkpoint.finetune else saved_train_state(source)
+    if not saved:
+        return StartingPoint(now, objective.initial_state(), resumes=False)
+    # Checkpoints of before these were saved hold neither.
+    state = saved.pop("objective_state", {})
+    progress = Progress(**saved)
+    changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in _differences(progress, now) if was != is_now]
+    if changed:
+        raise ConfigError(
+            f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
+            f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
+        )
+    return StartingPoint(progress, state or objective.initial_state(), resumes=True)
+
+
+def _differences(progress: Progress, now: Progress) -> list[tuple[str, Any, Any]]:
+    compared = [(title, getattr(progress, name), getattr(now, name)) for name, title in _FIXED.items()]
+    # Versions that did not save the objective left "".
+    compared = [difference for difference in compared if difference[1] != ""]
+    if progress.objective == now.objective:
+        names = progress.options.keys() & now.options.keys()
+        compared += [("--" + name.replace("_", "-"), progress.options[name], now.options[name]) for name in sorted(names)]
+    return compared
