@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_rmipo.objectives.registry import OBJECTIVES
-from tests.integration.problem import make_pairs, unpaired
+from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
+from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.training.step import train_step
+from tests.harness import run_distributed
+from tests.integration.problem import collection, make_hf_model, make_pairs, unpaired
 from tests.integration.test_invariance import run_and_check
-from tests.integration.worlds import Case
+from tests.integration.worlds import Case, build_batches, build_reference, build_state
 
 # Perturbations large enough that no pair's step hangs on rounding.
 OPTIONS = {"epsilon_dpo": {"epsilon": 0.2}}
@@ -39,3 +44,54 @@ def test_every_objective_is_the_same_at_every_layout(world_size: int, tmp_path: 
 def test_unpaired_rows_are_the_same_at_every_layout(world_size: int, tmp_path: Path) -> None:
     objectives = [name for name, objective in OBJECTIVES.items() if objective().needs.unpaired]
     run_and_check(cases_of(objectives, world_size), world_size, unpaired(make_pairs()), tmp_path)
+
+
+# Forward passes of the policy and of the reference over the batch in one step, all its rows in one pack; with dpo and its kin the
+# reference was asked before.
+PASSES = {
+    "rmipo": (2, 0),
+    "kto": (2, 0),
+    "alpha_dpo": (2, 0),
+    "beta_dpo": (2, 0),
+    "epsilon_dpo": (1, 1),
+}
+
+
+def _note(calls: list[str], name: str, *_: object) -> None:
+    calls.append(name)
+
+
+def count_passes(hf_dir: str) -> dict[str, tuple[tuple[int, int], int]]:
+    """By objective: passes of (policy, reference) in a training step, and scored tokens of the gradient pass."""
+    groups = initialize_runtime()
+    pairs, counts = make_pairs(), {}
+    for name in OBJECTIVES:
+        objective, case = build_objective(name, {}), Case(name, objective=name)
+        rows = collection(pairs)
+        if objective.needs.reference:
+            rows.reference_scores = [np.full((len(pairs), 2), -20.0, dtype=np.float32)]
+        if objective.needs.mismatched:
+            rows.match_anew()
+            assert rows.mismatched is not None
+            rows.mismatched.reference_scores = rows.reference_scores
+        state = build_state(case, Path(hf_dir), groups)
+        calls: list[str] = []
+        if objective.needs.perturbation is not None:
+            state.reference = build_reference(case, Path(hf_dir), groups)
+            state.reference.register_forward_pre_hook(partial(_note, calls, "reference"))
+        state.policy.register_forward_pre_hook(partial(_note, calls, "policy"))
+        state.objective_state = objective.initial_state()
+        batch = build_batches(case, rows, state.policy, groups).build(np.arange(len(pairs)))
+        train_step(state, batch, objective, groups)
+        counts[name] = ((calls.count("policy"), calls.count("reference")), sum(row.num_scored for row in batch.conditional))
+    return counts
+
+
+@pytest.mark.dist
+def test_nothing_is_computed_that_nobody_asked_for(tmp_path: Path) -> None:
+    pairs = make_pairs()
+    counts = run_distributed(count_passes, 1, str(make_hf_model(tmp_path / "model")))[0]
+    chosen, rejected = sum(p.chosen.size for p in pairs), sum(p.rejected.size for p in pairs)
+    for name in OBJECTIVES:
+        scored = chosen if name == "sft" else chosen + rejected
+        assert counts[name] == (PASSES.get(name, (1, 0)), scored), name
