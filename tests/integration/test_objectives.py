@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from tests.integration.test_invariance import run_and_check
 from tests.integration.worlds import Case, build_batches, build_reference, build_state
 
 # Perturbations large enough that no pair's step hangs on rounding.
-OPTIONS = {"epsilon_dpo": {"epsilon": 0.2}}
+OPTIONS: dict[str, dict[str, Any]] = {"epsilon_dpo": {"epsilon": 0.2}}
+# Other forms of objectives that depend on the batch, besides the defaults.
+FORMS = {
+    "alpha_dpo": {"preset": "official"},
+    "beta_dpo": {"filter_pairs": False, "ema_bias_correction": False},
+    "ipo": {"log_ratio_normalization": "mean"},
+    "simper": {"length_normalization": False},
+}
 LAYOUTS = {
     1: [{"tokens_per_microbatch": 48}, {"tokens_per_microbatch": 200}],
     2: [{"tp": 2, "tokens_per_microbatch": 120}, {"pp": 2, "tokens_per_microbatch": 120}, {"tokens_per_microbatch": 120}],
@@ -25,10 +33,11 @@ LAYOUTS = {
 }
 
 
-def cases_of(objectives: list[str], world_size: int) -> list[Case]:
+def cases_of(options: dict[str, dict[str, Any]], world_size: int) -> list[Case]:
+    """Each objective with its options at every layout of so many ranks."""
     return [
-        Case(f"{name} {layout}", objective=name, options=OPTIONS.get(name, {}), **layout)
-        for name in objectives
+        Case(f"{name} {given} {layout}", objective=name, options=given, **layout)
+        for name, given in options.items()
         for layout in LAYOUTS[world_size]
     ]
 
@@ -36,14 +45,20 @@ def cases_of(objectives: list[str], world_size: int) -> list[Case]:
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
 def test_every_objective_is_the_same_at_every_layout(world_size: int, tmp_path: Path) -> None:
-    run_and_check(cases_of(list(OBJECTIVES), world_size), world_size, make_pairs(), tmp_path)
+    cases = cases_of({name: OPTIONS.get(name, {}) for name in OBJECTIVES}, world_size)
+    run_and_check(cases, world_size, make_pairs(), tmp_path)
+
+
+@pytest.mark.dist
+def test_other_forms_are_the_same_at_every_layout(tmp_path: Path) -> None:
+    run_and_check(cases_of(FORMS, 2), 2, make_pairs(), tmp_path)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
 def test_unpaired_rows_are_the_same_at_every_layout(world_size: int, tmp_path: Path) -> None:
-    objectives = [name for name, objective in OBJECTIVES.items() if objective().needs.unpaired]
-    run_and_check(cases_of(objectives, world_size), world_size, unpaired(make_pairs()), tmp_path)
+    options = {name: OPTIONS.get(name, {}) for name, objective in OBJECTIVES.items() if objective().needs.unpaired}
+    run_and_check(cases_of(options, world_size), world_size, unpaired(make_pairs()), tmp_path)
 
 
 # Forward passes of the policy and of the reference over the batch in one step, all its rows in one pack; with dpo and its kin the
