@@ -61,7 +61,8 @@ def run_script(name: str, variables: dict[str, str], *flags: str, expect: int = 
 
 
 def start_script(variables: dict[str, str], *flags: str) -> subprocess.Popen[str]:
-    command = ["bash", str(ROOT / "examples" / LLAMA), *flags]
+    # A shell cannot trap a signal that it was started to ignore, as it is where the tests themselves run in the background.
+    command = ["env", "--default-signal=INT", "bash", str(ROOT / "examples" / LLAMA), *flags]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
