@@ -80,8 +80,8 @@ class ModelConfig:
         None, "With full recomputation: layers per checkpoint (uniform) or layers recomputed per stage (block)."
     )
     share_prompts: bool = _option(True, "Compute a prompt once for both of its responses; off: once for each.")
-    logprob_chunk_tokens: int = _option(
-        1024, "Scored tokens whose logits exist at one time in the LM head; lower takes less memory."
+    logprob_chunk_size: int = _option(
+        4096, "Vocabulary entries whose logits exist at one time in the LM head; lower takes less memory."
     )
 
 

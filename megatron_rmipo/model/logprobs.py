@@ -1,6 +1,6 @@
 """Log-probabilities over a vocabulary sharded by tensor parallelism, without ever holding ``[tokens, vocab/tp]`` logits at once.
 
-Shape letters: N scored tokens, H hidden, V full vocabulary, tp tensor-parallel size, C tokens of one chunk.
+Shape letters: N scored tokens, H hidden, V full vocabulary, tp tensor-parallel size, C vocabulary entries of one chunk.
 
 Three forms:
 
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_rmipo.model.vocabulary_shard import LogitStatistics, VocabularyShard, accumulation_dtype, logits_grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def linear_logprobs(
     group: dist.ProcessGroup | None = None,
     *,
     vocab_size: int | None = None,
-    chunk_tokens: int = 1024,
+    chunk_size: int = 4096,
     reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """Log-probability of each target under ``softmax(hidden @ weight.T)``, the vocabulary sharded over ``group``.
@@ -54,13 +56,16 @@ def linear_logprobs(
 
     Every rank of ``group`` must call it together, with the same hidden states and targets.
 
+    A weight that Megatron's DDP has wrapped gets its gradient added to ``weight.main_grad`` chunk by chunk, as Megatron's own
+    linear layers do with gradient accumulation fusion; what autograd then finds in ``weight.grad`` means nothing.
+
     Args:
         hidden: ``[N, H]``, any floating dtype; replicated over the group.
         weight: ``[V_padded / tp, H]``, this rank's rows of the output layer, in rank order.
         target: int64 ``[N]``, ids in ``[0, vocab_size)``.
         group: the tensor-parallel group; None for an unsharded vocabulary.
         vocab_size: real vocabulary size; rows of the weight from there on are padding and count as probability zero.
-        chunk_tokens: logits are made for this many tokens at a time, forward and backward.
+        chunk_size: logits of all N tokens are made for this many vocabulary entries at a time, forward and backward.
         reduce_hidden_grad: whether the gradient of ``hidden`` is summed over the group here. Pass False where the caller's
             own backward does that, such as a gather from a sequence-parallel region.
 
@@ -69,9 +74,9 @@ def linear_logprobs(
     """
     assert hidden.dim() == 2, hidden.shape
     assert target.shape == hidden.shape[:1], (hidden.shape, target.shape)
-    shard = _VocabularyShard(weight.shape[0], vocab_size, group)
+    shard = VocabularyShard(weight.shape[0], vocab_size, group)
     function: Any = _LinearLogprobs
-    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad, None)
+    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, None)
     return logprobs[0]
 
 
@@ -83,7 +88,7 @@ def perturbed_linear_logprobs(
     group: dist.ProcessGroup | None = None,
     *,
     vocab_size: int | None = None,
-    chunk_tokens: int = 1024,
+    chunk_size: int = 4096,
     reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """Log-probability of each target under the logits f of the policy, r of a reference, and two mixtures of them.
@@ -97,9 +102,9 @@ def perturbed_linear_logprobs(
     """
     assert hidden.shape[0] == reference.hidden.shape[0], (hidden.shape, reference.hidden.shape)
     assert weight.shape[0] == reference.weight.shape[0], (weight.shape, reference.weight.shape)
-    shard = _VocabularyShard(weight.shape[0], vocab_size, group)
+    shard = VocabularyShard(weight.shape[0], vocab_size, group)
     function: Any = _LinearLogprobs
-    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_tokens, reduce_hidden_grad, reference)
+    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, reference)
     return logprobs
 
 
@@ -119,59 +124,10 @@ def vocab_parallel_logprobs(
     Returns:
         fp32 ``[...]``, replicated over the group. The gradient of the logits is this rank's columns of the dense gradient.
     """
-    shard = _VocabularyShard(logits.shape[-1], vocab_size, group)
+    shard = VocabularyShard(logits.shape[-1], vocab_size, group)
     function: Any = _LogitsLogprobs
     flat: Tensor = function.apply(logits.flatten(0, -2), target.flatten(), shard)
     return flat.view(target.shape)
-
-
-class _VocabularyShard:
-    """Which ids of the vocabulary this rank holds."""
-
-    def __init__(self, rows: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> None:
-        self.group = group if group is not None and group.size() > 1 else None
-        self.vocab_start_index = rows * (self.group.rank() if self.group is not None else 0)
-        # Padding sits at the end of the vocabulary: on the last ranks, and possibly on the whole of them.
-        total = rows * (self.group.size() if self.group is not None else 1) if vocab_size is None else vocab_size
-        self.valid_rows = min(max(total - self.vocab_start_index, 0), rows)
-
-    def local_target(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of each target, clamped into the shard; whether the shard holds it), both ``[N]``."""
-        local = target - self.vocab_start_index
-        held = (local >= 0) & (local < self.valid_rows)
-        return torch.where(held, local, 0), held
-
-    def chunk_statistics(self, logits: Tensor, local: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Local (max, sum of exp(logit - max), target logit or 0) of fp32 ``[C, valid_rows]`` logits, each ``[C]``."""
-        if logits.shape[1] == 0:
-            minus_infinity = logits.new_full((logits.shape[0],), float("-inf"))
-            return minus_infinity, torch.zeros_like(minus_infinity), torch.zeros_like(minus_infinity)
-        maximum = logits.amax(dim=1)
-        target_logit = torch.where(held, logits.gather(1, local[:, None])[:, 0], 0.0)
-        return maximum, (logits - maximum[:, None]).exp_().sum(dim=1), target_logit
-
-    def combine(self, maximum: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-prob, log-sum-exp), of the statistics' own shape: one max and one sum over the group."""
-        if self.group is not None:
-            local_maximum, maximum = maximum, maximum.clone()
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
-            sums = torch.stack([sum_exp * (local_maximum - maximum).exp(), target_logit])
-            dist.all_reduce(sums, group=self.group)
-            sum_exp, target_logit = sums[0], sums[1]
-        log_sum_exp = maximum + sum_exp.log()
-        return target_logit - log_sum_exp, log_sum_exp
-
-    def logits_grad(self, logits: Tensor, log_sum_exp: Tensor, local: Tensor, held: Tensor, grad: Tensor) -> Tensor:
-        """``grad * (onehot(target) - softmax)`` of fp32 ``[C, valid_rows]`` logits, which are overwritten."""
-        softmax = logits.sub_(log_sum_exp[:, None]).exp_()
-        grad_logits = softmax.mul_(-grad[:, None])
-        if grad_logits.shape[1]:
-            grad_logits.scatter_add_(1, local[:, None], torch.where(held, grad, 0.0)[:, None])
-        return grad_logits
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -181,70 +137,100 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         target: Tensor,
-        shard: _VocabularyShard,
-        chunk_tokens: int,
+        shard: VocabularyShard,
+        chunk_size: int,
         reduce_hidden_grad: bool,
         reference: ReferenceHead | None,
     ) -> Tensor:
-        local, held = shard.local_target(target)
-        num_rows = 1 if reference is None else 4
-        statistics = hidden.new_empty(3, num_rows, hidden.shape[0], dtype=_accumulation_dtype(hidden.dtype))
-        for chunk in _chunks(hidden.shape[0], chunk_tokens):
-            for row, logits in enumerate(_logits_to_score(hidden, weight, reference, shard, chunk)):
-                for part, values in enumerate(shard.chunk_statistics(logits, local[chunk], held[chunk])):
-                    statistics[part, row, chunk] = values
-        logprobs, log_sum_exp = shard.combine(*statistics)
-        ctx.save_for_backward(hidden, weight, local, held, log_sum_exp[0])
-        ctx.shard, ctx.chunk_tokens, ctx.reduce_hidden_grad = shard, chunk_tokens, reduce_hidden_grad
+        local = shard.local_target(target)
+        statistics = LogitStatistics.empty(hidden, 1 if reference is None else 4, hidden.shape[0])
+        for chunk in _chunks(shard.valid_rows, chunk_size):
+            for row, logits in _logits_to_score(hidden, weight, reference, chunk):
+                statistics[row].add(logits, local - chunk.start)
+        logprobs, log_sum_exp = shard.combine(statistics)
+        ctx.save_for_backward(hidden, weight, local, log_sum_exp[0])
+        # The parameter itself: its main_grad is not on the tensor that autograd saves.
+        ctx.parameter = weight
+        ctx.shard, ctx.chunk_size, ctx.reduce_hidden_grad = shard, chunk_size, reduce_hidden_grad
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0][0]
-        hidden, weight, local, held, log_sum_exp = ctx.saved_tensors
-        shard: _VocabularyShard = ctx.shard
-        valid_weight = weight[: shard.valid_rows]
+        hidden, weight, local, log_sum_exp = ctx.saved_tensors
+        shard: VocabularyShard = ctx.shard
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden, dtype=_accumulation_dtype(hidden.dtype)) if needs_hidden else None
         # Summed over chunks in fp32: in bf16 each chunk would round away part of the ones before it.
-        grad_weight = torch.zeros_like(weight, dtype=_accumulation_dtype(weight.dtype)) if needs_weight else None
-        for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
-            logits = _chunk_logits(hidden, weight, shard, chunk)
-            grad_logits = shard.logits_grad(logits, log_sum_exp[chunk], local[chunk], held[chunk], grad[chunk])
-            grad_logits = grad_logits.to(weight.dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=accumulation_dtype(hidden.dtype)) if needs_hidden else None
+        grad_weight = _WeightGrad(ctx.parameter, shard.valid_rows) if needs_weight else None
+        for chunk in _chunks(shard.valid_rows, ctx.chunk_size):
+            logits = _chunk_logits(hidden, weight, chunk)
+            grad_logits = logits_grad(logits, log_sum_exp, local - chunk.start, grad).to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = (grad_logits @ valid_weight).to(grad_hidden.dtype)
+                _add_product(grad_hidden, grad_logits, weight[chunk])
             if grad_weight is not None:
-                grad_weight[: shard.valid_rows] += grad_logits.t() @ hidden[chunk]
+                grad_weight.put(chunk, grad_logits.t(), hidden)
         if grad_hidden is not None:
             if shard.group is not None and ctx.reduce_hidden_grad:
                 dist.all_reduce(grad_hidden, group=shard.group)
             grad_hidden = grad_hidden.to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), None, None, None, None, None
+
+
+class _WeightGrad:
+    """Where the gradient of the output layer's weight goes: to DDP's fp32 buffer, or to a tensor for autograd."""
+
+    def __init__(self, parameter: Any, valid_rows: int) -> None:
+        self.parameter = parameter
+        # Megatron's DDP gives its parameters this mark, and leaves weight.grad alone where it is set.
+        self.accumulates = hasattr(parameter, "grad_added_to_main_grad")
+        if not self.accumulates:
+            self.grad = torch.empty_like(parameter)
+            self.grad[valid_rows:] = 0
+
+    def put(self, rows: slice, left: Tensor, right: Tensor) -> None:
+        """Rows of the gradient are ``left @ right``: every token at once, so each row is written once."""
+        if self.accumulates:
+            _add_product(self.parameter.main_grad[rows], left, right)
+        else:
+            self.grad[rows] = _product(left, right)
+
+    def for_autograd(self) -> Tensor:
+        if not self.accumulates:
+            return self.grad
+        self.parameter.grad_added_to_main_grad = True
+        # DDP's hook wants some tensor. It is not read, but where the embedding shares the weight: there it is summed with the
+        # embedding's gradient, which is added to main_grad then.
+        shared = getattr(self.parameter, "zero_out_wgrad", False)
+        return torch.zeros_like(self.parameter) if shared else torch.empty_like(self.parameter)
 
 
 class _LogitsLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, shard: _VocabularyShard) -> Tensor:
-        local, held = shard.local_target(target)
-        wide = logits[:, : shard.valid_rows].to(_accumulation_dtype(logits.dtype))
-        logprobs, log_sum_exp = shard.combine(*shard.chunk_statistics(wide, local, held))
-        ctx.save_for_backward(logits, local, held, log_sum_exp)
+    def forward(ctx: Any, logits: Tensor, target: Tensor, shard: VocabularyShard) -> Tensor:
+        local = shard.local_target(target)
+        statistics = LogitStatistics.empty(logits, logits.shape[0])
+        if shard.valid_rows:
+            statistics.add(_own_copy(logits[:, : shard.valid_rows]), local)
+        logprobs, log_sum_exp = shard.combine(statistics)
+        ctx.save_for_backward(logits, local, log_sum_exp)
         ctx.shard = shard
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        logits, local, held, log_sum_exp = ctx.saved_tensors
-        shard: _VocabularyShard = ctx.shard
+        logits, local, log_sum_exp = ctx.saved_tensors
+        valid_rows = ctx.shard.valid_rows
         grad_logits = torch.zeros_like(logits)
-        # A fresh copy: logits_grad overwrites, and the caller's logits are not ours to change.
-        wide = logits[:, : shard.valid_rows].to(_accumulation_dtype(logits.dtype), copy=True)
-        grad_logits[:, : shard.valid_rows] = shard.logits_grad(wide, log_sum_exp, local, held, grad).to(logits.dtype)
+        if valid_rows:
+            grad_logits[:, :valid_rows] = logits_grad(_own_copy(logits[:, :valid_rows]), log_sum_exp, local, grad)
         return grad_logits, None, None
+
+
+def _own_copy(logits: Tensor) -> Tensor:
+    # What is computed overwrites them, and the caller's are not ours to change.
+    return logits.to(accumulation_dtype(logits.dtype), copy=True)
 
 
 def _chunks(total: int, size: int) -> list[slice]:
@@ -252,20 +238,35 @@ def _chunks(total: int, size: int) -> list[slice]:
 
 
 def _logits_to_score(
-    hidden: Tensor, weight: Tensor, reference: ReferenceHead | None, shard: _VocabularyShard, chunk: slice
-) -> Iterator[Tensor]:
-    """The policy's logits of a chunk; with a reference also its own, and the two mixtures. One mixture exists at a time."""
-    policy = _chunk_logits(hidden, weight, shard, chunk)
-    yield policy
+    hidden: Tensor, weight: Tensor, reference: ReferenceHead | None, chunk: slice
+) -> Iterator[tuple[int, Tensor]]:
+    """(row of the result, logits of a chunk that may be overwritten): the policy's; with a reference its own and two mixtures."""
+    policy = _chunk_logits(hidden, weight, chunk)
     if reference is not None:
-        other = _chunk_logits(reference.hidden, reference.weight, shard, chunk)
-        yield other
-        # Where both models agree to the bit, so do the mixtures.
-        yield torch.lerp(policy, other, -reference.epsilon)
-        yield torch.lerp(policy, other, reference.epsilon)
+        other = _chunk_logits(reference.hidden, reference.weight, chunk)
+        # Where both models agree to the bit, so do the mixtures. One mixture exists at a time.
+        yield 2, torch.lerp(policy, other, -reference.epsilon)
+        yield 3, torch.lerp(policy, other, reference.epsilon)
+        yield 1, other
+    yield 0, policy
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, shard: _VocabularyShard, chunk: slice) -> Tensor:
-    # The product runs in the model's dtype, all that follows in fp32.
-    logits = hidden[chunk] @ weight[: shard.valid_rows].t()
-    return logits.to(_accumulation_dtype(logits.dtype))
+def _chunk_logits(hidden: Tensor, weight: Tensor, chunk: slice) -> Tensor:
+    return _product(hidden, weight[chunk].t())
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of one dtype; the result in fp32 (fp64 for fp64)."""
+    dtype = accumulation_dtype(left.dtype)
+    if left.dtype != dtype and left.is_cuda:
+        # Not rounded to bf16 on the way. The CPU has no such kernel.
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, without a temporary where the dtypes are the same."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(_product(left, right))

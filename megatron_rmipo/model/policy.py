@@ -62,7 +62,7 @@ class LogprobHead(ColumnParallelLinear):
         *,
         weight: Tensor | None,
         vocab_size: int,
-        chunk_tokens: int,
+        chunk_size: int,
         reference: ReferenceHead | None = None,
     ) -> Tensor:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
@@ -73,7 +73,7 @@ class LogprobHead(ColumnParallelLinear):
         own_weight = self.weight if weight is None else weight
         options: dict[str, Any] = {
             "vocab_size": vocab_size,
-            "chunk_tokens": chunk_tokens,
+            "chunk_size": chunk_size,
             "reduce_hidden_grad": not self.config.sequence_parallel,
         }
         if reference is not None:
@@ -90,7 +90,7 @@ class PolicyModel(GPTModel):
     def __init__(
         self, config: TransformerConfig, spec: Any, arch: ModelArchitecture, groups: ProcessGroups, **kwargs: Any
     ) -> None:
-        chunk_tokens, vocab_size = kwargs.pop("chunk_tokens"), kwargs.pop("vocab_size")
+        chunk_size, vocab_size = kwargs.pop("chunk_size"), kwargs.pop("vocab_size")
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -106,7 +106,7 @@ class PolicyModel(GPTModel):
             **kwargs,
         )
         self.architecture = arch
-        self.chunk_tokens = chunk_tokens
+        self.chunk_size = chunk_size
         self.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(arch).to(self.rotary_pos_emb.inv_freq.device)
         if self.post_process:
             # The layer stays as GPTModel built it (weight, sharding, tying); only what a call of it computes changes.
@@ -151,7 +151,7 @@ class PolicyModel(GPTModel):
             target,
             weight=weight,
             vocab_size=self.architecture.vocab_size,
-            chunk_tokens=self.chunk_tokens,
+            chunk_size=self.chunk_size,
             reference=reference,
         )
         return logprobs
@@ -281,7 +281,7 @@ def build_policy(
     transformer_impl: str = "auto",
     attention_backend: str = "auto",
     make_vocab_size_divisible_by: int = 128,
-    chunk_tokens: int = 1024,
+    chunk_size: int = 4096,
 ) -> PolicyModel:
     """Build this rank's part of the policy, with random weights. Every rank calls it together.
 
@@ -293,7 +293,7 @@ def build_policy(
             installed and there is a GPU.
         attention_backend: ``sdpa``, ``flex``, or ``auto``: flex on a GPU, sdpa elsewhere.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
-        chunk_tokens: scored tokens whose logits exist at a time.
+        chunk_size: vocabulary entries whose logits exist at a time.
 
     Raises:
         ConfigError: Transformer Engine is asked for and absent.
@@ -313,7 +313,7 @@ def build_policy(
         arch,
         groups,
         vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
-        chunk_tokens=chunk_tokens,
+        chunk_size=chunk_size,
     )
     model.to(current_device())
     return model

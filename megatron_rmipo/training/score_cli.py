@@ -60,7 +60,7 @@ _FIELDS: dict[type, Sequence[str]] = {
         "bf16",
         "make_vocab_size_divisible_by",
         "share_prompts",
-        "logprob_chunk_tokens",
+        "logprob_chunk_size",
     ),
     DataConfig: ("tokens_per_microbatch",),
     ParallelConfig: (

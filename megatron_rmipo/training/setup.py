@@ -67,7 +67,7 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         transformer_impl=config.model.transformer_impl,
         attention_backend=config.model.attention_backend,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        chunk_tokens=config.model.logprob_chunk_tokens,
+        chunk_size=config.model.logprob_chunk_size,
     )
 
 

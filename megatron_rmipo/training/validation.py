@@ -151,7 +151,7 @@ def _parallel_flags(config: Config) -> Iterator[str]:
 
 
 def _recompute_flags(model: ModelConfig) -> Iterator[str]:
-    yield from _at_least(1, model, "make_vocab_size_divisible_by", "logprob_chunk_tokens", "recompute_num_layers")
+    yield from _at_least(1, model, "make_vocab_size_divisible_by", "logprob_chunk_size", "recompute_num_layers")
     full = model.recompute_granularity == "full"
     if full and (model.recompute_method is None or model.recompute_num_layers is None):
         yield "--recompute-granularity full needs a method and a number: --recompute-method uniform --recompute-num-layers 1"

@@ -58,7 +58,7 @@ class Case:
                 overlap_grad_reduce=self.overlap,
                 overlap_param_gather=self.overlap and self.distributed_optimizer,
             ),
-            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_tokens=7, **recompute),
+            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_size=7, **recompute),
             optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
         )
 

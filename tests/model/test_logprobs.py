@@ -37,8 +37,8 @@ def dense_reference(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor
     return logprobs.detach(), hidden.grad, weight.grad, logits.grad
 
 
-# (rows of the padded weight, tokens of a chunk, whether the hidden gradient is reduced). With 80 rows on four ranks the last rank
-# and a part of the one before it hold padding alone.
+# (rows of the padded weight, vocabulary entries of a chunk, whether the hidden gradient is reduced). With 80 rows on four ranks
+# the last rank and a part of the one before it hold padding alone.
 CASES = [(40, 5, True), (40, 100, False), (48, 3, True), (80, 3, True), (80, 13, False)]
 
 
@@ -48,13 +48,13 @@ def all_cases_on_this_rank() -> list[dict[str, Tensor]]:
     group = torch.distributed.group.WORLD
     assert group is not None
     results = []
-    for padded_rows, chunk_tokens, reduce_hidden_grad in CASES:
+    for padded_rows, chunk_size, reduce_hidden_grad in CASES:
         rows = padded_rows // group.size()
         shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
         hidden, weight, target, grad = dense_problem(padded_rows)
         leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
         logprobs = linear_logprobs(
-            *leaves, target, group, vocab_size=VOCAB, chunk_tokens=chunk_tokens, reduce_hidden_grad=reduce_hidden_grad
+            *leaves, target, group, vocab_size=VOCAB, chunk_size=chunk_size, reduce_hidden_grad=reduce_hidden_grad
         )
         logprobs.backward(grad)
         logits = (hidden @ weight.t())[:, shard].clone().requires_grad_()
@@ -91,7 +91,7 @@ def test_fp32_error_against_float64() -> None:
     hidden, weight, target, grad = dense_problem(VOCAB)
     logprobs, hidden_grad, weight_grad, _ = dense_reference(hidden, weight, target, grad)
     hidden32, weight32 = hidden.float().requires_grad_(), weight.float().requires_grad_()
-    ours = linear_logprobs(hidden32, weight32, target, chunk_tokens=4)
+    ours = linear_logprobs(hidden32, weight32, target, chunk_size=4)
     ours.backward(grad.float())
     assert ours.dtype == torch.float32
     assert hidden32.grad is not None
@@ -106,7 +106,7 @@ def test_bf16_weights_give_fp32_logprobs_and_fp32_summed_gradients() -> None:
     rounded = (hidden.bfloat16(), weight.bfloat16())
     logprobs, _, weight_grad, _ = dense_reference(rounded[0].double(), rounded[1].double(), target, grad)
     leaves = [tensor.clone().requires_grad_() for tensor in rounded]
-    ours = linear_logprobs(leaves[0], leaves[1], target, chunk_tokens=1)
+    ours = linear_logprobs(leaves[0], leaves[1], target, chunk_size=1)
     ours.backward(grad.float())
     assert ours.dtype == torch.float32
     assert leaves[1].grad is not None
@@ -115,13 +115,35 @@ def test_bf16_weights_give_fp32_logprobs_and_fp32_summed_gradients() -> None:
     assert (leaves[1].grad.double() - weight_grad).norm() / weight_grad.norm() < 2e-2
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
-def test_gradcheck(chunk_tokens: int) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weight_of_ddp_gets_its_gradient_in_the_main_buffer(dtype: torch.dtype, tolerance: float, shared: bool) -> None:
+    hidden, weight, target, grad = dense_problem(40)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    _, hidden_grad, weight_grad, _ = dense_reference(hidden.double(), weight.double(), target, grad)
+    parameter = torch.nn.Parameter(weight)
+    # The marks that Megatron's DDP, and GPTModel with tied embeddings, put on a parameter.
+    parameter.main_grad = torch.zeros(40, HIDDEN)  # type: ignore[attr-defined]
+    for _ in range(2):
+        parameter.grad_added_to_main_grad, parameter.zero_out_wgrad = False, shared  # type: ignore[attr-defined]
+        leaf = hidden.clone().requires_grad_()
+        linear_logprobs(leaf, parameter, target, vocab_size=VOCAB, chunk_size=5).backward(grad.float())
+        assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+    total = parameter.main_grad.double()  # type: ignore[attr-defined]
+    assert (total[:VOCAB] / 2 - weight_grad[:VOCAB]).norm() / weight_grad.norm() < tolerance
+    assert not total[VOCAB:].any()
+    assert leaf.grad is not None
+    assert (leaf.grad.double() - hidden_grad).norm() / hidden_grad.norm() < tolerance
+    # DDP adds what autograd has for a shared weight: that must be the embedding's part alone.
+    assert parameter.grad is not None
+    assert not (shared and parameter.grad.any())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_gradcheck(chunk_size: int) -> None:
     hidden, weight, target, _ = dense_problem(VOCAB + 3)
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_logprobs(h, w, target, vocab_size=VOCAB, chunk_tokens=chunk_tokens), leaves
-    )
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, target, vocab_size=VOCAB, chunk_size=chunk_size), leaves)
 
 
 def test_gradcheck_of_the_plain_form() -> None:
@@ -174,7 +196,7 @@ def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
     results = []
     original, calls = torch.distributed.all_reduce, []
     torch.distributed.all_reduce = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
-    for padded_rows, chunk_tokens, _ in CASES:
+    for padded_rows, chunk_size, _ in CASES:
         rows = padded_rows // group.size()
         shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
         hidden, weight, target, grad = dense_problem(padded_rows)
@@ -182,7 +204,7 @@ def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
         leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
         reference = ReferenceHead(reference_hidden, reference_weight[shard], EPSILON)
         calls.clear()
-        logprobs = perturbed_linear_logprobs(*leaves, target, reference, group, vocab_size=VOCAB, chunk_tokens=chunk_tokens)
+        logprobs = perturbed_linear_logprobs(*leaves, target, reference, group, vocab_size=VOCAB, chunk_size=chunk_size)
         num_collectives = len(calls)
         logprobs[0].backward(grad)
         assert leaves[0].grad is not None
@@ -209,5 +231,5 @@ def test_perturbed_logprobs_match_dense_float64_in_two_collectives(world_size: i
 def test_mixtures_of_equal_models_are_the_model_to_the_bit() -> None:
     hidden, weight, target, _ = dense_problem(VOCAB)
     hidden, weight = hidden.float(), weight.float()
-    logprobs = perturbed_linear_logprobs(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), chunk_tokens=4)
-    assert torch.equal(logprobs, linear_logprobs(hidden, weight, target, chunk_tokens=4).expand(4, -1))
+    logprobs = perturbed_linear_logprobs(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), chunk_size=4)
+    assert torch.equal(logprobs, linear_logprobs(hidden, weight, target, chunk_size=4).expand(4, -1))

@@ -1,0 +1,96 @@
+"""The part of a vocabulary that one tensor-parallel rank holds, and what its logits say of the log-probs of targets.
+
+Shape letters: N scored tokens, C vocabulary entries of one chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class VocabularyShard:
+    """Which ids of the vocabulary this rank holds.
+
+    Args:
+        rows: of this rank's shard of the output layer, the same on every rank.
+        vocab_size: real vocabulary size; rows from there on are padding. None: there is no padding.
+        group: the tensor-parallel group; None for an unsharded vocabulary.
+
+    Attributes:
+        group: the group, None where it holds one rank.
+        vocab_start_index: the id of the first row.
+        valid_rows: rows that are not padding.
+    """
+
+    def __init__(self, rows: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> None:
+        self.group = group if group is not None and group.size() > 1 else None
+        self.vocab_start_index = rows * (self.group.rank() if self.group is not None else 0)
+        # Padding sits at the end of the vocabulary: on the last ranks, and possibly on the whole of them.
+        total = rows * (self.group.size() if self.group is not None else 1) if vocab_size is None else vocab_size
+        self.valid_rows = min(max(total - self.vocab_start_index, 0), rows)
+
+    def local_target(self, target: Tensor) -> Tensor:
+        """Row of each target in this shard, -1 where another rank holds it, int64 ``[N]``."""
+        local = target - self.vocab_start_index
+        return torch.where((local >= 0) & (local < self.valid_rows), local, -1)
+
+    def combine(self, statistics: LogitStatistics) -> tuple[Tensor, Tensor]:
+        """(log-prob, log-sum-exp), of the statistics' own shape: one max and one sum over the group, which calls it together."""
+        maximum, sum_exp, target_logit = statistics.maximum, statistics.sum_exp, statistics.target_logit
+        if self.group is not None:
+            local_maximum, maximum = maximum, maximum.clone()
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.group)
+            sums = torch.stack([sum_exp * (local_maximum - maximum).exp(), target_logit])
+            dist.all_reduce(sums, group=self.group)
+            sum_exp, target_logit = sums[0], sums[1]
+        log_sum_exp = maximum + sum_exp.log()
+        return target_logit - log_sum_exp, log_sum_exp
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitStatistics:
+    """What a shard's logits say of each token's log-prob, gathered chunk by chunk; fp32 (fp64 for fp64 inputs) ``[..., N]`` each.
+
+    Attributes:
+        maximum: largest logit.
+        sum_exp: sum of exp(logit - maximum).
+        target_logit: the target's logit, 0 where another rank holds it.
+    """
+
+    maximum: Tensor
+    sum_exp: Tensor
+    target_logit: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, *shape: int) -> LogitStatistics:
+        """Those of no logits at all."""
+        zeros = like.new_zeros(2, *shape, dtype=accumulation_dtype(like.dtype))
+        return cls(torch.full_like(zeros[0], float("-inf")), zeros[0], zeros[1])
+
+    def __getitem__(self, row: int) -> LogitStatistics:
+        """A view of one row."""
+        return LogitStatistics(self.maximum[row], self.sum_exp[row], self.target_logit[row])
+
+    def add(self, logits: Tensor, local: Tensor) -> None:
+        """Take in ``[N, C]`` logits, which are overwritten; ``local [N]``: the target's column, outside of C in other chunks."""
+        inside = (local >= 0) & (local < logits.shape[1])
+        self.target_logit.add_(torch.where(inside, logits.gather(1, torch.where(inside, local, 0)[:, None])[:, 0], 0.0))
+        maximum = torch.maximum(self.maximum, logits.amax(dim=1))
+        self.sum_exp.mul_((self.maximum - maximum).exp_()).add_(logits.sub_(maximum[:, None]).exp_().sum(dim=1))
+        self.maximum.copy_(maximum)
+
+
+def logits_grad(logits: Tensor, log_sum_exp: Tensor, local: Tensor, grad: Tensor) -> Tensor:
+    """``grad * (onehot(target) - softmax)`` of ``[N, C]`` logits, which are overwritten; ``local`` is that of LogitStatistics."""
+    inside = (local >= 0) & (local < logits.shape[1])
+    grad_logits = logits.sub_(log_sum_exp[:, None]).exp_().mul_(-grad[:, None])
+    return grad_logits.scatter_add_(1, torch.where(inside, local, 0)[:, None], torch.where(inside, grad, 0.0)[:, None])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32; fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
