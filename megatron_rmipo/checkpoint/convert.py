@@ -27,7 +27,7 @@ from megatron_rmipo.checkpoint.directory import (
 )
 from megatron_rmipo.checkpoint.hf import open_weights
 from megatron_rmipo.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
-from megatron_rmipo.checkpoint.layouts import merged_rows
+from megatron_rmipo.checkpoint.layouts import fill_rows
 from megatron_rmipo.checkpoint.mappings import Layout, Rule, megatron_shape, rules_of, tensors_of
 from megatron_rmipo.checkpoint.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
@@ -85,8 +85,6 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     except BaseException:
         abandon_checkpoint(save_dir, "release")
         raise
-    finally:
-        files.close()
 
 
 def convert_megatron_to_hf(
@@ -149,27 +147,13 @@ def _entry(files: WeightFiles, rule: Rule, arch: ModelArchitecture, dtype: torch
         prefix, ones = ((), ()) if layer is None else ((layer,), (1,))
         for start, stop in row_pieces(shape, target):
             box = (stop - start, *shape[1:])
-            read = partial(_read_piece, files, rule, layer, arch, start, stop, target, (*ones, *box))
-            pieces.append(Piece((*prefix, start, *(0 for _ in shape[1:])), (*ones, *box), read))
+            fill = partial(_fill_piece, files, rule, layer, arch, start)
+            pieces.append(Piece((*prefix, start, *(0 for _ in shape[1:])), (*ones, *box), fill))
     return Entry(rule.megatron, (arch.num_layers, *shape) if rule.per_layer else shape, target, tuple(pieces))
 
 
-def _read_piece(
-    files: WeightFiles,
-    rule: Rule,
-    layer: int | None,
-    arch: ModelArchitecture,
-    start: int,
-    stop: int,
-    dtype: torch.dtype,
-    box: tuple[int, ...],
-) -> Tensor:
-    piece = torch.empty((stop - start, *megatron_shape(rule, arch)[1:]), dtype=dtype)
-    position = 0
-    for part in merged_rows(files, rule, layer, arch, start, stop):
-        piece[position : position + part.shape[0]] = part
-        position += part.shape[0]
-    return piece.view(box)
+def _fill_piece(files: WeightFiles, rule: Rule, layer: int | None, arch: ModelArchitecture, start: int, piece: Tensor) -> None:
+    fill_rows(piece if layer is None else piece[0], files, rule, layer, arch, start)
 
 
 def _extra_state_keys(arch: ModelArchitecture) -> list[str]:

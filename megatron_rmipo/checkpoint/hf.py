@@ -52,7 +52,6 @@ def load_hf_weights(model: Module, hf_dir: Path, arch: ModelArchitecture, *, tp_
         rule = rules[name]
         _check_shape(parameter, rule, arch, tp_size)
         fill_shard(parameter.data, files, rule, layer, arch, tp_rank, tp_size)
-    files.close()
 
 
 def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
@@ -235,7 +234,10 @@ def _check_tied_head(files: WeightFiles, arch: ModelArchitecture) -> None:
             continue
         stored = files.expect(head, files.tensors[embedding].shape)
         for low, high in row_pieces(stored.shape, stored.dtype):
-            if not torch.equal(files.read(head, slice(low, high)), files.read(embedding, slice(low, high))):
+            pair = torch.empty((2, high - low, *stored.shape[1:]), dtype=stored.dtype)
+            for rows, name in zip(pair, (head, embedding), strict=True):
+                files.read(name, low, rows)
+            if not torch.equal(*pair):
                 raise ConversionError(
                     f"{stored.path}: {head} differs from {embedding}, but config.json says tie_word_embeddings. "
                     "Set it to false, or remove the tensor."

@@ -57,26 +57,29 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
             return None if arch.ffn_hidden_size % tp_size else (rows // tp_size, *columns)
 
 
-def merged_rows(
+def fill_rows(
+    rows: Tensor,
     files: WeightFiles,
     rule: Rule,
     layer: int | None,
     arch: ModelArchitecture,
     start: int,
-    stop: int,
     columns: slice = slice(None),
-) -> Iterator[Tensor]:
-    """Rows ``[start, stop)`` of a Megatron tensor, read piece by piece from the Hugging Face tensors they come from.
+) -> int:
+    """Fill ``rows`` with those of a Megatron tensor from row ``start`` on, read from the Hugging Face tensors they come from.
 
-    Rows beyond the tensor are vocabulary padding, and left out.
+    Returns:
+        How many were filled; those beyond the tensor, which are vocabulary padding, were left as they are.
     """
     names, shapes = rule.source_names(layer), source_shapes(rule, arch)
     stored = [files.expect(name, shape) for name, shape in zip(names, shapes, strict=True)]
-    for segment in segments_in(segments_of(rule, arch), start, stop):
+    position = 0
+    for segment in segments_in(segments_of(rule, arch), start, start + rows.shape[0]):
         source = stored[segment.source]
         for low, high in row_pieces(source.shape, source.dtype, segment.start, segment.start + segment.rows):
-            selection = (slice(low, high), columns) if len(source.shape) > 1 else (slice(low, high),)
-            yield files.read(names[segment.source], *selection)
+            files.read(names[segment.source], low, rows[position : position + high - low], columns)
+            position += high - low
+    return position
 
 
 def fill_shard(
@@ -88,9 +91,7 @@ def fill_shard(
     position = 0
     with torch.no_grad():
         for start, stop in rank_rows(rule, num_rows, tp_rank, tp_size):
-            for piece in merged_rows(files, rule, layer, arch, start, stop, columns):
-                shard[position : position + piece.shape[0]].copy_(piece)
-                position += piece.shape[0]
+            position += fill_rows(shard[position : position + stop - start], files, rule, layer, arch, start, columns)
         shard[position:].zero_()
 
 

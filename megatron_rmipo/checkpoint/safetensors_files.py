@@ -1,8 +1,8 @@
 """Safetensors files of a Hugging Face directory, read by slices and written as a stream.
 
-Reading goes through ``safetensors.safe_open``, after the file's header has been checked against its length: a truncated download
-is then an error that names the file instead of a bus error. Writing puts the header first, so that no more than the piece at
-hand is ever in memory.
+A file's header is checked against its length before anything is read: a truncated download is then an error that names the file.
+Whole rows are read straight into memory that is there; columns go through ``safetensors.safe_open``, which touches no others.
+Writing puts the header first, so that no more than the piece at hand is ever in memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_rmipo.checkpoint.raw_files import bytes_of, open_output, read_into
 from megatron_rmipo.errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Tensors are read and written in pieces of about this size. The allocator keeps several, so larger ones cost more than they gain.
 PIECE_BYTES = 4 * 2**20
-# safe_open maps its file into memory, and pages that were read count as this process's until it is closed.
-_MAPPED_BYTES_LIMIT = 8 * 2**20
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -35,9 +34,10 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies (``position``, in bytes from the start of its file) and what it is."""
 
     path: Path
+    position: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -65,9 +65,6 @@ class WeightFiles:
                 f"{self.directory / INDEX_NAME}: {len(lost)} tensors are not in the files it names for them, "
                 f"the first is {lost[0]} in {weight_map[lost[0]]}. Download the checkpoint again."
             )
-        self._open_path: Path | None = None
-        self._open_file: Any = None
-        self._mapped_bytes = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -81,25 +78,33 @@ class WeightFiles:
             )
         return stored
 
-    def read(self, name: str, *slices: slice) -> Tensor:
-        """A copy of the part of a tensor that ``slices`` (one a dimension, those left out whole) select, on the CPU."""
-        stored = self.tensors[name]
-        if self._open_path != stored.path or self._mapped_bytes > _MAPPED_BYTES_LIMIT:
-            self.close()
-            try:
-                self._open_file = safe_open(stored.path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ConversionError(f"{stored.path} cannot be read: {error}") from error
-            self._open_path, self._mapped_bytes = stored.path, 0
-        view = self._open_file.get_slice(name)[slices or (slice(None),)]
-        self._mapped_bytes += view.numel() * view.element_size()
-        # A slice is a view of the mapped file, and would keep it mapped.
-        copy = torch.empty_like(view, memory_format=torch.contiguous_format)
-        return copy.copy_(view)
+    def read(self, name: str, start: int, rows: Tensor, columns: slice = slice(None)) -> None:
+        """Fill ``rows`` with those of a tensor from row ``start`` on, of a matrix with the selected columns alone.
 
-    def close(self) -> None:
-        """Let go of the file that was read last."""
-        self._open_path, self._open_file = None, None
+        Args:
+            name: the tensor.
+            start: first row.
+            rows: of any dtype and device.
+            columns: of a matrix.
+
+        Raises:
+            ConversionError: the file cannot be read.
+        """
+        stored = self.tensors[name]
+        whole = rows.shape[1:] == stored.shape[1:]
+        direct = whole and rows.is_cpu and rows.dtype == stored.dtype and rows.is_contiguous()
+        try:
+            if whole:
+                data = rows if direct else torch.empty(rows.shape, dtype=stored.dtype)
+                row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+                read_into(data, stored.path, stored.position + start * row_bytes)
+            else:
+                with safe_open(stored.path, framework="pt", device="cpu") as file:
+                    data = file.get_slice(name)[start : start + rows.shape[0], columns]
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{stored.path} cannot be read: {error}") from error
+        if not direct:
+            rows.copy_(data)
 
 
 def row_pieces(shape: Sequence[int], dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
@@ -162,7 +167,7 @@ class ShardedWriter:
         written = 0
         for piece in pieces:
             data = piece.detach().to(device="cpu", dtype=planned.dtype).contiguous()
-            self._stream.write(data.flatten().view(torch.uint8).numpy().data)
+            self._stream.write(bytes_of(data))
             written += data.numel() * data.element_size()
         assert written == planned.num_bytes, (name, written, planned.num_bytes)
         self._written[name] = self._file_name(shard)
@@ -190,7 +195,7 @@ class ShardedWriter:
 
     def _begin(self, shard: int) -> None:
         self._end()
-        self._stream = (self._directory / self._file_name(shard)).open("wb")
+        self._stream = open_output(self._directory / self._file_name(shard))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for tensor in self._shards[shard]:
@@ -264,15 +269,26 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(stream.read(header_bytes))
             header.pop("__metadata__", None)
-            entries = {name: (str(e["dtype"]), tuple(e["shape"]), int(e["data_offsets"][1])) for name, e in header.items()}
+            entries = {name: _parse_entry(entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConversionError(f"{path} has a damaged header ({error!r}). Download it again.") from error
-    needed = 8 + header_bytes + max((end for _, _, end in entries.values()), default=0)
+    data_position = 8 + header_bytes
+    needed = data_position + max((end for _, _, _, end in entries.values()), default=0)
     if size < needed:
         raise ConversionError(f"{path} is {size} bytes, but its header says {needed}: truncated. Download it again.")
     tensors = {}
-    for name, (dtype, shape, _) in entries.items():
+    for name, (dtype, shape, begin, end) in entries.items():
         if dtype not in _DTYPES:
             raise ConversionError(f"{path}: {name} is stored as {dtype}; supported are {', '.join(_DTYPES)}.")
-        tensors[name] = StoredTensor(path, shape, _DTYPES[dtype])
+        if begin < 0 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ConversionError(
+                f"{path} has a damaged header: {name}, {dtype} {list(shape)}, is not what bytes {begin} to {end} hold. "
+                "Download it again."
+            )
+        tensors[name] = StoredTensor(path, data_position + begin, shape, _DTYPES[dtype])
     return tensors
+
+
+def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    begin, end = entry["data_offsets"]
+    return str(entry["dtype"]), tuple(map(int, entry["shape"])), int(begin), int(end)

@@ -13,6 +13,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,20 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_rmipo.checkpoint.directory import read_metadata
+from megatron_rmipo.checkpoint.raw_files import open_output, read_into
 from megatron_rmipo.errors import CheckpointError
+
+# Files written at a time. A third of the work is torch.save's checksum, and one processor leaves a fast disk idle with it.
+_NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A box of an entry, at ``offset``, of ``shape``; ``read`` gives it when it is written."""
+    """A box of an entry, at ``offset``, of ``shape``; ``fill`` fills a tensor of that shape when it is written."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    fill: Callable[[Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +70,13 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
         OSError: the file system refuses.
     """
     writer = FileSystemWriter(directory)
-    storage: list[WriteResult] = []
-    for number, (name, items) in enumerate(_files_of(entries).items()):
-        file_name = f"__0_{number}.distcp"
-        with (directory / file_name).open("wb") as stream:
-            for entry, piece in items:
-                offset = stream.tell()
-                tensor = piece.read()
-                assert tensor.shape == piece.shape, (entry.key, name, tensor.shape)
-                assert tensor.dtype == entry.dtype, (entry.key, name, tensor.dtype)
-                _save(tensor, stream)
-                storage.append(_stored(MetadataIndex(entry.key, torch.Size(piece.offset)), file_name, offset, stream.tell()))
-            if number == 0:
-                storage += _write_objects(stream, file_name, objects)
-            stream.flush()
-            os.fsync(stream.fileno())
+    files = list(_files_of(entries).values())
+    paths = [directory / f"__0_{number}.distcp" for number in range(len(files))]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        storage = list(pool.map(_write_file, paths, files, [objects, *([()] * (len(files) - 1))]))
     described: dict[str, Any] = {entry.key: _describe(entry) for entry in entries}
     described.update({key: BytesStorageMetadata() for key in objects})
-    writer.finish(Metadata(state_dict_metadata=described), [storage])
+    writer.finish(Metadata(state_dict_metadata=described), storage)
     with (directory / "common.pt").open("wb") as stream:
         _save(common, stream)
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
@@ -97,6 +91,23 @@ def _files_of(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Piece]]]:
             group = f"layer {piece.offset[0]}" if entry.key.startswith("decoder.layers.") else "others"
             files.setdefault(group, []).append((entry, piece))
     return files
+
+
+def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Sequence[str]) -> list[WriteResult]:
+    storage: list[WriteResult] = []
+    # One memory for all: threads that allocate and free each piece keep many of them.
+    memory = bytearray(max(math.prod(piece.shape) * entry.dtype.itemsize for entry, piece in items))
+    with open_output(path) as stream:
+        for entry, piece in items:
+            offset = stream.tell()
+            tensor = torch.frombuffer(memory, dtype=entry.dtype, count=math.prod(piece.shape)).view(piece.shape)
+            piece.fill(tensor)
+            _save(tensor, stream)
+            storage.append(_stored(MetadataIndex(entry.key, torch.Size(piece.offset)), path.name, offset, stream.tell()))
+        storage += _write_objects(stream, path.name, objects)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return storage
 
 
 def _save(value: Any, stream: Any) -> None:
@@ -159,6 +170,8 @@ class TorchDistReader:
                 offset = tuple(index.offset)
                 path = self.directory / info.relative_path
                 self._chunks[index.fqn].append(_Chunk(offset, sizes[index.fqn][offset], path, info.offset, info.length))
+        self._chunks_by_layer: dict[str, dict[int, list[_Chunk]]] = {}
+        self._data_positions: dict[_Chunk, int] = {}
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of a tensor."""
@@ -185,20 +198,21 @@ class TorchDistReader:
         columns = shape[1:] if layer is None else shape[2:]
         rows = torch.empty((stop - start, *columns), dtype=self.dtype(key))
         filled = 0
-        for chunk in self._chunks[key]:
+        for chunk in self._chunks_of(key, layer):
             offset, extent = chunk.offset, chunk.shape
             skipped = 0
             if layer is not None:
-                if not offset[0] <= layer < offset[0] + extent[0]:
-                    continue
                 skipped = (layer - offset[0]) * extent[1]
                 offset, extent = offset[1:], extent[1:]
             low, high = max(start, offset[0]), min(stop, offset[0] + extent[0])
             if low >= high:
                 continue
-            part = self._read_chunk_rows(key, chunk, extent, skipped + low - offset[0], high - low)
             where = (slice(low - start, high - start), *(slice(o, o + n) for o, n in zip(offset[1:], extent[1:], strict=True)))
-            rows[where] = part
+            target = rows[where]
+            part = target if target.is_contiguous() else torch.empty(target.shape, dtype=rows.dtype)
+            self._read_chunk_rows(key, chunk, skipped + low - offset[0], part)
+            if part is not target:
+                target.copy_(part)
             filled += part.numel()
         if filled != rows.numel():
             raise CheckpointError(
@@ -206,21 +220,26 @@ class TorchDistReader:
             )
         return rows
 
-    def _read_chunk_rows(self, key: str, chunk: _Chunk, extent: Sequence[int], first: int, count: int) -> Tensor:
-        """``count`` rows from row ``first`` of a piece seen as a stack of rows (layers run on)."""
-        dtype = self.dtype(key)
-        row_bytes = math.prod(extent[1:]) * dtype.itemsize
-        part = torch.empty((count, *extent[1:]), dtype=dtype)
+    def _chunks_of(self, key: str, layer: int | None) -> list[_Chunk]:
+        if layer is None:
+            return self._chunks[key]
+        if key not in self._chunks_by_layer:
+            # Looked through once: a large model has thousands of pieces, each of which is asked for by itself.
+            self._chunks_by_layer[key] = {}
+            for chunk in self._chunks[key]:
+                for held in range(chunk.offset[0], chunk.offset[0] + chunk.shape[0]):
+                    self._chunks_by_layer[key].setdefault(held, []).append(chunk)
+        return self._chunks_by_layer[key].get(layer, [])
+
+    def _read_chunk_rows(self, key: str, chunk: _Chunk, first: int, rows: Tensor) -> None:
+        """Fill ``rows`` from row ``first`` of a piece seen as a stack of rows (layers run on)."""
+        row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
         try:
-            with chunk.path.open("rb") as stream:
-                position = _tensor_data_position(stream, chunk, math.prod(chunk.shape) * dtype.itemsize)
-                stream.seek(position + first * row_bytes)
-                read = stream.readinto(part.flatten().view(torch.uint8).numpy().data)
+            if chunk not in self._data_positions:
+                self._data_positions[chunk] = _tensor_data_position(chunk, math.prod(chunk.shape) * rows.dtype.itemsize)
+            read_into(rows, chunk.path, self._data_positions[chunk] + first * row_bytes)
         except (OSError, zipfile.BadZipFile, StopIteration) as error:
             raise CheckpointError(f"{chunk.path} cannot be read where {key} lies: {error!r}.") from error
-        if read != part.numel() * dtype.itemsize:
-            raise CheckpointError(f"{chunk.path} ends where {key} lies: truncated.")
-        return part
 
 
 class _Window(io.RawIOBase):
@@ -251,13 +270,14 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _tensor_data_position(stream: Any, chunk: _Chunk, num_bytes: int) -> int:
+def _tensor_data_position(chunk: _Chunk, num_bytes: int) -> int:
     """Where the bytes of a tensor begin in the file: torch.save keeps them uncompressed in a zip archive."""
-    with zipfile.ZipFile(_Window(stream, chunk.start, chunk.length)) as archive:
-        member = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size != num_bytes:
-        raise zipfile.BadZipFile(f"{member.file_size} bytes instead of {num_bytes}")
-    stream.seek(chunk.start + member.header_offset)
-    header = stream.read(30)
+    with chunk.path.open("rb") as stream:
+        with zipfile.ZipFile(_Window(stream, chunk.start, chunk.length)) as archive:
+            member = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != num_bytes:
+            raise zipfile.BadZipFile(f"{member.file_size} bytes instead of {num_bytes}")
+        stream.seek(chunk.start + member.header_offset)
+        header = stream.read(30)
     name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     return int(chunk.start + member.header_offset + 30 + name_length + extra_length)

@@ -80,7 +80,7 @@ def hf_source(directory: Path) -> ModelSource:
     """
     arch = read_architecture(directory)
     # Headers alone: missing, truncated or foreign weights show before anything is built.
-    open_weights(directory, arch).close()
+    open_weights(directory, arch)
     return ModelSource(arch, directory, directory, None)
 
 
