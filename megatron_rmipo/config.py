@@ -65,10 +65,17 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
         "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."
     )
-    attention_backend: Literal["auto", "sdpa", "flex"] = _option(
-        "auto", "Attention over packed pairs; auto: flex (FlexAttention) with CUDA, sdpa (pair by pair) without."
+    attention_backend: Literal["auto", "sdpa", "flex", "te"] = _option(
+        "auto",
+        "Attention over packed pairs; te: Transformer Engine; auto: flex (FlexAttention) with CUDA, sdpa (pair by pair) without.",
     )
     bf16: bool = _option(False, "Compute in bfloat16 with fp32 master weights; without it everything is fp32.")
+    fp8_format: Literal["hybrid", "e4m3"] | None = _option(
+        None, "Matrix products of the policy's layers in fp8: e4m3, or hybrid, with gradients in e5m2. Needs Transformer Engine."
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = _option(
+        None, "With --fp8-format: how numbers are scaled into fp8; unset: delayed."
+    )
     make_vocab_size_divisible_by: int = _option(128, "Pad the vocabulary to a multiple of this times TP.")
     recompute_granularity: Literal["full", "selective"] | None = _option(
         None, "Recompute activations in the backward pass: whole layers (full) or the attention core alone (selective)."
@@ -185,6 +192,34 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfilingConfig:
+    """Profiling: a trace of a few steps, and the history of the device's memory."""
+
+    profile: bool = _option(False, "Trace a few steps with torch.profiler, to profile/rank0.json.gz in the log directory.")
+    profile_step_start: int | None = _option(None, "With --profile: trace the steps after this one; unset: 10.")
+    profile_step_end: int | None = _option(None, "With --profile: the last step traced; unset: 12.")
+    profile_ranks: list[int] | None = dataclasses.field(
+        default=None, metadata=_help("With --profile: the ranks traced, a file for each; unset: 0.", "RANK")
+    )
+
+    record_memory_history: bool = _option(
+        False, "With CUDA: keep where memory was allocated, for the snapshot that is written when memory runs out."
+    )
+
+    @property
+    def steps(self) -> range:
+        """Numbers of the steps to trace, counted from 1. Defaults, and which steps are meant, are Megatron-LM's."""
+        start = 10 if self.profile_step_start is None else self.profile_step_start
+        end = 12 if self.profile_step_end is None else self.profile_step_end
+        return range(start + 1, end + 1)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks to trace."""
+        return [0] if self.profile_ranks is None else self.profile_ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a training run was told."""
 
@@ -196,6 +231,7 @@ class Config:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = dataclasses.field(default_factory=ProfilingConfig)
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Every flag's name and value, the objective's options among them; plain types, as YAML and JSON hold them."""

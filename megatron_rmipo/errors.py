@@ -25,3 +25,7 @@ class ConversionError(RmipoError):
 
 class CheckpointError(RmipoError):
     """A Megatron checkpoint is missing, incomplete or made for something else."""
+
+
+class OutOfMemoryError(RmipoError):
+    """A device, or the host without one, has no memory left for what a run asks of it. The first line stands for itself."""

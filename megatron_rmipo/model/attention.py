@@ -18,9 +18,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BACKENDS = ("sdpa", "flex")
+from megatron_rmipo.model.block_masks import BLOCK_TOKENS, attend_flex
+from megatron_rmipo.model.varlen import attend_varlen, build_kernel
+
+# Backend -> rows that are a multiple of this long need no padded copies inside the attention.
+BACKENDS = {"sdpa": 1, "flex": BLOCK_TOKENS, "te": 1}
+
+
+def choose_backend(name: str) -> str:
+    """``auto`` made out: ``flex`` with CUDA, ``sdpa`` without; any other backend is itself."""
+    if name == "auto":
+        name = "flex" if torch.cuda.is_available() else "sdpa"
+    assert name in BACKENDS, name
+    return name
 
 
 class PackedAttention(torch.nn.Module):
@@ -30,7 +41,8 @@ class PackedAttention(torch.nn.Module):
         config: ``kv_channels`` and ``attention_dropout`` are read.
         layer_number: Megatron passes it; every layer does the same here.
         backend: ``sdpa``: scaled_dot_product_attention, segment by segment; runs anywhere. ``flex``: FlexAttention with one
-            block mask a pack, shared by all layers; trains on GPU only (it has no backward on CPU).
+            block mask a pack, shared by all layers; trains on GPU only (it has no backward on CPU). ``te``: Transformer Engine,
+            each segment a sequence, the keys of a shared prompt repeated for it; needs a GPU.
         softmax_scale: default ``1 / sqrt(D)``.
     """
 
@@ -48,6 +60,7 @@ class PackedAttention(torch.nn.Module):
         assert config.attention_dropout == 0.0, "dropout would make the loss depend on how the batch is cut"
         self.backend = backend
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels or 1)
+        self.kernel = build_kernel(config, layer_number, self.softmax_scale) if backend == "te" else None
 
     def forward(
         self,
@@ -71,17 +84,27 @@ class PackedAttention(torch.nn.Module):
         Returns:
             ``[T, 1, A * D]``.
         """
-        attend = _attend_flex if self.backend == "flex" else _attend_segments
-        # [T, 1, heads, D] -> [1, heads, T, D]
-        heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        context = attend(*heads_first, segments=attention_mask, scale=self.softmax_scale)
-        return context.permute(2, 0, 1, 3).flatten(2)
+        # [T, 1, heads, D] -> [T, heads, D]
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.backend == "flex":
+            context = attend_flex(query, key, value, attention_mask, self.softmax_scale)
+        elif self.kernel is not None:
+            context = attend_varlen(self.kernel, query, key, value, attention_mask)
+        else:
+            context = _attend_segments(query, key, value, attention_mask, self.softmax_scale)
+        return context.flatten(1)[:, None]
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing, whatever the backend: a checkpoint of one is a checkpoint of all."""
+        return {}
 
 
-def _attend_segments(query: Tensor, key: Tensor, value: Tensor, *, segments: Tensor, scale: float) -> Tensor:
-    """Segment by segment with scaled_dot_product_attention; all tensors ``[1, heads, T, D]``."""
+def _attend_segments(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Segment by segment with scaled_dot_product_attention; all tensors ``[T, heads, D]``."""
     pieces = []
     grouped = query.shape[1] != key.shape[1]
+    # [T, heads, D] -> [1, heads, T, D]
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     for start, length, prefix_start, prefix_length in segments.tolist():
         own = slice(start, start + length)
         if prefix_length == 0:
@@ -96,44 +119,10 @@ def _attend_segments(query: Tensor, key: Tensor, value: Tensor, *, segments: Ten
                 query[:, :, own], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         )
-    return torch.cat(pieces, dim=2)
+    return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
 
 @functools.lru_cache(maxsize=64)
 def _prefix_causal_mask(length: int, prefix_length: int, device: torch.device) -> Tensor:
     """Bool ``[length, prefix_length + length]``: the whole prefix, and the own segment causally."""
     return torch.ones(length, prefix_length + length, dtype=torch.bool, device=device).tril(diagonal=prefix_length)
-
-
-def _attend_flex(query: Tensor, key: Tensor, value: Tensor, *, segments: Tensor, scale: float) -> Tensor:
-    """FlexAttention with the block mask of the row; all tensors ``[1, heads, T, D]``."""
-    mask = _block_mask(segments.numpy().tobytes(), query.shape[2], query.device)
-    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    assert isinstance(output, Tensor)
-    return output
-
-
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    # Packs differ in length; a compilation for each would soon exceed torch's limit and fall back to dense scores.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _block_mask(segments_bytes: bytes, num_tokens: int, device: torch.device) -> BlockMask:
-    # Keyed by the content of the segments: all layers of a pack, and its recomputation, meet in one entry.
-    segments = torch.frombuffer(bytearray(segments_bytes), dtype=torch.int64).view(-1, 4)
-    lengths = segments[:, 1]
-    own_start = torch.repeat_interleave(segments[:, 0], lengths).to(device)
-    prefix_start = torch.repeat_interleave(segments[:, 2], lengths).to(device)
-    prefix_end = torch.repeat_interleave(segments[:, 2] + segments[:, 3], lengths).to(device)
-
-    def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (k <= q) & (k >= own_start[q])
-        prefix = (k >= prefix_start[q]) & (k < prefix_end[q])
-        return own | prefix
-
-    return create_block_mask(
-        attends, B=None, H=None, Q_LEN=num_tokens, KV_LEN=num_tokens, device=str(device), _compile=device.type == "cuda"
-    )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.architecture import ModelArchitecture, RopeScaling, padded_vocab_size
-from megatron_rmipo.model.attention import PackedAttention
+from megatron_rmipo.model.attention import PackedAttention, choose_backend
 from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -193,8 +193,14 @@ def _scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, blended))
 
 
+NO_TRANSFORMER_ENGINE = (
+    "Transformer Engine is not installed, or there is no GPU. Install the extra with pip install 'megatron_rmipo[te]' on a GPU "
+    "machine, or leave the flag out."
+)
+
+
 def transformer_engine_available() -> bool:
-    """Whether Megatron-Core found Transformer Engine."""
+    """Whether Megatron-Core found Transformer Engine, and there is a GPU for it."""
     from megatron.core.extensions import transformer_engine
 
     return bool(getattr(transformer_engine, "HAVE_TE", False)) and torch.cuda.is_available()
@@ -205,6 +211,9 @@ def transformer_config(
     groups: ProcessGroups,
     *,
     dtype: torch.dtype = torch.float32,
+    transformer_impl: str = "auto",
+    fp8_format: str | None = None,
+    fp8_recipe: str | None = None,
     sequence_parallel: bool = False,
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
@@ -217,11 +226,18 @@ def transformer_config(
         arch: the model.
         groups: gives the tensor and pipeline parallel sizes.
         dtype: fp32 or bf16 parameters and activations.
+        transformer_impl: ``local`` (Megatron-Core's own layers), ``transformer_engine``, or ``auto``: the latter where it is
+            installed and there is a GPU.
+        fp8_format: ``hybrid`` or ``e4m3``: the layers' matrix products in fp8, in Transformer Engine; None in ``dtype``.
+        fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
         sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
         recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
         **overrides: further TransformerConfig fields.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and absent.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, use_te = torch.cuda.is_available(), _uses_transformer_engine(transformer_impl, fp8_format)
     settings: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -253,16 +269,29 @@ def transformer_config(
         "recompute_method": recompute_method,
         "recompute_num_layers": recompute_num_layers,
         "use_cpu_initialization": not on_gpu,
-        # The fused rotary kernel wants positions in order; shared prompts have them restart.
-        "apply_rope_fusion": False,
+        "transformer_impl": "transformer_engine" if use_te else "local",
+        # The kernel for tensors that are not THD turns each token by its own row of our table, so positions may restart.
+        "apply_rope_fusion": use_te,
         "masked_softmax_fusion": False,
-        "persist_layer_norm": on_gpu and transformer_engine_available(),
         "bias_dropout_fusion": on_gpu,
         "bias_activation_fusion": on_gpu,
         "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
         "batch_p2p_comm": on_gpu,
     }
+    if fp8_format is not None:
+        # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
+        settings.update(fp8=fp8_format, fp8_recipe=fp8_recipe or "delayed", tp_only_amax_red=True)
     return TransformerConfig(**{**settings, **overrides})
+
+
+def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:
+    available = transformer_engine_available()
+    asked_for = "--transformer-impl transformer_engine" if transformer_impl == "transformer_engine" else None
+    if fp8_format is not None:
+        asked_for = f"--fp8-format {fp8_format}"
+    if asked_for and not available:
+        raise ConfigError(f"{asked_for}: {NO_TRANSFORMER_ENGINE}")
+    return available and transformer_impl != "local"
 
 
 def _gradient_accumulation_kernel_available() -> bool:
@@ -278,7 +307,6 @@ def build_policy(
     config: TransformerConfig,
     groups: ProcessGroups,
     *,
-    transformer_impl: str = "auto",
     attention_backend: str = "auto",
     make_vocab_size_divisible_by: int = 128,
     chunk_size: int = 4096,
@@ -287,29 +315,22 @@ def build_policy(
 
     Args:
         arch: the model.
-        config: from :func:`transformer_config`.
+        config: from :func:`transformer_config`; its ``transformer_impl`` says whose layers are built.
         groups: the process groups of this rank.
-        transformer_impl: ``local`` (Megatron-Core's own layers), ``transformer_engine``, or ``auto``: the latter where it is
-            installed and there is a GPU.
-        attention_backend: ``sdpa``, ``flex``, or ``auto``: flex on a GPU, sdpa elsewhere.
+        attention_backend: ``sdpa``, ``flex``, ``te`` (Transformer Engine, in layers of either kind), or ``auto``: flex on a GPU,
+            sdpa elsewhere.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
         chunk_size: vocabulary entries whose logits exist at a time.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and absent.
+        ConfigError: Transformer Engine's attention is asked for and absent.
     """
-    have_te = transformer_engine_available()
-    if transformer_impl == "transformer_engine" and not have_te:
-        raise ConfigError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed or there is no GPU. "
-            "Install the extra with pip install 'megatron_rmipo[te]' on a GPU machine, or use --transformer-impl local."
-        )
-    use_te = transformer_impl == "transformer_engine" or (transformer_impl == "auto" and have_te)
-    if attention_backend == "auto":
-        attention_backend = "flex" if torch.cuda.is_available() else "sdpa"
+    backend = choose_backend(attention_backend)
+    if backend == "te" and not transformer_engine_available():
+        raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
     model = PolicyModel(
         config,
-        _block_spec(config, use_te, attention_backend),
+        _block_spec(config, backend),
         arch,
         groups,
         vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
@@ -319,9 +340,9 @@ def build_policy(
     return model
 
 
-def _block_spec(config: TransformerConfig, use_te: bool, attention_backend: str) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
     """Megatron's own layer spec with our attention inside, and norms that allow sequence parallelism."""
-    if use_te:
+    if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, final_norm = get_gpt_layer_with_transformer_engine_spec(), TENorm

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from megatron_rmipo.checkpoint.assets import check_output_directory
-from megatron_rmipo.config import Config
+from megatron_rmipo.config import Config, ModelConfig
 from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchLayout
 from megatron_rmipo.data.mismatch import MismatchedStore
@@ -16,9 +17,11 @@ from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.data.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.model.attention import BACKENDS, choose_backend
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.training.flops import forward_cost_model
 from megatron_rmipo.training.model_source import ModelSource, holds_checkpoints
+from megatron_rmipo.training.transformer_engine import fp8_multiple
 from megatron_rmipo.training.validation import parse_blend, parse_split
 
 
@@ -179,5 +182,10 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         cost=forward_cost_model(arch),
         share_prompts=config.model.share_prompts,
-        multiple_of=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        multiple_of=_row_multiple(config.model, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
     )
+
+
+def _row_multiple(model: ModelConfig, *, shards: int) -> int:
+    """What number of tokens a row is padded to a multiple of, where each of ``shards`` ranks holds an equal part of it."""
+    return math.lcm(BACKENDS[choose_backend(model.attention_backend)], fp8_multiple(model) * shards)

@@ -17,12 +17,15 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.metrics import summarize
+from megatron_rmipo.training.out_of_memory import MemoryReport
 from megatron_rmipo.training.passes import PairMetrics
+from megatron_rmipo.training.profiling import StepProfiler
 from megatron_rmipo.training.reporting import Reporter
 from megatron_rmipo.training.setup import TrainingState
 from megatron_rmipo.training.signals import StopRequest
 from megatron_rmipo.training.step import StepOutcome, evaluate_batch, train_step
 from megatron_rmipo.training.throughput import Throughput
+from megatron_rmipo.training.timers import PhaseTimer
 
 
 @dataclasses.dataclass
@@ -75,6 +78,8 @@ class Run:
     num_held_out: int
     reporter: Reporter
     throughput: Throughput
+    profiler: StepProfiler
+    memory: MemoryReport
     save: Callable[[], None]
 
 
@@ -86,18 +91,15 @@ def train(run: Run) -> bool:
 
     Raises:
         RmipoError: more steps than ``--max-skipped-steps`` were not finite.
+        OutOfMemoryError: on the rank whose memory ran out, alone.
     """
     settings = run.config.training
     if settings.eval_at_start and run.progress.step == 0:
         evaluate(run)
     saved_at = evaluated_at = run.progress.step
-    with StopRequest(run.groups) as stop:
-        started = time.perf_counter()
-        for batch in _batches(run):
-            outcome = _step(run, batch)
+    with run.profiler, StopRequest(run.groups) as stop:
+        for batch, outcome in _steps(run):
             step = run.progress.step
-            # From one step's end to the next one's, waiting for data included.
-            run.throughput.add(batch, time.perf_counter() - started)
             if not outcome.updated:
                 _count_skipped_step(run, batch, outcome)
             if step % run.config.logging.log_interval == 0 or step == run.train_iters:
@@ -110,7 +112,7 @@ def train(run: Run) -> bool:
                 evaluated_at = step
             if stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
                 break
-            started = time.perf_counter()
+        run.profiler.stop()
         # Saved before the last evaluation, and with signals still held off: neither may cost what was trained.
         if saved_at != run.progress.step:
             run.save()
@@ -130,7 +132,8 @@ def evaluate(run: Run) -> dict[str, float]:
     for first in range(0, run.num_held_out, batch_size):
         indices = np.arange(first, min(first + batch_size, run.num_held_out))
         batch = run.held_out.build(indices, mean_chosen_length=float(lengths[:, 1].mean()))
-        parts.append(evaluate_batch(run.state, batch, run.objective, run.groups))
+        with run.memory.explaining(f"evaluation at step {run.progress.step}", run.held_out, batch, run.state.optimizer):
+            parts.append(evaluate_batch(run.state, batch, run.objective, run.groups))
     values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
     summary = summarize(values, parts[0].distributions)
     run.reporter.log("eval", {"step": run.progress.step, "consumed_pairs": run.progress.consumed_pairs, **summary})
@@ -149,11 +152,20 @@ def _batches(run: Run) -> Iterator[RankBatch]:
     )
 
 
-def _step(run: Run, batch: RankBatch) -> StepOutcome:
-    outcome = train_step(run.state, batch, run.objective, run.groups)
-    run.progress.step += 1
-    run.progress.consumed_pairs += batch.num_pairs
-    return outcome
+def _steps(run: Run) -> Iterator[tuple[RankBatch, StepOutcome]]:
+    """The steps from where ``run.progress`` stands to the end, timed with their wait for data."""
+    batches, timer = _batches(run), PhaseTimer()
+    while run.progress.consumed_pairs < run.total_pairs:
+        with run.profiler.step(run.progress.step + 1):
+            started = time.perf_counter()
+            with timer.phase("data"):
+                batch = next(batches)
+            with run.memory.explaining(f"step {run.progress.step + 1}", run.pairs, batch, run.state.optimizer):
+                outcome = train_step(run.state, batch, run.objective, run.groups, timer)
+            run.throughput.add(batch, time.perf_counter() - started, timer.take())
+        run.progress.step += 1
+        run.progress.consumed_pairs += batch.num_pairs
+        yield batch, outcome
 
 
 def _record(run: Run, batch: RankBatch, outcome: StepOutcome) -> dict[str, float | int]:

@@ -29,16 +29,19 @@ from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 from megatron_rmipo.training.arguments import parse_arguments
+from megatron_rmipo.training.first_failure import first_failure
 from megatron_rmipo.training.flops import peak_flops
 from megatron_rmipo.training.inputs import RunData, check_outputs, conditional_layout, open_data
 from megatron_rmipo.training.loop import Progress, Run, train
 from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights
+from megatron_rmipo.training.out_of_memory import MemoryReport
+from megatron_rmipo.training.profiling import StepProfiler
 from megatron_rmipo.training.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.reporting import Reporter
 from megatron_rmipo.training.resume import StartingPoint, starting_point
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from megatron_rmipo.training.throughput import Throughput
-from megatron_rmipo.training.validation import validate
+from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         elif speaks_for_its_node():
             print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError:
+        # A collective that lost a rank; why is that rank's to tell.
+        cause = first_failure()
+        if cause is None or shows_tracebacks:
+            raise
+        print(f"{rank_label()}stopped, since {cause}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -73,6 +83,8 @@ def run_training(config: Config) -> bool:
     validate(config, source.arch, world_size)
     objective = _build_objective(config)
     data = open_data(config, source, objective.needs)
+    total_pairs, train_iters = _run_length(config, data.train)
+    refuse_profiling_beyond_the_end(config, train_iters)
     start = starting_point(config, source, data, objective)
     reference = choose_reference(config, source, start, objective.needs, world_size)
     data_layout = partial(_layout, config, source.arch, data, objective)
@@ -86,11 +98,11 @@ def run_training(config: Config) -> bool:
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
-    total_pairs, train_iters = _run_length(config, data.train)
+    memory = MemoryReport(config, source.arch, groups, config.log_directory)
     progress = start.progress
     if reference is not None:
         progress.reference = identify_reference(reference, groups)
-        attach_scores(config, reference, progress.reference, data, objective.needs, groups)
+        attach_scores(config, reference, progress.reference, data, objective.needs, groups, memory)
     state = _load(config, source, start, groups, train_iters)
     if objective.needs.perturbation is not None:
         assert reference is not None
@@ -112,6 +124,8 @@ def run_training(config: Config) -> bool:
             num_held_out=data.num_held_out,
             reporter=reporter,
             throughput=_throughput(config, groups),
+            profiler=_profiler(config, groups, progress, reporter),
+            memory=memory,
             save=partial(_save, config, source, state, progress, groups),
         )
         complete = train(run)
@@ -193,6 +207,21 @@ def _throughput(config: Config, groups: ProcessGroups) -> Throughput:
     if torch.cuda.is_available():
         peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16 if config.model.bf16 else torch.float32)
     return Throughput(groups.world_size, peak)
+
+
+def _profiler(config: Config, groups: ProcessGroups, progress: Progress, reporter: Reporter) -> StepProfiler:
+    chosen, steps = config.profiling.profile and groups.rank in config.profiling.ranks, config.profiling.steps
+    if config.profiling.profile and progress.step >= steps.stop - 1:
+        reporter.warn(
+            f"nothing is profiled: the run goes on from step {progress.step}, after --profile-step-end {steps.stop - 1}"
+        )
+    # The reporter speaks for the first rank alone.
+    say = reporter.say if groups.rank == 0 else partial(_say_as_rank, groups.rank)
+    return StepProfiler(config.log_directory / "profile" / f"rank{groups.rank}.json.gz", steps if chosen else range(0), say)
+
+
+def _say_as_rank(rank: int, text: str) -> None:
+    print(f"[rank {rank}] {text}", flush=True)
 
 
 def _save(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:

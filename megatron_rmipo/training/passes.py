@@ -22,7 +22,9 @@ from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+from megatron_rmipo.runtime.transfers import to_device
 from megatron_rmipo.training.objective_contract import check_output, check_prepared
+from megatron_rmipo.training.profiling import trace_range
 from megatron_rmipo.training.rows import from_last_stage, gather_pairs, response_sums, run_rows, score_responses
 
 
@@ -31,7 +33,8 @@ class Prepared:
     """What the passes before the losses found. Empty but on the last stage.
 
     Attributes:
-        unconditional: fp32 ``[P, 2, 2]``, see :func:`megatron_rmipo.training.rows.score_responses`; pairs of this rank alone.
+        unconditional: fp32 ``[P, 2, 2]`` on the device, see :func:`megatron_rmipo.training.rows.score_responses`; pairs of this
+            rank alone.
         batch: what :meth:`Objective.prepare` gave, on the CPU, the same on every data-parallel rank.
         references: for each conditional row, its scored tokens' hidden states under the resident reference.
     """
@@ -39,6 +42,48 @@ class Prepared:
     unconditional: Tensor | None
     batch: Mapping[str, Tensor]
     references: Sequence[ReferenceHead]
+
+
+@dataclasses.dataclass(frozen=True)
+class _KnownPairs:
+    """What passes before the losses, and the reference, said of the pairs of the global batch; all on the device.
+
+    Attributes:
+        unconditional: as in :class:`Prepared`.
+        reference: fp32 ``[P, 2]``, sums under the reference of (chosen, rejected); None where not needed.
+        batch: fp32, what :meth:`Objective.prepare` gave.
+        mean_chosen_length: fp32 scalar.
+    """
+
+    unconditional: Tensor | None
+    reference: Tensor | None
+    batch: Mapping[str, Tensor]
+    mean_chosen_length: Tensor
+
+    @classmethod
+    def of(cls, batch: RankBatch, prepared: Prepared) -> _KnownPairs:
+        """Move to the device what is not there yet, once for all packs."""
+        return cls(
+            unconditional=prepared.unconditional,
+            reference=None if batch.reference_scores is None else to_device(torch.from_numpy(batch.reference_scores)),
+            batch={name: to_device(values.to(torch.float32)) for name, values in prepared.batch.items()},
+            # Not torch.tensor, which would copy, and wait.
+            mean_chosen_length=torch.full((), batch.mean_chosen_length, device=current_device()),
+        )
+
+    def of_pairs(self, numbers: Tensor) -> dict[str, Any]:
+        """Fields of :class:`PairLogps` for some pairs, numbers ``[pairs]`` of the global batch on the device."""
+        # A filler reads what is known of pair 0; its loss does not count.
+        numbers = numbers.clamp(min=0)
+        known: dict[str, Any] = {"mean_chosen_length": self.mean_chosen_length}
+        if self.unconditional is not None:
+            scores = self.unconditional[numbers]
+            known["uncond_chosen_logps"], known["uncond_chosen_lengths"] = scores[:, 0].unbind(1)
+            known["uncond_rejected_logps"], known["uncond_rejected_lengths"] = scores[:, 1].unbind(1)
+        if self.reference is not None:
+            known["ref_chosen_logps"], known["ref_rejected_logps"] = self.reference[numbers].unbind(1)
+        known["batch"] = {name: values[numbers] if values.dim() else values for name, values in self.batch.items()}
+        return known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +121,26 @@ def prepare_batch(
         reference: the resident reference, for objectives that need one.
     """
     needs = objective.needs
-    unconditional = score_responses(model, batch.unconditional, batch.num_pairs) if batch.unconditional else None
-    scores = score_responses(model, batch.conditional, batch.num_pairs) if needs.batch else None
-    mismatched = score_responses(model, batch.mismatched, batch.num_pairs) if batch.mismatched else None
+    unconditional = _score("unconditional pass", model, batch.unconditional, batch) if batch.unconditional else None
+    scores = _score("batch pass", model, batch.conditional, batch) if needs.batch else None
+    mismatched = _score("mismatched pass", model, batch.mismatched, batch) if batch.mismatched else None
     references: list[ReferenceHead] = []
     if needs.perturbation is not None:
         assert reference is not None
-        hidden = run_rows(reference, batch.conditional, lambda row, output: output, backward=False, scores=False)
+        with trace_range("reference pass"):
+            keep = lambda row, output: output  # noqa: E731
+            hidden = run_rows(reference, batch.conditional, keep, name="reference pass", backward=False, scores=False)
         references = [ReferenceHead(one, reference.head_weight(), needs.perturbation) for one in hidden]
     if not groups.is_last_stage:
         return Prepared(None, {}, [])
     prepared = objective.prepare(_whole_batch(batch, scores, mismatched, groups), state)
     check_prepared(objective, prepared, batch.num_pairs)
     return Prepared(unconditional, prepared, references)
+
+
+def _score(name: str, model: torch.nn.Module, rows: Sequence[PackedRow], batch: RankBatch) -> Tensor:
+    with trace_range(name):
+        return score_responses(model, rows, batch.num_pairs, name=name)
 
 
 def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | None, groups: ProcessGroups) -> BatchLogps:
@@ -127,14 +179,15 @@ def gradient_pass(
     model: torch.nn.Module, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
 ) -> PairMetrics:
     """Forward and backward over this rank's packs; gradients end up as the exact mean over the global batch's pairs."""
+    known = _KnownPairs.of(batch, prepared)
 
     def finish(row: PackedRow, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        losses, report = _pair_losses(row, logprobs, objective=objective, batch=batch, prepared=prepared)
-        counts = (report["numbers"] >= 0).to(losses.device)
+        losses, report = _pair_losses(row, logprobs, objective=objective, known=known)
+        counts = report["numbers"] >= 0
         # Megatron divides the gradient by the number of pairs over all packs and data-parallel ranks.
         return torch.where(counts, losses, 0.0).sum(), counts.sum().to(torch.int), report
 
-    reports = run_rows(model, batch.conditional, finish, backward=True, references=prepared.references)
+    reports = run_rows(model, batch.conditional, finish, name="gradient pass", backward=True, references=prepared.references)
     return _gather_pair_metrics(reports, batch.num_pairs, prepared, groups)
 
 
@@ -142,21 +195,19 @@ def evaluation_pass(
     model: torch.nn.Module, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
 ) -> PairMetrics:
     """The same metrics as the gradient pass, forward only."""
-    compute = partial(_pair_losses, objective=objective, batch=batch, prepared=prepared)
+    compute = partial(_pair_losses, objective=objective, known=_KnownPairs.of(batch, prepared))
     finish = lambda row, logprobs: compute(row, logprobs)[1]  # noqa: E731
-    reports = run_rows(model, batch.conditional, finish, backward=False, references=prepared.references)
+    reports = run_rows(model, batch.conditional, finish, name="evaluation pass", backward=False, references=prepared.references)
     return _gather_pair_metrics(reports, batch.num_pairs, prepared, groups)
 
 
-def _pair_losses(
-    row: PackedRow, logprobs: Tensor, *, objective: Objective, batch: RankBatch, prepared: Prepared
-) -> tuple[Tensor, dict[str, Any]]:
+def _pair_losses(row: PackedRow, logprobs: Tensor, *, objective: Objective, known: _KnownPairs) -> tuple[Tensor, dict[str, Any]]:
     """Losses of the row's pairs (with gradient) and what to report of them."""
     branches = 2 if objective.needs.rejected else 1
     sums = response_sums(logprobs, row)
     # One line of sums, or four with a resident reference, each [pairs, branches].
     policy, *others = sums.view(-1, *row.lengths.view(-1, branches).shape)
-    lengths = row.lengths.view(-1, branches).to(sums.device, torch.float32)
+    lengths = row.lengths.view(-1, branches).to(torch.float32)
     numbers = row.pair_numbers.view(-1, branches)[:, 0]
     absent = torch.zeros_like(policy[:, 0])
     output = objective(
@@ -165,36 +216,13 @@ def _pair_losses(
             rejected_logps=policy[:, 1] if branches == 2 else absent,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1] if branches == 2 else absent + 1,
-            mean_chosen_length=torch.tensor(batch.mean_chosen_length, device=sums.device),
-            **_known_of_pairs(numbers, batch, prepared, sums.device),
+            **known.of_pairs(numbers),
             **_resident_fields(others),
         )
     )
     check_output(objective, output, numbers.numel())
     values = {"loss": output.losses.detach(), **output.metrics}
     return output.losses, {"numbers": numbers, "values": values, "distributions": output.distributions}
-
-
-def _known_of_pairs(numbers: Tensor, batch: RankBatch, prepared: Prepared, device: torch.device) -> dict[str, Any]:
-    """What passes before this one, and the reference, said of some pairs (numbers ``[pairs]`` of the global batch)."""
-    # A filler reads what is known of pair 0; its loss does not count.
-    numbers = numbers.clamp(min=0)
-    known: dict[str, Any] = {}
-    if prepared.unconditional is not None:
-        scores = prepared.unconditional[numbers].to(device)
-        known = {
-            "uncond_chosen_logps": scores[:, 0, 0],
-            "uncond_chosen_lengths": scores[:, 0, 1],
-            "uncond_rejected_logps": scores[:, 1, 0],
-            "uncond_rejected_lengths": scores[:, 1, 1],
-        }
-    if batch.reference_scores is not None:
-        fields = _reference_fields(batch.reference_scores[numbers.numpy()])
-        known.update({name: values.to(device) for name, values in fields.items()})
-    known["batch"] = {
-        name: (values[numbers] if values.dim() else values).to(device, torch.float32) for name, values in prepared.batch.items()
-    }
-    return known
 
 
 def _resident_fields(others: Sequence[Tensor]) -> dict[str, Any]:
@@ -210,11 +238,11 @@ def _gather_pair_metrics(reports: list[dict[str, Any]], num_pairs: int, prepared
     payload = None
     if groups.is_last_stage:
         names = list(reports[0]["values"])
-        table = torch.zeros(len(names), num_pairs, device=current_device())
-        for report in reports:
-            counts = report["numbers"] >= 0
-            stacked = torch.stack([report["values"][name].to(torch.float32) for name in names])
-            table[:, report["numbers"][counts]] = stacked[:, counts.to(stacked.device)]
-        payload = (names, gather_pairs(table, groups), reports[0]["distributions"], dict(prepared.batch))
+        numbers = torch.cat([report["numbers"] for report in reports])
+        values = [torch.cat([report["values"][name] for report in reports]).to(torch.float32) for name in names]
+        # One place more at the end, where a filler's number, -1, writes.
+        table = torch.zeros(len(names), num_pairs + 1, device=current_device())
+        table[:, numbers] = torch.stack(values)
+        payload = (names, gather_pairs(table[:, :num_pairs], groups), reports[0]["distributions"], dict(prepared.batch))
     names, table, distributions, prepared_batch = from_last_stage(payload, groups)
     return PairMetrics(dict(zip(names, table, strict=True)), distributions, prepared_batch)

@@ -24,6 +24,7 @@ from megatron_rmipo.training.model_source import (
     load_weights,
     weights_fingerprint,
 )
+from megatron_rmipo.training.out_of_memory import MemoryReport
 from megatron_rmipo.training.resume import StartingPoint
 from megatron_rmipo.training.scoring import find_missing, plan_scores, score_rows
 from megatron_rmipo.training.setup import build_model
@@ -137,6 +138,7 @@ def attach_scores(
     data: RunData,
     needs: LogpNeeds,
     groups: ProcessGroups,
+    memory: MemoryReport,
 ) -> None:
     """Give the data the reference's log-probs, computing what is missing. All ranks call it together.
 
@@ -146,6 +148,7 @@ def attach_scores(
         data: gets the scores; its mismatched pairs are made before, where they are needed.
         needs: of the objective.
         groups: the process groups of this rank.
+        memory: explains, should memory run out.
 
     Raises:
         ConfigError: something is missing, and where the reference's weights lie is not known.
@@ -166,7 +169,7 @@ def attach_scores(
         model = load_reference(config, choice, fingerprint, groups)
         layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
-            score_rows(model, task, layout, groups)
+            score_rows(model, task, layout, groups, memory)
         del model
         forget_peak_memory()
     tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}
@@ -199,6 +202,8 @@ def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, gr
             "the log-probs of this run's reference are not (all) there, and so have to be computed again, but --load names a "
             f"later model. {_REMEDY}"
         )
+    # In the dtype that its log-probs are kept under, whatever the policy is trained in.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None))
     model = build_model(source.arch, config, groups)
     load_weights(source, model, groups)
     model.requires_grad_(False)

@@ -8,6 +8,7 @@ Shape letters: N scored tokens, P pairs of the global batch, R responses of a ro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,11 @@ from torch import Tensor
 from megatron_rmipo.data.packing import PackedRow
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+from megatron_rmipo.runtime.transfers import to_device
+from megatron_rmipo.training.memory_readings import PackOutOfMemory, is_out_of_memory
+
+# The attention reads the segments on the CPU.
+_ON_DEVICE = ("token_ids", "position_ids", "source", "target", "lengths", "pair_numbers", "branches")
 
 
 def run_rows(
@@ -27,6 +33,7 @@ def run_rows(
     rows: Sequence[PackedRow],
     finish: Callable[[PackedRow, Tensor], Any],
     *,
+    name: str,
     backward: bool,
     references: Sequence[ReferenceHead] = (),
     scores: bool = True,
@@ -36,43 +43,72 @@ def run_rows(
     Args:
         model: this rank's stage of the model.
         rows: at least one; the same number on all stages of a replica.
-        finish: called on the last stage with each row and the model's output for it. With ``backward`` it returns what Megatron
-            takes: (loss to sum, number of pairs as an int tensor, what to report).
+        finish: called on the last stage with each row, on the device, and the model's output for it. With ``backward`` it
+            returns what Megatron takes: (loss to sum, number of pairs as an int tensor, what to report).
+        name: of the pass, for messages.
         backward: run the backward pass, too.
         references: on the last stage, a reference for each row: outputs are ``[4, N]`` then.
         scores: False gives the last stage's hidden states ``[N, H]`` to ``finish`` instead of log-probs ``[N]``.
 
     Returns:
         What ``finish`` gave for each row (with ``backward``, what it said to report); empty but on the last stage.
+
+    Raises:
+        PackOutOfMemory: memory ran out, on this rank alone.
     """
+    begun: list[bool] = []  # for each row so far, whether its forward is over
 
     def forward_step(iterator: Iterator[tuple[PackedRow, ReferenceHead | None]], model: torch.nn.Module) -> tuple[Tensor, Any]:
         row, reference = next(iterator)
-        device = current_device()
-        extra = {} if reference is None else {"reference": reference}
-        output = model(
-            token_ids=row.token_ids.to(device),
-            position_ids=row.position_ids.to(device),
-            segments=row.segments,
-            source=row.source.to(device),
-            target=row.target.to(device) if scores else None,
-            **extra,
-        )
+        begun.append(False)
+        row = _on_device(row)
+        output = _output(model, row, reference, scores=scores)
+        begun[-1] = True
         return output, partial(finish, row) if backward else partial(_keep, finish, row)
 
     nothing: list[ReferenceHead | None] = [None] * len(rows)
-    outputs: list[Any] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(zip(rows, references or nothing, strict=True)),
-        model=[model],
-        num_microbatches=len(rows),
-        # Shapes travel with the activations; this one is only asked for.
-        seq_length=rows[0].num_tokens,
-        micro_batch_size=1,
-        forward_only=not backward,
-        collect_non_loss_data=not backward,
-    )
+    try:
+        outputs: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(zip(rows, references or nothing, strict=True)),
+            model=[model],
+            num_microbatches=len(rows),
+            # Shapes travel with the activations; this one is only asked for.
+            seq_length=rows[0].num_tokens,
+            micro_batch_size=1,
+            forward_only=not backward,
+            collect_non_loss_data=not backward,
+        )
+    except RuntimeError as error:
+        if not (begun and is_out_of_memory(error)):
+            raise
+        raise PackOutOfMemory(
+            name, rows, len(begun) - 1, backward=backward, forward_done=begun[-1], mixed=bool(references)
+        ) from error
     return outputs
+
+
+def _on_device(row: PackedRow) -> PackedRow:
+    """A row with what model, sums and losses read of it on this rank's device, all in one copy."""
+    if current_device().type == "cpu":
+        return row
+    parts = [getattr(row, name) for name in _ON_DEVICE]
+    moved = torch.split(to_device(torch.cat(parts)), [part.numel() for part in parts])
+    fields: dict[str, Any] = dict(zip(_ON_DEVICE, moved, strict=True))
+    return dataclasses.replace(row, **fields)
+
+
+def _output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | None, *, scores: bool) -> Tensor:
+    extra = {} if reference is None else {"reference": reference}
+    output: Tensor = model(
+        token_ids=row.token_ids,
+        position_ids=row.position_ids,
+        segments=row.segments,
+        source=row.source,
+        target=row.target if scores else None,
+        **extra,
+    )
+    return output
 
 
 def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Tensor, non_loss_data: bool) -> Any:
@@ -80,40 +116,44 @@ def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Te
 
 
 def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
-    """Sums of log-probs per response, fp32 ``[..., R]``, from ``[..., N]`` log-probs of a row's scored tokens.
+    """Sums of log-probs per response, fp32 ``[..., R]``, from ``[..., N]`` log-probs of a row's scored tokens, on one device.
 
     Summed in float64 in a fixed order: sums near -5000 keep their digits, and two runs agree to the bit.
     """
-    lengths = row.lengths.to(logprobs.device)
     wide = logprobs.to(torch.float64)
     if wide.dim() == 1:
-        return torch.segment_reduce(wide, "sum", lengths=lengths, unsafe=True).to(torch.float32)
+        return torch.segment_reduce(wide, "sum", lengths=row.lengths, unsafe=True).to(torch.float32)
     return torch.stack([response_sums(one, row) for one in logprobs])
 
 
-def score_responses(model: torch.nn.Module, rows: Sequence[PackedRow], num_pairs: int) -> Tensor:
+def score_responses(model: torch.nn.Module, rows: Sequence[PackedRow], num_pairs: int, *, name: str = "scoring pass") -> Tensor:
     """Log-probs of every response of this rank's rows, forward only.
 
+    Args:
+        model: this rank's stage of the model.
+        rows: at least one; the same number on all stages of a replica.
+        num_pairs: P.
+        name: of the pass, for messages.
+
     Returns:
-        fp32 ``[P, 2, 2]`` on the CPU: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs of
-        other ranks, and everywhere but on the last stage.
+        fp32 ``[P, 2, 2]`` on the device: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs
+        of other ranks, and everywhere but on the last stage.
     """
-    scores = torch.zeros(num_pairs, 2, 2)
-    for row, sums in run_rows(model, rows, lambda row, logprobs: (row, response_sums(logprobs, row)), backward=False):
-        counts = row.pair_numbers >= 0
-        numbers, branches = row.pair_numbers[counts], row.branches[counts]
-        scores[numbers, branches, 0] = sums.cpu()[counts]
-        scores[numbers, branches, 1] = row.lengths[counts].to(torch.float32)
-    return scores
+    # One place more at the end, where a filler's number, -1, writes: leaving fillers out would make the host wait.
+    scores = torch.zeros(num_pairs + 1, 2, 2, device=current_device())
+    sums_of = lambda row, logprobs: (row, response_sums(logprobs, row))  # noqa: E731
+    for row, sums in run_rows(model, rows, sums_of, name=name, backward=False):
+        scores[row.pair_numbers, row.branches] = torch.stack([sums, row.lengths.to(torch.float32)], dim=1)
+    return scores[:num_pairs]
 
 
 def gather_pairs(table: Tensor, groups: ProcessGroups) -> Tensor:
-    """Put together what the data-parallel ranks of a stage know of their own pairs (zero elsewhere), on the CPU.
+    """Put together what the data-parallel ranks of a stage know of their own pairs (zero elsewhere). From the device to the CPU.
 
     Each pair is one rank's, so the sum is that rank's value to the bit, whatever the layout. All ranks of a stage call it
-    together.
+    together, and wait for all work on the device.
     """
-    table = table.to(current_device())
+    table = table.contiguous()
     dist.all_reduce(table, group=groups.dp)
     return table.cpu()
 

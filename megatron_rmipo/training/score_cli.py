@@ -25,6 +25,7 @@ from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 from megatron_rmipo.training.inputs import check_tokenizer, conditional_layout
 from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights, weights_fingerprint
+from megatron_rmipo.training.out_of_memory import MemoryReport
 from megatron_rmipo.training.scoring import find_missing, plan_scores, score_rows
 from megatron_rmipo.training.setup import build_model
 from megatron_rmipo.training.validation import refuse_impossible_layout
@@ -102,6 +103,7 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
+    memory = MemoryReport(config, source.arch, groups, directory=None)
     fingerprint = weights_fingerprint(source, groups)
     cache = config.model.reference_cache
     tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)
@@ -111,7 +113,7 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
         load_weights(source, model, groups)
         layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
-            score_rows(model, task, layout, groups)
+            score_rows(model, task, layout, groups, memory)
     shutdown_runtime()
     return [f"{'wrote' if task in missing else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
 

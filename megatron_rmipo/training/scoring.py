@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_rmipo.checkpoint.agreement import on_first_rank
 from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, RankBatch
 from megatron_rmipo.data.mismatch import MismatchedStore
 from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.data.reference_scores import (
@@ -34,6 +34,7 @@ from megatron_rmipo.data.reference_scores import (
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.out_of_memory import MemoryReport
 from megatron_rmipo.training.rows import from_last_stage, gather_pairs, score_responses
 
 # Rows of each data-parallel rank between two writes: enough to fill several packs, and little to lose.
@@ -105,7 +106,7 @@ def find_missing(tasks: Sequence[ScoreTask], groups: ProcessGroups) -> list[Scor
     return [tasks[number] for number in on_first_rank(groups.world, look)]
 
 
-def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups: ProcessGroups) -> None:
+def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups: ProcessGroups, memory: MemoryReport) -> None:
     """Compute what is missing of a data set's scores. Shows a progress bar.
 
     Args:
@@ -113,9 +114,11 @@ def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups:
         task: from :func:`find_missing`.
         layout: how rows are cut; the result does not depend on it.
         groups: the process groups of this rank.
+        memory: explains, should memory run out.
 
     Raises:
         DataError: a score is not finite, or the scores cannot be written.
+        OutOfMemoryError: on the rank whose memory ran out, alone.
     """
     rows: Any = task.rows
     num_rows = len(rows)
@@ -131,14 +134,15 @@ def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups:
         block = ROWS_PER_WRITE * groups.dp_size
         for first in range(num_done, num_rows, block):
             indices = np.arange(first, min(first + block, num_rows))
-            scores = _score_block(model, builder, indices, groups)
+            batch = builder.build(indices)
+            with memory.explaining(f"log-probs of {rows.prefix}", builder, batch):
+                scores = _score_block(model, batch, groups)
             on_first_rank(groups.world, partial(_write, writer, scores))
             bar.update(len(indices))
 
 
 @torch.no_grad()
-def _score_block(model: PolicyModel, builder: BatchBuilder, indices: np.ndarray, groups: ProcessGroups) -> np.ndarray:
-    batch = builder.build(indices)
+def _score_block(model: PolicyModel, batch: RankBatch, groups: ProcessGroups) -> np.ndarray:
     model.eval()
     scores: Any = score_responses(model, batch.conditional, batch.num_pairs)
     if groups.is_last_stage:

@@ -15,6 +15,7 @@ from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.objective_contract import check_state
 from megatron_rmipo.training.passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.training.setup import TrainingState
+from megatron_rmipo.training.timers import PhaseTimer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,22 @@ class StepOutcome:
         return torch.nonzero(~torch.isfinite(self.metrics.values["loss"])).flatten().tolist()
 
 
-def train_step(state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups) -> StepOutcome:
-    """Passes, gradient norm, update. All ranks call it together."""
+def train_step(
+    state: TrainingState, batch: RankBatch, objective: Objective, groups: ProcessGroups, timer: PhaseTimer | None = None
+) -> StepOutcome:
+    """Passes, gradient norm, update. All ranks call it together; the timer is told of the phases of this one."""
+    timer = timer or PhaseTimer()
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
-    prepared = _prepare(state, batch, objective, groups)
+    with timer.phase("before"):
+        prepared = _prepare(state, batch, objective, groups)
     state.model.train()
-    metrics = gradient_pass(state.model, batch, objective, prepared, groups)
+    with timer.phase("gradient"):
+        metrics = gradient_pass(state.model, batch, objective, prepared, groups)
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
     finite_losses = bool(torch.isfinite(metrics.values["loss"]).all())
-    grad_norm, updated = _update(state.optimizer, allowed=finite_losses)
+    with timer.phase("optimizer"):
+        grad_norm, updated = _update(state.optimizer, allowed=finite_losses)
     if updated:
         state.objective_state = objective.advance(state.objective_state, metrics.batch, metrics.values)
         check_state(objective, state.objective_state)

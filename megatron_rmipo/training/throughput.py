@@ -1,13 +1,15 @@
-"""How fast a run goes: pairs, tokens and floating point operations per second, padding, memory."""
+"""How fast a run goes: seconds by phase, pairs, tokens and floating point operations per second, padding, memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 
 import torch
 
 from megatron_rmipo.data.loader import RankBatch
+from megatron_rmipo.training.timers import PHASES
 
 
 class Throughput:
@@ -25,12 +27,21 @@ class Throughput:
 
     def _clear(self) -> None:
         self._seconds = self._flops = 0.0
+        self._phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._steps = self._pairs = self._tokens = self._padding = self._row_tokens = 0
 
-    def add(self, batch: RankBatch, seconds: float) -> None:
-        """Count one step on this rank. The batch's cost is in model FLOPs, see :mod:`megatron_rmipo.training.flops`."""
+    def add(self, batch: RankBatch, seconds: float, phases: Mapping[str, float]) -> None:
+        """Count one step on this rank.
+
+        Args:
+            batch: its cost is in model FLOPs, see :mod:`megatron_rmipo.training.flops`.
+            seconds: of the whole step.
+            phases: those of its phases, see :class:`megatron_rmipo.training.timers.PhaseTimer`.
+        """
         self._steps += 1
         self._seconds += seconds
+        for name, share in phases.items():
+            self._phases[name] += share
         self._pairs += batch.num_pairs
         self._tokens += batch.num_tokens
         self._padding += batch.num_padding
@@ -38,16 +49,19 @@ class Throughput:
         self._flops += batch.cost
 
     def take(self) -> dict[str, float]:
-        """Rates since the last call. Padding share and memory are this rank's own.
+        """Rates since the last call. Seconds, padding share and memory are this rank's own.
 
         Returns:
-            ``step_seconds``, ``pairs_per_second``, ``tokens_per_second`` (over all ranks), ``tflops_per_device`` (model FLOPs per
-            second and device, in 1e12), ``mfu`` where the device's peak is known, ``padding_share``, ``memory_gib`` (peak).
+            ``step_seconds``; ``seconds/PHASE`` and ``seconds/other``, which add up to it (means per step); ``pairs_per_second``,
+            ``tokens_per_second`` (over all ranks), ``tflops_per_device`` (model FLOPs per second and device, in 1e12), ``mfu``
+            where the device's peak is known, ``padding_share``, ``memory_gib`` (peak).
         """
         seconds = max(self._seconds, 1e-9)
         flops_per_device = self._flops / seconds / self._world_size
+        phases = {**self._phases, "other": self._seconds - sum(self._phases.values())}
         record = {
             "step_seconds": self._seconds / max(self._steps, 1),
+            **{f"seconds/{name}": share / max(self._steps, 1) for name, share in phases.items()},
             "pairs_per_second": self._pairs / seconds,
             "tokens_per_second": self._tokens / seconds,
             "tflops_per_device": flops_per_device / 1e12,

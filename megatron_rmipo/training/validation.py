@@ -11,9 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megatron_rmipo.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from megatron_rmipo.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProfilingConfig,
+    TrainingConfig,
+)
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.training.transformer_engine import fp8_width_problems, transformer_engine_problems
 
 
 def validate(config: Config, architecture: ModelArchitecture, world_size: int) -> None:
@@ -27,7 +36,21 @@ def validate(config: Config, architecture: ModelArchitecture, world_size: int) -
     Raises:
         ConfigError: one line per fault: the flags, their values, and values that would work.
     """
-    _raise([*flag_problems(config), *_layout_problems(config, architecture, world_size)])
+    ranks = _profiled_ranks(config.profiling, world_size)
+    _raise([*flag_problems(config), *_layout_problems(config, architecture, world_size), *ranks])
+
+
+def refuse_profiling_beyond_the_end(config: Config, train_iters: int) -> None:
+    """The check of ``--profile-step-end`` for a run whose length only the data tells.
+
+    Args:
+        config: the run's configuration, validated.
+        train_iters: optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: as :func:`validate`.
+    """
+    _raise(list(_profiled_steps(config.profiling, train_iters)))
 
 
 def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, world_size: int) -> None:
@@ -36,9 +59,18 @@ def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, wo
     Raises:
         ConfigError: as :func:`validate`.
     """
-    own = [*_parallel_flags(config), *_device_flags(config), *_recompute_flags(config.model)]
-    # A batch size is not a matter of such a command.
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=world_size))
+    # A batch size is not a matter of such a command, nor is fp8, which a policy is trained in.
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, global_batch_size=world_size),
+        model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None),
+    )
+    own = [
+        *_parallel_flags(config),
+        *_device_flags(config),
+        *_recompute_flags(config.model),
+        *transformer_engine_problems(config.model),
+    ]
     _raise([*own, *_layout_problems(config, architecture, world_size)])
 
 
@@ -53,11 +85,14 @@ def flag_problems(config: Config) -> list[str]:
         *_parallel_flags(config),
         *_device_flags(config),
         *_recompute_flags(config.model),
+        *transformer_engine_problems(config.model),
         *_data_flags(config.data),
         *_optimizer_flags(config.optimizer, config.training),
         *_training_flags(config.training),
         *_checkpoint_flags(config.checkpoint, config.model),
         *_evaluation_and_logging_flags(config),
+        *_profiling_flags(config.profiling),
+        *_profiled_steps(config.profiling, config.training.train_iters),
     ]
 
 
@@ -131,6 +166,8 @@ def _layout_problems(config: Config, arch: ModelArchitecture, world_size: int) -
             f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.sliding_window} tokens, "
             f"which attention over packed pairs does not cut at; up to {arch.sliding_window} would work"
         )
+    if tensor in works:
+        yield from fp8_width_problems(config.model, arch, tensor)
     layers = arch.num_layers // pipeline
     if config.model.recompute_num_layers is not None and config.model.recompute_num_layers > layers:
         yield (
@@ -190,6 +227,8 @@ def _device_flags(config: Config) -> Iterator[str]:
         yield "--attention-backend flex needs CUDA (FlexAttention has no backward pass without); sdpa would work"
     if config.parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs CUDA; gloo would work"
+    if config.profiling.record_memory_history:
+        yield "--record-memory-history needs CUDA, whose allocator keeps it; leave it out"
 
 
 def _optimizer_flags(optimizer: OptimizerConfig, training: TrainingConfig) -> Iterator[str]:
@@ -247,6 +286,39 @@ def _evaluation_and_logging_flags(config: Config) -> Iterator[str]:
         for name in ("eval_interval", "eval_pairs"):
             if getattr(config.training, name):
                 yield f"{_flag(name)} needs held-out data: --valid-data-path PREFIX, or --split 99,1"
+
+
+def _profiling_flags(profiling: ProfilingConfig) -> Iterator[str]:
+    if not profiling.profile:
+        for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
+            if getattr(profiling, name) is not None:
+                yield f"{_flag(name)} does nothing without --profile"
+        return
+    yield from _at_least(0, profiling, "profile_step_start")
+    if not profiling.steps:
+        start, end = profiling.steps.start - 1, profiling.steps.stop - 1
+        yield (
+            f"--profile-step-end {end} must be greater than --profile-step-start {start}: the steps after the start are traced, "
+            f"up to the end; --profile-step-end {max(start, 0) + 2} would trace two"
+        )
+
+
+def _profiled_steps(profiling: ProfilingConfig, train_iters: int | None) -> Iterator[str]:
+    end = profiling.steps.stop - 1
+    if profiling.profile and profiling.steps and train_iters is not None and 0 < train_iters < end:
+        yield (
+            f"--profile-step-end {end} lies beyond the run's {train_iters} steps; --profile-step-start {max(train_iters - 2, 0)} "
+            f"--profile-step-end {train_iters} would work"
+        )
+
+
+def _profiled_ranks(profiling: ProfilingConfig, world_size: int) -> Iterator[str]:
+    if not profiling.profile:
+        return
+    unknown = [rank for rank in profiling.ranks if not 0 <= rank < world_size]
+    if unknown or not profiling.ranks:
+        exist = f"0 to {world_size - 1}" if world_size > 1 else "0"
+        yield f"--profile-ranks {' '.join(map(str, profiling.ranks))}: this run has rank{'s' * (world_size > 1)} {exist} alone"
 
 
 def _message(check: Callable[[], object]) -> Iterator[str]:

@@ -1,12 +1,13 @@
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_rmipo.config import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.training.arguments import parse_arguments
-from megatron_rmipo.training.validation import parse_blend, parse_split, validate
+from megatron_rmipo.training.validation import parse_blend, parse_split, refuse_profiling_beyond_the_end, validate
 
 ARCH = ModelArchitecture(
     family="llama",
@@ -47,6 +48,8 @@ def refusal(*argv: str, world_size: int = 1, architecture: ModelArchitecture = A
         (("--valid-data-path", "0.5", "A", "1.5", "B"), 1),
         (("--save", "out", "--save-interval", "5", "--keep-last", "2", "--load", "out", "--finetune", "--no-load-optim"), 1),
         (("--lr-warmup-iters", "3", "--train-iters", "3", "--min-lr", "6e-7"), 1),
+        (("--profile", "--train-iters", "12"), 1),
+        (("--profile", "--profile-step-start", "0", "--profile-step-end", "1", "--profile-ranks", "0", "2"), 3),
     ],
 )
 def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> None:
@@ -104,6 +107,22 @@ def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> No
         (("--log-interval", "0"), 1, ["--log-interval 0"]),
         (("--tensor-model-parallel-size", "0"), 1, ["--tensor-model-parallel-size 0", "at least 1"]),
         (("--distributed-timeout-minutes", "0"), 1, ["--distributed-timeout-minutes 0"]),
+        (("--profile-step-start", "10"), 1, ["--profile-step-start does nothing without --profile"]),
+        (("--profile-step-end", "3"), 1, ["--profile-step-end does nothing without --profile"]),
+        (("--profile-ranks", "0"), 1, ["--profile-ranks does nothing without --profile"]),
+        (
+            ("--profile", "--profile-step-start", "12"),
+            1,
+            ["--profile-step-end 12", "--profile-step-start 12", "--profile-step-end 14 would"],
+        ),
+        (("--profile", "--profile-step-start", "-1"), 1, ["--profile-step-start -1", "at least 0"]),
+        (
+            ("--profile", "--train-iters", "11"),
+            1,
+            ["--profile-step-end 12", "11 steps", "--profile-step-start 9 --profile-step-end 11"],
+        ),
+        (("--profile", "--profile-ranks", "0", "2"), 2, ["--profile-ranks 0 2", "ranks 0 to 1 alone"]),
+        (("--profile", "--profile-ranks", "-1"), 1, ["--profile-ranks -1", "rank 0 alone"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_would(argv: tuple[str, ...], world_size: int, words: list[str]) -> None:
@@ -111,6 +130,20 @@ def test_what_cannot_work_is_refused_with_what_would(argv: tuple[str, ...], worl
     assert all(word in message for word in words), message
     # One fault each: none of the other checks may fire on the same flags.
     assert message.count("\n") == 1, message
+
+
+def test_profiled_steps_beyond_a_length_that_the_data_tell_are_refused() -> None:
+    config = config_of("--profile", "--epochs", "2")
+    validate(config, ARCH, 1)
+    refuse_profiling_beyond_the_end(config, 12)
+    with pytest.raises(ConfigError, match=r"--profile-step-end 12 lies beyond the run's 11 steps.*--profile-step-end 11 would"):
+        refuse_profiling_beyond_the_end(config, 11)
+    refuse_profiling_beyond_the_end(config_of(), 1)
+
+
+def test_a_history_of_memory_needs_an_allocator_that_keeps_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--record-memory-history needs CUDA" in refusal("--record-memory-history")
 
 
 def test_nothing_to_start_from_and_no_data_are_both_named() -> None:

@@ -1,0 +1,37 @@
+"""The rank that fails first, of two."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.training.first_failure import claim_first_failure, first_failure
+from tests.harness import run_distributed
+
+
+def fail_in_turn() -> tuple[str | None, bool, bool, str | None]:
+    initialize_runtime()
+    rank = int(os.environ["RANK"])
+    before = first_failure()
+    dist.barrier()
+    if rank == 0:
+        # The other one is given the time to be first.
+        while first_failure() is None:
+            time.sleep(0.01)
+    return before, claim_first_failure(f"rank {rank}"), claim_first_failure(f"rank {rank}"), first_failure()
+
+
+@pytest.mark.dist
+def test_the_first_is_told_to_all() -> None:
+    found = run_distributed(fail_in_turn, 2)
+    assert found == [(None, False, False, "rank 1"), (None, True, True, "rank 1")]
+
+
+def test_without_other_ranks_everyone_is_first() -> None:
+    assert not dist.is_initialized()
+    assert claim_first_failure("alone")
+    assert first_failure() is None
