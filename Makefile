@@ -1,9 +1,9 @@
-# make demo | test | test-fast | check | test-gpu | bench | clean
+# make demo | test | test-fast | check | test-gpu | bench | bench-trl | bench-gpu | performance | clean
 #
 # PYTHON=python3.12   another interpreter, with an environment of its own (.venv-3.12)
 # TORCH=torch==2.13.0 the torch to install first; PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL say where pip may find a CPU build
 # WORKERS=2           processes of the test suite
-# BENCH_CSV=FILE      where make bench appends its result (runs/benchmarks.csv; the entries in benchmarks/results.csv stay as they are)
+# BENCH_CSV=FILE      where make bench appends steps (runs/benchmarks.csv); _balance.csv and the like of that name take the others
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -36,7 +36,7 @@ TORCH ?= $(if $(filter 3.11,$(PY_VERSION)),torch==2.13.0,torch)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help venv demo test test-fast test-gpu check bench clean
+.PHONY: help venv demo test test-fast test-gpu check bench bench-trl bench-gpu performance clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -75,7 +75,28 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@mkdir -p "$(dir $(BENCH_CSV))"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.bench_step --csv "$(BENCH_CSV)"
+	$(BIN)/python -m benchmarks.bench_balance --csv "$(basename $(BENCH_CSV))_balance.csv"
+	$(BIN)/python -m benchmarks.bench_logprobs --csv "$(basename $(BENCH_CSV))_logprobs.csv"
+	$(BIN)/python -m benchmarks.bench_flops --csv "$(basename $(BENCH_CSV))_flops.csv"
+	$(BIN)/python -m benchmarks.bench_data --csv "$(basename $(BENCH_CSV))_data.csv"
+	$(BIN)/python -m benchmarks.bench_convert --csv "$(basename $(BENCH_CSV))_convert.csv"
+	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"
+	$(BIN)/python -m benchmarks.bench_step --lengths hh --csv "$(BENCH_CSV)"
+
+# TRL has no RMiPO: SimPO on both sides. The extra bench goes into the same environment.
+bench-trl: $(STAMP)
+	@mkdir -p "$(dir $(BENCH_CSV))"
+	@$(PIP) install --no-build-isolation --editable '.[bench]'
+	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --objective simpo --trl --csv "$(BENCH_CSV)"
+	$(BIN)/python -m benchmarks.bench_step --lengths hh --objective simpo --trl --csv "$(BENCH_CSV)"
+
+bench-gpu: $(STAMP)
+	@mkdir -p "$(dir $(BENCH_CSV))"
+	$(BIN)/python -m benchmarks.bench_gpu --lengths ultrafeedback --csv "$(basename $(BENCH_CSV))_gpu.csv"
+	$(BIN)/python -m benchmarks.bench_gpu --lengths hh --csv "$(basename $(BENCH_CSV))_gpu.csv"
+
+performance: $(STAMP)
+	$(BIN)/python -m benchmarks.performance_page
 
 # Not work/ and runs/: what somebody trained is theirs to remove.
 clean:

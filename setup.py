@@ -42,6 +42,7 @@ EXTRAS = {
     "plots": PLOTS,
     "te": ["transformer-engine[pytorch]>=2.8"],
     "wandb": ["wandb>=0.18"],
+    "bench": ["trl>=1.16,<2"],  # the one version benchmarks/trl_baseline.py was run with; its CPOTrainer is marked experimental
     "dev": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",

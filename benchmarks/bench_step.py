@@ -1,188 +1,115 @@
-"""One RMiPO optimizer step, ours beside a plain padded implementation on transformers: same weights, same pairs, one process.
+"""One optimizer step, ours beside a plain padded implementation on transformers, and beside TRL's trainer where asked for.
 
-    python -m benchmarks.bench_step [--lengths FILE | --data-path PREFIX] [--hidden-size 256 ...]
+    python -m benchmarks.bench_step [--lengths ultrafeedback|hh|FILE | --data-path PREFIX] [--objective simpo [--trl]] [--check]
 
-Both take two steps first; losses of every pair and gradient norms must agree, or nothing is measured. See README.md beside it.
+Same weights, same pairs, one process. All take two steps first; losses of every pair and gradient norms must agree, or nothing is
+measured. With RMiPO our own step of SimPO is measured, too. See README.md beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
-import datetime
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 
-from benchmarks.inputs import BOS, Pairs, read_pairs, save_random_model
-from benchmarks.measure import Cost, counted_flops, peak_bytes, timed
-from benchmarks.padded_baseline import PaddedBaseline, StepResult
-from megatron_rmipo.checkpoint.hf import load_hf_weights
-from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig
-from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
+from benchmarks.inputs import RECORDED, Pairs, read_pairs, save_random_model
+from benchmarks.measure import Cost, measure
+from benchmarks.report import FOLDER, Goal, add_report_options, report
+from benchmarks.sides import Step, build_state, check_agreement, minimum_flops, our_step, padded_step, trl_step
 from megatron_rmipo.model.families import read_architecture
-from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import initialize_runtime
-from megatron_rmipo.training.flops import forward_cost_model
-from megatron_rmipo.training.setup import build_model, build_training_state
-from megatron_rmipo.training.step import train_step
 
-LEARNING_RATE = 1e-4
-DEFAULT_CSV = Path(__file__).parent / "results.csv"
-Step = Callable[[], StepResult]
+# What the goals were set for: a model of 56 million parameters. The least of what the padded side's CPU time may be, in ours.
+GOAL_MODEL = {"hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 8, "vocab_size": 32000}
+LEAST_CPU_RATIO = {"ultrafeedback": 2.4, "hh": 2.8}
+# RMiPO in SimPO's: how far CPU time may be above the ratio of the FLOPs they cannot do without, and the most of memory.
+MOST_CPU_ABOVE_BOUND, MOST_MEMORY = 0.03, 1.01
+TITLES = {"baseline": "padded (transformers)", "trl": "TRL's CPOTrainer", "ours": "ours", "simpo": "ours, SimPO"}
 
 
-def build_ours(options: argparse.Namespace, model_dir: Path, pairs: Pairs) -> Step:
-    """The trainer's own step, cut and laid out anew each time."""
-    config = Config(
-        model=ModelConfig(bf16=options.bf16, recompute_granularity=options.recompute_granularity, **_recompute(options)),
-        optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"),
-    )
+def build_steps(options: argparse.Namespace, model_dir: Path, pairs: Pairs) -> dict[str, Step]:
+    """Every side's step by name."""
+    padded: dict[str, Any] = {"pairs_per_microbatch": options.baseline_pairs_per_microbatch, "bf16": options.bf16}
+    recompute = options.baseline_recompute
+    steps = {"baseline": padded_step(model_dir, pairs, recompute=recompute, objective=options.objective, **padded)}
+    if options.trl:
+        steps["trl"] = trl_step(model_dir, pairs, gradient_checkpointing=recompute, output_dir=model_dir, **padded)
     groups = initialize_runtime(1, 1, seed=options.seed)
-    arch = read_architecture(model_dir)
-    policy = build_model(arch, config, groups)
-    load_hf_weights(policy, model_dir, arch, tp_rank=0, tp_size=1)
-    state = build_training_state(policy, config, groups, train_iters=1000)
-    objective = build_objective("rmipo", {})
-    layout = BatchLayout(
-        dp_rank=0,
-        dp_size=1,
-        tokens_per_microbatch=options.tokens_per_microbatch,
-        cost=forward_cost_model(arch),
-        unconditional=objective.needs.unconditional,
-        bos_token_id=BOS,
-    )
-    builder = BatchBuilder(PairCollection([pairs]), layout)  # type: ignore[list-item]
-
-    def step() -> StepResult:
-        outcome = train_step(state, builder.build(np.arange(len(pairs))), objective, groups)
-        return StepResult(outcome.metrics.values["loss"], outcome.grad_norm)
-
-    return step
-
-
-def _recompute(options: argparse.Namespace) -> dict[str, Any]:
-    full = options.recompute_granularity == "full"
-    return {"recompute_method": "uniform", "recompute_num_layers": 1} if full else {}
-
-
-def build_baseline(options: argparse.Namespace, model_dir: Path, pairs: Pairs) -> Step:
-    """The padded step."""
-    model = transformers.LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.train()
-    if options.recompute_granularity == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    baseline = PaddedBaseline(
-        model,
-        bos_token_id=BOS,
-        pairs_per_microbatch=options.baseline_pairs_per_microbatch,
+    state = build_state(
+        read_architecture(model_dir),
+        groups,
         bf16=options.bf16,
-        learning_rate=LEARNING_RATE,
+        recompute_granularity=options.recompute_granularity,
+        model_dir=model_dir,
     )
-    rows = [(pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()) for pair in pairs]
-    return lambda: baseline.step(rows)
+    for name, objective in (("ours", options.objective), ("simpo", "simpo")):
+        # One model for both: what a step costs does not depend on its weights.
+        if name == "ours" or options.objective == "rmipo":
+            steps[name] = our_step(state, pairs, objective, groups, tokens_per_microbatch=options.tokens_per_microbatch)
+    return steps
 
 
-def check_agreement(ours: Step, baseline: Step, tolerance: float) -> float:
-    """Two steps of each, compared pair by pair; the largest relative difference.
-
-    Raises:
-        SystemExit: they differ by more than ``tolerance``.
-    """
-    worst = 0.0
-    for number in (1, 2):
-        mine, theirs = ours(), baseline()
-        losses = ((mine.losses - theirs.losses).abs() / theirs.losses.abs().clamp(min=1e-3)).max().item()
-        norms = abs(mine.grad_norm - theirs.grad_norm) / theirs.grad_norm
-        worst = max(worst, losses, norms)
-        if not worst <= tolerance:
-            raise SystemExit(
-                f"step {number}: ours and the baseline do not agree (losses {losses:.1e}, gradient norm {norms:.1e}, "
-                f"tolerance {tolerance:.0e}): nothing measured"
-            )
-    return worst
-
-
-def measure(steps: dict[str, Step], repeats: int) -> dict[str, Cost]:
-    """Costs of both, timed in turns so that a busy machine is busy for both; medians."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(timed(step))
-    return {
-        name: Cost(
-            seconds=statistics.median(wall for wall, _ in times[name]),
-            cpu_seconds=statistics.median(cpu for _, cpu in times[name]),
-            flops=counted_flops(step),
-            peak_bytes=peak_bytes(step),
+def table(costs: Mapping[str, Cost], num_pairs: int) -> str:
+    """A line per side; ratios are to ours."""
+    ours = costs["ours"]
+    lines = [
+        f"{'one optimizer step':<24}{'pairs/s':>9}{'CPU s':>9}{'of ours':>9}{'GFLOP':>10}{'of ours':>9}{'MiB':>9}{'of ours':>9}"
+    ]
+    for name in (name for name in TITLES if name in costs):
+        cost = costs[name]
+        lines.append(
+            f"{TITLES[name]:<24}{num_pairs / cost.seconds.p50:>9.2f}"
+            f"{cost.cpu_seconds.p50:>9.2f}{cost.cpu_seconds.p50 / ours.cpu_seconds.p50:>8.2f}x"
+            f"{cost.flops / 1e9:>10.1f}{cost.flops / ours.flops:>8.2f}x"
+            f"{cost.peak_bytes / 2**20:>9.1f}{cost.peak_bytes / ours.peak_bytes:>8.2f}x"
         )
-        for name, step in steps.items()
-    }
-
-
-def table(costs: dict[str, Cost], num_pairs: int) -> str:
-    """Both beside each other, and how many times better ours is."""
-    ours, baseline = costs["ours"], costs["baseline"]
-    lines = [f"{'one optimizer step':<28}{'baseline':>12}{'ours':>12}{'ratio':>9}"]
-
-    def row(title: str, theirs: float, mine: float, ratio: float, form: str) -> None:
-        lines.append(f"{title:<28}{theirs:>12{form}}{mine:>12{form}}{ratio:>8.2f}x")
-
-    row("pairs per second", num_pairs / baseline.seconds, num_pairs / ours.seconds, baseline.seconds / ours.seconds, ".2f")
-    row("CPU seconds", baseline.cpu_seconds, ours.cpu_seconds, baseline.cpu_seconds / ours.cpu_seconds, ".2f")
-    row("counted GFLOP", baseline.flops / 1e9, ours.flops / 1e9, baseline.flops / ours.flops, ".1f")
-    row(
-        "peak MiB above the weights",
-        baseline.peak_bytes / 2**20,
-        ours.peak_bytes / 2**20,
-        baseline.peak_bytes / ours.peak_bytes,
-        ".1f",
-    )
     return "\n".join(lines)
 
 
-def append_csv(path: Path, options: argparse.Namespace, pairs: Pairs, costs: dict[str, Cost], agreement: float) -> None:
-    """One line of everything that was measured and what with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    record: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "megatron_core": version("megatron-core"),
-        "transformers": transformers.__version__,
-    }
-    names = ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "vocab_size")
-    names += ("bf16", "recompute_granularity", "tokens_per_microbatch", "baseline_pairs_per_microbatch", "shrink", "repeats")
-    record.update({name: getattr(options, name) for name in names})
-    record["lengths"] = options.data_path or (options.lengths.name if options.lengths else "drawn")
-    record["pairs"], record["tokens"] = len(pairs), int(pairs.lengths.sum())
-    record["agreement"] = f"{agreement:.1e}"
+def record(
+    options: argparse.Namespace, pairs: Pairs, costs: Mapping[str, Cost], minimum: Mapping[str, float], agreement: float
+) -> dict[str, Any]:
+    """What was measured and with which settings; ``minimum`` is the FLOPs that a step cannot do without, by objective."""
+    names = ["hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "vocab_size"]
+    names += ["bf16", "recompute_granularity", "baseline_recompute", "tokens_per_microbatch", "baseline_pairs_per_microbatch"]
+    names += ["shrink", "repeats"]
+    row: dict[str, Any] = {"objective": options.objective} | {name: getattr(options, name) for name in names}
+    row["lengths"] = options.data_path or (Path(options.lengths).name if options.lengths else "drawn")
+    row["pairs"], row["tokens"], row["agreement"] = len(pairs), int(pairs.lengths.sum()), agreement
     for name, cost in costs.items():
-        record.update({f"{name}_{field}": f"{value:.6g}" for field, value in dataclasses.asdict(cost).items()})
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(record))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(record)
+        row.update({f"{name}_{figure}": value for figure, value in cost.figures().items()})
+    row["minimum_flops"] = minimum[options.objective]
+    if options.trl:
+        row["trl"] = version("trl")
+    return row | ({"simpo_minimum_flops": minimum["simpo"]} if "simpo" in costs else {})
+
+
+def goals(options: argparse.Namespace, costs: Mapping[str, Cost], minimum: Mapping[str, float]) -> list[Goal]:
+    """What an RMiPO step of one model over recorded lengths, as they are, was to reach beside the authors' layout."""
+    as_meant = {**GOAL_MODEL, "objective": "rmipo", "shrink": 1, "baseline_recompute": True, "recompute_granularity": None}
+    if options.lengths not in LEAST_CPU_RATIO or not as_meant.items() <= vars(options).items():
+        return []
+    ours, simpo, bound = costs["ours"], costs["simpo"], minimum["rmipo"] / minimum["simpo"]
+    title = f"step of 56M parameters, {options.lengths}"
+    ratio = costs["baseline"].cpu_seconds.p50 / ours.cpu_seconds.p50
+    above = ours.cpu_seconds.p50 / simpo.cpu_seconds.p50
+    return [
+        Goal(f"{title}: CPU time, authors' layout over ours", LEAST_CPU_RATIO[options.lengths], ratio, at_least=True),
+        Goal(f"{title}: CPU time, RMiPO over SimPO", bound + MOST_CPU_ABOVE_BOUND, above),
+        Goal(f"{title}: peak memory, RMiPO over SimPO", MOST_MEMORY, ours.peak_bytes / simpo.peak_bytes),
+    ]
+
+
+def add_model_options(parser: argparse.ArgumentParser, defaults: Mapping[str, int | None]) -> None:
+    """A flag for each of the names, all of them numbers."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -193,31 +120,35 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data-path", metavar="PREFIX", help="prepared pairs (tools/preprocess_preferences.py)")
     source.add_argument(
-        "--lengths", type=Path, metavar="FILE", help="jsonl of prompt_len, chosen_len, rejected_len; tokens are random"
+        "--lengths",
+        metavar=f"{'|'.join(RECORDED)}|FILE",
+        help="recorded lengths, or jsonl of prompt_len, chosen_len, rejected_len; tokens are random",
+    )
+    parser.add_argument("--objective", choices=["rmipo", "simpo"], default="rmipo", help="(default: %(default)s)")
+    parser.add_argument(
+        "--trl", action="store_true", help="with --objective simpo: TRL's CPOTrainer, too (needs the extra bench)"
     )
     parser.add_argument("--shrink", type=float, default=1.0, help="divide lengths by this (default: %(default)s)")
     parser.add_argument("--num-pairs", type=int, default=16, help="pairs of the step (default: %(default)s)")
     parser.add_argument(
         "--seq-length", type=int, default=2048, help="cut lengths so that prompt and response fit (default: %(default)s)"
     )
-    for name, default in (
-        ("hidden-size", 256),
-        ("ffn-hidden-size", 896),
-        ("num-layers", 4),
-        ("num-attention-heads", 8),
-        ("num-query-groups", 4),
-        ("vocab-size", 4096),
-        ("tokens-per-microbatch", 4096),
-        ("baseline-pairs-per-microbatch", 4),
-        ("repeats", 3),
-        ("threads", 1),
-        ("seed", 1),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="bf16 compute over fp32 weights, both sides")
-    parser.add_argument("--recompute-granularity", choices=["full"], help="recompute activations, both sides")
-    parser.add_argument("--csv", type=Path, default=DEFAULT_CSV, help="file to append the result to (default: %(default)s)")
-    return parser.parse_args(argv)
+    sizes = {"hidden-size": 256, "ffn-hidden-size": 896, "num-layers": 4, "num-attention-heads": 8, "num-query-groups": 4}
+    sizes |= {"vocab-size": 4096, "tokens-per-microbatch": 4096, "baseline-pairs-per-microbatch": 2, "repeats": 3}
+    add_model_options(parser, sizes | {"threads": 1, "seed": 1})
+    parser.add_argument("--bf16", action="store_true", help="bf16 compute over fp32 weights, all sides")
+    parser.add_argument("--recompute-granularity", choices=["full"], help="recompute activations, our side")
+    parser.add_argument(
+        "--baseline-recompute",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute activations, the other sides, as the authors' recipe does (default: %(default)s)",
+    )
+    add_report_options(parser, FOLDER / "results.csv")
+    options = parser.parse_args(argv)
+    if options.trl and options.objective != "simpo":
+        parser.error("--trl: TRL has no RMiPO. Add --objective simpo")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,14 +158,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = read_pairs(options)
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(options, Path(folder))
-        steps = {"baseline": build_baseline(options, Path(folder), pairs), "ours": build_ours(options, Path(folder), pairs)}
-    agreement = check_agreement(steps["ours"], steps["baseline"], tolerance=3e-2 if options.bf16 else 1e-4)
-    print(f"{len(pairs)} pairs, {pairs.lengths.sum()} tokens; results agree to {agreement:.1e}")
+        steps = build_steps(options, Path(folder), pairs)
+        arch = read_architecture(Path(folder))
+    minimum = {name: minimum_flops(arch, pairs, name) for name in ("rmipo", "simpo")}
+    others = {TITLES[name]: step for name, step in steps.items() if name in ("baseline", "trl")}
+    agreement = check_agreement(steps["ours"], others, tolerance=3e-2 if options.bf16 else 1e-4)
     costs = measure(steps, options.repeats)
-    print(table(costs, len(pairs)))
-    append_csv(options.csv, options, pairs, costs, agreement)
-    print(f"appended to {options.csv}")
-    return 0
+    title = f"{options.objective}, {len(pairs)} pairs, {pairs.lengths.sum()} tokens; results agree to {agreement:.1e}"
+    return report(
+        options,
+        "step",
+        f"{title}\n{table(costs, len(pairs))}",
+        [record(options, pairs, costs, minimum, agreement)],
+        goals(options, costs, minimum),
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import transformers
 from megatron_rmipo.data.pair_store import PairStore, TokenizedPair
 
 BOS, EOS = 1, 2
+# Token lengths that come with this repository; see README.md.
+RECORDED = {name: Path(__file__).parent / "lengths" / f"{name}.csv" for name in ("ultrafeedback", "hh")}
 
 
 class Pairs(Sequence[TokenizedPair]):
@@ -31,6 +33,25 @@ class Pairs(Sequence[TokenizedPair]):
         return self._pairs[index]
 
 
+def read_lengths(source: str) -> np.ndarray:
+    """Prompt, chosen and rejected tokens of pairs, int64 ``[P, 3]``.
+
+    Args:
+        source: a name of :data:`RECORDED`, or a file of JSON lines with ``prompt_len``, ``chosen_len`` and ``rejected_len``.
+    """
+    if source in RECORDED:
+        return np.loadtxt(RECORDED[source], dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
+    rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
+    return np.array([[row["prompt_len"], row["chosen_len"], row["rejected_len"]] for row in rows], dtype=np.int64)
+
+
+def cut_lengths(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """Lengths, int64 ``[P, 3]``, such that a prompt and its longer response fit: no response over half, the prompt the rest."""
+    responses = np.minimum(lengths[:, 1:], seq_length // 2)
+    prompts = np.minimum(lengths[:, 0], seq_length - responses.max(axis=1))
+    return np.column_stack([prompts, responses])
+
+
 def read_pairs(options: argparse.Namespace) -> Pairs:
     """The first ``--num-pairs`` pairs: prepared ones, or random tokens of given or drawn lengths."""
     if options.data_path is not None:
@@ -38,16 +59,20 @@ def read_pairs(options: argparse.Namespace) -> Pairs:
         return Pairs([store[index] for index in range(min(options.num_pairs, len(store)))])
     rng = np.random.default_rng(options.seed)
     if options.lengths is not None:
-        rows = [json.loads(line) for line in options.lengths.read_text(encoding="utf-8").splitlines()[: options.num_pairs]]
-        lengths = np.array([[row["prompt_len"], row["chosen_len"], row["rejected_len"]] for row in rows])
+        lengths = read_lengths(options.lengths)[: options.num_pairs]
     else:
         # Skewed like chat data: medians of 120 and 160 tokens, some several times longer.
         lengths = rng.lognormal(np.log([120.0, 160.0, 160.0]), [0.9, 0.7, 0.7], size=(options.num_pairs, 3)).astype(np.int64)
     lengths = np.maximum(1, np.floor(lengths / options.shrink)).astype(np.int64)
-    lengths = np.minimum(lengths, options.seq_length // 2)
+    lengths = cut_lengths(lengths, options.seq_length)
+    return random_pairs(lengths, options.vocab_size, rng)
+
+
+def random_pairs(lengths: np.ndarray, vocab_size: int, rng: np.random.Generator) -> Pairs:
+    """Pairs of random tokens, of ``[P, 3]`` lengths; BOS before a prompt, EOS at the end of a response."""
     pairs = []
     for prompt, chosen, rejected in lengths:
-        tokens = [rng.integers(3, options.vocab_size, size=size) for size in (prompt, chosen, rejected)]
+        tokens = [rng.integers(3, vocab_size, size=size) for size in (prompt, chosen, rejected)]
         tokens[0][0] = BOS
         tokens[1][-1] = tokens[2][-1] = EOS
         pairs.append(TokenizedPair(*tokens))

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """20th, 50th and 80th percentile of repeated measurements."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The percentiles of at least one value, interpolated linearly."""
+        return cls(*(float(value) for value in np.percentile(values, [20, 50, 80])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +38,38 @@ class Cost:
         peak_bytes: most memory in use above what was in use before the call: activations, logits, temporaries.
     """
 
-    seconds: float
-    cpu_seconds: float
+    seconds: Spread
+    cpu_seconds: Spread
     flops: float
     peak_bytes: int
+
+    def figures(self) -> dict[str, float]:
+        """Every figure by its name: ``seconds_p20`` and so on."""
+        figures: dict[str, float] = {}
+        for name, spread in (("seconds", self.seconds), ("cpu_seconds", self.cpu_seconds)):
+            figures.update({f"{name}_{percentile}": value for percentile, value in dataclasses.asdict(spread).items()})
+        return figures | {"flops": self.flops, "peak_bytes": self.peak_bytes}
+
+
+def measure(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Cost]:
+    """Costs of each, timed in turns so that a busy machine is busy for all of them."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    costs = {}
+    for name, call in calls.items():
+        flops, peak = flops_and_peak(call)
+        seconds, cpu_seconds = (Spread.of(values) for values in zip(*times[name], strict=True))
+        costs[name] = Cost(seconds, cpu_seconds, flops, peak)
+    return costs
+
+
+def flops_and_peak(call: Callable[[], Any]) -> tuple[float, int]:
+    """Counted FLOPs and peak bytes of one call, for neither of which its duration matters."""
+    flops: list[float] = []
+    peak = peak_bytes(lambda: flops.append(counted_flops(call)))
+    return flops[0], peak
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
@@ -39,15 +82,20 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def counted_flops(call: Callable[[], Any]) -> float:
-    """FLOPs of a call, as torch counts them; it knows attention on the GPU, its CPU kernel is added here."""
+    """FLOPs of a call, as torch counts them; attention's CPU kernel and products added in place, which it overlooks, included."""
     aten = torch.ops.aten
-    cpu_attention = {
+    overlooked = {
+        aten.addmm_: _added_product_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+    with FlopCounterMode(display=False, custom_mapping=overlooked) as counter:
         call()
     return float(counter.get_total_flops())
+
+
+def _added_product_flops(total: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    return int(addmm_flop(total, left, right))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -1,7 +1,8 @@
-"""RMiPO the plain way, on transformers and torch alone: padded pairs, fp32 logits of every token, a second padded pass.
+"""RMiPO and SimPO the plain way, on transformers and torch alone: padded pairs, fp32 logits of every token.
 
 What most preference trainers do, written here without anything of ours, so that it checks results as well as speed. The pairs of
-a micro-batch are padded to their longest sequence, chosen and rejected with the prompt each; the loss is the ``paper`` preset's.
+a micro-batch are padded to their longest sequence, chosen and rejected with the prompt each; RMiPO (the ``paper`` preset) takes a
+second padded pass for log p(y).
 
 Shape letters: P pairs of a micro-batch, B = 2P sequences, L longest of them, V vocabulary.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Pair = tuple[list[int], list[int], list[int]]
+ObjectiveName = Literal["rmipo", "simpo"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +30,11 @@ class StepResult:
 
 
 class PaddedBaseline:
-    """One optimizer step of RMiPO over padded sequences.
+    """One optimizer step over padded sequences.
 
     Args:
         model: a causal language model of transformers, fp32 weights, on the device to run on.
+        objective: ``rmipo`` or ``simpo``.
         bos_token_id: stands before a response in log p(y).
         pairs_per_microbatch: how many pairs are padded to one length; gradients are accumulated over micro-batches.
         bf16: compute under bfloat16 autocast; logits and log-probs are fp32 all the same.
@@ -38,11 +42,13 @@ class PaddedBaseline:
     """
 
     beta, gamma_min, gamma_max = 2.0, 0.3, 1.6
+    simpo_gamma = 0.5
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
+        objective: ObjectiveName = "rmipo",
         bos_token_id: int,
         pairs_per_microbatch: int,
         bf16: bool = False,
@@ -50,6 +56,7 @@ class PaddedBaseline:
         max_grad_norm: float = 1.0,
     ) -> None:
         self.model = model
+        self.objective = objective
         self.bos_token_id = bos_token_id
         self.pairs_per_microbatch = pairs_per_microbatch
         self.bf16 = bf16
@@ -63,7 +70,7 @@ class PaddedBaseline:
         losses = []
         for first in range(0, len(pairs), self.pairs_per_microbatch):
             part = self.losses(pairs[first : first + self.pairs_per_microbatch])
-            (part.sum() / len(pairs)).backward()
+            (part.sum() / len(pairs)).backward()  # type: ignore[no-untyped-call]
             losses.append(part.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
@@ -74,14 +81,18 @@ class PaddedBaseline:
         responses = [pair[1] for pair in pairs] + [pair[2] for pair in pairs]
         prompts = [pair[0] for pair in pairs] * 2
         logps = self._response_logps(prompts, responses)
-        with torch.no_grad():
-            uncond = self._response_logps([[self.bos_token_id]] * len(responses), responses)
         lengths = torch.tensor([len(response) for response in responses], device=logps.device)
         chosen, rejected = (self.beta * logps / lengths).chunk(2)
-        chosen_pmi, rejected_pmi = (logps.detach() - uncond).chunk(2)
+        margin = self._margins(responses, logps.detach()) if self.objective == "rmipo" else self.simpo_gamma
+        return -torch.nn.functional.logsigmoid(chosen - rejected - margin)
+
+    @torch.no_grad()
+    def _margins(self, responses: list[list[int]], logps: Tensor) -> Tensor:
+        """RMiPO's margin of each pair, ``[P]``, from log p(y | x) of its responses, ``[B]``."""
+        uncond = self._response_logps([[self.bos_token_id]] * len(responses), responses)
+        chosen_pmi, rejected_pmi = (logps - uncond).chunk(2)
         decay = torch.exp(-torch.clamp(chosen_pmi - rejected_pmi, min=0.0))
-        gamma = self.gamma_min + (self.gamma_max - self.gamma_min) * decay
-        return -torch.nn.functional.logsigmoid(chosen - rejected - gamma)
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * decay
 
     def _response_logps(self, contexts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Sum of log-probs of each response behind its context, ``[B]``, from logits ``[B, L, V]``."""

@@ -133,7 +133,7 @@ def pack_pairs(
         pair_numbers: number of each pair within the global batch, -1 for a filler.
         share_prompts: whether a prompt stands once for both responses, or once for each.
         with_rejected: False packs prompts and chosen responses alone.
-        multiple_of: T is padded to a multiple of this (the tensor-parallel size under sequence parallelism).
+        multiple_of: T is padded to a multiple of this (as sequence parallelism, FlexAttention's blocks and fp8 want).
 
     Returns:
         The row; responses come in the order chosen, rejected of the first pair, then of the next.

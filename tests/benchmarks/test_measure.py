@@ -26,6 +26,7 @@ def test_peak_is_the_most_that_was_in_use_at_once() -> None:
 def test_flops_of_a_product_and_of_attention_with_their_gradients() -> None:
     a, b = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7, requires_grad=True)
     assert counted_flops(lambda: (a @ b).sum().backward()) == 3 * 2 * 3 * 5 * 7
+    assert counted_flops(lambda: torch.zeros(3, 7).addmm_(a.detach(), b.detach())) == 2 * 3 * 5 * 7
     query = torch.randn(1, 2, 16, 8, requires_grad=True)
     forward = 2 * (2 * 16 * 16 * 8) * 2
     assert counted_flops(lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True)) == forward

@@ -1,0 +1,149 @@
+"""What was measured on a GPU: figures derived from it, rows, table, goals."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_model import FULL_LAYERS, seconds_at
+from benchmarks.gpu_steps import Timing
+from benchmarks.inputs import RECORDED
+from benchmarks.measure import Spread
+from benchmarks.report import Goal
+from megatron_rmipo.training.flops import peak_flops
+
+PADDED = "padded (transformers)"
+PHASES = ("before", "gradient", "optimizer", "other")
+SIZES = {"hidden-size": 4096, "ffn-hidden-size": 14336, "num-attention-heads": 32, "num-query-groups": 8, "vocab-size": 128256}
+# On one H200.
+GOAL_DEVICE = "H200"
+LEAST_TFLOPS, LEAST_PAIRS_PER_SECOND = {"ultrafeedback": 495.0}, {"ultrafeedback": 12.9}
+LEAST_SHARING = {"ultrafeedback": 1.15, "hh": 1.40}
+LEAST_OVER_PADDED, LEAST_HEAD_TFLOPS = 6.0, 270.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    Attributes:
+        num_layers: of the model.
+        timings: by name of :data:`benchmarks.gpu_steps.VARIANTS`.
+        padded_seconds: of the padded step over the first of the same batches.
+        padded_peak_bytes: most memory in use in it.
+        ends_seconds: the part of an RMiPO step that does not depend on the number of layers.
+        full_flops: model FLOPs of an RMiPO step with all layers, the mean over the batches.
+        head_tflops: of output layer and log-probs alone.
+        agreement: the largest relative difference found before.
+    """
+
+    num_layers: int
+    timings: Mapping[str, Timing]
+    padded_seconds: list[float]
+    padded_peak_bytes: int
+    ends_seconds: float
+    full_flops: float
+    head_tflops: float
+    agreement: float
+
+    @property
+    def full_seconds(self) -> float:
+        """What an RMiPO step would take with all layers."""
+        seconds = _mean(self.timings["rmipo"].seconds)
+        return seconds_at(FULL_LAYERS, measured_layers=self.num_layers, seconds=seconds, ends_seconds=self.ends_seconds)
+
+    @property
+    def over_padded(self) -> float:
+        """How many times longer the padded step takes, over the batches that both took."""
+        return sum(self.padded_seconds) / sum(self.timings["rmipo"].seconds[: len(self.padded_seconds)])
+
+    def slower(self, name: str) -> float:
+        """How many times longer a variant takes than RMiPO with shared prompts, packed."""
+        return sum(self.timings[name].seconds) / sum(self.timings["rmipo"].seconds)
+
+
+def make_rows(options: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
+    """A row for each way; what is known of RMiPO alone stands in its row."""
+    names = ("lengths", "shrink", "num_pairs", "seq_length", "tokens_per_microbatch", "baseline_pairs_per_microbatch", "repeats")
+    settings = {name: getattr(options, name) for name in (*names, *(size.replace("-", "_") for size in SIZES))}
+    settings["num_layers"] = results.num_layers
+    peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if torch.cuda.is_available() else None
+    rows = []
+    for name, timing in results.timings.items():
+        flops = sum(timing.flops) / sum(timing.seconds)
+        row = settings | {"method": name} | _rates(options.num_pairs, timing.seconds)
+        row |= {f"seconds_{phase}": seconds for phase, seconds in timing.phases.items()}
+        row |= {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {}) | {"peak_bytes": timing.peak_bytes}
+        rows.append(row)
+    rows[0] |= {
+        "agreement": results.agreement,
+        "seconds_ends": results.ends_seconds,
+        "pairs_per_second_at_32_layers": options.num_pairs / results.full_seconds,
+        "tflops_at_32_layers": results.full_flops / results.full_seconds / 1e12,
+        "head_tflops": results.head_tflops,
+        "over_padded": results.over_padded,
+    }
+    padded = settings | {"method": PADDED} | _rates(options.num_pairs, results.padded_seconds)
+    return [*rows, padded | {"peak_bytes": results.padded_peak_bytes}]
+
+
+def _rates(num_pairs: int, seconds: Sequence[float]) -> dict[str, float]:
+    rates = dataclasses.asdict(Spread.of([num_pairs / one for one in seconds]))
+    return {f"pairs_per_second_{part}": rate for part, rate in rates.items()} | {"seconds": _mean(seconds)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per way, and what was found out of RMiPO beside."""
+    first = rows[0]
+    lines = [
+        f"{first['num_layers']} layers, {first['num_pairs']} pairs a step, {first['lengths']}",
+        f"losses of two layers agree to {first['agreement']:.1e}",
+        f"{'':<24}{'pairs/s':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'seconds':>9}" + "".join(f"{name:>11}" for name in PHASES),
+    ]
+    for row in rows:
+        shares = "".join(f"{row[f'seconds_{name}']:>11.3f}" if f"seconds_{name}" in row else f"{'':>11}" for name in PHASES)
+        tflops = f"{row['tflops']:.1f}" if "tflops" in row else ""
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
+        lines.append(
+            f"{row['method']:<24}{row['pairs_per_second_p50']:>9.2f}{tflops:>9}{mfu:>7}{row['peak_bytes'] / 2**30:>7.1f}"
+            f"{row['seconds']:>9.3f}{shares}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "before: the unconditional pass; gradient: forward and backward; exposed communication: none, there is one GPU",
+            f"embedding, output layer and their optimizer: {first['seconds_ends']:.3f} s of a step",
+            f"at {FULL_LAYERS} layers: {first['pairs_per_second_at_32_layers']:.2f} pairs/s, "
+            f"{first['tflops_at_32_layers']:.1f} TFLOP/s",
+            f"output layer and log-probs alone: {first['head_tflops']:.1f} TFLOP/s",
+        ]
+    )
+
+
+def goals(options: argparse.Namespace, results: Results) -> list[Goal]:
+    """What one H200 was to reach with the sizes of Llama-3-8B and recorded lengths as they are; nothing elsewhere."""
+    as_they_are = options.shrink == 1 and all(getattr(options, name.replace("-", "_")) == size for name, size in SIZES.items())
+    on_device = torch.cuda.is_available() and GOAL_DEVICE in torch.cuda.get_device_name()
+    if not (as_they_are and on_device and options.lengths in RECORDED):
+        return []
+    name, timing = options.lengths, results.timings["rmipo"]
+    held = [
+        ("prompts twice over shared", LEAST_SHARING[name], results.slower("prompts twice")),
+        ("padded over ours", LEAST_OVER_PADDED, results.over_padded),
+        ("output layer and log-probs, TFLOP/s", LEAST_HEAD_TFLOPS, results.head_tflops),
+    ]
+    if name in LEAST_TFLOPS:
+        tflops = sum(timing.flops) / sum(timing.seconds) / 1e12
+        held += [
+            ("model TFLOP/s", LEAST_TFLOPS[name], tflops),
+            (f"pairs/s at {FULL_LAYERS} layers", LEAST_PAIRS_PER_SECOND[name], options.num_pairs / results.full_seconds),
+        ]
+    return [Goal(f"GPU, {name}: {title}", least, measured, at_least=True) for title, least, measured in held]

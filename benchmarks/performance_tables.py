@@ -1,0 +1,204 @@
+"""Which figures of which entries docs/performance.md shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+Row = Mapping[str, str]
+MIB, GIB = 1 / 2**20, 1 / 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One column.
+
+    Attributes:
+        title: over the column.
+        column: of the CSV file.
+        over: the column it is divided by.
+        scale: factor, for the unit.
+        form: how the number is written.
+    """
+
+    title: str
+    column: str
+    over: str | None = None
+    scale: float = 1.0
+    form: str = ".2f"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those it reads."""
+        return (self.column,) if self.over is None else (self.column, self.over)
+
+    def text(self, row: Row) -> str:
+        """The figure of a row; empty where the row does not have it."""
+        values = [row.get(name) for name in self.columns]
+        if not all(values):
+            return ""
+        numbers = [float(value) for value in values if value]
+        return format(self.scale * numbers[0] / (numbers[1] if self.over else 1.0), self.form)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        file: of entries.
+        settings: title -> format string over the columns; entries that agree in all of them are of one setting.
+        figures: what was measured.
+        needs: a column without which an entry does not belong here.
+        only: column -> the value that an entry of this table has in it.
+    """
+
+    file: str
+    settings: Mapping[str, str]
+    figures: tuple[Figure, ...]
+    needs: str | None = None
+    only: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def takes(self, row: Row) -> bool:
+        """Whether an entry belongs here."""
+        return bool(self.needs is None or row.get(self.needs)) and all(
+            row.get(name) == value for name, value in self.only.items()
+        )
+
+    def setting(self, row: Row) -> tuple[str, ...]:
+        """An entry's settings as they are shown."""
+        return tuple(form.format_map(row) for form in self.settings.values())
+
+
+_MODEL = {
+    "lengths": "{lengths}",
+    "shrink": "{shrink}",
+    "pairs": "{pairs}",
+    "model": "H {hidden_size}, L {num_layers}, V {vocab_size}",
+    "bf16": "{bf16}",
+}
+_RECOMPUTE = {"they recompute": "{baseline_recompute}"}
+_MICROBATCH = {"micro-batch, ours / theirs": "{tokens_per_microbatch} tokens / {baseline_pairs_per_microbatch} pairs"}
+
+TABLES = {
+    "step": Table(
+        "results.csv",
+        {"objective": "{objective}", **_MODEL, **_RECOMPUTE, **_MICROBATCH},
+        (
+            Figure("pairs/s", "pairs", "ours_seconds_p50"),
+            Figure("CPU s", "ours_cpu_seconds_p50"),
+            Figure("CPU, padded / ours", "baseline_cpu_seconds_p50", "ours_cpu_seconds_p50"),
+            Figure("FLOPs, padded / ours", "baseline_flops", "ours_flops"),
+            Figure("peak, padded / ours", "baseline_peak_bytes", "ours_peak_bytes"),
+            Figure("FLOPs, ours / least", "ours_flops", "minimum_flops", form=".3f"),
+        ),
+    ),
+    "trl": Table(
+        "results.csv",
+        {"TRL": "{trl}", **_MODEL, **_RECOMPUTE, **_MICROBATCH},
+        (
+            Figure("CPU s, TRL", "trl_cpu_seconds_p50"),
+            Figure("CPU s, ours", "ours_cpu_seconds_p50"),
+            Figure("CPU, TRL / ours", "trl_cpu_seconds_p50", "ours_cpu_seconds_p50"),
+            Figure("FLOPs, TRL / ours", "trl_flops", "ours_flops"),
+            Figure("peak, TRL / ours", "trl_peak_bytes", "ours_peak_bytes"),
+        ),
+        needs="trl_seconds_p50",
+    ),
+    "simpo": Table(
+        "results.csv",
+        _MODEL,
+        (
+            Figure("CPU, RMiPO / SimPO", "ours_cpu_seconds_p50", "simpo_cpu_seconds_p50", form=".3f"),
+            Figure("least FLOPs, RMiPO / SimPO", "minimum_flops", "simpo_minimum_flops", form=".3f"),
+            Figure("FLOPs, RMiPO / SimPO", "ours_flops", "simpo_flops", form=".3f"),
+            Figure("peak, RMiPO / SimPO", "ours_peak_bytes", "simpo_peak_bytes", form=".3f"),
+        ),
+        needs="simpo_seconds_p50",
+    ),
+    "flops": Table(
+        "results_flops.csv",
+        {"objective": "{objective}", "lengths": "{lengths}", "pairs": "{pairs}"},
+        (
+            Figure("counted TFLOP/pair", "flops_per_pair", scale=1e-12),
+            Figure("least TFLOP/pair", "minimum_flops_per_pair", scale=1e-12),
+            Figure("counted / least", "ratio", form=".4f"),
+        ),
+    ),
+    "logprobs": Table(
+        "results_logprobs.csv",
+        {
+            "method": "{method}",
+            "tokens": "{tokens}",
+            "scored": "{scored_share}",
+            "vocabulary": "{vocab_size}",
+            "hidden size": "{hidden_size}",
+            "TP": "{tensor_model_parallel_size}",
+        },
+        (
+            Figure("CPU s", "cpu_seconds_p50"),
+            Figure("peak MiB", "peak_bytes", scale=MIB, form=".0f"),
+            Figure("GFLOP", "flops", scale=1e-9, form=".0f"),
+            Figure("log-prob error", "logprob_error", form=".1e"),
+            Figure("gradient error", "gradient_error", form=".1e"),
+        ),
+    ),
+    "balance": Table(
+        "results_balance.csv",
+        {"lengths": "{lengths}", "pairs": "{batch_size}", "ranks": "{ranks}"},
+        (
+            Figure("max / mean, median", "imbalance_p50", form=".4f"),
+            Figure("worst", "worst", form=".4f"),
+            Figure("bound of the worst", "worst_bound", form=".4f"),
+            Figure("ms", "milliseconds_p50"),
+        ),
+    ),
+    "preparing": Table(
+        "results_data.csv",
+        {"texts": "{source}"},
+        (
+            Figure("tokens", "tokens", form=".0f"),
+            Figure("CPU s", "cpu_seconds_p50"),
+            Figure("CPU s, tokenizer alone", "bare_cpu_seconds_p50"),
+            Figure("tokenizer alone / preparing", "share_p50"),
+        ),
+        only={"part": "preparing"},
+    ),
+    "loading": Table(
+        "results_data.csv",
+        {"lengths": "{source}", "pairs": "{batch_size}", "ranks": "{ranks}", "workers": "{num_workers}"},
+        (
+            Figure("CPU ms to make a batch", "build_cpu_ms_p50"),
+            Figure("CPU ms to take it", "unpack_cpu_ms_p50"),
+            Figure("step, ms", "step_ms_p50", form=".0f"),
+            Figure("wait, ms", "wait_ms_p50"),
+            Figure("share of time waited", "share", form=".4f"),
+        ),
+        only={"part": "loading"},
+    ),
+    "convert": Table(
+        "results_convert.csv",
+        {"direction": "{direction}", "model": "H {hidden_size}, L {num_layers}, V {vocab_size}"},
+        (
+            Figure("GB", "num_bytes", scale=1e-9),
+            Figure("GB/s", "gb_per_second"),
+            Figure("speed / a copy's", "relative_speed_p50"),
+            Figure("peak memory / size", "relative_memory"),
+        ),
+    ),
+    "gpu": Table(
+        "results_gpu.csv",
+        {"method": "{method}", "lengths": "{lengths}", "layers": "{num_layers}", "pairs": "{num_pairs}"},
+        (
+            Figure("pairs/s", "pairs_per_second_p50"),
+            Figure("model TFLOP/s", "tflops", form=".1f"),
+            Figure("MFU", "mfu", form=".1%"),
+            Figure("peak GiB", "peak_bytes", scale=GIB, form=".1f"),
+            Figure("s before", "seconds_before", form=".3f"),
+            Figure("s gradient", "seconds_gradient", form=".3f"),
+            Figure("s optimizer", "seconds_optimizer", form=".3f"),
+            Figure("pairs/s at 32 layers", "pairs_per_second_at_32_layers"),
+            Figure("head TFLOP/s", "head_tflops", form=".1f"),
+        ),
+    ),
+}

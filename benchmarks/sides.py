@@ -1,0 +1,152 @@
+"""The sides of a comparison: the trainer's step, and those of others, each over the same pairs and from the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks.inputs import BOS, Pairs
+from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
+from benchmarks.trl_baseline import TrlBaseline
+from megatron_rmipo.checkpoint.hf import load_hf_weights
+from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig
+from megatron_rmipo.data.batching import check_capacity, conditional_sizes, unconditional_sizes
+from megatron_rmipo.data.collection import PairCollection
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.flops import forward_cost_model
+from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
+from megatron_rmipo.training.step import train_step
+
+LEARNING_RATE = 1e-4
+Step = Callable[[], StepResult]
+
+
+def build_state(
+    arch: ModelArchitecture,
+    groups: ProcessGroups,
+    *,
+    bf16: bool,
+    recompute_granularity: str | None = None,
+    model_dir: Path | None = None,
+) -> TrainingState:
+    """The trainer's model and optimizer, with the weights of a Hugging Face directory, or random ones without it."""
+    recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
+    if recompute_granularity == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    config = Config(
+        model=ModelConfig(bf16=bf16, **recompute), optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant")
+    )
+    policy = build_model(arch, config, groups)
+    if model_dir is not None:
+        load_hf_weights(policy, model_dir, arch, tp_rank=0, tp_size=1)
+    return build_training_state(policy, config, groups, train_iters=1000)
+
+
+def batch_builder(
+    pairs: Pairs, arch: ModelArchitecture, objective: Objective, tokens_per_microbatch: int, **layout: Any
+) -> BatchBuilder:
+    """What cuts and lays out the trainer's batches of these pairs, for one rank.
+
+    Raises:
+        ConfigError: a pair does not fit into a micro-batch.
+    """
+    settings = BatchLayout(
+        dp_rank=0,
+        dp_size=1,
+        tokens_per_microbatch=tokens_per_microbatch,
+        cost=forward_cost_model(arch),
+        unconditional=objective.needs.unconditional,
+        bos_token_id=BOS,
+        **layout,
+    )
+    check_capacity(settings.conditional_sizes(pairs.lengths), tokens_per_microbatch, lambda index: f"pair {index}")
+    return BatchBuilder(PairCollection([pairs]), settings)  # type: ignore[list-item]
+
+
+def our_step(
+    state: TrainingState, pairs: Pairs, objective_name: str, groups: ProcessGroups, *, tokens_per_microbatch: int
+) -> Step:
+    """The trainer's own step, cut and laid out anew each time."""
+    objective = build_objective(objective_name, {})
+    builder = batch_builder(pairs, state.policy.architecture, objective, tokens_per_microbatch)
+
+    def step() -> StepResult:
+        outcome = train_step(state, builder.build(np.arange(len(pairs))), objective, groups)
+        return StepResult(outcome.metrics.values["loss"], outcome.grad_norm)
+
+    return step
+
+
+def padded_step(model_dir: Path, pairs: Pairs, *, recompute: bool, **settings: Any) -> Step:
+    """The padded step; ``settings`` are those of :class:`PaddedBaseline`."""
+    model = read_hf_model(model_dir)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    baseline = PaddedBaseline(model, bos_token_id=BOS, learning_rate=LEARNING_RATE, **settings)
+    rows = token_lists(pairs)
+    return lambda: baseline.step(rows)
+
+
+def trl_step(model_dir: Path, pairs: Pairs, **settings: Any) -> Step:
+    """TRL's step; ``settings`` are those of :class:`TrlBaseline`."""
+    rows = token_lists(pairs)
+    return TrlBaseline(read_hf_model(model_dir), rows, learning_rate=LEARNING_RATE, **settings).step
+
+
+def read_hf_model(model_dir: Path) -> Any:
+    """The model as transformers builds it, fp32, in training mode, on the device."""
+    model = transformers.LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
+    return model.train().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def token_lists(pairs: Pairs) -> list[Pair]:
+    """The pairs as lists of token ids."""
+    return [(pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()) for pair in pairs]
+
+
+def check_agreement(ours: Step, others: dict[str, Step], tolerance: float) -> float:
+    """Two steps of each, compared with ours pair by pair; the largest relative difference.
+
+    Raises:
+        SystemExit: one differs by more than ``tolerance``.
+    """
+    worst = 0.0
+    for number in (1, 2):
+        mine = ours()
+        for name, other in others.items():
+            worst = max(worst, compare(mine, other(), f"step {number}: ours and {name}", tolerance))
+    return worst
+
+
+def compare(mine: StepResult, theirs: StepResult, title: str, tolerance: float) -> float:
+    """The largest relative difference of a pair's loss or of the gradient norm.
+
+    Raises:
+        SystemExit: it is above ``tolerance``.
+    """
+    losses = ((mine.losses - theirs.losses).abs() / theirs.losses.abs().clamp(min=1e-3)).max().item()
+    norms = abs(mine.grad_norm - theirs.grad_norm) / theirs.grad_norm
+    # Not max(), which passes over NaN.
+    if not (losses <= tolerance and norms <= tolerance):
+        raise SystemExit(
+            f"{title} do not agree (losses {losses:.1e}, gradient norm {norms:.1e}, tolerance {tolerance:.0e}): nothing measured"
+        )
+    return max(losses, norms)
+
+
+def minimum_flops(arch: ModelArchitecture, pairs: Pairs, objective_name: str) -> float:
+    """FLOPs of one step without a token, a kept attention score or a scored token too many, and nothing recomputed."""
+    lengths, cost = pairs.lengths, forward_cost_model(arch)
+    flops = 3 * conditional_sizes(lengths, cost, share_prompts=True, with_rejected=True).costs
+    if build_objective(objective_name, {}).needs.unconditional:
+        flops = flops + unconditional_sizes(lengths, cost, has_context_token=True, with_rejected=True).costs
+    return float(flops.sum())

@@ -1,0 +1,238 @@
+"""The benchmark of a GPU, as far as a machine without one shows it: everything runs, and what is computed from it is right."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_gpu, gpu_results
+from benchmarks.bench_balance import LLAMA_3_8B
+from benchmarks.gpu_model import layer_activation_bytes, layer_parameters, layers_that_fit, seconds_at
+from benchmarks.gpu_results import Results
+from benchmarks.gpu_steps import VARIANTS, Timing, build_batches, time_padded, without_layers
+from benchmarks.inputs import random_pairs
+from benchmarks.sides import build_state
+from megatron_rmipo.data.packing import pack_pairs
+from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.training.step import evaluate_batch
+from tests.harness import run_distributed
+
+ROOT = Path(__file__).parents[2]
+ARCH = ModelArchitecture(
+    family="llama",
+    num_layers=3,
+    hidden_size=12,
+    ffn_hidden_size=20,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=6,
+    vocab_size=58,
+    max_position_embeddings=64,
+    rotary_base=10000.0,
+    layernorm_epsilon=1e-5,
+)
+
+
+def test_parameters_of_llama() -> None:
+    ends = 2 * LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size + LLAMA_3_8B.hidden_size
+    assert 32 * layer_parameters(LLAMA_3_8B) + ends == 8_030_261_248
+
+
+def test_layers_that_fit_by_hand() -> None:
+    # Attention 12 x (12 + 12 + 6 + 6), MLP 3 x 12 x 20, norms 24.
+    assert layer_parameters(ARCH) == 432 + 720 + 24
+    # Norms 4 x 12; q, k, v 24 three times but v once, twice 12 after it; MLP 4 x 20.
+    assert layer_activation_bytes(ARCH) == 2 * (48 + 24 + 18 + 24 + 24 + 80)
+    layer, ends = 18 * 1176 + 436 * 10, 42 * 58 * 12
+    for memory, expected in ((ends + 5 * layer, 5), (ends + 5 * layer - 1, 4), (ends, 0), (0, 0), (1e12, 32)):
+        # A hair more, so that nine tenths of it are not rounded below.
+        assert layers_that_fit(ARCH, memory / 0.9 * (1 + 1e-12), 10) == expected
+
+
+def test_seconds_of_the_whole_model_by_hand() -> None:
+    assert seconds_at(32, measured_layers=8, seconds=3.0, ends_seconds=1.0) == 1.0 + 2.0 * 4
+    assert seconds_at(8, measured_layers=8, seconds=3.0, ends_seconds=1.0) == 3.0
+
+
+def losses_by_variant() -> dict[str, list[float]]:
+    groups = initialize_runtime(1, 1, seed=3)
+    state = build_state(ARCH, groups, bf16=False)
+    torch.nn.init.normal_(state.policy.embedding.word_embeddings.weight, std=1.0)
+    lengths = np.array([[3, 4, 2], [5, 1, 7], [2, 6, 3], [4, 3, 3]])
+    pairs = random_pairs(lengths, ARCH.vocab_size, np.random.default_rng(5))
+    found = {}
+    for name, variant in VARIANTS.items():
+        batches = build_batches(pairs, state, variant, batch_size=2, tokens=24)
+        assert len(batches) == 2
+        metrics = [evaluate_batch(state, batch, build_objective(variant.objective, {}), groups) for batch in batches]
+        found[name] = torch.cat([one.values["loss"] for one in metrics]).tolist()
+        found[f"{name}: rows"] = [float(len(batch.conditional)) for batch in batches]
+        found[f"{name}: tokens"] = [float(sum(row.num_tokens for row in batch.conditional)) for batch in batches]
+    return found
+
+
+@pytest.mark.dist
+def test_every_way_to_lay_out_gives_the_same_losses() -> None:
+    (found,) = run_distributed(losses_by_variant, 1)
+    for name in ("prompts twice", "a pair a micro-batch"):
+        assert found[name] == pytest.approx(found["rmipo"], rel=1e-5)
+    assert found["simpo"] != pytest.approx(found["rmipo"], rel=1e-3)
+    assert found["a pair a micro-batch: rows"] == [2.0, 2.0]
+    assert found["rmipo: rows"] == [1.0, 1.0]
+    # Prompts once, responses without their last token.
+    assert found["rmipo: tokens"] == [3 + 3 + 1 + 5 + 0 + 6, 2 + 5 + 2 + 4 + 2 + 2]
+    assert found["prompts twice: tokens"] == [18 + 3 + 5, 17 + 2 + 4]
+
+
+def logprobs_with_and_without_layers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(without layers, the same by hand, with layers, with layers before)."""
+    groups = initialize_runtime(1, 1, seed=3)
+    policy = build_state(ARCH, groups, bf16=False).policy
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    pair = random_pairs(np.array([[3, 4, 2]]), ARCH.vocab_size, np.random.default_rng(5))[0]
+    row = pack_pairs([pair], [0])
+    inputs = {name: getattr(row, name) for name in ("token_ids", "position_ids", "segments", "source", "target")}
+    with torch.no_grad():
+        before = policy(**inputs)
+        with without_layers(policy):
+            without = policy(**inputs)
+        after = policy(**inputs)
+        hidden = policy.embedding.word_embeddings.weight[row.token_ids].double()
+        hidden = hidden * (hidden.square().mean(1, keepdim=True) + ARCH.layernorm_epsilon).rsqrt()
+        hidden = hidden * policy.decoder.final_layernorm.weight.double()
+        logits = hidden[row.source] @ policy.head_weight()[: ARCH.vocab_size].double().t()
+        by_hand = logits.log_softmax(-1).gather(-1, row.target[:, None])[:, 0]
+    return without, by_hand, after, before
+
+
+@pytest.mark.dist
+def test_the_ends_are_embedding_norm_and_output_layer() -> None:
+    ((without, by_hand, after, before),) = run_distributed(logprobs_with_and_without_layers, 1)
+    torch.testing.assert_close(without.double(), by_hand, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, before)
+    assert (after - without).abs().max() > 1e-2
+
+
+def test_the_padded_step_takes_the_batches_that_are_timed() -> None:
+    taken: list[slice] = []
+    assert len(time_padded(taken.append, 2, 10, warmups=3)) == 2
+    assert taken == [slice(0, 4), slice(30, 40), slice(40, 50)]
+
+
+def results() -> Results:
+    def timing(*seconds: float) -> Timing:
+        return Timing(list(seconds), {"before": 1.0, "gradient": 2.0, "optimizer": 0.5, "other": 0.5}, [990e12, 1010e12], 2**30)
+
+    seconds = {"rmipo": (1.5, 2.5), "simpo": (1.0, 2.0), "prompts twice": (2.0, 2.8), "a pair a micro-batch": (4.0, 4.0)}
+    timings = {name: timing(*values) for name, values in seconds.items()}
+    return Results(16, timings, [9.6], 2**31, ends_seconds=0.5, full_flops=1750e12, head_tflops=269.0, agreement=0.01)
+
+
+def test_what_is_derived_from_the_timings_by_hand() -> None:
+    found = results()
+    assert found.full_seconds == 0.5 + 1.5 * 2
+    assert found.slower("prompts twice") == pytest.approx(1.2)
+    # The padded step took the first of the two batches.
+    assert found.over_padded == pytest.approx(6.4)
+    rows = gpu_results.make_rows(bench_gpu.parse_options(["--num-pairs", "70", "--repeats", "2"]), found)
+    assert [row["method"] for row in rows] == [*VARIANTS, gpu_results.PADDED]
+    assert rows[0]["tflops"] == pytest.approx(2000 / 4)
+    assert rows[0]["pairs_per_second_at_32_layers"] == pytest.approx(70 / 3.5)
+    assert rows[0]["tflops_at_32_layers"] == pytest.approx(500)
+    assert rows[1]["pairs_per_second_p50"] == pytest.approx((70 + 35) / 2)
+    assert rows[-1]["pairs_per_second_p50"] == pytest.approx(70 / 9.6)
+    assert all(row["num_layers"] == 16 and row["hidden_size"] == 4096 for row in rows)
+
+
+def test_goals_are_those_of_one_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdicts(*arguments: str) -> list[tuple[str, float, float, bool]]:
+        goals = gpu_results.goals(bench_gpu.parse_options(arguments), results())
+        return [(goal.name.split(": ")[1].split(",")[0], goal.limit, round(goal.measured, 6), goal.reached) for goal in goals]
+
+    assert verdicts() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    common = [("padded over ours", 6.0, 6.4, True), ("output layer and log-probs", 270.0, 269.0, False)]
+    assert verdicts() == [
+        ("prompts twice over shared", 1.15, 1.2, True),
+        *common,
+        ("model TFLOP/s", 495.0, 500.0, True),
+        ("pairs/s at 32 layers", 12.9, 18.285714, True),
+    ]
+    assert verdicts("--lengths", "hh") == [("prompts twice over shared", 1.40, 1.2, False), *common]
+    assert verdicts("--hidden-size", "2048") == verdicts("--shrink", "2") == verdicts("--lengths", "a.jsonl") == []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert verdicts() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(SystemExit, match="needs a GPU, and torch finds none"):
+        bench_gpu.main([])
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="7 steps take 7000 pairs, but --lengths ultrafeedback holds 1200"):
+        bench_gpu.main(["--num-layers", "2", "--num-pairs", "1000"])
+    for arguments, message in (
+        (["--repeats", "0"], "--repeats 0: must be"),
+        (["--baseline-batches", "6"], "no more than --repeats 5"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_gpu.parse_options(arguments)
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="without torchrun"):
+        bench_gpu.main(["--num-layers", "2"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the memory of a GPU there")
+def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench_gpu.parse_options([])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (139 * 2**30, 140 * 2**30))
+    assert 10 < bench_gpu.choose_layers(options, LLAMA_3_8B) < 32
+    assert bench_gpu.choose_layers(argparse.Namespace(num_layers=3), LLAMA_3_8B) == 3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * 2**30, 16 * 2**30))
+    with pytest.raises(SystemExit, match="not one layer fits into 16 GiB"):
+        bench_gpu.choose_layers(options, LLAMA_3_8B)
+
+
+SMALL = shlex.split(
+    "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 200 "
+    "--shrink 8 --num-pairs 7 --warmups 1 --repeats 2 --tokens-per-microbatch 512 --head-tokens 37 --json"
+)
+
+
+@pytest.mark.slow
+def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.bench_gpu", *SMALL, "--csv", str(tmp_path / "gpu.csv")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout.splitlines()[-1])
+    assert (figures["benchmark"], figures["goals"]) == ("gpu", [])
+    rows = figures["rows"]
+    assert [row["method"] for row in rows] == [*VARIANTS, gpu_results.PADDED]
+    first = rows[0]
+    assert 0 < first["agreement"] < 0.1
+    assert 0 < first["seconds_ends"] < first["seconds"]
+    full = seconds_at(32, measured_layers=3, seconds=first["seconds"], ends_seconds=first["seconds_ends"])
+    assert first["pairs_per_second_at_32_layers"] == pytest.approx(7 / full)
+    for row in rows[:-1]:
+        assert all(row[f"seconds_{phase}"] > 0 for phase in gpu_results.PHASES)
+        assert sum(row[f"seconds_{phase}"] for phase in gpu_results.PHASES) == pytest.approx(row["seconds"])
+    # SimPO has no unconditional pass.
+    assert rows[1]["seconds_before"] < 0.5 * first["seconds_before"]
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        assert [row["num_layers"] for row in csv.DictReader(file)] == ["3"] * len(rows)
