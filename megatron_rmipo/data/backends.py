@@ -51,10 +51,11 @@ class HfBackend:
 
         spec = json.loads(tokenizer_json)
         spec["truncation"] = spec["padding"] = None
+        without_prefix = _without_prefix_space(spec)
         self._first = Tokenizer.from_str(json.dumps(spec))
-        without_prefix = json.dumps(_without_prefix_space(spec))
-        self._continuation = Tokenizer.from_str(without_prefix)
-        self._plain = Tokenizer.from_str(without_prefix)
+        # One and the same where it can be: each keeps its own cache of words.
+        self._continuation = self._first if without_prefix == spec else Tokenizer.from_str(json.dumps(without_prefix))
+        self._plain = Tokenizer.from_str(json.dumps(without_prefix))
         self._plain.encode_special_tokens = True
         added = self._first.get_added_tokens_decoder()
         self.special_ids = {token.content: index for index, token in added.items() if token.special}

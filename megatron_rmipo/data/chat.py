@@ -56,7 +56,14 @@ def _environment(trusted: bool) -> Environment:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str, trusted: bool) -> Callable[..., str]:
-    return _environment(trusted).from_string(source).render
+    template = _environment(trusted).from_string(source)
+    # Template.render would gather the globals anew each time, and that takes longer than to render a short conversation.
+    shared, template.globals = dict(template.globals), {}
+
+    def render(**variables: object) -> str:
+        return "".join(template.root_render_func(template.new_context({**shared, **variables}, shared=True)))
+
+    return render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +98,9 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses it.
         """
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return self._render(_messages(turns), add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
             return _compiled(self.source, self.answer is not None)(
                 messages=messages,
@@ -109,12 +118,13 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
         """
-        prompt_text = self.render(prompt, add_generation_prompt=True)
+        messages = _messages(prompt)
+        prompt_text = self._render(messages, True)
         if self.answer is not None:
             return prompt_text, [self.answer.render(response, self.special_tokens) for response in responses]
         response_texts = []
         for response in responses:
-            whole = self.render((*prompt, Turn("assistant", response)), add_generation_prompt=False)
+            whole = self._render([*messages, {"role": "assistant", "content": response}], False)
             if not whole.startswith(prompt_text):
                 raise RowFault(
                     "template",
@@ -129,6 +139,10 @@ class ChatTemplate:
         """What the template writes behind an answer."""
         _, (text,) = self.render_pair((Turn("user", "x"),), (_PROBE,))
         return text.rpartition(_PROBE)[2]
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTemplate:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_rmipo.data.chat import ChatTemplate
 from megatron_rmipo.data.official import encode_official, render_official
@@ -100,8 +99,8 @@ class PairEncoder:
     def encode(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair | RowFault]:
         """Encode pairs, in order; a pair that cannot be used gives its fault."""
         if self._policy.overlong == "official":
-            return [_fault_or(functools.partial(self._encode_official, pair)) for pair in pairs]
-        rendered = [_fault_or(functools.partial(self._render, pair)) for pair in pairs]
+            return [_fault_or(self._encode_official, pair) for pair in pairs]
+        rendered = [_fault_or(self._render, pair) for pair in pairs]
         texts = [result for result in rendered if isinstance(result, tuple)]
         prompts = iter(self._backend.first([prompt for prompt, _ in texts]))
         responses = iter(self._backend.continuation([text for _, answers in texts for text in answers]))
@@ -109,7 +108,7 @@ class PairEncoder:
         for pair, result in zip(pairs, rendered, strict=True):
             if isinstance(result, tuple):
                 answers = list(itertools.islice(responses, len(result[1])))
-                results.append(_fault_or(functools.partial(self._finish, pair, next(prompts), answers)))
+                results.append(_fault_or(self._finish, pair, next(prompts), answers))
             else:
                 results.append(result)
         return results
@@ -129,7 +128,7 @@ class PairEncoder:
         return EncodedPair(ids, chosen or [], rejected or [], truncated)
 
     def _finish(self, pair: PreferencePair, prompt: list[int], responses: Sequence[list[int]]) -> EncodedPair:
-        """Set BOS and ends, check, and apply the length policy."""
+        """Set BOS and ends, check, and apply the length policy. The lists are changed."""
         checked = self._checked_prompt(prompt)
         ended = [self._ended(ids, *named) for ids, named in zip(responses, pair.responses.items(), strict=True)]
         chosen, rejected = pair.in_place(ended)
@@ -156,18 +155,18 @@ class PairEncoder:
     def _ended(self, ids: list[int], field: str, text: str) -> list[int]:
         """The response with its end-of-turn token (the template's, else EOS) at its end, exactly once."""
         if self._template.verbatim:
-            ended = self._verbatim_ended(ids, field)
+            ids = self._verbatim_ended(ids, field)
         elif self._stop is None:
             assert self._eos is not None
-            ended = [*ids, self._eos]
+            ids.append(self._eos)
         else:
             try:
-                ended = ids[: ids.index(self._stop) + 1]
+                del ids[ids.index(self._stop) + 1 :]
             except ValueError:
                 raise RowFault("template", field, f"the chat template {self._template.name} did not end this answer") from None
-        if len(ended) <= _FEW_TOKENS and (len(ended) == 1 or not self._backend.plain([text.strip()])[0]):
+        if len(ids) <= _FEW_TOKENS and (len(ids) == 1 or not self._backend.plain([text.strip()])[0]):
             raise RowFault("empty_response", field, f"the response encodes to no tokens: {text[:40]!r}")
-        return ended
+        return ids
 
     def _verbatim_ended(self, ids: list[int], field: str) -> list[int]:
         """A rendered response up to and with its first special token, behind which only white space may stand, else with EOS."""
@@ -217,8 +216,8 @@ class PairEncoder:
         return self._finish(pair, self._written.encode(prompt, base, first=True), ids)
 
 
-def _fault_or(function: Callable[[], _Result]) -> _Result | RowFault:
+def _fault_or(function: Callable[..., _Result], *arguments: Any) -> _Result | RowFault:
     try:
-        return function()
+        return function(*arguments)
     except RowFault as fault:
         return fault

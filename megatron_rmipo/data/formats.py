@@ -150,8 +150,13 @@ def parse_hh(row: Row) -> PreferencePair:
         if prompt[-1] == Turn("assistant", ""):  # the transcript ends with the mark that the answer follows
             prompt = prompt[:-1]
         return PreferencePair(prompt, text_of(row, "chosen").strip(), text_of(row, "rejected").strip())
-    chosen = transcript_turns(text_of(row, "chosen"), "chosen")
-    rejected = transcript_turns(text_of(row, "rejected"), "rejected")
+    chosen_text = text_of(row, "chosen")
+    chosen = transcript_turns(chosen_text, "chosen")
+    rejected_text = text_of(row, "rejected")
+    same = chosen_text[: chosen_text.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)]
+    if chosen[-1].role == "assistant" and rejected_text.startswith(same) and not _MARKS.search(rejected_text, len(same)):
+        return PreferencePair(chosen[:-1], chosen[-1].content, rejected_text[len(same) :].strip())
+    rejected = transcript_turns(rejected_text, "rejected")
     for field, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1].role != "assistant":
             raise RowFault("bad_turns", field, "the transcript ends with a Human turn, there is no answer")
@@ -168,10 +173,10 @@ def transcript_turns(text: str, field: str) -> tuple[Turn, ...]:
     if text.startswith(HUMAN_MARK.lstrip()):
         text = "\n\n" + text
     head, *parts = _MARKS.split(text)
-    if "Human" not in parts[::2]:
-        raise RowFault("malformed", field, f"no {HUMAN_MARK!r} in the transcript {shown(text)}")
     roles, contents = parts[::2], parts[1::2]
-    turns = tuple(Turn(_MARK_ROLES[role], content.strip()) for role, content in zip(roles, contents, strict=True))
+    if "Human" not in roles:
+        raise RowFault("malformed", field, f"no {HUMAN_MARK!r} in the transcript {shown(text)}")
+    turns = tuple([Turn(_MARK_ROLES[role], content.strip()) for role, content in zip(roles, contents, strict=True)])
     return (Turn("system", head.strip()), *turns) if head.strip() else turns
 
 

@@ -104,24 +104,41 @@ class PairStoreWriter:
     def add(self, pair: TokenizedPair) -> None:
         """Append one pair."""
         parts = (pair.prompt, pair.chosen, pair.rejected)
-        self.add_flat(np.concatenate(parts), [len(part) for part in parts])
+        self.add_all(np.concatenate(parts), np.array([[len(part) for part in parts]]))
 
-    def add_flat(self, tokens: npt.NDArray[Any], lengths: list[int]) -> None:
-        """Append one pair given as prompt, chosen and rejected behind one another, and their three lengths."""
-        assert len(lengths) == SEQUENCES_PER_PAIR, lengths
-        assert min(lengths) >= 0, lengths
-        assert lengths[0] >= 1, lengths
+    def add_all(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        """Append any number of pairs.
+
+        Args:
+            tokens: integers, prompt, chosen and rejected of each pair behind one another.
+            lengths: their lengths, integers ``[pairs, 3]``.
+        """
+        if not lengths.size:
+            return
+        assert lengths.shape[1:] == (SEQUENCES_PER_PAIR,), lengths.shape
+        self._check(tokens, lengths)
+        flat = lengths.ravel().tolist()
+        with write_errors_named(self.prefix):
+            self._builder.add_document(tokens, flat)
+        # Megatron's builder took them for one document; each pair is one.
+        documents = self._builder.document_indices
+        end = documents.pop()
+        documents.extend(range(documents[-1] + SEQUENCES_PER_PAIR, end + 1, SEQUENCES_PER_PAIR))
+        self._lengths.extend(flat)
+
+    def _check(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        prompt, chosen, rejected = lengths.T
+        _assert_none(lengths.min(axis=1) < 0, lengths, "a negative length")
+        _assert_none(prompt == 0, lengths, "no prompt")
         if self._unpaired:
-            assert (lengths[1] == 0) != (lengths[2] == 0), f"an unpaired row has one response: {lengths}"
+            _assert_none((chosen == 0) == (rejected == 0), lengths, "an unpaired row has one response")
         else:
-            assert lengths[1] >= 1, lengths
-            assert not self._lengths or (lengths[2] == 0) == (self._lengths[2] == 0), "pairs and supervised rows in one data set"
-        assert sum(lengths) == len(tokens), (lengths, len(tokens))
+            _assert_none(chosen == 0, lengths, "no chosen response")
+            has_rejected = (self._lengths[2] if self._lengths else rejected[0]) > 0
+            _assert_none((rejected > 0) != has_rejected, lengths, "pairs and supervised rows in one data set")
+        assert lengths.sum() == len(tokens), (lengths.sum(), len(tokens))
         assert tokens.min() >= 0, tokens.min()
         assert tokens.max() < self._vocab_size, (tokens.max(), self._vocab_size)
-        with write_errors_named(self.prefix):
-            self._builder.add_document(tokens, lengths)
-        self._lengths.extend(lengths)
 
     def finalize(self, manifest: Manifest) -> Manifest:
         """Write the index, rename all files into place and write the manifest last.
@@ -186,6 +203,10 @@ def check_output_prefix(prefix: str, *, overwrite: bool) -> None:
     if found and not overwrite:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{prefix}: {names} already there. Pass --overwrite to replace them, or choose another --output-prefix.")
+
+
+def _assert_none(wrong: npt.NDArray[np.bool_], lengths: npt.NDArray[Any], problem: str) -> None:
+    assert not wrong.any(), f"{problem}: {lengths[wrong.argmax()].tolist()}"
 
 
 def _flush_to_disk(path: Path) -> None:

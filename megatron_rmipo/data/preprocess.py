@@ -10,8 +10,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from megatron_rmipo.data.chat import load_template
 from megatron_rmipo.data.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.formats import FORMATS, recognise_format
@@ -20,7 +18,7 @@ from megatron_rmipo.data.progress import Progress
 from megatron_rmipo.data.rejects import RejectsFile
 from megatron_rmipo.data.rows import parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.sources import Source, first_rows, open_source
-from megatron_rmipo.data.tokenize import load_tokenizer
+from megatron_rmipo.data.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.workers import EncodedBatch, RowOptions, encode_batches
 from megatron_rmipo.errors import DataError
 
@@ -46,8 +44,12 @@ class PreprocessOptions:
     log_interval: int = 1000
 
 
-def preprocess(options: PreprocessOptions) -> Manifest:
+def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None = None) -> Manifest:
     """Read, encode and write a data set.
+
+    Args:
+        options: what to preprocess and how.
+        tokenizer: that of ``options.tokenizer_model`` where it is loaded already; None loads it.
 
     Returns:
         The manifest written.
@@ -66,7 +68,7 @@ def preprocess(options: PreprocessOptions) -> Manifest:
     peeked = list(first_rows(sources))
     require_columns(peeked, columns)
     row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)
-    tokenizer = load_tokenizer(options.tokenizer_model)
+    tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
     template = load_template(options.chat_template, tokenizer)
     PairEncoder(tokenizer, template, policy)  # refuses before any work what cannot work
     rows = RowOptions(row_format, columns, options.keep_ties)
@@ -115,9 +117,7 @@ def _write_all(
                 rejects.add(reject)
                 if reject.reason == "too_long" and options.overlong == "error":
                     raise DataError(f"{reject}\nRaise --seq-length, or choose --overlong left-truncate-prompt or drop.")
-            ends = np.cumsum(batch.lengths.sum(axis=1))
-            for end, lengths in zip(ends.tolist(), batch.lengths.tolist(), strict=True):
-                writer.add_flat(batch.tokens[end - sum(lengths) : end], lengths)
+            writer.add_all(batch.tokens, batch.lengths)
             progress.advance(batch.num_rows, len(writer), rejects.total)
     by_reason = {f"rejected/{reason}": count for reason, count in sorted(rejects.counts.items())}
     return {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, "rejected": rejects.total, **by_reason}

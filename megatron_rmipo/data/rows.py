@@ -6,6 +6,7 @@ columns make a pair is the business of :mod:`megatron_rmipo.data.formats`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +41,7 @@ SCORE_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
+_SCORE_NAMES = frozenset(itertools.chain.from_iterable(SCORE_COLUMNS))
 COLUMN_NAMES = (
     "prompt",
     "chosen",
@@ -200,38 +202,52 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
     if not keep_ties:
         _refuse_tie(row)
     pair = parse(row)
-    turns = tuple(turn for turn in pair.prompt if turn.content.strip() or turn.role != "system")
-    if not any(turn.content.strip() for turn in turns if turn.role != "system"):
-        raise RowFault("empty_prompt", "prompt", "the prompt has no text")
-    if turns[-1].role not in ("user", "tool"):
-        raise RowFault("bad_turns", "prompt", f"the prompt ends with a turn of the {turns[-1].role}, not of the user")
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise RowFault("bad_turns", "prompt", "a system turn stands behind the first turn")
-    for field, response in pair.responses.items():
+    if "system" in [role for role, _ in pair.prompt]:
+        pair = pair._replace(prompt=tuple(turn for turn in pair.prompt if turn.role != "system" or turn.content.strip()))
+    _check_turns(pair.prompt)
+    responses = pair.responses
+    for field, response in responses.items():
         if not response.strip():
             raise RowFault("empty_response", field, "the response has no text")
     if pair.chosen is not None and pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
         raise RowFault("identical", "rejected", "the same text as chosen")
-    _require_encodable("prompt", [turn.content for turn in turns])
-    for field, response in pair.responses.items():
-        _require_encodable(field, [response])
-    return pair._replace(prompt=turns)
+    _require_encodable([*(("prompt", content) for _, content in pair.prompt), *responses.items()])
+    return pair
 
 
-def _require_encodable(field: str, texts: Sequence[str]) -> None:
-    """Refuse text that UTF-8 cannot write: JSON can spell half of a surrogate pair, and the tokenizers stop at it."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            around = shown(text[max(0, error.start - 10) : error.start + 10])
-            message = f"character {error.start + 1} is half of a surrogate pair, near {around}"
-            raise RowFault("not_encodable", field, message) from None
+def _check_turns(turns: Sequence[Turn]) -> None:
+    if not any(map(str.strip, [content for role, content in turns if role != "system"])):
+        raise RowFault("empty_prompt", "prompt", "the prompt has no text")
+    roles = [role for role, _ in turns]
+    if roles[-1] not in ("user", "tool"):
+        raise RowFault("bad_turns", "prompt", f"the prompt ends with a turn of the {roles[-1]}, not of the user")
+    if "system" in roles[1:]:
+        raise RowFault("bad_turns", "prompt", "a system turn stands behind the first turn")
+
+
+def _require_encodable(texts: Sequence[tuple[str, str]]) -> None:
+    """Refuse (field, text) that UTF-8 cannot write: JSON can spell half of a surrogate pair, and the tokenizers stop at it."""
+    try:
+        "".join([text for _, text in texts]).encode()
+    except UnicodeEncodeError:
+        for field, text in texts:
+            _name_half_pair(field, text)
+
+
+def _name_half_pair(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = shown(text[max(0, error.start - 10) : error.start + 10])
+        message = f"character {error.start + 1} is half of a surrogate pair, near {around}"
+        raise RowFault("not_encodable", field, message) from None
 
 
 def _refuse_tie(row: Row) -> None:
     metadata = row.get("metadata")
     for holder in (row, metadata if isinstance(metadata, dict) else {}):
+        if _SCORE_NAMES.isdisjoint(holder):
+            continue
         for chosen, rejected in SCORE_COLUMNS:
             high, low = holder.get(chosen), holder.get(rejected)
             if isinstance(high, int | float) and isinstance(low, int | float) and high == low:

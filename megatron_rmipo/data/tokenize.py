@@ -126,7 +126,7 @@ def with_one_bos(prompt_ids: Sequence[int], bos_token_id: int | None) -> list[in
     start = 0
     while start < len(prompt_ids) and prompt_ids[start] == bos_token_id:
         start += 1
-    return [bos_token_id, *prompt_ids[start:]]
+    return list(prompt_ids) if start == 1 else [bos_token_id, *prompt_ids[start:]]
 
 
 def load_tokenizer(path_or_name: str) -> PreferenceTokenizer:

@@ -25,11 +25,11 @@ class WrittenSpecials:
 
     def in_pair(self, pair: PreferencePair) -> bool:
         """Whether any text of the pair holds one."""
-        return any(self._pattern.search(text) for text in _texts_of(pair))
+        return self.in_turns(pair.prompt) or any(map(self._pattern.search, pair.responses.values()))
 
     def in_turns(self, turns: Iterable[Turn]) -> bool:
         """Whether any turn holds one."""
-        return any(self._pattern.search(turn.content) for turn in turns)
+        return any(map(self._pattern.search, [turn.content for turn in turns]))
 
     def free_base(self, texts: Iterable[str]) -> int:
         """The first of a range of stand-in characters that the texts do not use.
@@ -70,7 +70,3 @@ class WrittenSpecials:
             shorter = text.rstrip()
             text = shorter.removesuffix(next(end for end in ends if shorter.endswith(end))).rstrip()
         return text
-
-
-def _texts_of(pair: PreferencePair) -> list[str]:
-    return [*(turn.content for turn in pair.prompt), *pair.responses.values()]

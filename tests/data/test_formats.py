@@ -247,3 +247,22 @@ def test_text_parts_of_a_message_are_joined() -> None:
 def test_transcripts_may_lack_the_leading_blank_line_and_mention_marks_inline() -> None:
     turns = transcript_turns("Human: say 'Assistant: x'\n\nAssistant: Assistant: x", "chosen")
     assert turns == (Turn("user", "say 'Assistant: x'"), Turn("assistant", "Assistant: x"))
+
+
+HH_ENDS = (" a.", " a.\n\nHuman: b", " a.\n\nHuman: b\n\nAssistant: c", " a.\n\nAssistant:", " a.\n\n", "\n\n\nAssistant: d", "")
+
+
+@pytest.mark.parametrize("start", ["\n\nHuman: x", "Human: x", "System.\n\nHuman: x", "\n\nHuman: x\n\nAssistant: y\n\nHuman: z"])
+@pytest.mark.parametrize("chosen", HH_ENDS)
+@pytest.mark.parametrize("rejected", HH_ENDS)
+def test_a_transcript_that_repeats_the_other_is_read_as_by_itself(start: str, chosen: str, rejected: str) -> None:
+    row = {"chosen": f"{start}\n\nAssistant:{chosen}", "rejected": f"{start}\n\nAssistant:{rejected}"}
+    expected = [transcript_turns(text, field) for field, text in row.items()]
+    if expected[0][:-1] != expected[1][:-1] or "user" in (expected[0][-1].role, expected[1][-1].role):
+        with pytest.raises(RowFault) as fault:
+            FORMATS["hh"](row)
+        assert fault.value.reason in ("prompt_mismatch", "bad_turns")
+        return
+    pair = FORMATS["hh"](row)
+    assert pair.prompt == expected[0][:-1] == expected[1][:-1]
+    assert (pair.chosen, pair.rejected) == (expected[0][-1].content, expected[1][-1].content)

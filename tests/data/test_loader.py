@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +40,19 @@ def test_ranks_together_hold_every_pair_of_the_batch_once() -> None:
     }
 
 
+def test_rows_of_whole_blocks_count_their_padding_and_score_none_of_it() -> None:
+    pairs, indices = collection(make_pairs()), np.array([3, 20, 7, 1, 11])
+    plain, padded = (BatchBuilder(pairs, layout(multiple_of=multiple)).build(indices) for multiple in (1, 128))
+    assert (plain.num_padding, plain.num_tokens) == (0, padded.num_tokens)
+    assert padded.num_padding == sum(row.num_tokens for row in padded.rows) - padded.num_tokens
+    for one, other in zip(plain.rows, padded.rows, strict=True):
+        assert (other.num_tokens % 128, other.num_padding) == (0, other.num_tokens - one.num_tokens)
+        assert other.source.tolist() == one.source.tolist()
+        assert other.target.tolist() == one.target.tolist()
+        # In ascending order the last one: none lies in the padding.
+        assert int(other.source.max()) < one.num_tokens
+
+
 def test_a_rank_without_pairs_runs_a_filler_that_does_not_count() -> None:
     batch = BatchBuilder(collection(make_pairs()), layout(2, 3)).build(np.array([3, 20]))
     assert [row.pair_numbers.tolist() for row in batch.conditional] == [[-1, -1]]
@@ -51,6 +69,53 @@ def test_workers_give_the_same_batches_and_a_later_start_the_same_tail() -> None
     for one, other in (*zip(plain, workers, strict=True), *zip(plain[3:], tail, strict=True)):
         assert one.pair_indices.tolist() == other.pair_indices.tolist()
         assert [row.token_ids.tolist() for row in one.conditional] == [row.token_ids.tolist() for row in other.conditional]
+
+
+def test_what_workers_send_is_the_batch_itself() -> None:
+    pairs = collection(make_pairs())
+    pairs.reference_scores = [np.arange(48, dtype=np.float32).reshape(24, 2)]
+    builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+    (sent,) = iterate_batches(builder, order, batch_size=7, total_pairs=7, num_workers=1)
+    built = builder.build(order.batch(0, 7, 7))
+    for field in dataclasses.fields(built):
+        mine, theirs = getattr(built, field.name), getattr(sent, field.name)
+        if isinstance(mine, np.ndarray):
+            assert (mine.dtype, mine.tolist()) == (theirs.dtype, theirs.tolist())
+        elif not isinstance(mine, list):
+            assert mine == theirs
+    assert len(sent.conditional) == len(built.conditional) > 1
+    for mine, theirs in zip(built.rows, sent.rows, strict=True):
+        for name, tensor in vars(mine).items():
+            if isinstance(tensor, torch.Tensor):
+                received = getattr(theirs, name)
+                assert received.dtype == tensor.dtype
+                assert torch.equal(received, tensor)
+                received += 1  # memory of its own, and not read-only
+            else:
+                assert getattr(theirs, name) == tensor
+
+
+FAILING = """
+from tests.data.test_loader import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
+
+def steps():
+    pairs = collection(make_pairs())
+    builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+    for _ in iterate_batches(builder, order, batch_size=5, total_pairs=3300, num_workers=2):
+        raise RuntimeError("a step failed")
+        yield
+
+for _ in steps():
+    pass
+"""
+
+
+def test_a_process_ends_though_a_step_failed_with_workers_at_work() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING], capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: a step failed" in done.stderr
 
 
 def test_a_blend_keeps_the_shares_and_repeats_the_shorter_set() -> None:

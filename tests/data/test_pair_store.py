@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -64,6 +65,48 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int) -> None:
     with pytest.raises(IndexError):
         store[23]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pairs.bin", "pairs.idx", "pairs.json"]
+
+
+@pytest.mark.parametrize("cuts", [(0, 11), (0, 0, 3, 4, 11), (0, 7, 7, 11)])
+@pytest.mark.parametrize("kind", ["pairs", "supervised", "unpaired"])
+def test_many_at_once_make_the_files_of_one_by_one(tmp_path: Path, kind: str, cuts: tuple[int, ...]) -> None:
+    pairs = make_unpaired(11) if kind == "unpaired" else make_pairs(11, 1003)
+    if kind == "supervised":
+        pairs = [dataclasses.replace(pair, rejected=EMPTY) for pair in pairs]
+    write(tmp_path / "one", pairs, unpaired=kind == "unpaired")
+    with PairStoreWriter(tmp_path / "many", 1003, unpaired=kind == "unpaired") as writer:
+        for first, end in itertools.pairwise(cuts):
+            parts = [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs[first:end]]
+            tokens = np.concatenate([EMPTY, *(ids for triple in parts for ids in triple)]).astype(np.int32)
+            writer.add_all(tokens, np.array([[len(ids) for ids in triple] for triple in parts]).reshape(-1, 3))
+            assert len(writer) == end
+        writer.finalize(Manifest(INFO, counts={"rows": 11}))
+    for ending in ("bin", "idx", "json"):
+        assert (tmp_path / f"many.{ending}").read_bytes() == (tmp_path / f"one.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("unpaired", "lengths"),
+    [
+        (False, [[1, 2, 3], [0, 3, 3]]),
+        (False, [[1, 2, 3], [3, 0, 3]]),
+        (False, [[1, 2, 3], [3, 3, 0]]),
+        (False, [[1, 2, 3], [3, 2, 2]]),
+        (False, [[1, 2, 3], [7, 2, -3]]),
+        (True, [[1, 2, 0], [3, 3, 3]]),
+        (True, [[1, 2, 0], [9, 0, 0]]),
+    ],
+)
+def test_the_last_of_many_is_checked_like_the_first(tmp_path: Path, unpaired: bool, lengths: list[list[int]]) -> None:
+    with PairStoreWriter(tmp_path / "pairs", 1003, unpaired=unpaired) as writer, pytest.raises(AssertionError):
+        writer.add_all(np.ones(12, dtype=np.int32), np.array(lengths))
+
+
+def test_many_stay_of_the_kind_of_those_before(tmp_path: Path) -> None:
+    with PairStoreWriter(tmp_path / "pairs", 1003) as writer:
+        writer.add_all(np.ones(5, dtype=np.int32), np.array([[1, 2, 2]]))
+        with pytest.raises(AssertionError, match="pairs and supervised rows"):
+            writer.add_all(np.ones(6, dtype=np.int32), np.array([[1, 2, 0], [1, 2, 0]]))
 
 
 def test_megatron_reads_it_as_documents_of_three_sequences(tmp_path: Path) -> None:
