@@ -169,7 +169,7 @@ TABLES = {
         {"lengths": "{source}", "pairs": "{batch_size}", "ranks": "{ranks}", "workers": "{num_workers}"},
         (
             Figure("CPU ms to make a batch", "build_cpu_ms_p50"),
-            Figure("CPU ms to take it", "unpack_cpu_ms_p50"),
+            Figure("CPU ms of the trainer to take it", "own_cpu_ms_p50"),
             Figure("step, ms", "step_ms_p50", form=".0f"),
             Figure("wait, ms", "wait_ms_p50"),
             Figure("share of time waited", "share", form=".4f"),
