@@ -134,7 +134,7 @@ def test_all_ranks_stop_and_the_cause_is_told_once(tmp_path: Path, full_ranks: s
     teller = "[rank 1] OutOfMemoryError: step 3: " if full_ranks == "1" else " OutOfMemoryError: step 3: "
     assert teller in lines[0], ended.stderr
     assert len(lines) <= 2, ended.stderr
-    assert all("since rank 1 ran out of memory" in line or "Another rank told" in line for line in lines[1:])
+    assert all("] stopped, since rank " in line or "Another rank told" in line for line in lines[1:]), ended.stderr
     assert latest_complete_iteration(save) == 2
     assert sorted(losses(save)) == [1, 2]
 

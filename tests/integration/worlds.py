@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -105,9 +107,10 @@ def score_all(case: Case, reference: PolicyModel, pairs: PairCollection, groups:
     return [from_last_stage(scores, groups)[:, :, 0].numpy()]
 
 
-def loss_and_gradients(case: Case, hf_dir: str, reference_dir: str, pairs: PairCollection) -> dict[str, Any] | None:
+def loss_and_gradients(
+    case: Case, hf_dir: str, reference_dir: str, pairs: PairCollection, groups: ProcessGroups
+) -> dict[str, Any] | None:
     """The global batch's loss, metrics and gradients by Hugging Face name; None except on the rank that has them all."""
-    groups = initialize_runtime(case.tp, case.pp)
     objective = build_objective(case.objective, case.options)
     needs, reference = objective.needs, None
     if needs.reference or needs.perturbation is not None:
@@ -129,7 +132,6 @@ def loss_and_gradients(case: Case, hf_dir: str, reference_dir: str, pairs: PairC
     metrics = gradient_pass(state.model, batch, objective, prepared, groups)
     gradients = gather_gradients(state, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
-    end_case()
     if gradients is None:
         return None
     return {
@@ -153,7 +155,9 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, tp_group=groups.tp, pp_group=groups.pp)
     if groups.rank != 0:
         return None
-    return {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    gradients = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    shutil.rmtree(folder[0])
+    return gradients
 
 
 def end_case() -> None:
@@ -164,4 +168,12 @@ def end_case() -> None:
 
 def run_cases(cases: list[Case], hf_dir: str, reference_dir: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
     """Several cases one after the other in one set of processes, which are slow to start."""
-    return [loss_and_gradients(case, hf_dir, reference_dir, pairs) for case in cases]
+    results: list[dict[str, Any] | None] = [None] * len(cases)
+    layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
+    # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
+    for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
+        groups = initialize_runtime(*layout)
+        for number in numbers:
+            results[number] = loss_and_gradients(cases[number], hf_dir, reference_dir, pairs, groups)
+        end_case()
+    return results
