@@ -62,6 +62,20 @@ def test_special_tokens_that_users_wrote_stay_text(kind: str, template: str | No
     assert words in tokenizer.decode(pair.rejected)
 
 
+@pytest.mark.parametrize("kind", ["byte_bpe", "pieces"])
+@pytest.mark.parametrize("where", ["system", "user", "chosen", "rejected"])
+def test_a_special_token_is_seen_wherever_it_was_written(kind: str, where: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
+    texts = {name: f"The {name} text" + (" </s> <|eot_id|> on" if name == where else "") for name in ("system", "user")}
+    answers = {name: f"The {name} text" + (" </s> <|eot_id|> on" if name == where else "") for name in ("chosen", "rejected")}
+    written = PreferencePair(tuple(Turn(role, text) for role, text in texts.items()), **answers)
+    pair = encode_one(tokenizer, "zephyr", written)
+    plain = encode_one(tokenizer, "zephyr", PreferencePair((Turn("system", "a"), Turn("user", "b")), "c", "d"))
+    special = set(tokenizer.backend.special_ids.values())
+    for ids, expected in ((pair.prompt, plain.prompt), (pair.chosen, plain.chosen), (pair.rejected, plain.rejected)):
+        assert [token for token in ids if token in special] == [token for token in expected if token in special]
+
+
 WRITTEN = " \u00e9 </s> <|eot_id|> x"  # special tokens in a rendered text are tokens: not for the template none
 
 

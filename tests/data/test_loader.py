@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 from megatron_rmipo.data.batching import CostModel, PairOrder
 from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, iterate_batches
+from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, _read_ahead, iterate_batches
 from tests.integration.problem import PairList, collection, make_pairs
 
 COST = CostModel(1.0, 0.01, 1.0)
@@ -93,6 +96,29 @@ def test_what_workers_send_is_the_batch_itself() -> None:
                 received += 1  # memory of its own, and not read-only
             else:
                 assert getattr(theirs, name) == tensor
+
+
+def test_the_next_batch_is_received_while_one_is_used() -> None:
+    asked = [threading.Event() for _ in range(3)]
+
+    def source() -> Iterator[Any]:
+        for number, event in enumerate(asked):
+            event.set()
+            yield number
+
+    batches = _read_ahead(source())
+    assert next(batches) == 0
+    assert asked[1].wait(60)
+    assert not asked[2].is_set()
+    assert list(batches) == [1, 2]
+
+
+def test_what_fails_in_a_worker_fails_where_the_batch_is_wanted() -> None:
+    pairs = collection(make_pairs())
+    builder, order = BatchBuilder(pairs, layout(tokens_per_microbatch=1)), PairOrder(len(pairs), 3)
+    batches = iterate_batches(builder, order, batch_size=5, total_pairs=33, num_workers=1)
+    with pytest.raises(AssertionError, match="checked against the data set before training"):
+        next(batches)
 
 
 FAILING = """

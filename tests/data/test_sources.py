@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,40 @@ def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_line_that_is_no_object_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="found list"):
         load_payload(b"[1]")
+
+
+ODD_LINES = [
+    b'{"a": "x\\u00e9\\n", "b": [1, 2.5, null, NaN]}',
+    b'{"a": 1}\n',
+    b'{"a": 1}\r\n',
+    b'  {"a": 1}\t \n',
+    b'{"a": 1} {"b": 2}\n',
+    b'{"a": 1},\n',
+    b'{"a": 1}\x00\n',
+    b"\xef\xbb\xbf" + b'{"a": 1}\n',
+    '{"a": 1}'.encode("utf-16"),
+    '{"a": 1}'.encode("utf-16-le"),
+    b'{"a": "\xff"}\n',
+    b'{"a": "\xed\xa0\xbd"}\n',
+    b'{"a": "\\ud83d"}\n',
+    b'{"a": "\t"}\n',
+    b"{'a': 1}\n",
+    b'{"a": 1\n',
+    b"null\n",
+    b"7 \n",
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_a_line_is_read_as_the_json_module_reads_it(line: bytes) -> None:
+    try:
+        expected: object = json.loads(line)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+            load_payload(line)
+    else:
+        if isinstance(expected, dict):
+            assert repr(load_payload(line)) == repr(expected)
+        else:
+            with pytest.raises(ValueError, match="an object with columns expected"):
+                load_payload(line)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rmipo.data.pair_store import PairStore
+from megatron_rmipo.data.preprocess import PreprocessOptions, preprocess
 from megatron_rmipo.data.preprocess_cli import main
 from megatron_rmipo.data.tokenize import PreferenceTokenizer
 from tests.data.tokenizers import TEXTS, save_byte_bpe, save_sentencepiece, shared_data
@@ -95,6 +96,17 @@ def test_the_result_does_not_depend_on_the_workers(tmp_path: Path) -> None:
         assert run(tmp_path, directory, source, *flags, prefix=f"w{workers}") == 0
     for ending in ("bin", "idx", "json", "rejects.jsonl"):
         assert (tmp_path / f"w1.{ending}").read_bytes() == (tmp_path / f"w3.{ending}").read_bytes()
+
+
+def test_a_tokenizer_that_is_loaded_already_is_taken(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", rows(20))
+    assert run(tmp_path, model, source) == 0
+    tokenizer = load(model)
+    monkeypatch.setattr("megatron_rmipo.data.preprocess.load_tokenizer", None)
+    prefix = str(tmp_path / "again")
+    preprocess(PreprocessOptions((str(source),), str(model), prefix, chat_template="mistral"), tokenizer)
+    for ending in ("bin", "idx", "json", "rejects.jsonl"):
+        assert (tmp_path / f"again.{ending}").read_bytes() == (tmp_path / f"out.{ending}").read_bytes()
 
 
 def test_several_inputs_stand_in_their_order(tmp_path: Path, model: Path) -> None:
