@@ -144,8 +144,9 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> Tensor:
         local = shard.local_target(target)
         statistics = LogitStatistics.empty(hidden, 1 if reference is None else 4, hidden.shape[0])
+        scratch = _scratch(hidden, shard.valid_rows, chunk_size)
         for chunk in _chunks(shard.valid_rows, chunk_size):
-            for row, logits in _logits_to_score(hidden, weight, reference, chunk):
+            for row, logits in _logits_to_score(hidden, weight, reference, chunk, scratch):
                 statistics[row].add(logits, local - chunk.start)
         logprobs, log_sum_exp = shard.combine(statistics)
         ctx.save_for_backward(hidden, weight, local, log_sum_exp[0])
@@ -163,8 +164,9 @@ class _LinearLogprobs(torch.autograd.Function):
         # Summed over chunks in fp32: in bf16 each chunk would round away part of the ones before it.
         grad_hidden = torch.zeros_like(hidden, dtype=accumulation_dtype(hidden.dtype)) if needs_hidden else None
         grad_weight = _WeightGrad(ctx.parameter, shard.valid_rows) if needs_weight else None
+        scratch = _scratch(hidden, shard.valid_rows, ctx.chunk_size)
         for chunk in _chunks(shard.valid_rows, ctx.chunk_size):
-            logits = _chunk_logits(hidden, weight, chunk)
+            logits = _chunk_logits(hidden, weight, chunk, scratch)
             grad_logits = logits_grad(logits, log_sum_exp, local - chunk.start, grad).to(weight.dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden, grad_logits, weight[chunk])
@@ -193,7 +195,7 @@ class _WeightGrad:
         if self.accumulates:
             _add_product(self.parameter.main_grad[rows], left, right)
         else:
-            self.grad[rows] = _product(left, right)
+            _product(left, right, out=self.grad[rows])
 
     def for_autograd(self) -> Tensor:
         if not self.accumulates:
@@ -237,11 +239,21 @@ def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
+def _scratch(hidden: Tensor, rows: int, chunk_size: int) -> Tensor | None:
+    """Memory for the logits of one chunk, the same for all: the CPU's allocator would fetch and clear new pages for each.
+
+    None where products are of another dtype than the logits and cannot be written there.
+    """
+    if hidden.dtype != accumulation_dtype(hidden.dtype):
+        return None
+    return hidden.new_empty(hidden.shape[0] * min(rows, chunk_size))
+
+
 def _logits_to_score(
-    hidden: Tensor, weight: Tensor, reference: ReferenceHead | None, chunk: slice
+    hidden: Tensor, weight: Tensor, reference: ReferenceHead | None, chunk: slice, scratch: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(row of the result, logits of a chunk that may be overwritten): the policy's; with a reference its own and two mixtures."""
-    policy = _chunk_logits(hidden, weight, chunk)
+    policy = _chunk_logits(hidden, weight, chunk, scratch)
     if reference is not None:
         other = _chunk_logits(reference.hidden, reference.weight, chunk)
         # Where both models agree to the bit, so do the mixtures. One mixture exists at a time.
@@ -251,17 +263,19 @@ def _logits_to_score(
     yield 0, policy
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, chunk: slice) -> Tensor:
-    return _product(hidden, weight[chunk].t())
+def _chunk_logits(hidden: Tensor, weight: Tensor, chunk: slice, scratch: Tensor | None = None) -> Tensor:
+    shape = (hidden.shape[0], chunk.stop - chunk.start)
+    return _product(hidden, weight[chunk].t(), out=None if scratch is None else scratch[: shape[0] * shape[1]].view(shape))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of one dtype; the result in fp32 (fp64 for fp64)."""
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` of one dtype; the result in fp32 (fp64 for fp64), in ``out`` where given."""
     dtype = accumulation_dtype(left.dtype)
-    if left.dtype != dtype and left.is_cuda:
-        # Not rounded to bf16 on the way. The CPU has no such kernel.
-        return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
+    if left.dtype == dtype:
+        return torch.mm(left, right, out=out)
+    # bf16 sums that are not rounded to bf16 on the way. The CPU has no such kernel.
+    product = torch.mm(left, right, out_dtype=dtype) if left.is_cuda else left @ right
+    return product.to(dtype) if out is None else out.copy_(product)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
