@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import copyreg
 import dataclasses
 import io
-import os
+import multiprocessing
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -242,7 +244,12 @@ def iterate_batches(
         worker_init_fn=_prepare_worker,
     )
     batches: Iterator[RankBatch] = map(pickle.loads, loader)
-    return _read_ahead(batches) if num_workers else batches
+    if not num_workers:
+        return batches
+    # After the workers were started, so that it comes before torch's own farewell, which waits for each.
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
+    return _read_ahead(batches)
 
 
 def _read_ahead(batches: Iterator[RankBatch]) -> Iterator[RankBatch]:
@@ -269,6 +276,13 @@ def _by_way_of_numpy(tensor: torch.Tensor) -> tuple[Any, tuple[np.ndarray]]:
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # torchrun signals a rank's whole process group; the rank needs its workers while it saves, and ends them itself, with the
-    # very signal: they must not ignore it, or a rank that failed would wait for them for ever.
-    os.setpgid(0, 0)
+    # torchrun signals a rank's whole process group, Slurm every process of a step; the rank needs its workers while it saves.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """What multiprocessing does with daemons when a process ends, with a signal that they do not ignore."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -124,15 +124,12 @@ def test_what_fails_in_a_worker_fails_where_the_batch_is_wanted() -> None:
 FAILING = """
 from tests.data.test_loader import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
 
-def steps():
-    pairs = collection(make_pairs())
-    builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
-    for _ in iterate_batches(builder, order, batch_size=5, total_pairs=3300, num_workers=2):
-        raise RuntimeError("a step failed")
-        yield
-
-for _ in steps():
-    pass
+pairs = collection(make_pairs())
+builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+# Something still holds the batches when the process ends.
+batches = iterate_batches(builder, order, batch_size=5, total_pairs=3300, num_workers=2)
+next(batches)
+raise RuntimeError("a step failed")
 """
 
 

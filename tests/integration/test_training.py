@@ -187,16 +187,20 @@ def start_under_torchrun(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path, num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "to_all"), [(0, False), (2, False), (2, True)])
+def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path, num_workers: int, to_all: bool) -> None:
     save = tmp_path / "run"
     arguments = flags(prefix, save, train_iters=5000, use_distributed_optimizer=True, num_workers=num_workers)
     process = start_under_torchrun(arguments)
-    process.send_signal(signal.SIGTERM)
+    # torchrun passes it on to its ranks' process groups; Slurm signals every process of a step itself.
+    others = psutil.Process(process.pid).children(recursive=True) if to_all else []
+    for one in (*others, process):
+        one.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     steps = max(losses(save))
     assert (save / f"iter_{steps:07d}" / "metadata.json").is_file(), output
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(steps)
+    assert "DataLoader worker" not in output
 
 
 @pytest.mark.dist
