@@ -191,17 +191,21 @@ def _head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, back
     """Final norm, scored hidden states, a chunk's logits and their gradients, of the last stage."""
     tp, element = config.parallel.tensor_model_parallel_size, _element_bytes(config)
     shard = padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, tp) // tp
-    logits = pack.num_scored * min(config.model.logprob_chunk_size, shard)
-    # A chunk's logits are fp32; those of the chunk before are still there. In bf16 a CPU makes them from bf16 ones.
-    rounded = 0 if element == FP32_BYTES or fused else element
+    rows = min(config.model.logprob_chunk_size, shard)
+    logits = pack.num_scored * rows
+    # Of bf16 products that are wanted in fp32 a CPU makes bf16 ones first.
+    half = element != FP32_BYTES
+    rounded = element if half and not fused else 0
     states = pack.num_tokens * arch.hidden_size * element + pack.num_scored * arch.hidden_size * element
-    num_logits = (2 if shard > config.model.logprob_chunk_size else 1) + (2 if mixed else 0)
-    forward = states + logits * (num_logits * FP32_BYTES + rounded)
+    # In fp32 all chunks share the memory of one; in bf16 the one before is still there. Mixed: both models' and two mixtures.
+    num_chunks = 2 if half and rows < shard else 1
+    forward = states + logits * ((4 if mixed else num_chunks) * FP32_BYTES + rounded)
     if not backward:
         return forward
     states += 3 * pack.num_tokens * arch.hidden_size * element + pack.num_scored * arch.hidden_size * FP32_BYTES
-    gradient = 0 if element == FP32_BYTES else element
-    during = logits * (min(num_logits, 2) * FP32_BYTES + gradient + rounded)
+    chunk = logits * (FP32_BYTES + (element if half else 0))
+    before = logits * (FP32_BYTES + rounded) if num_chunks > 1 else 0
+    # In bf16 what is added to fp32 gradients, of the hidden states or of the weight, is a tensor of its own.
+    product = max(pack.num_scored, rows) * arch.hidden_size * (FP32_BYTES + rounded) if half else 0
     # Autograd is handed a tensor of the weight's size, though DDP has the gradient already.
-    after = logits * (FP32_BYTES + gradient) + shard * arch.hidden_size * element
-    return max(forward, states + max(during, after))
+    return max(forward, states + chunk + max(before, product, shard * arch.hidden_size * element))

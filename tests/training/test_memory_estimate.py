@@ -42,6 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bf16, full": ({"num_layers": 5}, {"bf16": True, **FULL}),
     "large vocabulary": ({"num_layers": 1, "vocab_size": 9000}, {"logprob_chunk_size": 2500}),
     "large vocabulary, bf16": ({"num_layers": 1, "vocab_size": 9000}, {"logprob_chunk_size": 2500, "bf16": True}),
+    "products, bf16": (
+        {"num_layers": 1, "hidden_size": 512, "vocab_size": 2000},
+        {"logprob_chunk_size": 2000, "bf16": True},
+    ),
     "whole vocabulary": ({"num_layers": 1, "vocab_size": 5000}, {"logprob_chunk_size": 5000}),
 }
 
@@ -146,12 +150,13 @@ def test_activations_are_those_of_the_layers_added_up() -> None:
 def test_the_head_grows_with_the_chunk_and_not_with_the_vocabulary() -> None:
     pack = PackSize(num_tokens=8192, num_scored=4096)
 
-    def head(vocab_size: int, chunk: int, *, backward: bool) -> float:
+    def head(vocab_size: int, chunk: int, *, bf16: bool = True) -> float:
         arch = dataclasses.replace(LLAMA_3_8B, vocab_size=vocab_size)
-        return pack_memory(arch, llama(bf16=True, logprob_chunk_size=chunk), pack, backward=backward, fused=True).head
+        return pack_memory(arch, llama(bf16=bf16, logprob_chunk_size=chunk), pack, backward=False, fused=True).head
 
-    assert head(128256, 4096, backward=False) == head(32000, 4096, backward=False)
-    # Two chunks of fp32 logits.
-    more = head(128256, 8192, backward=False) - head(128256, 4096, backward=False)
-    assert more == 4096 * 4096 * 2 * 4
-    assert head(2048, 4096, backward=False) < head(2048 + 4096, 4096, backward=False)
+    assert head(128256, 4096) == head(32000, 4096)
+    # Two chunks of fp32 logits; in fp32 they share the memory of one.
+    for bf16, num_chunks in ((True, 2), (False, 1)):
+        more = head(128256, 8192, bf16=bf16) - head(128256, 4096, bf16=bf16)
+        assert more == 4096 * 4096 * num_chunks * 4
+    assert head(2048, 4096) < head(2048 + 4096, 4096)
