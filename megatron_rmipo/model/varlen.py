@@ -23,8 +23,8 @@ from torch import Tensor
 from megatron_rmipo.runtime.transfers import to_device
 
 _Integers = npt.NDArray[np.int64]
-# As in block_masks: more packs than wait for their backward pass under pipeline parallelism.
-_PACKS_KEPT = 64
+# As in block_masks.
+_PACKS_KEPT = 16
 
 
 class VarlenLayout(NamedTuple):

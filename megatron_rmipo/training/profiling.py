@@ -12,8 +12,6 @@ from types import TracebackType
 import torch
 from torch._C._autograd import _profiler_enabled
 
-from megatron_rmipo.errors import ConfigError
-
 
 def trace_range(name: str) -> AbstractContextManager[object]:
     """A named range in the trace of whatever profiler runs; where none does, next to nothing."""
@@ -31,24 +29,14 @@ class StepProfiler:
         path: the trace, ``.json.gz``; its directory is created. An older one is replaced.
         steps: numbers of the steps to record, counted from 1; empty: this rank records nothing.
         say: told where the trace lies, or why it could not be written.
-
-    Raises:
-        ConfigError: the directory cannot be created.
     """
 
     def __init__(self, path: Path, steps: range, say: Callable[[str], None]) -> None:
         self._path, self._steps, self._say = path, steps, say
         self._recorded: list[int] = []
         self._prepared = False
-        if not steps:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{path.parent}: traces cannot be written there: {error.strerror}. Use another --log-dir."
-            ) from error
-        self._profile = torch.profiler.profile()
+        if steps:
+            self._profile = torch.profiler.profile()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -89,10 +77,12 @@ class StepProfiler:
         self._recorded = []
         temporary = self._path.with_name("tmp." + self._path.name)
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(temporary))
             os.replace(temporary, self._path)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             self._say(f"warning: {self._path}: the trace of steps {first} to {last} cannot be written: {error}")
         else:
             self._say(f"trace of steps {first} to {last}: {self._path}")

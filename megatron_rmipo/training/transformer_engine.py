@@ -10,8 +10,9 @@ from megatron_rmipo.config import ModelConfig
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import NO_TRANSFORMER_ENGINE, transformer_engine_available
 
-# Recipe of fp8 -> what the sides of its matrix products are multiples of, tokens among them; least compute capability.
-_RECIPES = {"delayed": (16, (8, 9)), "tensorwise": (16, (8, 9)), "blockwise": (16, (9, 0)), "mxfp8": (32, (10, 0))}
+# Recipe of fp8 -> what the sides of its matrix products are multiples of, tokens among them; least compute capability. Blockwise
+# products do with 16, but sequence parallelism gathers whole blocks of 128 x 128.
+_RECIPES = {"delayed": (16, (8, 9)), "tensorwise": (16, (8, 9)), "blockwise": (128, (9, 0)), "mxfp8": (32, (10, 0))}
 
 
 def fp8_multiple(model: ModelConfig) -> int:

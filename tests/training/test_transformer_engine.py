@@ -127,6 +127,7 @@ TP4 = ("--tensor-model-parallel-size", "4")
         ((*TP4, "--fp8-format", "hybrid", "--attention-backend", "te", "--sequence-parallel"), 64),
         (("--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"), 32),
         ((*TP4, "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--sequence-parallel", "--attention-backend", "flex"), 128),
+        ((*TP4, "--fp8-format", "hybrid", "--fp8-recipe", "blockwise", "--sequence-parallel"), 512),
         (("--fp8-recipe", "mxfp8"), 1),
     ],
 )
