@@ -29,7 +29,7 @@ from megatron_rmipo.runtime.transfers import to_device
 # FlexAttention's own default; its kernels work on tiles that divide it.
 BLOCK_TOKENS = 128
 _MIN_BLOCKS = 2
-# Of packs whose backward pass, or recomputation, is still to come under pipeline parallelism. A mask that is not kept is made again.
+# Of packs whose backward pass, or recomputation, is to come under pipeline parallelism. A mask that is not kept is made again.
 _PACKS_KEPT = 16
 _Flags = npt.NDArray[np.bool_]
 _Integers = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ from megatron_rmipo.training.inputs import conditional_layout
 from megatron_rmipo.training.validation import refuse_impossible_layout, validate
 from tests.training.test_validation import ARCH, BASE
 
-WIDE = dataclasses.replace(ARCH, hidden_size=192, kv_channels=16, ffn_hidden_size=512)
+WIDE = dataclasses.replace(ARCH, hidden_size=1536, kv_channels=128, ffn_hidden_size=512)
 
 
 def config_of(*argv: str) -> Config:
