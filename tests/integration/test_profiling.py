@@ -54,7 +54,6 @@ def test_chosen_steps_are_traced_on_the_chosen_rank_alone(tmp_path: Path) -> Non
         assert parts.keys() == {f"seconds/{name}" for name in ("data", "before", "gradient", "optimizer", "other")}
         assert sum(parts.values()) == pytest.approx(record["step_seconds"], rel=1e-9)
         assert min(parts.values()) > 0
-        assert parts["seconds/gradient"] > parts["seconds/data"], "a pass of the model takes longer than a batch of six pairs"
 
 
 def test_a_run_that_stops_among_the_steps_writes_what_it_has(tmp_path: Path) -> None:
