@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import traceback
 from typing import Any
 
 import torch.distributed as dist
+
+from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 
 _KEY = "megatron_rmipo/first_failure"
 
@@ -26,6 +31,27 @@ def first_failure() -> str | None:
             text: str = store.get(_KEY).decode()
             return text
     return None
+
+
+def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> None:
+    """Say on this rank why a command ends, if it has something to say.
+
+    Args:
+        error: a fault the user can mend, or a collective that lost a rank: why is that rank's to tell.
+        debug: show tracebacks instead.
+
+    Raises:
+        RuntimeError: ``error``, where no rank told of a failure, or with ``debug``.
+    """
+    if isinstance(error, RuntimeError):
+        cause = first_failure()
+        if cause is None or debug:
+            raise error
+        print(f"{rank_label()}stopped, since {cause}", file=sys.stderr, flush=True)
+    elif debug:
+        traceback.print_exception(error)
+    elif speaks_for_its_node():
+        print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def _store() -> Any:

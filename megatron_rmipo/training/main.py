@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,9 +27,8 @@ from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 from megatron_rmipo.training.arguments import parse_arguments
-from megatron_rmipo.training.first_failure import first_failure
+from megatron_rmipo.training.first_failure import tell_failure
 from megatron_rmipo.training.flops import peak_flops
 from megatron_rmipo.training.inputs import RunData, check_outputs, conditional_layout, open_data
 from megatron_rmipo.training.loop import Progress, Run, train
@@ -52,18 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_arguments(arguments)
         shows_tracebacks = config.logging.debug
         run_training(config)
-    except RmipoError as error:
-        if shows_tracebacks:
-            traceback.print_exc()
-        elif speaks_for_its_node():
-            print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError:
-        # A collective that lost a rank; why is that rank's to tell.
-        cause = first_failure()
-        if cause is None or shows_tracebacks:
-            raise
-        print(f"{rank_label()}stopped, since {cause}", file=sys.stderr, flush=True)
+    except (RmipoError, RuntimeError) as error:
+        tell_failure(error, debug=shows_tracebacks)
         return 1
     return 0
 
@@ -88,7 +77,7 @@ def run_training(config: Config) -> bool:
     start = starting_point(config, source, data, objective)
     reference = choose_reference(config, source, start, objective.needs, world_size)
     data_layout = partial(_layout, config, source.arch, data, objective)
-    _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
+    least_tokens = _check_rows_fit(data, data_layout(dp_rank=0, dp_size=1))
     check_outputs(config)
 
     groups = initialize_runtime(
@@ -98,15 +87,17 @@ def run_training(config: Config) -> bool:
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
-    memory = MemoryReport(config, source.arch, groups, config.log_directory)
+    memory = MemoryReport(config, source.arch, groups, config.log_directory, least_tokens)
     progress = start.progress
     if reference is not None:
         progress.reference = identify_reference(reference, groups)
-        attach_scores(config, reference, progress.reference, data, objective.needs, groups, memory)
-    state = _load(config, source, start, groups, train_iters)
-    if objective.needs.perturbation is not None:
-        assert reference is not None
-        state.reference = load_reference(config, reference, progress.reference, groups)
+        with memory.explaining("loading the reference", trains=False):
+            attach_scores(config, reference, progress.reference, data, objective.needs, groups, memory)
+    with memory.explaining("loading the model"):
+        state = _load(config, source, start, groups, train_iters)
+        if objective.needs.perturbation is not None:
+            assert reference is not None
+            state.reference = load_reference(config, reference, progress.reference, groups)
     with _reporter(config, groups, train_iters, progress) as reporter:
         _say_what_runs(config, source, groups, progress, reporter)
         rank_layout = data_layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -165,13 +156,17 @@ def _layout(
     )
 
 
-def _check_rows_fit(data: RunData, layout: BatchLayout) -> None:
+def _check_rows_fit(data: RunData, layout: BatchLayout) -> int:
+    """Refuse pairs that fit no pack; the tokens of the largest one."""
+    laid_out: list[tuple[np.ndarray, Callable[[int], str]]] = []
     for pairs in (data.train, data.held_out):
         if pairs is not None:
-            check_capacity(layout.conditional_sizes(pairs.lengths), layout.tokens_per_microbatch, pairs.describe)
+            laid_out.append((pairs.lengths, pairs.describe))
             if pairs.mismatched is not None:
-                describe = functools.partial(_describe_mismatched, pairs)
-                check_capacity(layout.conditional_sizes(pairs.mismatched.lengths), layout.tokens_per_microbatch, describe)
+                laid_out.append((pairs.mismatched.lengths, functools.partial(_describe_mismatched, pairs)))
+    for lengths, describe in laid_out:
+        check_capacity(layout.conditional_sizes(lengths), layout.tokens_per_microbatch, describe)
+    return max(int(layout.conditional_sizes(lengths).tokens.max(initial=0)) for lengths, _ in laid_out)
 
 
 def _describe_mismatched(pairs: PairCollection, index: int) -> str:

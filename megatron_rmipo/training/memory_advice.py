@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from megatron_rmipo.config import Config
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.training.memory_estimate import PackMemory, PackSize, pack_memory, standing_memory
+from megatron_rmipo.training.transformer_engine import fp8_width_problems
 
 # Packs of other sizes leave gaps between them: of what is free, this much is taken as usable.
 USABLE_SHARE = 0.95
@@ -20,6 +21,8 @@ ROUND_TOKENS = 64
 # A measure that makes packs possible that are larger by less is not worth naming.
 WORTHWHILE = 1.1
 MAX_SUGGESTIONS = 3
+# Of the work that failed: it has none, it has one, or it has one of which a checkpoint holds the state, in the form of its kind.
+Optimizer = Literal["none", "unsaved", "saved"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Shortage:
         backward: whether its pass has a backward.
         capacity_factor: tokens of a full pack of its pass, in ``--tokens-per-microbatch``.
         free_bytes: what there was for it.
-        kind: ``packs_in_flight``, ``mixed``, ``fused`` of :func:`megatron_rmipo.training.memory_estimate.pack_memory`.
+        kind: ``packs_in_flight``, ``mixed``, ``fused``, ``last_stage`` of
+            :func:`megatron_rmipo.training.memory_estimate.pack_memory`.
+        optimizer: what is to be known of it.
     """
 
     pack: PackSize
@@ -39,6 +44,7 @@ class Shortage:
     capacity_factor: int
     free_bytes: float
     kind: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: Optimizer = "unsaved"
 
     def estimate(self, arch: ModelArchitecture, config: Config, pack: PackSize | None = None) -> PackMemory:
         """What the pack, or another one of its pass, needs with some flags."""
@@ -79,7 +85,8 @@ def suggestions(arch: ModelArchitecture, config: Config, dp_size: int, shortage:
     largest = functools.partial(_largest_tokens, arch, config, dp_size, shortage)
     now, own = config.data.tokens_per_microbatch, largest(_Measure())
     lines = [_tokens_flag(own, least_tokens)] if least_tokens <= own < now else []
-    measures = list(_measures(arch, config, dp_size, backward=shortage.backward))
+    has_head = shortage.kind.get("last_stage", True)
+    measures = list(_measures(arch, config, dp_size, shortage.optimizer, backward=shortage.backward, head=has_head))
     for measure in [*measures, *_together(measures)]:
         tokens = largest(measure)
         if tokens >= min(max(least_tokens, WORTHWHILE * own), now):
@@ -87,18 +94,19 @@ def suggestions(arch: ModelArchitecture, config: Config, dp_size: int, shortage:
     return lines[:MAX_SUGGESTIONS]
 
 
-def update_suggestions(arch: ModelArchitecture, config: Config, dp_size: int) -> list[str]:
+def update_suggestions(arch: ModelArchitecture, config: Config, dp_size: int, optimizer: Optimizer = "unsaved") -> list[str]:
     """Flags that make smaller what weights, gradients and optimizer hold, with their bytes on a rank; no pack is at fault."""
-    measures = _measures(arch, config, dp_size, backward=False)
-    total = {one.flags: _standing(arch, one.apply(config), config, dp_size) for one in measures if one.parallel}
-    now = _standing(arch, config, config, dp_size)
+    measures = _measures(arch, config, dp_size, optimizer, backward=False, head=False)
+    total = {one.flags: _standing(arch, one.apply(config), config, dp_size, optimizer) for one in measures}
+    now = _standing(arch, config, config, dp_size, optimizer)
     return [f"{flags} ({number / 2**30:.2f} of {now / 2**30:.2f} GiB)" for flags, number in total.items() if number < now]
 
 
 def _largest_tokens(arch: ModelArchitecture, config: Config, dp_size: int, shortage: Shortage, measure: _Measure) -> int:
     """The largest ``--tokens-per-microbatch`` of which a full pack fits, at most the present one; 0 if none does."""
     changed = measure.apply(config)
-    free = shortage.free_bytes + _standing(arch, config, config, dp_size) - _standing(arch, changed, config, dp_size)
+    standing = [_standing(arch, one, config, dp_size, shortage.optimizer) for one in (config, changed)]
+    free = shortage.free_bytes + standing[0] - standing[1]
     # The pack did not fit, whatever its estimate: one that says it would have is raised.
     error = max(1.0, shortage.free_bytes / max(shortage.estimate(arch, config).peak, 1.0))
     scored_share = shortage.pack.num_scored / max(shortage.pack.num_tokens, 1)
@@ -115,22 +123,26 @@ def _largest_tokens(arch: ModelArchitecture, config: Config, dp_size: int, short
     return low
 
 
-def _standing(arch: ModelArchitecture, changed: Config, config: Config, dp_size: int) -> float:
+def _standing(arch: ModelArchitecture, changed: Config, config: Config, dp_size: int, optimizer: Optimizer) -> float:
     """What stands on a rank with changed flags; a larger tensor-parallel size takes its ranks from data parallelism."""
     tensor = changed.parallel.tensor_model_parallel_size
-    return standing_memory(arch, changed, config.parallel.tensor_model_parallel_size * dp_size // tensor).total
+    ranks = config.parallel.tensor_model_parallel_size * dp_size
+    return standing_memory(arch, changed, ranks // tensor, trains=optimizer != "none").total
 
 
 def _tokens_flag(tokens: int, least: int) -> str:
     return f"--tokens-per-microbatch {max(tokens // ROUND_TOKENS * ROUND_TOKENS, least)}"
 
 
-def _measures(arch: ModelArchitecture, config: Config, dp_size: int, *, backward: bool) -> Iterator[_Measure]:
-    """One at a time, those that cost least speed first."""
-    if config.model.logprob_chunk_size > SMALL_CHUNK:
+def _measures(
+    arch: ModelArchitecture, config: Config, dp_size: int, optimizer: Optimizer, *, backward: bool, head: bool
+) -> Iterator[_Measure]:
+    """One at a time, those that cost least speed first; the one that costs the optimizer's saved state last."""
+    if head and config.model.logprob_chunk_size > SMALL_CHUNK:
         yield _Measure(f"--logprob-chunk-size {SMALL_CHUNK}", model={"logprob_chunk_size": SMALL_CHUNK})
-    if dp_size > 1 and not config.parallel.use_distributed_optimizer:
-        yield _Measure("--use-distributed-optimizer", parallel={"use_distributed_optimizer": True})
+    shards = {"use_distributed_optimizer": True} if dp_size > 1 and not config.parallel.use_distributed_optimizer else {}
+    if shards and optimizer == "unsaved":
+        yield _Measure("--use-distributed-optimizer", parallel=shards)
     granularity = config.model.recompute_granularity
     if backward and granularity is None:
         yield _Measure("--recompute-granularity selective", model={"recompute_granularity": "selective"})
@@ -141,12 +153,15 @@ def _measures(arch: ModelArchitecture, config: Config, dp_size: int, *, backward
         )
     ranks = config.parallel.tensor_model_parallel_size * dp_size
     shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size, ranks)
-    larger = [size for size in range(config.parallel.tensor_model_parallel_size + 1, shared + 1) if shared % size == 0]
+    divisors = [size for size in range(config.parallel.tensor_model_parallel_size + 1, shared + 1) if shared % size == 0]
+    larger = [size for size in divisors if not any(fp8_width_problems(config.model, arch, size))]
     if larger:
         yield _Measure(
             f"--tensor-model-parallel-size {larger[0]} --sequence-parallel",
             parallel={"tensor_model_parallel_size": larger[0], "sequence_parallel": True},
         )
+    if shards and optimizer == "saved":
+        yield _Measure("--use-distributed-optimizer --no-load-optim", parallel=shards)
 
 
 def _together(measures: list[_Measure]) -> list[_Measure]:

@@ -58,12 +58,19 @@ class StandingMemory:
     Attributes:
         weights: in the dtype that is computed in.
         gradients: DDP's buffer, fp32.
-        optimizer: Adam's two moments, fp32, and with bf16 the fp32 weights.
+        master_weights: the optimizer's fp32 weights, where it does not update the others themselves; from when it is built.
+        moments: Adam's two, fp32; from the first update, or from when a checkpoint is loaded.
     """
 
     weights: float
-    gradients: float
-    optimizer: float
+    gradients: float = 0.0
+    master_weights: float = 0.0
+    moments: float = 0.0
+
+    @property
+    def optimizer(self) -> float:
+        """Bytes of what the optimizer holds."""
+        return self.master_weights + self.moments
 
     @property
     def total(self) -> float:
@@ -71,13 +78,14 @@ class StandingMemory:
         return self.weights + self.gradients + self.optimizer
 
 
-def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int) -> StandingMemory:
+def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int, *, trains: bool = True) -> StandingMemory:
     """What the policy holds on the rank that holds most of it: its shard of the layers and of the vocabulary.
 
     Args:
         arch: the model.
         config: the run's flags.
         dp_size: data-parallel ranks.
+        trains: False where there are weights alone, as for scoring.
     """
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     layer = arch.hidden_size * (2 * _query_size(arch) + 2 * _key_size(arch) + 3 * arch.ffn_hidden_size) / tp
@@ -85,12 +93,15 @@ def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int) -> St
     # The first stage embeds, the last one scores.
     tables = 2 if pp == 1 and not arch.tied_embeddings else 1
     parameters = arch.num_layers / pp * (layer + 2 * arch.hidden_size) + tables * vocabulary
-    shards = dp_size if config.parallel.use_distributed_optimizer else 1
-    states = 3 if config.model.bf16 else 2
+    weights = parameters * _element_bytes(config)
+    if not trains:
+        return StandingMemory(weights)
+    share = parameters * FP32_BYTES / (dp_size if config.parallel.use_distributed_optimizer else 1)
     return StandingMemory(
-        weights=parameters * _element_bytes(config),
+        weights,
         gradients=parameters * FP32_BYTES,
-        optimizer=parameters * states * FP32_BYTES / shards,
+        master_weights=share if config.model.bf16 else 0.0,
+        moments=2 * share,
     )
 
 
@@ -103,6 +114,7 @@ def pack_memory(
     packs_in_flight: int = 1,
     mixed: bool = False,
     fused: bool = False,
+    last_stage: bool = True,
 ) -> PackMemory:
     """What a pack needs on one rank.
 
@@ -114,12 +126,13 @@ def pack_memory(
         packs_in_flight: packs whose activations are kept at a time: one, but for pipeline stages before the last.
         mixed: logits are mixed with those of a reference in memory.
         fused: norms, SwiGLU and attention in fused kernels, as on a GPU.
+        last_stage: whether the rank's pipeline stage has the output layer.
     """
     element = _element_bytes(config)
     tokens = pack.num_tokens * element
     whole_layer = tokens * _layer_elements(arch, config, fused=fused)
     working = tokens * _working_elements(arch, config)
-    head = _head_bytes(arch, config, pack, backward=backward, mixed=mixed, fused=fused)
+    head = _head_bytes(arch, config, pack, backward=backward, mixed=mixed, fused=fused) if last_stage else 0.0
     if not backward:
         return PackMemory(0.0, layer=tokens * _forward_elements(arch, config, fused=fused), head=head)
     num_layers = arch.num_layers / config.parallel.pipeline_model_parallel_size

@@ -13,7 +13,7 @@ _WORDS = {"in_use": "in use by tensors", "reserved": "reserved by torch", "free"
 def first_line(record: Mapping[str, Any]) -> str:
     """Where memory ran out."""
     if "pack" not in record:
-        return f"{record['when']}: out of memory outside the passes, where weights and optimizer state are updated."
+        return f"{record['when']}: out of memory{' outside the passes over packs' if record['has_packs'] else ''}."
     pack = record["pack"]
     longest = max(pack["pairs"], key=lambda pair: pair["tokens"], default=None)
     named = f"; the longest, {longest['pair']}, {longest['tokens']} tokens" if longest is not None else ""
@@ -25,10 +25,13 @@ def first_line(record: Mapping[str, Any]) -> str:
 
 def further_lines(record: Mapping[str, Any]) -> list[str]:
     """What torch said, how much memory there was and was needed, and what would have fitted."""
-    lines = [f"torch: {record['error']}", _memory_line(record["memory"])]
+    lines = [
+        f"torch: {record['error']}",
+        _memory_line(record["memory"], "free without the pack" if "pack" in record else "free afterwards"),
+    ]
     fragments = _fragments_line(record["memory"])
     lines += [fragments] if fragments else []
-    standing = ", ".join(f"{name} {_size(number)}" for name, number in record["standing"].items())
+    standing = ", ".join(f"{name.replace('_', ' ')} {_size(number)}" for name, number in record["standing"].items() if number)
     if "pack" not in record:
         lines.append(f"estimate of what stands: {standing}")
         return [*lines, *_suggestion_lines("would leave more, each line by itself:", record["suggestions"])]
@@ -51,10 +54,10 @@ def _suggestion_lines(title: str, suggestions: list[str]) -> list[str]:
     return [title, *(f"  {one}" for one in suggestions)]
 
 
-def _memory_line(memory: Mapping[str, int | None]) -> str:
+def _memory_line(memory: Mapping[str, int | None], afterwards: str) -> str:
     known = [f"{_size(memory[name])} {text}" for name, text in _WORDS.items() if memory[name] is not None]
     asked = [f"asked for {_size(memory['asked'])}"] if memory["asked"] is not None else []
-    return "; ".join([*asked, *known, f"{_size(memory['free_without_the_pack'])} free without the pack"])
+    return "; ".join([*asked, *known, f"{_size(memory['free_without_the_pack'])} {afterwards}"])
 
 
 def _fragments_line(memory: Mapping[str, int | None]) -> str | None:

@@ -31,18 +31,18 @@ class PackOutOfMemory(RuntimeError):
     Args:
         name: of the pass.
         rows: its packs, on the CPU.
-        number: the one begun last, from 0.
+        number: the one at work, from 0.
         backward: whether the pass has a backward.
-        forward_done: whether the forward of that pack was over.
+        in_backward: whether that pack was in it.
         mixed: whether its logits are mixed with a reference's.
     """
 
     def __init__(
-        self, name: str, rows: Sequence[PackedRow], number: int, *, backward: bool, forward_done: bool, mixed: bool
+        self, name: str, rows: Sequence[PackedRow], number: int, *, backward: bool, in_backward: bool, mixed: bool
     ) -> None:
         super().__init__(f"out of memory in the {name}, pack {number + 1} of {len(rows)}")
         self.name, self.rows, self.number = name, rows, number
-        self.backward, self.forward_done, self.mixed = backward, forward_done, mixed
+        self.backward, self.in_backward, self.mixed = backward, in_backward, mixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class MemoryWitness:
 
     def __init__(self, snapshot: Path | None, *, record_history: bool = False) -> None:
         self.snapshot = snapshot
+        self.snapshot_written = False
         self.reading: MemoryReading | None = None
         if not torch.cuda.is_available():
             return
@@ -92,6 +93,7 @@ class MemoryWitness:
                 self.snapshot.parent.mkdir(parents=True, exist_ok=True)
                 dump: Any = torch.cuda.memory._dump_snapshot
                 dump(str(self.snapshot))
+                self.snapshot_written = True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

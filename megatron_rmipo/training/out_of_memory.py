@@ -20,7 +20,7 @@ from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.first_failure import claim_first_failure
-from megatron_rmipo.training.memory_advice import Shortage, suggestions, update_suggestions
+from megatron_rmipo.training.memory_advice import Optimizer, Shortage, suggestions, update_suggestions
 from megatron_rmipo.training.memory_estimate import PackSize, standing_memory
 from megatron_rmipo.training.memory_message import first_line, further_lines
 from megatron_rmipo.training.memory_readings import (
@@ -39,12 +39,13 @@ FOLDER = "out_of_memory"
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What a rank was at: in words, the batch and who made it, and the optimizer whose state is to come."""
+    """What a rank was at: the arguments of :meth:`MemoryReport.explaining`."""
 
     when: str
-    builder: BatchBuilder
-    batch: RankBatch
+    builder: BatchBuilder | None
+    batch: RankBatch | None
     optimizer: Any
+    trains: bool
 
 
 class MemoryReport:
@@ -55,23 +56,36 @@ class MemoryReport:
         arch: the model.
         groups: the process groups of this rank.
         directory: in its ``out_of_memory/`` a rank leaves what it found, with CUDA a snapshot of the memory, too; None: nowhere.
+        least_tokens: of the largest pair of all data: smaller packs would be refused.
     """
 
-    def __init__(self, config: Config, arch: ModelArchitecture, groups: ProcessGroups, directory: Path | None) -> None:
+    def __init__(
+        self, config: Config, arch: ModelArchitecture, groups: ProcessGroups, directory: Path | None, least_tokens: int
+    ) -> None:
         self._config, self._arch, self._groups = config, arch, groups
+        self._least_tokens = max(least_tokens, config.data.seq_length)
         self._path = None if directory is None else directory / FOLDER / f"rank{groups.rank}.json"
         snapshot = None if self._path is None else self._path.with_suffix(".pickle")
         self._witness = MemoryWitness(snapshot, record_history=config.profiling.record_memory_history)
 
     @contextlib.contextmanager
-    def explaining(self, when: str, builder: BatchBuilder, batch: RankBatch, optimizer: Any = None) -> Iterator[None]:
-        """Around the work on a batch.
+    def explaining(
+        self,
+        when: str,
+        builder: BatchBuilder | None = None,
+        batch: RankBatch | None = None,
+        optimizer: Any = None,
+        *,
+        trains: bool = True,
+    ) -> Iterator[None]:
+        """Around the work on a batch, or around what comes before the first.
 
         Args:
             when: the step, or whatever it is, in words.
             builder: made the batch.
             batch: this rank's share.
-            optimizer: Megatron's, whose state comes with the first update; None where there will be none.
+            optimizer: Megatron's, where it is built; its moments come with the first update.
+            trains: False where log-probs are made of a model that has neither gradients nor an optimizer.
 
         Raises:
             OutOfMemoryError: on a rank whose memory ran out, alone.
@@ -82,45 +96,47 @@ class MemoryReport:
             if not is_out_of_memory(error):
                 raise
             release(error)
-            raise self._explained(error, _Work(when, builder, batch, optimizer)) from error
+            raise self._explained(error, _Work(when, builder, batch, optimizer, trains)) from error
 
     def _explained(self, error: RuntimeError, work: _Work) -> OutOfMemoryError:
         record = self._record(error, work)
         kept = self._keep(record)
         if not claim_first_failure(f"rank {self._groups.rank} ran out of memory"):
             return OutOfMemoryError(f"{first_line(record)} Another rank told of its own before, and what would help.")
-        return OutOfMemoryError("\n  ".join([first_line(record), *further_lines(record), *kept, self._last_checkpoint()]))
+        return OutOfMemoryError("\n  ".join([first_line(record), *further_lines(record), *kept, self._how_to_go_on(work)]))
 
     def _record(self, error: RuntimeError, work: _Work) -> dict[str, Any]:
         """All that is known, in plain types; sizes in bytes."""
         arch, config, dp_size = self._arch, self._config, self._groups.dp_size
         cause = error.__cause__ if isinstance(error, PackOutOfMemory) else error
         reading = self._witness.reading or MemoryReading(asked=asked_bytes(cause or error))
-        standing, free = standing_memory(arch, config, dp_size), free_bytes()
+        standing, free = standing_memory(arch, config, dp_size, trains=work.trains), free_bytes()
         if work.optimizer is not None and not optimizer_has_state(work.optimizer):
-            free = max(0, free - int(standing.optimizer))
+            free = max(0, free - int(standing.moments))
+        optimizer: Optimizer = "none" if not work.trains else "unsaved" if self._checkpoint() is None else "saved"
         record = {
             "rank": self._groups.rank,
             "when": work.when,
+            "has_packs": work.batch is not None,
             "error": str(cause or error).splitlines()[0],
             "memory": {**dataclasses.asdict(reading), "free_without_the_pack": free},
             "standing": dataclasses.asdict(standing),
         }
         if not isinstance(error, PackOutOfMemory):
-            return {**record, "suggestions": update_suggestions(arch, config, dp_size)}
-        shortage = self._shortage(error, work.batch, free)
-        sizes = work.builder.layout.conditional_sizes(work.builder.pairs.lengths)
+            return {**record, "suggestions": update_suggestions(arch, config, dp_size, optimizer)}
+        shortage = self._shortage(error, work.batch, free, optimizer)
         return {
             **record,
             "pass": error.name,
-            "in": "backward" if error.backward and error.forward_done else "forward",
+            "in": "backward" if error.in_backward else "forward",
             "pack": {"number": error.number + 1, "of": len(error.rows), **_pack_record(error.rows[error.number], work)},
             "packs_in_flight": shortage.kind["packs_in_flight"],
             "estimate": dataclasses.asdict(shortage.estimate(arch, config)),
-            "suggestions": suggestions(arch, config, dp_size, shortage, max(int(sizes.tokens.max()), config.data.seq_length)),
+            "suggestions": suggestions(arch, config, dp_size, shortage, self._least_tokens),
         }
 
-    def _shortage(self, error: PackOutOfMemory, batch: RankBatch, free: int) -> Shortage:
+    def _shortage(self, error: PackOutOfMemory, batch: RankBatch | None, free: int, optimizer: Optimizer) -> Shortage:
+        assert batch is not None
         row = error.rows[error.number]
         stages_from_here = self._groups.pp_size - self._groups.pp_rank
         return Shortage(
@@ -132,7 +148,9 @@ class MemoryReport:
                 "packs_in_flight": min(stages_from_here, len(error.rows)) if error.backward else 1,
                 "mixed": error.mixed,
                 "fused": torch.cuda.is_available(),
+                "last_stage": stages_from_here == 1,
             },
+            optimizer,
         )
 
     def _keep(self, record: dict[str, Any]) -> list[str]:
@@ -147,15 +165,26 @@ class MemoryReport:
         except OSError as error:
             return [f"{self._path}: cannot be written: {error.strerror}"]
         snapshot = self._path.with_suffix(".pickle").name
-        seen = f"; memory snapshot beside it, for pytorch.org/memory_viz: {snapshot}" if self._witness.reading else ""
+        seen = f"; memory snapshot beside it, for pytorch.org/memory_viz: {snapshot}" if self._witness.snapshot_written else ""
         return [f"all of it: {self._path}{seen}"]
 
-    def _last_checkpoint(self) -> str:
-        save = self._config.checkpoint.save
-        iteration = latest_complete_iteration(Path(save)) if save is not None else None
-        if save is None or iteration is None:
+    def _how_to_go_on(self, work: _Work) -> str:
+        if not work.trains:
+            return "what was scored is kept: start again"
+        checkpoint = self._checkpoint()
+        if checkpoint is None:
             return "no checkpoint was saved yet"
-        return f"the checkpoint {checkpoint_path(Path(save), iteration)} is whole: go on with --load {save}"
+        without = " --no-load-optim" if self._config.checkpoint.no_save_optim else ""
+        return f"the checkpoint {checkpoint} is whole: go on with --load {checkpoint.parent}{without}"
+
+    def _checkpoint(self) -> Path | None:
+        """The one to go on from: the last that this run saved, else the one it goes on from itself."""
+        flags = self._config.checkpoint
+        for directory in (flags.save, None if flags.finetune else flags.load):
+            iteration = latest_complete_iteration(Path(directory)) if directory is not None else None
+            if directory is not None and iteration not in (None, "release"):
+                return checkpoint_path(Path(directory), iteration)
+        return None
 
 
 def _is_among(row: PackedRow, rows: list[PackedRow]) -> bool:
@@ -164,7 +193,10 @@ def _is_among(row: PackedRow, rows: list[PackedRow]) -> bool:
 
 def _pack_record(row: PackedRow, work: _Work) -> dict[str, Any]:
     """The pack's size, and its pairs with the tokens that each has in it."""
-    pairs, layout, batch = work.builder.pairs, work.builder.layout, work.batch
+    batch, builder = work.batch, work.builder
+    assert batch is not None
+    assert builder is not None
+    pairs, layout = builder.pairs, builder.layout
     numbers = sorted({number for number in row.pair_numbers.tolist() if number >= 0})
     indices = [int(batch.pair_indices[number]) for number in numbers]
     laid_out = pairs.mismatched if _is_among(row, batch.mismatched) else pairs

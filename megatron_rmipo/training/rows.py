@@ -56,21 +56,25 @@ def run_rows(
     Raises:
         PackOutOfMemory: memory ran out, on this rank alone.
     """
-    begun: list[bool] = []  # for each row so far, whether its forward is over
+    begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
 
-    def forward_step(iterator: Iterator[tuple[PackedRow, ReferenceHead | None]], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        row, reference = next(iterator)
-        begun.append(False)
+    def forward_step(
+        iterator: Iterator[tuple[int, tuple[PackedRow, ReferenceHead | None]]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        number, (row, reference) = next(iterator)
+        begun.append((number, False))
         row = _on_device(row)
-        output = _output(model, row, reference, scores=scores)
-        begun[-1] = True
+        output: Any = _output(model, row, reference, scores=scores)
+        if output.requires_grad:
+            # A pipeline stage before the last runs other packs' forwards before a pack's backward.
+            output.register_hook(lambda grad: begun.append((number, True)))
         return output, partial(finish, row) if backward else partial(_keep, finish, row)
 
     nothing: list[ReferenceHead | None] = [None] * len(rows)
     try:
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(zip(rows, references or nothing, strict=True)),
+            data_iterator=iter(enumerate(zip(rows, references or nothing, strict=True))),
             model=[model],
             num_microbatches=len(rows),
             # Shapes travel with the activations; this one is only asked for.
@@ -82,9 +86,8 @@ def run_rows(
     except RuntimeError as error:
         if not (begun and is_out_of_memory(error)):
             raise
-        raise PackOutOfMemory(
-            name, rows, len(begun) - 1, backward=backward, forward_done=begun[-1], mixed=bool(references)
-        ) from error
+        number, in_backward = begun[-1]
+        raise PackOutOfMemory(name, rows, number, backward=backward, in_backward=in_backward, mixed=bool(references)) from error
     return outputs
 
 

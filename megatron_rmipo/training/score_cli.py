@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from megatron_rmipo.config import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
@@ -22,7 +21,7 @@ from megatron_rmipo.data.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, DataError, RmipoError
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
-from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
+from megatron_rmipo.training.first_failure import tell_failure
 from megatron_rmipo.training.inputs import check_tokenizer, conditional_layout
 from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights, weights_fingerprint
 from megatron_rmipo.training.out_of_memory import MemoryReport
@@ -94,23 +93,25 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
     refuse_impossible_layout(config, source.arch, int(os.environ.get("WORLD_SIZE", "1")))
     rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
     layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
-    for one in rows:
-        describe = functools.partial("pair {1} of {0}".format, one.prefix)
-        check_capacity(layout.conditional_sizes(one.lengths), layout.tokens_per_microbatch, describe)
+    sizes = [layout.conditional_sizes(one.lengths) for one in rows]
+    for one, own in zip(rows, sizes, strict=True):
+        check_capacity(own, layout.tokens_per_microbatch, functools.partial("pair {1} of {0}".format, one.prefix))
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
-    memory = MemoryReport(config, source.arch, groups, directory=None)
+    least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
+    memory = MemoryReport(config, source.arch, groups, None, least_tokens)
     fingerprint = weights_fingerprint(source, groups)
     cache = config.model.reference_cache
     tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)
     missing = find_missing(tasks, groups)
     if missing:
-        model = build_model(source.arch, config, groups)
-        load_weights(source, model, groups)
+        with memory.explaining("loading the model", trains=False):
+            model = build_model(source.arch, config, groups)
+            load_weights(source, model, groups)
         layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
             score_rows(model, task, layout, groups, memory)
@@ -145,11 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging=sections[LoggingConfig],
         )
         lines = score(config, sections[ScoringConfig])
-    except RmipoError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        elif speaks_for_its_node():
-            print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    except (RmipoError, RuntimeError) as error:
+        tell_failure(error, debug="--debug" in arguments)
         return 1
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines))

@@ -135,7 +135,7 @@ def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups:
         for first in range(num_done, num_rows, block):
             indices = np.arange(first, min(first + block, num_rows))
             batch = builder.build(indices)
-            with memory.explaining(f"log-probs of {rows.prefix}", builder, batch):
+            with memory.explaining(f"log-probs of {rows.prefix}", builder, batch, trains=False):
                 scores = _score_block(model, batch, groups)
             on_first_rank(groups.world, partial(_write, writer, scores))
             bar.update(len(indices))

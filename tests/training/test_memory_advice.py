@@ -27,8 +27,8 @@ def config(*, model: dict[str, Any] | None = None, parallel: dict[str, Any] | No
     )
 
 
-def shortage(free_gib: float, *, backward: bool = True, capacity_factor: int = 1, pack: PackSize = PACK) -> Shortage:
-    return Shortage(pack, backward, capacity_factor, free_gib * GIB, {"fused": True})
+def shortage(free_gib: float, *, backward: bool = True, capacity_factor: int = 1, pack: PackSize = PACK, **more: Any) -> Shortage:
+    return Shortage(pack, backward, capacity_factor, free_gib * GIB, {"fused": True}, **more)
 
 
 def peak(flags: Config, tokens: int) -> float:
@@ -87,6 +87,43 @@ def test_what_a_measure_frees_beside_the_pack_counts() -> None:
     assert not any("distributed" in line for line in suggestions(ARCH, flags, 1, lack, least_tokens=8000))
 
 
+def test_an_optimizer_that_is_not_there_is_not_sharded_and_one_that_was_saved_is_started_anew() -> None:
+    flags = config()
+    sharded = dataclasses.replace(flags, parallel=ParallelConfig(tensor_model_parallel_size=2, use_distributed_optimizer=True))
+    freed = standing_memory(ARCH, flags, 8).total - standing_memory(ARCH, sharded, 8).total
+    free = (1.06 * peak(flags, 8192) - freed) / GIB
+    lines = suggestions(ARCH, flags, 8, shortage(free, optimizer="saved"), least_tokens=8000)
+    assert "--use-distributed-optimizer --no-load-optim" in lines
+    assert "--use-distributed-optimizer" not in lines
+
+
+def test_where_nothing_trains_weights_alone_stand() -> None:
+    flags, weights = config(model={"logprob_chunk_size": 1024}), 2 * 8.03e9 / 2 / GIB
+    lines = update_suggestions(ARCH, flags, 4, "none")
+    assert [line.partition(" (")[0] for line in lines] == ["--tensor-model-parallel-size 4 --sequence-parallel"]
+    assert [float(number) for number in re.findall(r"[\d.]+(?= of| GiB)", lines[0])] == pytest.approx(
+        [weights / 2, weights], abs=0.01
+    )
+    # Half of the weights are less than what lacks; with half of gradients and optimizer it would be enough.
+    pack = PackSize(40 * 8192, 40 * 8192)
+    divided = dataclasses.replace(flags, parallel=ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True))
+    free = pack_memory(ARCH, divided, pack, backward=False, fused=True).peak / GIB - weights
+    for optimizer, lines in (("unsaved", ["--tensor-model-parallel-size 4 --sequence-parallel"]), ("none", [])):
+        lack = shortage(free, backward=False, pack=pack, capacity_factor=40, optimizer=optimizer)
+        found = suggestions(ARCH, flags, 4, lack, least_tokens=8192)
+        assert [line for line in found if line.startswith("--tensor")] == lines
+
+
+def test_a_stage_without_the_output_layer_is_not_told_of_it() -> None:
+    flags = config(parallel={"pipeline_model_parallel_size": 2})
+    free = 0.7 * peak(flags, 7900) / GIB
+    for last_stage in (True, False):
+        lack = dataclasses.replace(shortage(free), kind={"fused": True, "last_stage": last_stage})
+        lines = suggestions(ARCH, flags, 1, lack, least_tokens=8192)
+        assert lines
+        assert any("chunk" in line for line in lines) == last_stage, lines
+
+
 def test_a_larger_tensor_parallel_size_divides_the_model_and_the_ranks() -> None:
     flags = config(model={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})
     flags = dataclasses.replace(flags, parallel=dataclasses.replace(flags.parallel, use_distributed_optimizer=True))
@@ -97,6 +134,14 @@ def test_a_larger_tensor_parallel_size_divides_the_model_and_the_ranks() -> None
 
     # 2 x 4 ranks could be 4 x 2; of 2 x 3 none but 2 divides the model's 8 key/value heads.
     assert (sizes(4), sizes(3), sizes(1)) == ({"4"}, set(), set())
+
+
+def test_a_tensor_parallel_size_that_fp8_cannot_take_is_not_named() -> None:
+    # A quarter of its MLP is no multiple of 16, half of it is.
+    arch = dataclasses.replace(ARCH, ffn_hidden_size=32 * 449)
+    for fp8_format, named in ((None, True), ("hybrid", False)):
+        lines = update_suggestions(arch, config(model={"fp8_format": fp8_format}), 4)
+        assert any("tensor" in line for line in lines) == named
 
 
 def test_packs_of_the_unconditional_pass_hold_twice_as_many_and_keep_nothing() -> None:

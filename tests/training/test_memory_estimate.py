@@ -118,8 +118,13 @@ def test_what_stands_follows_from_the_number_of_parameters() -> None:
     standing = standing_memory(LLAMA_3_8B, llama(bf16=True), dp_size=1)
     assert standing.weights == pytest.approx(2 * PARAMETERS, rel=1e-6)
     assert standing.gradients == pytest.approx(4 * PARAMETERS, rel=1e-6)
-    assert standing.optimizer == pytest.approx(12 * PARAMETERS, rel=1e-6)
-    assert standing_memory(LLAMA_3_8B, llama(), dp_size=1).total == pytest.approx(16 * PARAMETERS, rel=1e-6)
+    assert standing.master_weights == pytest.approx(4 * PARAMETERS, rel=1e-6)
+    assert standing.moments == pytest.approx(8 * PARAMETERS, rel=1e-6)
+    assert standing.total == standing.weights + standing.gradients + standing.optimizer == pytest.approx(18 * PARAMETERS)
+    plain = standing_memory(LLAMA_3_8B, llama(), dp_size=1)
+    assert plain.total == pytest.approx(16 * PARAMETERS, rel=1e-6)
+    assert plain.master_weights == 0
+    assert standing_memory(LLAMA_3_8B, llama(bf16=True), dp_size=1, trains=False).total == standing.weights
     sharded = standing_memory(LLAMA_3_8B, llama(bf16=True, use_distributed_optimizer=True), dp_size=8)
     assert (sharded.weights, sharded.optimizer) == (standing.weights, standing.optimizer / 8)
     # Norms, 2 of 4096 for each layer and one at the end, are on both ranks.
@@ -145,6 +150,11 @@ def test_activations_are_those_of_the_layers_added_up() -> None:
     staged = llama(bf16=True, pipeline_model_parallel_size=4)
     flying = pack_memory(LLAMA_3_8B, staged, pack, backward=True, fused=True, packs_in_flight=3)
     assert flying.activations == 3 / 4 * plain.activations
+    assert flying.head > 0
+    for backward in (True, False):
+        inner = pack_memory(LLAMA_3_8B, staged, pack, backward=backward, fused=True, last_stage=False)
+        assert inner.head == 0
+        assert inner.layer > 0
 
 
 def test_the_head_grows_with_the_chunk_and_not_with_the_vocabulary() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def real_error() -> RuntimeError:
 def test_errors_of_both_allocators_are_known_and_others_are_not() -> None:
     assert is_out_of_memory(real_error())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert is_out_of_memory(PackOutOfMemory("gradient pass", [], 0, backward=True, forward_done=False, mixed=False))
+    assert is_out_of_memory(PackOutOfMemory("gradient pass", [], 0, backward=True, in_backward=False, mixed=False))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
 
@@ -69,7 +71,7 @@ def test_tensors_of_a_failed_pass_are_let_go_of_while_its_error_is_kept() -> Non
         try:
             inner(activations)
         except RuntimeError as error:
-            raise PackOutOfMemory("gradient pass", [], 0, backward=True, forward_done=False, mixed=False) from error
+            raise PackOutOfMemory("gradient pass", [], 0, backward=True, in_backward=False, mixed=False) from error
 
     with pytest.raises(PackOutOfMemory) as caught:
         outer()
@@ -81,8 +83,26 @@ def test_tensors_of_a_failed_pass_are_let_go_of_while_its_error_is_kept() -> Non
     assert str(caught.value.__cause__) == "inner"
 
 
-def test_free_memory_of_the_host_is_what_the_system_says() -> None:
-    assert 2**20 < free_bytes() < 2**50
+def test_free_memory_of_the_host_is_what_the_system_and_the_limit_of_the_process_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [resource.RLIM_INFINITY]
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[0] if kind == resource.RLIMIT_AS else 1, 1))
+    found = []
+    for limit in (resource.RLIM_INFINITY, 5000, 1200, 200):
+        limits[0] = limit
+        found.append(free_bytes())
+    assert found == [1000, 1000, 900, 0]
+
+
+def test_free_memory_of_a_device_is_what_is_free_and_what_torch_keeps_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 600)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20, 800))
+    assert free_bytes() == 120
 
 
 def test_the_witness_reads_and_keeps_the_moment_that_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +121,18 @@ def test_the_witness_reads_and_keeps_the_moment_that_memory_runs_out(tmp_path: P
     witness = MemoryWitness(path)
     assert histories == []
     assert witness.reading is None
+    assert not witness.snapshot_written
     observers[0](1, 20, 80, 5)
     assert witness.reading == MemoryReading(asked=20, in_use=61, reserved=71, free=5, total=80)
     assert path.read_text() == "snapshot"
-    MemoryWitness(None, record_history=True)
+    assert witness.snapshot_written
+    failing = MemoryWitness(path, record_history=True)
     assert len(histories) == 1
     # Torch raises its own error only if this one does not.
     memory._dump_snapshot = None
-    observers[0](1, 20, 80, 5)
+    observers[1](1, 20, 80, 5)
+    assert failing.reading == witness.reading
+    assert not failing.snapshot_written
 
 
 def test_without_cuda_nothing_is_attached(tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.config import CheckpointConfig, Config, DataConfig
+from megatron_rmipo.config import CheckpointConfig, Config, DataConfig, ModelConfig
 from megatron_rmipo.data.batching import CostModel
 from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, RankBatch
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.training import out_of_memory
+from megatron_rmipo.training.main import _check_rows_fit
 from megatron_rmipo.training.memory_message import first_line, further_lines
-from megatron_rmipo.training.memory_readings import PackOutOfMemory
+from megatron_rmipo.training.memory_readings import MemoryReading, PackOutOfMemory
 from megatron_rmipo.training.out_of_memory import MemoryReport
 from tests.integration.problem import collection, make_pairs
 
@@ -46,22 +47,30 @@ def batch(builder: BatchBuilder) -> RankBatch:
     return builder.build(np.array([4, 20, 9, 2, 17, 6, 1, 12, 15, 22]))
 
 
-def report(directory: Path | None, config: Config = CONFIG, **groups: int) -> MemoryReport:
+def report(directory: Path | None, config: Config = CONFIG, least_tokens: int = 70, **groups: int) -> MemoryReport:
     ranks: Any = SimpleNamespace(**{"rank": 3, "dp_size": 2, "pp_size": 1, "pp_rank": 0, **groups})
-    return MemoryReport(config, ARCH, ranks, directory)
+    return MemoryReport(config, ARCH, ranks, directory, least_tokens)
 
 
-def explained(report: MemoryReport, builder: BatchBuilder, batch: RankBatch, error: RuntimeError, optimizer: Any = None) -> str:
+def explained(
+    report: MemoryReport,
+    builder: BatchBuilder,
+    batch: RankBatch,
+    error: RuntimeError,
+    optimizer: Any = None,
+    *,
+    trains: bool = True,
+) -> str:
     """The message of the error that comes out."""
     cause = torch.OutOfMemoryError(MESSAGE) if isinstance(error, PackOutOfMemory) else None
-    with pytest.raises(OutOfMemoryError) as caught, report.explaining("step 8", builder, batch, optimizer):
+    with pytest.raises(OutOfMemoryError) as caught, report.explaining("step 8", builder, batch, optimizer, trains=trains):
         raise error from cause
     assert caught.value.__cause__ is error
     return str(caught.value)
 
 
 def failed(name: str, rows: Any, number: int, *, backward: bool = False) -> PackOutOfMemory:
-    return PackOutOfMemory(name, rows, number, backward=backward, forward_done=backward, mixed=False)
+    return PackOutOfMemory(name, rows, number, backward=backward, in_backward=backward, mixed=False)
 
 
 def record_of(directory: Path) -> dict[str, Any]:
@@ -111,22 +120,84 @@ def test_a_filler_names_no_pair(builder: BatchBuilder, tmp_path: Path) -> None:
 
 def test_the_update_is_told_from_the_passes(builder: BatchBuilder, batch: RankBatch, tmp_path: Path) -> None:
     message = explained(report(tmp_path), builder, batch, torch.OutOfMemoryError(MESSAGE))
-    assert message.startswith("step 8: out of memory outside the passes, where weights and optimizer state are updated.\n")
+    assert message.startswith("step 8: out of memory outside the passes over packs.\n")
     assert "would leave more, each line by itself:\n    --use-distributed-optimizer (" in message
     assert "pack" not in record_of(tmp_path)
 
 
-def test_room_is_left_for_the_optimizer_state_that_is_to_come(
-    builder: BatchBuilder, batch: RankBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_comes_before_the_first_batch_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemoryError) as caught, report(tmp_path).explaining("loading the model"):
+        raise torch.OutOfMemoryError(MESSAGE)
+    message = str(caught.value)
+    assert message.startswith("loading the model: out of memory.\n")
+    assert "would leave more, each line by itself:\n    --use-distributed-optimizer (" in message
+    assert message.endswith("no checkpoint was saved yet")
+    # An error that was explained on the way is left as it is.
+    with pytest.raises(OutOfMemoryError) as again, report(tmp_path).explaining("loading the model"):
+        raise caught.value
+    assert again.value is caught.value
+
+
+def test_where_nothing_trains_there_are_weights_alone(builder: BatchBuilder, batch: RankBatch, tmp_path: Path) -> None:
+    for error in (failed("scoring pass", batch.conditional, 0), torch.OutOfMemoryError(MESSAGE)):
+        message = explained(report(tmp_path), builder, batch, error, trains=False)
+        standing = record_of(tmp_path)["standing"]
+        assert standing.pop("weights") > 0
+        assert not any(standing.values())
+        assert not any(word in message for word in ("gradients", "moments", "optimizer"))
+        assert message.endswith("what was scored is kept: start again")
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that is taken to hold a run's checkpoint of step 7."""
+    monkeypatch.setattr(out_of_memory, "latest_complete_iteration", lambda path: 7 if path == tmp_path / "run" else None)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "goes_on"),
+    [
+        ({"save": "run"}, "go on with --load {}"),
+        ({"save": "run", "no_save_optim": True}, "go on with --load {} --no-load-optim"),
+        ({"save": "new", "load": "run"}, "go on with --load {}"),
+        ({"save": "new", "load": "run", "finetune": True}, "no checkpoint was saved yet"),
+    ],
+)
+def test_what_a_checkpoint_refuses_is_not_said(
+    flags: dict[str, Any], goes_on: str, saved: Path, builder: BatchBuilder, batch: RankBatch, tmp_path: Path
+) -> None:
+    named = {name: str(tmp_path / value) if isinstance(value, str) else value for name, value in flags.items()}
+    config = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(**named))
+    message = explained(report(tmp_path, config), builder, batch, torch.OutOfMemoryError(MESSAGE))
+    assert message.endswith(goes_on.format(saved))
+    resumes = goes_on.startswith("go on")
+    assert ("--use-distributed-optimizer --no-load-optim (" in message) == resumes
+    assert ("--use-distributed-optimizer (" in message) == (not resumes)
+
+
+def test_a_snapshot_is_named_where_it_was_written(builder: BatchBuilder, batch: RankBatch, tmp_path: Path) -> None:
+    for written in (True, False):
+        made = report(tmp_path)
+        made._witness.reading, made._witness.snapshot_written = MemoryReading(asked=5), written
+        message = explained(made, builder, batch, torch.OutOfMemoryError(MESSAGE))
+        assert ("; memory snapshot beside it, for pytorch.org/memory_viz: rank3.pickle" in message) == written
+        assert record_of(tmp_path)["memory"]["asked"] == 5
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_room_is_left_for_the_moments_that_are_to_come(
+    bf16: bool, builder: BatchBuilder, batch: RankBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(out_of_memory, "free_bytes", lambda: 10_000_000)
     error = failed("gradient pass", batch.conditional, 0, backward=True)
+    config = dataclasses.replace(CONFIG, model=ModelConfig(bf16=bf16))
     free = {}
     for name, state in (("none", {}), ("filled", {"weight": 1})):
         optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-        explained(report(tmp_path), builder, batch, error, optimizer)
+        explained(report(tmp_path, config), builder, batch, error, optimizer)
         free[name] = record_of(tmp_path)["memory"]["free_without_the_pack"]
-    # Two moments in fp32 for each weight: three layers, and two tables of 128 rows (83 tokens, padded).
+    # Two moments in fp32 for each weight, whatever its dtype: three layers, and two tables of 128 rows (83 tokens, padded).
     layer = 64 * (64 + 2 * 32 + 64 + 3 * 168) + 2 * 64
     assert free == {"none": 10_000_000 - 8 * (3 * layer + 2 * 128 * 64), "filled": 10_000_000}
 
@@ -138,6 +209,7 @@ def test_stages_before_the_last_hold_several_packs(builder: BatchBuilder, batch:
         error = failed("gradient pass", batch.conditional, 0, backward=True)
         message = explained(report(tmp_path, pp_size=3, pp_rank=stage), builder, batch, error)
         estimates.append(record_of(tmp_path)["estimate"]["activations"])
+        assert (record_of(tmp_path)["estimate"]["head"] > 0) == (stage == 2)
         assert ("of 3 packs at a time" in message) == (stage == 0)
     assert estimates[0] == 3 * estimates[1]
 
@@ -149,12 +221,28 @@ def test_advice_knows_the_capacity_of_the_packs_and_the_largest_pair(
     monkeypatch.setattr(out_of_memory, "suggestions", lambda arch, config, *others: asked.append(others) or [])
     monkeypatch.setattr(out_of_memory, "free_bytes", lambda: 77)
     for name, rows, backward in (("gradient", batch.conditional, True), ("unconditional", batch.unconditional, False)):
-        explained(report(None), builder, batch, failed(f"{name} pass", rows, 0, backward=backward))
-    largest = max(pair.prompt.size + pair.chosen.size - 1 + pair.rejected.size - 1 for pair in make_pairs())
-    assert largest > CONFIG.data.seq_length
-    assert [(dp_size, least) for dp_size, _, least in asked] == [(2, largest)] * 2
+        for least_tokens in (70, 20):
+            made = report(None, least_tokens=least_tokens)
+            explained(made, builder, batch, failed(f"{name} pass", rows, 0, backward=backward))
+    # Packs smaller than a sequence would be refused, too.
+    assert [(dp_size, least) for dp_size, _, least in asked] == [(2, 70), (2, CONFIG.data.seq_length)] * 2
     shortages = [shortage for _, shortage, _ in asked]
-    assert [(one.capacity_factor, one.backward, one.free_bytes) for one in shortages] == [(1, True, 77), (2, False, 77)]
+    assert [(one.capacity_factor, one.backward, one.free_bytes) for one in shortages[::2]] == [(1, True, 77), (2, False, 77)]
+
+
+def test_the_largest_pair_of_all_data_is_known(builder: BatchBuilder) -> None:
+    def part(*lengths: int, mismatched: Any = None) -> Any:
+        return SimpleNamespace(lengths=np.array([lengths, (1, 2, 2)]), describe=str, mismatched=mismatched)
+
+    # A prompt, and two responses less their last tokens.
+    small, large = part(10, 6, 9), part(20, 25, 17)
+    for train, held_out, expected in (
+        (small, None, 10 + 5 + 8),
+        (small, large, 20 + 24 + 16),
+        (part(10, 6, 9, mismatched=part(10, 14, 9)), small, 10 + 13 + 8),
+    ):
+        data: Any = SimpleNamespace(train=train, held_out=held_out)
+        assert _check_rows_fit(data, builder.layout) == expected
 
 
 def test_a_rank_that_fails_later_says_no_more_than_where(
@@ -186,14 +274,16 @@ def test_memory_that_is_in_pieces_is_told() -> None:
         "when": "step 2",
         "error": "CUDA out of memory.",
         "memory": {**memory, "free_without_the_pack": 30 * gib},
-        "standing": {"weights": 16.0 * gib},
+        "standing": {"weights": 16.0 * gib, "master_weights": 2.0 * gib, "moments": 0.0},
+        "has_packs": True,
         "suggestions": [],
     }
     lines = further_lines(record)
-    assert first_line(record).startswith("step 2: out of memory outside the passes")
+    assert first_line(record) == "step 2: out of memory outside the passes over packs."
+    assert "estimate of what stands: weights 16.00 GiB, master weights 2.00 GiB" in lines
     assert lines[1] == (
         "asked for 2.00 GiB; 60.00 GiB in use by tensors; 70.00 GiB reserved by torch; 512.0 MiB free; 80.00 GiB in all; "
-        "30.00 GiB free without the pack"
+        "30.00 GiB free afterwards"
     )
     assert lines[2].startswith("10.00 GiB are reserved in pieces that are too small: PYTORCH_CUDA_ALLOC_CONF=")
     assert lines[-1].startswith("by the estimate nothing fits on these ranks")
