@@ -10,14 +10,13 @@ is shown. Goals come from goals.csv, which every benchmark appends to.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.performance_tables import TABLES, Table
-from benchmarks.report import FOLDER, GOALS_FILE
+from benchmarks.report import FOLDER, GOALS_FILE, read_rows
 
 PAGE = FOLDER.parent / "docs" / "performance.md"
 TEMPLATE = FOLDER / "performance_template.md"
@@ -40,14 +39,6 @@ class Environments:
         """A line for each number."""
         titles = ("", *(name.replace("_", "-") for name in ENVIRONMENT))
         return markdown(titles, [(str(number), *values) for values, number in self._numbers.items()])
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Entries in the order they were made; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def newest(rows: Sequence[Row], key: Sequence[str]) -> list[Row]:

@@ -58,11 +58,10 @@ def add_report_options(parser: argparse.ArgumentParser, default_csv: Path) -> No
 
 def environment() -> dict[str, Any]:
     """Date, commit, device and versions."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=FOLDER)
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "torch": torch.__version__,
         "megatron_core": version("megatron-core"),
@@ -70,12 +69,32 @@ def environment() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit, ``-dirty`` where files other than our entries differ from it; empty without git or a repository."""
+    try:
+        described = _git("describe", "--always").stdout.strip()
+        # Only entries: lengths/*.csv is read, and says what was measured.
+        differs = _git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude,glob)*.csv").returncode
+    except OSError:
+        return ""
+    return f"{described}-dirty" if described and differs else described
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=FOLDER)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Entries in the order they were made; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append lines to a CSV file. Columns that one side does not have stay empty there."""
-    entries: list[Mapping[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            entries += csv.DictReader(file)
+    entries: list[Mapping[str, Any]] = [*read_rows(path)]
     entries += [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
     columns = list(dict.fromkeys(name for entry in entries for name in entry))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,23 +119,30 @@ def report(
         goals: those that these settings are meant for.
 
     Returns:
-        The exit code: 1 with ``--check`` and a goal that was missed.
+        The exit code: 1 where a file cannot be written, or with ``--check`` and a goal that was missed.
     """
     facts = environment()
-    append_rows(options.csv, [facts | dict(row) for row in rows])
     verdicts = [dataclasses.asdict(goal) | {"reached": goal.reached} for goal in goals]
-    if goals:
-        append_rows(options.csv.with_name(GOALS_FILE), [facts | {"benchmark": benchmark} | verdict for verdict in verdicts])
+    # Shown first: what took long to measure is not lost where it cannot be written.
     if options.json:
         print(json.dumps({"benchmark": benchmark, **facts, "rows": list(rows), "goals": verdicts}))
     else:
-        print("\n".join([table, *map(str, goals), f"appended to {options.csv}"]))
-    missed = [goal for goal in goals if not goal.reached]
+        print("\n".join([table, *map(str, goals)]))
+    try:
+        append_rows(options.csv, [facts | dict(row) for row in rows])
+        if goals:
+            append_rows(options.csv.with_name(GOALS_FILE), [facts | {"benchmark": benchmark} | verdict for verdict in verdicts])
+    except OSError as error:
+        print(f"error: --csv {options.csv}: not appended: {error}", file=sys.stderr)
+        return 1
+    if not options.json:
+        print(f"appended to {options.csv}")
     if not options.check:
         return 0
     if not goals:
         print("--check: no goal is set for these settings", file=sys.stderr)
         return 1
+    missed = [goal for goal in goals if not goal.reached]
     for goal in missed:
         print(f"goal missed: {goal}", file=sys.stderr)
     return 1 if missed else 0

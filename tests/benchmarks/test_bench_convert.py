@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import bench_convert, checkpoint_files
 from benchmarks.bench_convert import Conversion
 from benchmarks.checkpoint_files import DIRECTIONS, TO_HF, TO_MEGATRON, Folders, files_in, write_config
+from benchmarks.report import read_rows
 from megatron_rmipo.errors import ConversionError
 
 SMALL = {
@@ -78,8 +78,7 @@ def test_runs_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFi
         assert row["peak_bytes"] >= 0
         assert row["startup_cpu_seconds"] > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
-    with (tmp_path / "a.csv").open(newline="") as file:
-        assert [line["hidden_size"] for line in csv.DictReader(file)] == ["24", "24"]
+    assert [line["hidden_size"] for line in read_rows(tmp_path / "a.csv")] == ["24", "24"]
 
 
 def test_round_trip_through_several_files_with_every_bit_pattern(folders: Folders) -> None:

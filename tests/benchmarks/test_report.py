@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks import report as module
 from benchmarks.measure import Cost, Spread, measure
-from benchmarks.report import Goal, add_report_options, append_rows, report
+from benchmarks.report import Goal, add_report_options, append_rows, read_rows, report
 
 REACHED = Goal("speed", 2.0, 2.5, at_least=True)
 MISSED = Goal("memory", 1.5, 1.6)
@@ -22,11 +23,6 @@ def options_of(path: Path, *arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_report_options(parser, path)
     return parser.parse_args(arguments)
-
-
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_percentiles_by_hand() -> None:
@@ -61,7 +57,7 @@ def test_lines_of_other_columns_stand_in_one_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.csv"
     append_rows(path, [{"a": 1, "b": 0.123456789}])
     append_rows(path, [{"a": 2, "c": "x, y"}, {"a": 3, "c": "z"}])
-    assert read_csv(path) == [
+    assert read_rows(path) == [
         {"a": "1", "b": "0.123457", "c": ""},
         {"a": "2", "b": "", "c": "x, y"},
         {"a": "3", "b": "", "c": "z"},
@@ -81,10 +77,10 @@ def test_a_missed_goal_is_named_with_goal_and_measured(tmp_path: Path, capsys: p
     assert output.splitlines()[0] == "a table"
     assert "speed" not in errors
     assert errors.split() == ["goal", "missed:", "memory", "goal", "<=", "1.5", "measured", "1.6", "MISSED"]
-    (row,) = read_csv(path)
+    (row,) = read_rows(path)
     assert row["x"] == "1"
     assert all(row[name] for name in ("date", "device", "torch", "megatron_core", "transformers"))
-    goals = read_csv(tmp_path / "goals.csv")
+    goals = read_rows(tmp_path / "goals.csv")
     assert [(goal["benchmark"], goal["name"], goal["limit"], goal["measured"], goal["reached"]) for goal in goals] == [
         ("speed", "speed", "2", "2.5", "True"),
         ("speed", "memory", "1.5", "1.6", "False"),
@@ -104,3 +100,47 @@ def test_json_is_one_line_with_all_figures(tmp_path: Path, capsys: pytest.Captur
     figures = json.loads(line)
     assert (figures["benchmark"], figures["rows"]) == ("speed", [{"x": 1.25}])
     assert figures["goals"] == [{"name": "memory", "limit": 1.5, "measured": 1.6, "at_least": False, "reached": False}]
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_appended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert report(options_of(tmp_path / "file" / "a.csv"), "speed", "a table", [{"x": 1}], [REACHED]) == 1
+    output, errors = capsys.readouterr()
+    assert output.splitlines() == ["a table", str(REACHED)]
+    assert errors.startswith(f"error: --csv {tmp_path / 'file' / 'a.csv'}: not appended: ")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One commit of a program and of benchmarks with entries and lengths."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    for name in ("a.py", "benchmarks/results.csv", "benchmarks/lengths/hh.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "--quiet"], ["add", "."], [*author, "commit", "--quiet", "--message", "a"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(module, "FOLDER", tmp_path / "benchmarks")
+    return tmp_path
+
+
+def test_entries_do_not_make_a_commit_dirty(repository: Path) -> None:
+    name = module.commit()
+    assert len(name) >= 7
+    assert "dirty" not in name
+    (repository / "benchmarks" / "results.csv").write_text("1\n2\n")
+    (repository / "new.py").write_text("")
+    assert module.commit() == name
+    for changed in ("a.py", "benchmarks/lengths/hh.csv"):
+        (repository / changed).write_text("2\n")
+        assert module.commit() == f"{name}-dirty"
+        (repository / changed).write_text("1\n")
+
+
+def test_without_git_or_a_repository_the_commit_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert module.commit() == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert module.environment()["commit"] == ""
