@@ -19,28 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import RECORDED, cut_lengths, read_lengths
+from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, read_lengths, step_costs
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.data.batching import PairOrder, spread_evenly
 from megatron_rmipo.data.loader import BatchLayout
-from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.training.flops import forward_cost_model
 
-LLAMA_3_8B = ModelArchitecture(
-    family="llama",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rotary_base=500000.0,
-    layernorm_epsilon=1e-5,
-)
-GOAL_LENGTHS, GOAL_BATCH_SIZE = "ultrafeedback", 128
+GOAL_LENGTHS, GOAL_BATCH_SIZE, GOAL_SEQ_LENGTH = "ultrafeedback", 128, 2048
 MOST_IMBALANCE = {8: 1.005, 16: 1.01, 32: 1.03}
 MOST_MILLISECONDS = 2.0
 
@@ -75,14 +61,9 @@ class Balance:
         return row | rest
 
 
-def pair_costs(lengths: np.ndarray, layout: BatchLayout) -> np.ndarray:
-    """What each pair costs in a step, as BatchBuilder counts it, float64 ``[P]``."""
-    return 3.0 * layout.conditional_sizes(lengths).costs + layout.unconditional_sizes(lengths).costs
-
-
 def share_out(lengths: np.ndarray, layout: BatchLayout) -> list[list[int]]:
     """Each rank's pairs, from the lengths of a global batch."""
-    return spread_evenly(pair_costs(lengths, layout), layout.dp_size)
+    return spread_evenly(step_costs(lengths, layout), layout.dp_size)
 
 
 def measure_balance(source: str, lengths: np.ndarray, ranks: int, options: argparse.Namespace) -> Balance:
@@ -100,7 +81,7 @@ def measure_balance(source: str, lengths: np.ndarray, ranks: int, options: argpa
     for number in range(options.num_batches):
         batch = lengths[order.batch(number * options.batch_size, options.batch_size, (number + 1) * options.batch_size)]
         times.append(timed(functools.partial(share_out, batch, layout)))
-        costs = pair_costs(batch, layout)
+        costs = step_costs(batch, layout)
         loads = np.array([costs[share].sum() for share in share_out(batch, layout)])
         ratios.append(float(loads.max() / loads.mean()))
         bounds.append(max(1.0, float(costs.max() / loads.mean())))
@@ -135,10 +116,12 @@ def table(results: Sequence[Balance]) -> str:
 
 
 def goals(options: argparse.Namespace, results: Sequence[Balance]) -> list[Goal]:
-    """For batches of 128 pairs of UltraFeedback lengths; the worst batch counts."""
-    held = []
+    """For batches of 128 pairs of UltraFeedback lengths, cut to 2,048 tokens; the worst batch counts."""
+    held: list[Goal] = []
+    if (options.batch_size, options.seq_length) != (GOAL_BATCH_SIZE, GOAL_SEQ_LENGTH):
+        return held
     for one in results:
-        if one.lengths == GOAL_LENGTHS and one.ranks in MOST_IMBALANCE and options.batch_size == GOAL_BATCH_SIZE:
+        if one.lengths == GOAL_LENGTHS and one.ranks in MOST_IMBALANCE:
             title = f"balance, {one.lengths}, {one.ranks} ranks"
             held.append(Goal(f"{title}: max / mean, worst batch", MOST_IMBALANCE[one.ranks], one.worst))
             held.append(Goal(f"{title}: milliseconds, median", MOST_MILLISECONDS, one.milliseconds.p50))
@@ -157,7 +140,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, default, meaning in (
         ("batch-size", GOAL_BATCH_SIZE, "pairs of a global batch"),
         ("num-batches", 200, "batches to spread"),
-        ("seq-length", 2048, "cut lengths so that prompt and response fit"),
+        ("seq-length", GOAL_SEQ_LENGTH, "cut lengths so that prompt and response fit"),
         ("seed", 1, "of the order of pairs"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.bench_balance import LLAMA_3_8B
-from benchmarks.inputs import RECORDED, cut_lengths, random_pairs, read_lengths
+from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, random_pairs, read_lengths
 from benchmarks.measure import counted_flops
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import batch_builder, minimum_flops
@@ -32,6 +31,7 @@ from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 
 MOST_OF_MINIMUM = 1.03
+GOAL_SETTINGS = {"objective": "rmipo", "batch_size": 128, "tokens_per_microbatch": 8192, "seq_length": 2048}
 
 
 def meta_policy(arch: ModelArchitecture, num_layers: int, groups: ProcessGroups) -> PolicyModel:
@@ -85,11 +85,10 @@ def count(source: str, options: argparse.Namespace, groups: ProcessGroups) -> di
 
 
 def goals(rows: Sequence[dict[str, float | str]]) -> list[Goal]:
-    """For each of the recorded lengths."""
+    """For each of the recorded lengths, with the settings that the goal was set for."""
     title = "counted FLOPs of a step of Llama-3-8B over the minimum"
-    return [
-        Goal(f"{title}, {row['lengths']}", MOST_OF_MINIMUM, float(row["ratio"])) for row in rows if row["lengths"] in RECORDED
-    ]
+    held = [row for row in rows if row["lengths"] in RECORDED and GOAL_SETTINGS.items() <= row.items()]
+    return [Goal(f"{title}, {row['lengths']}", MOST_OF_MINIMUM, float(row["ratio"])) for row in held]
 
 
 def table(rows: Sequence[dict[str, float | str]]) -> str:

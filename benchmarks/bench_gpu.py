@@ -31,13 +31,13 @@ import transformers
 
 from benchmarks.bench_step import add_model_options
 from benchmarks.gpu_model import FULL_LAYERS, layers_that_fit
-from benchmarks.gpu_results import SIZES, Results, goals, make_rows, table
+from benchmarks.gpu_parts import gradient_parts
+from benchmarks.gpu_results import SIZES, STEPS, Results, goals, make_rows, table
 from benchmarks.gpu_steps import VARIANTS, build_batches, ends_seconds, head_tflops, time_padded, time_steps
 from benchmarks.inputs import BOS, RECORDED, Pairs, read_pairs, save_random_model
 from benchmarks.padded_baseline import PaddedBaseline
 from benchmarks.report import FOLDER, add_report_options, report
-from benchmarks.sides import build_state, compare, minimum_flops, our_step, padded_step, token_lists
-from megatron_rmipo.config import DataConfig
+from benchmarks.sides import build_state, compare, minimum_flops, our_step, padded_step, token_lists, trainer_config
 from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.model.families import read_architecture
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device, initialize_runtime
@@ -79,7 +79,7 @@ def choose_layers(options: argparse.Namespace, arch: ModelArchitecture) -> int:
     if options.num_layers is not None:
         return int(options.num_layers)
     free, _ = torch.cuda.mem_get_info()
-    num_layers = layers_that_fit(arch, free, options.tokens_per_microbatch)
+    num_layers = layers_that_fit(arch, trainer_config(bf16=True), free, options.tokens_per_microbatch)
     if not num_layers:
         raise SystemExit(
             f"not one layer fits into {free / 2**30:.0f} GiB: lower --tokens-per-microbatch, or give --num-layers and small sizes"
@@ -96,11 +96,12 @@ def run(options: argparse.Namespace, pairs: Pairs) -> Results:
         arch, hf_config = read_architecture(Path(folder)), transformers.AutoConfig.from_pretrained(folder)
     hf_config.num_hidden_layers = choose_layers(options, arch)
     arch = dataclasses.replace(arch, num_layers=hf_config.num_hidden_layers)
-    state, timings = build_state(arch, groups, bf16=True), {}
+    state, timings, parts = build_state(arch, groups, bf16=True), {}, {}
     for name, variant in VARIANTS.items():
         # One way after the other: in turns, a batch would find the attention masks that the way before it made.
         batches = build_batches(pairs, state, variant, options.num_pairs, options.tokens_per_microbatch)
         timings[name] = time_steps(state, batches, variant.objective, groups, warmups=options.warmups)
+        parts[name] = gradient_parts(state, batches[-1], variant.objective, groups)
     batches = build_batches(pairs, state, VARIANTS["rmipo"], options.num_pairs, options.tokens_per_microbatch)
     ends = ends_seconds(state, batches, "rmipo", groups, timings["rmipo"], warmups=options.warmups)
     head = head_tflops(state.policy, options.head_tokens, options.repeats)
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace, pairs: Pairs) -> Results:
     padded_seconds, padded_peak = run_padded(options, hf_config, pairs)
     timed_pairs = Pairs(pairs[options.warmups * options.num_pairs :])
     full_flops = minimum_flops(dataclasses.replace(arch, num_layers=FULL_LAYERS), timed_pairs, "rmipo") / options.repeats
-    return Results(arch.num_layers, timings, padded_seconds, padded_peak, ends, full_flops, head, agreement)
+    return Results(arch.num_layers, timings, parts, padded_seconds, padded_peak, ends, full_flops, head, agreement)
 
 
 def run_padded(options: argparse.Namespace, hf_config: Any, pairs: Pairs) -> tuple[list[float], int]:
@@ -150,10 +151,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shrink", type=float, default=1.0, help="divide lengths by this (default: %(default)s)")
     parser.add_argument("--num-layers", type=int, help="unset: as many as fit into the GPU's memory")
-    steps: dict[str, int | None] = {"num-pairs": 64, "warmups": 2, "repeats": 5, "seq-length": 2048}
-    steps |= {"tokens-per-microbatch": DataConfig().tokens_per_microbatch, "head-tokens": 8192, "seed": 1}
-    steps |= {"baseline-pairs-per-microbatch": 2, "baseline-batches": 1}
-    add_model_options(parser, SIZES | steps)
+    numbers = {**SIZES, **STEPS, "warmups": 2, "repeats": 5, "baseline_batches": 2, "seed": 1}
+    add_model_options(parser, {name.replace("_", "-"): number for name, number in numbers.items()})
     add_report_options(parser, FOLDER / "results_gpu.csv")
     options = parser.parse_args(argv)
     for name in ("num_pairs", "repeats", "baseline_batches", "head_tokens"):

@@ -6,47 +6,39 @@ ends (embedding and output layer) weigh more than they would there. :func:`secon
 
 from __future__ import annotations
 
+import dataclasses
+
+from megatron_rmipo.config import Config
+from megatron_rmipo.data.loader import UNCONDITIONAL_PACK_FACTOR
 from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.training.memory_estimate import PackSize, pack_memory, standing_memory
 
 FULL_LAYERS = 32
-# bf16 weight, fp32 gradient, fp32 master weight, two fp32 moments.
-BYTES_PER_PARAMETER = 18
 # What is left to what is not counted: attention masks, the optimizer's temporaries, fragmentation.
 USABLE_MEMORY = 0.9
 
 
-def layer_parameters(arch: ModelArchitecture) -> int:
-    """Weights of one layer: attention, MLP, two norms."""
-    query, key = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
-    attention = arch.hidden_size * (2 * query + 2 * key)
-    return attention + 3 * arch.hidden_size * arch.ffn_hidden_size + 2 * arch.hidden_size
+def needed_bytes(arch: ModelArchitecture, config: Config, tokens: int) -> float:
+    """What training takes on one GPU: what stands, and a pack of ``tokens``, all of them scored, of the pass that needs most."""
+    packs = {True: tokens, False: UNCONDITIONAL_PACK_FACTOR * tokens}
+    peaks = [
+        pack_memory(arch, config, PackSize(size, size), backward=backward, fused=True).peak for backward, size in packs.items()
+    ]
+    return standing_memory(arch, config, dp_size=1).total + max(peaks)
 
 
-def layer_activation_bytes(arch: ModelArchitecture) -> int:
-    """bf16 bytes that a layer keeps of a token for its backward pass, nothing recomputed.
-
-    Inputs and outputs of both norms; queries, keys and values before and after rotation and as attention takes them; its output,
-    as it leaves it and as the projection takes it; both halves of the MLP's first product, its activation and their product.
-    """
-    query, key = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
-    norms = 4 * arch.hidden_size
-    attention = (query + 2 * key) + (query + key) + (query + 2 * key) + 2 * query
-    return 2 * (norms + attention + 4 * arch.ffn_hidden_size)
-
-
-def layers_that_fit(arch: ModelArchitecture, memory_bytes: float, tokens: int) -> int:
+def layers_that_fit(arch: ModelArchitecture, config: Config, memory_bytes: float, tokens: int) -> int:
     """How many layers can be trained, at most those of the whole model; 0 where not even one.
 
     Args:
         arch: the model; its own number of layers is not read.
+        config: how it is trained.
         memory_bytes: of the device.
         tokens: of one micro-batch.
     """
-    vocabulary = arch.vocab_size * arch.hidden_size
-    # Embedding and output layer, and the gradient of the latter in fp32 and bf16 while it is made.
-    ends = (2 * BYTES_PER_PARAMETER + 6) * vocabulary
-    per_layer = BYTES_PER_PARAMETER * layer_parameters(arch) + layer_activation_bytes(arch) * tokens
-    return max(0, min(FULL_LAYERS, int((USABLE_MEMORY * memory_bytes - ends) // per_layer)))
+    sizes = {number: dataclasses.replace(arch, num_layers=number) for number in range(1, FULL_LAYERS + 1)}
+    usable = USABLE_MEMORY * memory_bytes
+    return max((number for number, one in sizes.items() if needed_bytes(one, config, tokens) <= usable), default=0)
 
 
 def seconds_at(num_layers: int, *, measured_layers: int, seconds: float, ends_seconds: float) -> float:

@@ -10,17 +10,27 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_model import FULL_LAYERS, seconds_at
+from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_steps import Timing
-from benchmarks.inputs import RECORDED
+from benchmarks.inputs import LLAMA_3_8B, RECORDED
 from benchmarks.measure import Spread
 from benchmarks.report import Goal
-from megatron_rmipo.training.flops import peak_flops
+from megatron_rmipo.config import DataConfig
+from megatron_rmipo.training.flops import known_device, peak_flops
 
 PADDED = "padded (transformers)"
 PHASES = ("before", "gradient", "optimizer", "other")
-SIZES = {"hidden-size": 4096, "ffn-hidden-size": 14336, "num-attention-heads": 32, "num-query-groups": 8, "vocab-size": 128256}
-# On one H200.
-GOAL_DEVICE = "H200"
+SIZE_NAMES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+SIZES = {name: int(getattr(LLAMA_3_8B, name)) for name in SIZE_NAMES}
+STEPS = {
+    "num_pairs": 64,
+    "seq_length": 2048,
+    "tokens_per_microbatch": DataConfig().tokens_per_microbatch,
+    "baseline_pairs_per_microbatch": 2,
+    "head_tokens": 8192,
+}
+# On one H200, with as many layers as fit.
+GOAL_DEVICE, GOAL_SETTINGS = "H200", {"shrink": 1, "num_layers": None, **SIZES, **STEPS}
 LEAST_TFLOPS, LEAST_PAIRS_PER_SECOND = {"ultrafeedback": 495.0}, {"ultrafeedback": 12.9}
 LEAST_SHARING = {"ultrafeedback": 1.15, "hh": 1.40}
 LEAST_OVER_PADDED, LEAST_HEAD_TFLOPS = 6.0, 270.0
@@ -33,6 +43,7 @@ class Results:
     Attributes:
         num_layers: of the model.
         timings: by name of :data:`benchmarks.gpu_steps.VARIANTS`.
+        parts: by the same names, seconds of ``PARTS`` in one more step over the last batch.
         padded_seconds: of the padded step over the first of the same batches.
         padded_peak_bytes: most memory in use in it.
         ends_seconds: the part of an RMiPO step that does not depend on the number of layers.
@@ -43,6 +54,7 @@ class Results:
 
     num_layers: int
     timings: Mapping[str, Timing]
+    parts: Mapping[str, Mapping[str, float]]
     padded_seconds: list[float]
     padded_peak_bytes: int
     ends_seconds: float
@@ -69,14 +81,14 @@ class Results:
 def make_rows(options: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
     """A row for each way; what is known of RMiPO alone stands in its row."""
     names = ("lengths", "shrink", "num_pairs", "seq_length", "tokens_per_microbatch", "baseline_pairs_per_microbatch", "repeats")
-    settings = {name: getattr(options, name) for name in (*names, *(size.replace("-", "_") for size in SIZES))}
+    settings = {name: getattr(options, name) for name in (*names, "head_tokens", *SIZES)}
     settings["num_layers"] = results.num_layers
     peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if torch.cuda.is_available() else None
     rows = []
     for name, timing in results.timings.items():
         flops = sum(timing.flops) / sum(timing.seconds)
         row = settings | {"method": name} | _rates(options.num_pairs, timing.seconds)
-        row |= {f"seconds_{phase}": seconds for phase, seconds in timing.phases.items()}
+        row |= {f"seconds_{phase}": seconds for phase, seconds in (timing.phases | dict(results.parts[name])).items()}
         row |= {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {}) | {"peak_bytes": timing.peak_bytes}
         rows.append(row)
     rows[0] |= {
@@ -108,7 +120,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"losses of two layers agree to {first['agreement']:.1e}",
         f"{'':<24}{'pairs/s':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'seconds':>9}" + "".join(f"{name:>11}" for name in PHASES),
     ]
+    parts = ["of one batch, s:", f"{'':<24}" + "".join(f"{name.replace('_', ' '):>15}" for name in PARTS)]
     for row in rows:
+        if row["method"] != PADDED:
+            parts.append(f"{row['method']:<24}" + "".join(f"{row[f'seconds_{name}']:>15.3f}" for name in PARTS))
         shares = "".join(f"{row[f'seconds_{name}']:>11.3f}" if f"seconds_{name}" in row else f"{'':>11}" for name in PHASES)
         tflops = f"{row['tflops']:.1f}" if "tflops" in row else ""
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
@@ -119,7 +134,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(
         [
             *lines,
-            "before: the unconditional pass; gradient: forward and backward; exposed communication: none, there is one GPU",
+            "before: the unconditional pass; gradient: forward and backward",
+            *parts,
+            "head: the output layer's part of forward and of backward; communication: exposed, none with one GPU",
             f"embedding, output layer and their optimizer: {first['seconds_ends']:.3f} s of a step",
             f"at {FULL_LAYERS} layers: {first['pairs_per_second_at_32_layers']:.2f} pairs/s, "
             f"{first['tflops_at_32_layers']:.1f} TFLOP/s",
@@ -129,10 +146,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def goals(options: argparse.Namespace, results: Results) -> list[Goal]:
-    """What one H200 was to reach with the sizes of Llama-3-8B and recorded lengths as they are; nothing elsewhere."""
-    as_they_are = options.shrink == 1 and all(getattr(options, name.replace("-", "_")) == size for name, size in SIZES.items())
-    on_device = torch.cuda.is_available() and GOAL_DEVICE in torch.cuda.get_device_name()
-    if not (as_they_are and on_device and options.lengths in RECORDED):
+    """What one H200 was to reach with the sizes of Llama-3-8B, recorded lengths and the defaults of a step; nothing elsewhere."""
+    as_meant = GOAL_SETTINGS.items() <= vars(options).items()
+    on_device = torch.cuda.is_available() and known_device(torch.cuda.get_device_name()) == GOAL_DEVICE
+    if not (as_meant and on_device and options.lengths in RECORDED):
         return []
     name, timing = options.lengths, results.timings["rmipo"]
     held = [

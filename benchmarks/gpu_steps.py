@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from benchmarks.inputs import BOS, Pairs
+from benchmarks.inputs import Pairs
 from benchmarks.measure import timed
-from benchmarks.sides import batch_builder
-from megatron_rmipo.data.loader import RankBatch
+from benchmarks.sides import batch_builder, minimum_flops
+from megatron_rmipo.data.loader import BatchLayout, RankBatch
 from megatron_rmipo.data.packing import pack_pairs, pack_responses
 from megatron_rmipo.model.logprobs import linear_logprobs
 from megatron_rmipo.model.policy import PolicyModel
@@ -55,7 +55,7 @@ class Timing:
     Attributes:
         seconds: of each step.
         phases: mean seconds of ``before`` (the unconditional pass), ``gradient`` (forward, backward), ``optimizer``, ``other``.
-        flops: model FLOPs of each step, see :mod:`megatron_rmipo.training.flops`.
+        flops: those that the loss of each step needs, however it is laid out, see :mod:`megatron_rmipo.training.flops`.
         peak_bytes: most memory in use, weights and optimizer included.
     """
 
@@ -78,20 +78,28 @@ class WaitingTimer(PhaseTimer):
 
 
 def build_batches(pairs: Pairs, state: TrainingState, variant: Variant, batch_size: int, tokens: int) -> list[RankBatch]:
-    """The pairs in their order, ``batch_size`` to a step, at most ``tokens`` to a packed micro-batch."""
+    """The pairs in their order, ``batch_size`` to a step, at most ``tokens`` to a packed micro-batch.
+
+    What a batch costs is what its loss needs: prompts once, whichever way they are laid out.
+    """
+    arch = state.policy.architecture
     objective = build_objective(variant.objective, {})
-    builder = batch_builder(pairs, state.policy.architecture, objective, tokens, share_prompts=variant.share_prompts)
-    firsts = range(0, len(pairs) - batch_size + 1, batch_size)
-    batches = [builder.build(np.arange(first, first + batch_size)) for first in firsts]
-    return batches if variant.packed else [unpacked(batch, pairs, share_prompts=variant.share_prompts) for batch in batches]
+    builder = batch_builder(pairs, arch, objective, tokens, share_prompts=variant.share_prompts)
+    batches = []
+    for first in range(0, len(pairs) - batch_size + 1, batch_size):
+        batch = builder.build(np.arange(first, first + batch_size))
+        needed = minimum_flops(arch, Pairs(pairs[first : first + batch_size]), variant.objective)
+        batches.append(dataclasses.replace(batch if variant.packed else unpacked(batch, pairs, builder.layout), cost=needed))
+    return batches
 
 
-def unpacked(batch: RankBatch, pairs: Pairs, *, share_prompts: bool) -> RankBatch:
+def unpacked(batch: RankBatch, pairs: Pairs, layout: BatchLayout) -> RankBatch:
     """The same batch, one pair to a micro-batch."""
     members = [([pairs[int(index)]], [number]) for number, index in enumerate(batch.pair_indices)]
-    conditional = [pack_pairs(*member, share_prompts=share_prompts) for member in members]
-    unconditional = [pack_responses(*member, context_token_id=BOS) for member in members] if batch.unconditional else []
-    return dataclasses.replace(batch, conditional=conditional, unconditional=unconditional)
+    context, multiple_of = layout.context_token_id, layout.multiple_of
+    conditional = [pack_pairs(*member, share_prompts=layout.share_prompts, multiple_of=multiple_of) for member in members]
+    unconditional = [pack_responses(*member, context_token_id=context, multiple_of=multiple_of) for member in members]
+    return dataclasses.replace(batch, conditional=conditional, unconditional=unconditional if batch.unconditional else [])
 
 
 def time_steps(
@@ -99,9 +107,10 @@ def time_steps(
 ) -> Timing:
     """Train on the batches one after the other; the first ``warmups`` of them are not timed."""
     objective = build_objective(objective_name, {})
+    # Before the warm-ups: it empties the allocator's cache, which they fill again.
+    forget_peak_memory()
     for batch in batches[:warmups]:
         train_step(state, batch, objective, groups)
-    forget_peak_memory()
     seconds: list[float] = []
     phases: dict[str, float] = {}
     for batch in batches[warmups:]:
@@ -166,7 +175,7 @@ def head_tflops(policy: PolicyModel, tokens: int, repeats: int) -> float:
 
 
 def time_padded(step: Callable[[slice], object], num_batches: int, batch_size: int, *, warmups: int) -> list[float]:
-    """Seconds of each padded step over the batches that ``time_steps`` times, after one over the first pairs of all.
+    """Seconds of each padded step over the batches that ``time_steps`` times, after one over the first batch of all.
 
     Args:
         step: does an optimizer step over a slice of the pairs.
@@ -174,6 +183,6 @@ def time_padded(step: Callable[[slice], object], num_batches: int, batch_size: i
         batch_size: pairs of a batch.
         warmups: batches that are not timed.
     """
-    step(slice(0, min(4, batch_size)))
+    step(slice(0, batch_size))
     firsts = [batch_size * (warmups + number) for number in range(num_batches)]
     return [timed(lambda first=first: step(slice(first, first + batch_size)))[0] for first in firsts]  # type: ignore[misc]

@@ -12,8 +12,23 @@ import numpy as np
 import torch
 import transformers
 
+from megatron_rmipo.data.loader import BatchLayout
 from megatron_rmipo.data.pair_store import PairStore, TokenizedPair
+from megatron_rmipo.model.architecture import ModelArchitecture
 
+LLAMA_3_8B = ModelArchitecture(
+    family="llama",
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rotary_base=500000.0,
+    layernorm_epsilon=1e-5,
+)
 BOS, EOS = 1, 2
 # Token lengths that come with this repository; see README.md.
 RECORDED = {name: Path(__file__).parent / "lengths" / f"{name}.csv" for name in ("ultrafeedback", "hh")}
@@ -50,6 +65,12 @@ def cut_lengths(lengths: np.ndarray, seq_length: int) -> np.ndarray:
     responses = np.minimum(lengths[:, 1:], seq_length // 2)
     prompts = np.minimum(lengths[:, 0], seq_length - responses.max(axis=1))
     return np.column_stack([prompts, responses])
+
+
+def step_costs(lengths: np.ndarray, layout: BatchLayout) -> np.ndarray:
+    """What each pair of ``[P, 3]`` lengths costs in a step, as the trainer's batches count it, float64 ``[P]``."""
+    beside = [layout.unconditional_sizes(lengths)] if layout.unconditional else []
+    return layout.step_costs(layout.conditional_sizes(lengths), *beside)
 
 
 def read_pairs(options: argparse.Namespace) -> Pairs:

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.bench_balance import LLAMA_3_8B
-from benchmarks.inputs import BOS, EOS
+from benchmarks.inputs import BOS, EOS, LLAMA_3_8B
 from benchmarks.measure import Spread, timed
 from megatron_rmipo.config import DataConfig
 from megatron_rmipo.data.batching import PairOrder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.inputs import BOS, Pairs
+from benchmarks.inputs import BOS, Pairs, step_costs
 from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
 from benchmarks.trl_baseline import TrlBaseline
 from megatron_rmipo.checkpoint.hf import load_hf_weights
-from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig
-from megatron_rmipo.data.batching import check_capacity, conditional_sizes, unconditional_sizes
+from megatron_rmipo.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from megatron_rmipo.data.batching import check_capacity
 from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.model.architecture import ModelArchitecture
@@ -23,11 +24,24 @@ from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.flops import forward_cost_model
+from megatron_rmipo.training.inputs import conditional_layout
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from megatron_rmipo.training.step import train_step
 
 LEARNING_RATE = 1e-4
 Step = Callable[[], StepResult]
+
+
+def trainer_config(*, bf16: bool, recompute_granularity: str | None = None, tokens_per_microbatch: int | None = None) -> Config:
+    """The trainer's flags, all others at their defaults."""
+    recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
+    if recompute_granularity == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return Config(
+        model=ModelConfig(bf16=bf16, **recompute),
+        data=DataConfig() if tokens_per_microbatch is None else DataConfig(tokens_per_microbatch=tokens_per_microbatch),
+        optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"),
+    )
 
 
 def build_state(
@@ -39,12 +53,7 @@ def build_state(
     model_dir: Path | None = None,
 ) -> TrainingState:
     """The trainer's model and optimizer, with the weights of a Hugging Face directory, or random ones without it."""
-    recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
-    if recompute_granularity == "full":
-        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    config = Config(
-        model=ModelConfig(bf16=bf16, **recompute), optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant")
-    )
+    config = trainer_config(bf16=bf16, recompute_granularity=recompute_granularity)
     policy = build_model(arch, config, groups)
     if model_dir is not None:
         load_hf_weights(policy, model_dir, arch, tp_rank=0, tp_size=1)
@@ -54,16 +63,14 @@ def build_state(
 def batch_builder(
     pairs: Pairs, arch: ModelArchitecture, objective: Objective, tokens_per_microbatch: int, **layout: Any
 ) -> BatchBuilder:
-    """What cuts and lays out the trainer's batches of these pairs, for one rank.
+    """What cuts and lays out the trainer's batches of these pairs, rows padded as it pads them, for one rank.
 
     Raises:
         ConfigError: a pair does not fit into a micro-batch.
     """
-    settings = BatchLayout(
-        dp_rank=0,
-        dp_size=1,
-        tokens_per_microbatch=tokens_per_microbatch,
-        cost=forward_cost_model(arch),
+    config = trainer_config(bf16=True, tokens_per_microbatch=tokens_per_microbatch)
+    settings = dataclasses.replace(
+        conditional_layout(config, arch, dp_rank=0, dp_size=1),
         unconditional=objective.needs.unconditional,
         bos_token_id=BOS,
         **layout,
@@ -145,8 +152,6 @@ def compare(mine: StepResult, theirs: StepResult, title: str, tolerance: float) 
 
 def minimum_flops(arch: ModelArchitecture, pairs: Pairs, objective_name: str) -> float:
     """FLOPs of one step without a token, a kept attention score or a scored token too many, and nothing recomputed."""
-    lengths, cost = pairs.lengths, forward_cost_model(arch)
-    flops = 3 * conditional_sizes(lengths, cost, share_prompts=True, with_rejected=True).costs
-    if build_objective(objective_name, {}).needs.unconditional:
-        flops = flops + unconditional_sizes(lengths, cost, has_context_token=True, with_rejected=True).costs
-    return float(flops.sum())
+    unconditional = build_objective(objective_name, {}).needs.unconditional
+    layout = BatchLayout(0, 1, 0, forward_cost_model(arch), unconditional=unconditional, bos_token_id=BOS)
+    return float(step_costs(pairs.lengths, layout).sum())

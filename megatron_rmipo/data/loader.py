@@ -75,6 +75,12 @@ class BatchLayout:
             lengths, self.cost, has_context_token=self.context_token_id is not None, with_rejected=self.with_rejected
         )
 
+    def step_costs(self, conditional: PairSizes, *forward_only: PairSizes) -> np.ndarray:
+        """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
+        # Backward costs twice the forward.
+        costs = conditional.costs * (3.0 + self.forward_passes)
+        return np.asarray(sum((sizes.costs for sizes in forward_only), start=costs))
+
 
 @dataclasses.dataclass(frozen=True)
 class RankBatch:
@@ -134,15 +140,13 @@ class BatchBuilder:
         layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
         passes = [_Pass(self.pairs, layout.conditional_sizes(lengths), layout.tokens_per_microbatch, self._conditional_row)]
-        # Backward costs twice the forward.
-        costs = passes[0].sizes.costs * (3.0 + layout.forward_passes)
         if layout.unconditional:
             sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
             passes.append(_Pass(self.pairs, sizes, capacity, self._unconditional_row))
         if mismatched is not None:
             sizes = layout.conditional_sizes(mismatched.lengths[pair_indices])
             passes.append(_Pass(mismatched, sizes, layout.tokens_per_microbatch, self._conditional_row))
-        costs = costs + sum(later.sizes.costs for later in passes[1:])
+        costs = layout.step_costs(*(one.sizes for one in passes))
         share = spread_evenly(costs, layout.dp_size)[layout.dp_rank]
         rows = [self._lay_out(one, share, pair_indices) for one in passes]
         return RankBatch(

@@ -47,12 +47,17 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     Returns:
         None where the device or the dtype is not known.
     """
-    words = device_name.replace("-", " ").split()
-    matches = [name for name in _PEAK_FLOPS if _contains(words, name.split())]
-    if not matches:
+    device = known_device(device_name)
+    if device is None:
         return None
-    low_precision, single_precision = _PEAK_FLOPS[max(matches, key=len)]
+    low_precision, single_precision = _PEAK_FLOPS[device]
     return {torch.bfloat16: low_precision, torch.float16: low_precision, torch.float32: single_precision}.get(dtype)
+
+
+def known_device(device_name: str) -> str | None:
+    """The device that ``torch.cuda.get_device_name()`` names, as the table of peaks has it: whole words, the most of them."""
+    words = device_name.replace("-", " ").split()
+    return max((name for name in _PEAK_FLOPS if _contains(words, name.split())), key=len, default=None)
 
 
 def _contains(words: list[str], part: list[str]) -> bool:

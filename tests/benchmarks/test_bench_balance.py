@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_balance
+from benchmarks.inputs import step_costs
 from megatron_rmipo.data.batching import CostModel
 from megatron_rmipo.data.loader import BatchLayout
 
@@ -21,7 +23,9 @@ def test_costs_are_a_gradient_pass_and_an_unconditional_pass() -> None:
     layout = BatchLayout(0, 2, 100, CostModel(1.0, 0.0, 10.0), unconditional="bos", bos_token_id=1)
     # Tokens in the row: the prompt once, each response without its last token; alone, a BOS token stands for the last one.
     gradient = (5 + 3 - 1 + 4 - 1) + 10 * (3 + 4)
-    assert bench_balance.pair_costs(np.array([[5, 3, 4]]), layout).tolist() == [3 * gradient + (3 + 4) + 10 * (3 + 4)]
+    assert step_costs(np.array([[5, 3, 4]]), layout).tolist() == [3 * gradient + (3 + 4) + 10 * (3 + 4)]
+    once_more = dataclasses.replace(layout, unconditional=None, forward_passes=1)
+    assert step_costs(np.array([[5, 3, 4]]), once_more).tolist() == [4 * gradient]
 
 
 def test_imbalance_and_the_bound_of_a_pair_that_is_never_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,3 +51,11 @@ def test_goals_of_recorded_lengths_are_held(
     monkeypatch.setattr(bench_balance, "MOST_IMBALANCE", {16: 1.0})
     assert run(tmp_path, "--lengths", "ultrafeedback", "--check") == 1
     assert "ultrafeedback, 16 ranks: max / mean, worst batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [("--batch-size", "64"), ("--seq-length", "1024"), ("--lengths", "hh"), ("--ranks", "4")])
+def test_goals_are_not_held_under_other_settings(
+    other: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--lengths", "ultrafeedback", "--ranks", "8", *other) == 0
+    assert json.loads(capsys.readouterr().out)["goals"] == []

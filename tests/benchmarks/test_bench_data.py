@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_data, loading, preparing
-from benchmarks.bench_balance import pair_costs
+from benchmarks.inputs import step_costs
 from benchmarks.loading import measure_loading, save_store, wait_share
 from benchmarks.made_text import make_rows, save_rows, save_tokenizer
 from megatron_rmipo.data.batching import CostModel, PairOrder
@@ -146,7 +146,7 @@ def test_a_step_lasts_as_long_as_its_flops_take_at_the_peak(tmp_path: Path, monk
     result = measure_loading("mine", store, options)
     order = PairOrder(7, 9)
     layout = BatchLayout(0, 2, 8192, cost, unconditional="bos", bos_token_id=1)
-    expected = [pair_costs(SIZES[order.batch(3 * n, 3, 15)], layout).sum() / (2 * 1e9) for n in range(5)]
+    expected = [step_costs(SIZES[order.batch(3 * n, 3, 15)], layout).sum() / (2 * 1e9) for n in range(5)]
     assert slept == pytest.approx(expected)
     assert result.step_ms.p50 == pytest.approx(1e3 * np.median(expected))
     assert (result.source, result.ranks, result.num_workers) == ("mine", 2, 0)

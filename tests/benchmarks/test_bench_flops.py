@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_flops
-from benchmarks.bench_balance import LLAMA_3_8B
-from benchmarks.inputs import random_pairs
+from benchmarks.inputs import LLAMA_3_8B, random_pairs
 from benchmarks.sides import batch_builder
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
@@ -64,6 +63,7 @@ def test_counted_flops_are_those_of_the_arithmetic(objective: str) -> None:
 
 
 def count_two_pairs(path: str) -> int:
+    bench_flops.GOAL_SETTINGS["batch_size"] = 2
     return bench_flops.main(["--batch-size", "2", "--lengths", "hh", "--csv", path, "--check"])
 
 
@@ -75,5 +75,18 @@ def test_the_goal_is_held_and_a_line_appended(tmp_path: Path) -> None:
 
 
 def test_a_goal_for_each_of_the_recorded_lengths() -> None:
-    rows: list[dict[str, float | str]] = [{"lengths": name, "ratio": ratio} for name, ratio in (("hh", 1.04), ("own.jsonl", 1.0))]
-    assert [(goal.limit, goal.measured, goal.reached) for goal in bench_flops.goals(rows)] == [(1.03, 1.04, False)]
+    def verdicts(**other: float | str) -> list[tuple[float, float, bool]]:
+        meant: dict[str, float | str] = {
+            "objective": "rmipo",
+            "batch_size": 128,
+            "tokens_per_microbatch": 8192,
+            "seq_length": 2048,
+            "seed": 1,
+        }
+        ratios = (("hh", 1.04), ("own.jsonl", 1.0))
+        goals = bench_flops.goals([{**meant, "lengths": name, "ratio": ratio, **other} for name, ratio in ratios])
+        return [(goal.limit, goal.measured, goal.reached) for goal in goals]
+
+    assert verdicts() == [(1.03, 1.04, False)]
+    for name, value in (("objective", "simpo"), ("batch_size", 64), ("tokens_per_microbatch", 4096), ("seq_length", 1024)):
+        assert verdicts(**{name: value}) == []

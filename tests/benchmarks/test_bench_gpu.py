@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import dataclasses
 import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_gpu, gpu_results
-from benchmarks.bench_balance import LLAMA_3_8B
-from benchmarks.gpu_model import layer_activation_bytes, layer_parameters, layers_that_fit, seconds_at
+from benchmarks import bench_gpu, gpu_parts, gpu_results, gpu_steps
+from benchmarks.gpu_model import layers_that_fit, seconds_at
+from benchmarks.gpu_parts import PARTS, gradient_parts, watched
 from benchmarks.gpu_results import Results
-from benchmarks.gpu_steps import VARIANTS, Timing, build_batches, time_padded, without_layers
-from benchmarks.inputs import random_pairs
-from benchmarks.sides import build_state
+from benchmarks.gpu_steps import VARIANTS, Timing, WaitingTimer, build_batches, time_padded, time_steps, without_layers
+from benchmarks.inputs import LLAMA_3_8B, Pairs, random_pairs
+from benchmarks.report import read_rows
+from benchmarks.sides import build_state, minimum_flops, trainer_config
 from megatron_rmipo.data.packing import pack_pairs
 from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.model.attention import BACKENDS, choose_backend
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.training.memory_estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.training.step import evaluate_batch
 from tests.harness import run_distributed
 
@@ -44,20 +50,18 @@ ARCH = ModelArchitecture(
 )
 
 
-def test_parameters_of_llama() -> None:
-    ends = 2 * LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size + LLAMA_3_8B.hidden_size
-    assert 32 * layer_parameters(LLAMA_3_8B) + ends == 8_030_261_248
-
-
-def test_layers_that_fit_by_hand() -> None:
-    # Attention 12 x (12 + 12 + 6 + 6), MLP 3 x 12 x 20, norms 24.
-    assert layer_parameters(ARCH) == 432 + 720 + 24
-    # Norms 4 x 12; q, k, v 24 three times but v once, twice 12 after it; MLP 4 x 20.
-    assert layer_activation_bytes(ARCH) == 2 * (48 + 24 + 18 + 24 + 24 + 80)
-    layer, ends = 18 * 1176 + 436 * 10, 42 * 58 * 12
-    for memory, expected in ((ends + 5 * layer, 5), (ends + 5 * layer - 1, 4), (ends, 0), (0, 0), (1e12, 32)):
-        # A hair more, so that nine tenths of it are not rounded below.
-        assert layers_that_fit(ARCH, memory / 0.9 * (1 + 1e-12), 10) == expected
+def test_layers_that_fit_are_those_that_the_estimate_says() -> None:
+    config, tokens = trainer_config(bf16=True), 500
+    standing = standing_memory(dataclasses.replace(ARCH, num_layers=5), config, 1).total
+    # bf16 weights, fp32 gradients, three fp32 numbers of the optimizer; a layer has 12 x (12 + 12 + 6 + 6) + 3 x 12 x 20 + 24.
+    assert standing == 18 * (5 * 1176 + 2 * 128 * 12)
+    packs = [(PackSize(500, 500), True), (PackSize(1000, 1000), False)]
+    arch = dataclasses.replace(ARCH, num_layers=5)
+    peaks = [pack_memory(arch, config, size, backward=backward, fused=True).peak for size, backward in packs]
+    # A hair more, so that nine tenths of it are not rounded below.
+    enough = (standing + max(peaks)) / 0.9 * (1 + 1e-12)
+    for memory, expected in ((enough, 5), (enough - 2, 4), (standing, 0), (0, 0), (1e12, 32)):
+        assert layers_that_fit(ARCH, config, memory, tokens) == expected
 
 
 def test_seconds_of_the_whole_model_by_hand() -> None:
@@ -71,12 +75,14 @@ def losses_by_variant() -> dict[str, list[float]]:
     torch.nn.init.normal_(state.policy.embedding.word_embeddings.weight, std=1.0)
     lengths = np.array([[3, 4, 2], [5, 1, 7], [2, 6, 3], [4, 3, 3]])
     pairs = random_pairs(lengths, ARCH.vocab_size, np.random.default_rng(5))
-    found = {}
+    found = {"least FLOPs": [minimum_flops(ARCH, Pairs(pairs[first : first + 2]), "rmipo") for first in (0, 2)]}
     for name, variant in VARIANTS.items():
         batches = build_batches(pairs, state, variant, batch_size=2, tokens=24)
         assert len(batches) == 2
         metrics = [evaluate_batch(state, batch, build_objective(variant.objective, {}), groups) for batch in batches]
         found[name] = torch.cat([one.values["loss"] for one in metrics]).tolist()
+        found[f"{name}: unconditional rows"] = [float(len(batch.unconditional)) for batch in batches]
+        found[f"{name}: FLOPs"] = [batch.cost for batch in batches]
         found[f"{name}: rows"] = [float(len(batch.conditional)) for batch in batches]
         found[f"{name}: tokens"] = [float(sum(row.num_tokens for row in batch.conditional)) for batch in batches]
     return found
@@ -93,6 +99,119 @@ def test_every_way_to_lay_out_gives_the_same_losses() -> None:
     # Prompts once, responses without their last token.
     assert found["rmipo: tokens"] == [3 + 3 + 1 + 5 + 0 + 6, 2 + 5 + 2 + 4 + 2 + 2]
     assert found["prompts twice: tokens"] == [18 + 3 + 5, 17 + 2 + 4]
+    assert found["simpo: unconditional rows"] == [0.0, 0.0]
+    assert found["rmipo: unconditional rows"] == [1.0, 1.0]
+    # What the loss needs does not depend on how it is laid out.
+    assert found["prompts twice: FLOPs"] == found["a pair a micro-batch: FLOPs"] == found["rmipo: FLOPs"] == found["least FLOPs"]
+
+
+@pytest.mark.parametrize("name", ["rmipo", "prompts twice", "a pair a micro-batch"])
+def test_rows_are_padded_as_the_trainers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_pairs(np.array([[3, 4, 2], [5, 1, 7]]), ARCH.vocab_size, np.random.default_rng(5))
+    state: Any = SimpleNamespace(policy=SimpleNamespace(architecture=ARCH))
+
+    def sizes() -> set[int]:
+        (batch,) = build_batches(pairs, state, VARIANTS[name], batch_size=2, tokens=200)
+        return {row.num_tokens for row in batch.rows}
+
+    assert max(sizes()) < 30
+    # Where attention works on blocks, rows are whole blocks.
+    monkeypatch.setitem(BACKENDS, choose_backend("auto"), 128)
+    assert sizes() == {128}
+
+
+class SlowGradient(torch.autograd.Function):
+    """The identity, whose gradient takes a while."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        time.sleep(PAUSE)
+        return grad
+
+
+PAUSE = 0.05
+
+
+def parts_with_pauses(place: str) -> tuple[dict[str, float], int, int]:
+    """(parts of a pass in which one place takes a while longer, spans of forward, packs of the gradient pass)."""
+    groups = initialize_runtime(1, 1, seed=3)
+    state = build_state(ARCH, groups, bf16=False)
+    pairs = random_pairs(np.array([[3, 4, 2], [5, 1, 7]]), ARCH.vocab_size, np.random.default_rng(5))
+    (batch,) = build_batches(pairs, state, VARIANTS["a pair a micro-batch"], batch_size=2, tokens=24)
+    module = state.policy.output_layer if place.startswith("head") else state.policy.decoder
+    original = module.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if place.endswith("forward") and torch.is_grad_enabled():
+            time.sleep(PAUSE)
+        if place == "head backward":
+            args = (SlowGradient.apply(args[0]), *args[1:])
+        output = original(*args, **kwargs)
+        return SlowGradient.apply(output) if place == "backward" else output
+
+    module.forward = slow
+    parts = gradient_parts(state, batch, "rmipo", groups)
+    with watched(state.policy) as spans:
+        evaluate_batch(state, batch, build_objective("rmipo", {}), groups)
+        without_gradient = spans.count("forward")
+    return parts, without_gradient, len(batch.conditional)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("place", ["forward", "backward", "head forward", "head backward"])
+def test_a_pause_counts_where_it_is_made(place: str) -> None:
+    ((parts, without_gradient, num_packs),) = run_distributed(parts_with_pauses, 1, place)
+    assert tuple(parts) == PARTS
+    assert parts["communication"] == 0
+    assert without_gradient == 0
+    assert 0 < parts["head_forward"] < parts["forward"]
+    assert 0 < parts["head_backward"] < parts["backward"]
+    pauses = num_packs * PAUSE
+    assert num_packs == 2
+    part = place.removeprefix("head ")
+    outside = parts[part] - parts[f"head_{part}"]
+    assert (parts[f"head_{part}"] if place.startswith("head") else outside) >= pauses
+
+
+class TimerOfAnHour(WaitingTimer):
+    """Says that the gradient pass took an hour."""
+
+    def take(self) -> dict[str, float]:
+        return super().take() | {"gradient": 3600.0}
+
+
+def parts_of_an_hour() -> dict[str, float]:
+    gpu_parts.WaitingTimer = TimerOfAnHour
+    return parts_with_pauses("forward")[0]
+
+
+@pytest.mark.dist
+def test_backward_is_what_forward_leaves() -> None:
+    (parts,) = run_distributed(parts_of_an_hour, 1)
+    assert parts["backward"] == 3600 - parts["forward"]
+
+
+def test_the_peak_is_forgotten_before_the_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def step(_state: Any, batch: Any, _objective: Any, _groups: Any, timer: Any = None) -> None:
+        taken.append(batch.cost)
+        if timer is not None:
+            with timer.phase("gradient"):
+                pass
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_steps, "train_step", step)
+    monkeypatch.setattr(gpu_steps, "forget_peak_memory", lambda: taken.append("forget"))
+    batches: list[Any] = [SimpleNamespace(cost=number) for number in range(4)]
+    nothing: Any = None
+    timing = time_steps(nothing, batches, "rmipo", nothing, warmups=2)
+    assert taken == ["forget", 0, 1, 2, 3]
+    assert timing.flops == [2, 3]
 
 
 def logprobs_with_and_without_layers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,7 +247,7 @@ def test_the_ends_are_embedding_norm_and_output_layer() -> None:
 def test_the_padded_step_takes_the_batches_that_are_timed() -> None:
     taken: list[slice] = []
     assert len(time_padded(taken.append, 2, 10, warmups=3)) == 2
-    assert taken == [slice(0, 4), slice(30, 40), slice(40, 50)]
+    assert taken == [slice(0, 10), slice(30, 40), slice(40, 50)]
 
 
 def results() -> Results:
@@ -137,7 +256,8 @@ def results() -> Results:
 
     seconds = {"rmipo": (1.5, 2.5), "simpo": (1.0, 2.0), "prompts twice": (2.0, 2.8), "a pair a micro-batch": (4.0, 4.0)}
     timings = {name: timing(*values) for name, values in seconds.items()}
-    return Results(16, timings, [9.6], 2**31, ends_seconds=0.5, full_flops=1750e12, head_tflops=269.0, agreement=0.01)
+    parts = {name: dict(zip(PARTS, (0.75, 1.25, 0.25, 0.375, 0.0), strict=True)) for name in seconds}
+    return Results(16, timings, parts, [9.6], 2**31, ends_seconds=0.5, full_flops=1750e12, head_tflops=269.0, agreement=0.01)
 
 
 def test_what_is_derived_from_the_timings_by_hand() -> None:
@@ -153,6 +273,9 @@ def test_what_is_derived_from_the_timings_by_hand() -> None:
     assert rows[0]["tflops_at_32_layers"] == pytest.approx(500)
     assert rows[1]["pairs_per_second_p50"] == pytest.approx((70 + 35) / 2)
     assert rows[-1]["pairs_per_second_p50"] == pytest.approx(70 / 9.6)
+    assert [rows[0][f"seconds_{name}"] for name in PARTS] == [0.75, 1.25, 0.25, 0.375, 0.0]
+    lines = gpu_results.table(rows).splitlines()
+    assert [line.split()[-5:] for line in lines if line.startswith("simpo")][1] == ["0.750", "1.250", "0.250", "0.375", "0.000"]
     assert all(row["num_layers"] == 16 and row["hidden_size"] == 4096 for row in rows)
 
 
@@ -172,9 +295,14 @@ def test_goals_are_those_of_one_h200(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pairs/s at 32 layers", 12.9, 18.285714, True),
     ]
     assert verdicts("--lengths", "hh") == [("prompts twice over shared", 1.40, 1.2, False), *common]
-    assert verdicts("--hidden-size", "2048") == verdicts("--shrink", "2") == verdicts("--lengths", "a.jsonl") == []
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert verdicts() == []
+    for other in shlex.split(
+        "'--hidden-size 2048' '--shrink 2' '--lengths a.jsonl' '--num-layers 4' '--num-pairs 32' '--seq-length 1024' "
+        "'--tokens-per-microbatch 1024' '--baseline-pairs-per-microbatch 1' '--head-tokens 64'"
+    ):
+        assert verdicts(*other.split()) == [], other
+    for device in ("NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA H200 NVL"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
+        assert verdicts() == [], device
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -226,13 +354,12 @@ def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == [*VARIANTS, gpu_results.PADDED]
     first = rows[0]
     assert 0 < first["agreement"] < 0.1
-    assert 0 < first["seconds_ends"] < first["seconds"]
+    assert first["seconds_ends"] > 0
     full = seconds_at(32, measured_layers=3, seconds=first["seconds"], ends_seconds=first["seconds_ends"])
     assert first["pairs_per_second_at_32_layers"] == pytest.approx(7 / full)
     for row in rows[:-1]:
         assert all(row[f"seconds_{phase}"] > 0 for phase in gpu_results.PHASES)
         assert sum(row[f"seconds_{phase}"] for phase in gpu_results.PHASES) == pytest.approx(row["seconds"])
-    # SimPO has no unconditional pass.
-    assert rows[1]["seconds_before"] < 0.5 * first["seconds_before"]
-    with (tmp_path / "gpu.csv").open(newline="") as file:
-        assert [row["num_layers"] for row in csv.DictReader(file)] == ["3"] * len(rows)
+        assert all(row[f"seconds_{part}"] > 0 for part in PARTS[:-1])
+        assert row["seconds_communication"] == 0
+    assert [row["num_layers"] for row in read_rows(tmp_path / "gpu.csv")] == ["3"] * len(rows)
