@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.inputs import RECORDED, Pairs, read_pairs, save_random_model
-from benchmarks.measure import Cost, measure
+from benchmarks.measure import Cost, measure, time_title
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import Step, build_state, check_agreement, minimum_flops, our_step, padded_step, trl_step
 from megatron_rmipo.model.families import read_architecture
@@ -27,6 +27,18 @@ from megatron_rmipo.runtime.groups import initialize_runtime
 
 # What the goals were set for: a model of 56 million parameters. The least of what the padded side's CPU time may be, in ours.
 GOAL_MODEL = {"hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 8, "vocab_size": 32000}
+GOAL_MODEL |= {"num_attention_heads": 8, "num_query_groups": 4}
+GOAL_SETTINGS = {
+    "objective": "rmipo",
+    "shrink": 1,
+    "seq_length": 2048,
+    "bf16": False,
+    "tokens_per_microbatch": 4096,
+    "recompute_granularity": None,
+    "baseline_pairs_per_microbatch": 2,
+    "baseline_recompute": True,
+}
+GOAL_PAIRS = {"ultrafeedback": 8, "hh": 16}
 LEAST_CPU_RATIO = {"ultrafeedback": 2.4, "hh": 2.8}
 # RMiPO in SimPO's: how far CPU time may be above the ratio of the FLOPs they cannot do without, and the most of memory.
 MOST_CPU_ABOVE_BOUND, MOST_MEMORY = 0.03, 1.01
@@ -59,13 +71,14 @@ def table(costs: Mapping[str, Cost], num_pairs: int) -> str:
     """A line per side; ratios are to ours."""
     ours = costs["ours"]
     lines = [
-        f"{'one optimizer step':<24}{'pairs/s':>9}{'CPU s':>9}{'of ours':>9}{'GFLOP':>10}{'of ours':>9}{'MiB':>9}{'of ours':>9}"
+        f"{'one optimizer step':<24}{'pairs/s':>9}{time_title():>9}{'of ours':>9}{'GFLOP':>10}{'of ours':>9}"
+        f"{'MiB':>9}{'of ours':>9}"
     ]
     for name in (name for name in TITLES if name in costs):
         cost = costs[name]
         lines.append(
             f"{TITLES[name]:<24}{num_pairs / cost.seconds.p50:>9.2f}"
-            f"{cost.cpu_seconds.p50:>9.2f}{cost.cpu_seconds.p50 / ours.cpu_seconds.p50:>8.2f}x"
+            f"{cost.time.p50:>9.2f}{cost.time.p50 / ours.time.p50:>8.2f}x"
             f"{cost.flops / 1e9:>10.1f}{cost.flops / ours.flops:>8.2f}x"
             f"{cost.peak_bytes / 2**20:>9.1f}{cost.peak_bytes / ours.peak_bytes:>8.2f}x"
         )
@@ -78,7 +91,7 @@ def record(
     """What was measured and with which settings; ``minimum`` is the FLOPs that a step cannot do without, by objective."""
     names = ["hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "vocab_size"]
     names += ["bf16", "recompute_granularity", "baseline_recompute", "tokens_per_microbatch", "baseline_pairs_per_microbatch"]
-    names += ["shrink", "repeats"]
+    names += ["shrink", "seq_length", "repeats"]
     row: dict[str, Any] = {"objective": options.objective} | {name: getattr(options, name) for name in names}
     row["lengths"] = options.data_path or (Path(options.lengths).name if options.lengths else "drawn")
     row["pairs"], row["tokens"], row["agreement"] = len(pairs), int(pairs.lengths.sum()), agreement
@@ -91,18 +104,24 @@ def record(
 
 
 def goals(options: argparse.Namespace, costs: Mapping[str, Cost], minimum: Mapping[str, float]) -> list[Goal]:
-    """What an RMiPO step of one model over recorded lengths, as they are, was to reach beside the authors' layout."""
-    as_meant = {**GOAL_MODEL, "objective": "rmipo", "shrink": 1, "baseline_recompute": True, "recompute_granularity": None}
-    if options.lengths not in LEAST_CPU_RATIO or not as_meant.items() <= vars(options).items():
+    """What an RMiPO step of one model over recorded lengths, as they are, was to reach beside the authors' layout.
+
+    CPU time is not held with CUDA, where the CPU only waits.
+    """
+    as_meant = {**GOAL_MODEL, **GOAL_SETTINGS, "num_pairs": GOAL_PAIRS.get(options.lengths)}
+    if not as_meant.items() <= vars(options).items():
         return []
     ours, simpo, bound = costs["ours"], costs["simpo"], minimum["rmipo"] / minimum["simpo"]
     title = f"step of 56M parameters, {options.lengths}"
     ratio = costs["baseline"].cpu_seconds.p50 / ours.cpu_seconds.p50
     above = ours.cpu_seconds.p50 / simpo.cpu_seconds.p50
+    held = [Goal(f"{title}: peak memory, RMiPO over SimPO", MOST_MEMORY, ours.peak_bytes / simpo.peak_bytes)]
+    if torch.cuda.is_available():
+        return held
     return [
         Goal(f"{title}: CPU time, authors' layout over ours", LEAST_CPU_RATIO[options.lengths], ratio, at_least=True),
         Goal(f"{title}: CPU time, RMiPO over SimPO", bound + MOST_CPU_ABOVE_BOUND, above),
-        Goal(f"{title}: peak memory, RMiPO over SimPO", MOST_MEMORY, ours.peak_bytes / simpo.peak_bytes),
+        *held,
     ]
 
 

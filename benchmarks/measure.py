@@ -43,12 +43,22 @@ class Cost:
     flops: float
     peak_bytes: int
 
+    @property
+    def time(self) -> Spread:
+        """CPU seconds; with CUDA, where the CPU waits while the device computes, wall clock."""
+        return self.seconds if torch.cuda.is_available() else self.cpu_seconds
+
     def figures(self) -> dict[str, float]:
         """Every figure by its name: ``seconds_p20`` and so on."""
         figures: dict[str, float] = {}
         for name, spread in (("seconds", self.seconds), ("cpu_seconds", self.cpu_seconds)):
             figures.update({f"{name}_{percentile}": value for percentile, value in dataclasses.asdict(spread).items()})
         return figures | {"flops": self.flops, "peak_bytes": self.peak_bytes}
+
+
+def time_title() -> str:
+    """What :attr:`Cost.time` is, for the head of a column."""
+    return "s" if torch.cuda.is_available() else "CPU s"
 
 
 def measure(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Cost]:

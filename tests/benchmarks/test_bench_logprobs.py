@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks import bench_logprobs, head_methods
 from benchmarks.head_methods import Problem
 from benchmarks.measure import Cost, Spread
+from benchmarks.report import read_rows
 from tests.harness import run_distributed
 
 SMALL = [
@@ -33,11 +34,6 @@ def bench(path: str) -> int | str:
         return bench_logprobs.main([*SMALL, "--csv", path])
     except SystemExit as end:
         return str(end)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.dist
@@ -82,10 +78,11 @@ def test_a_method_that_computes_something_else_is_not_timed(tmp_path: Path) -> N
     assert not path.exists()
 
 
-def test_goals_of_cost_are_those_of_one_size() -> None:
+def test_goals_of_cost_are_those_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = Cost(Spread(1, 1, 1), Spread(1, 1, 1), flops=1.0, peak_bytes=10)
     results = {name: (bench_logprobs.Errors(1e-6, 3e-6), cost) for name in ("fused", "dense, all tokens")}
-    settings = {"tokens": 2048, "vocab_size": 128256, "hidden_size": 64, "scored_share": 0.6}
+    settings = {"tokens": 2048, "vocab_size": 128256, "hidden_size": 64, "scored_share": 0.6, "chunk_size": 4096}
+    settings |= {"tensor_model_parallel_size": 1}
     goals = bench_logprobs.goals(settings, results)
     assert [(goal.limit, goal.measured, goal.reached) for goal in goals] == [
         (1e-5, 1e-6, True),
@@ -93,7 +90,26 @@ def test_goals_of_cost_are_those_of_one_size() -> None:
         (7.0, 1.0, False),
         (0.55, 1.0, False),
     ]
-    assert len(bench_logprobs.goals(settings | {"tokens": 2047}, results)) == 2
+    for name, value in (("tokens", 2047), ("scored_share", 0.5), ("chunk_size", 8192)):
+        assert len(bench_logprobs.goals(settings | {name: value}, results)) == 2
+    for name in ("scored_share", "chunk_size", "tensor_model_parallel_size"):
+        assert bench_logprobs.goals(settings | {name: 2}, results)[0].name != goals[0].name
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [goal.limit for goal in bench_logprobs.goals(settings, results)] == [1e-5, 2e-6, 7.0]
+
+
+def test_with_cuda_wall_clock_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = bench_logprobs.Errors(1e-6, 1e-6)
+    ours = Cost(Spread(1, 2, 3), Spread(4, 5, 6), flops=1.0, peak_bytes=1)
+    theirs = Cost(Spread(1, 6, 7), Spread(4, 20, 30), flops=1.0, peak_bytes=1)
+
+    def shown() -> list[str]:
+        lines = bench_logprobs.table("", {"fused": (errors, ours), "theirs": (errors, theirs)}).splitlines()
+        return [*lines[1].split()[:-10], *lines[3].split()[1:3]]
+
+    assert shown() == ["CPU", "s", "20.00", "4.00x"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert shown() == ["s", "6.00", "3.00x"]
 
 
 def test_a_share_of_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import math
 import shlex
@@ -16,6 +15,7 @@ import torch
 from benchmarks import bench_step
 from benchmarks.measure import Cost, Spread
 from benchmarks.padded_baseline import StepResult
+from benchmarks.report import read_rows
 from benchmarks.sides import Step, check_agreement, compare
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +32,6 @@ def bench(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         f"import sys\nfrom benchmarks import bench_step, sides\n{code}\nsys.exit(bench_step.main(sys.argv[1:]))",
     ]
     return subprocess.run([*command, *SMALL, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
@@ -75,21 +70,30 @@ def costs_of(ours: float, baseline: float, simpo: float, simpo_peak: int) -> dic
     return {"ours": cost(ours, 1000), "baseline": cost(baseline, 1), "simpo": cost(simpo, simpo_peak)}
 
 
-def test_goals_are_those_of_one_model_and_recorded_lengths_as_they_are() -> None:
+def test_goals_are_those_of_one_model_and_recorded_lengths_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     def verdicts(*arguments: str) -> list[tuple[float, float, bool]]:
         # The arithmetic allows 1.25 of SimPO; 2.0 / 1.6 is 1.25, and 1000 / 980 above 1.01.
         costs = costs_of(2.0, 5.2, simpo=1.6, simpo_peak=980)
         meant = shlex.split("--hidden-size 512 --ffn-hidden-size 1408 --num-layers 8 --vocab-size 32000")
         options = bench_step.parse_options([*meant, *arguments])
+        if "--num-pairs" not in arguments:
+            options.num_pairs = {"ultrafeedback": 8}.get(options.lengths, 16)
         goals = bench_step.goals(options, costs, {"rmipo": 100.0, "simpo": 80.0})
         return [(round(goal.limit, 9), round(goal.measured, 4), goal.reached) for goal in goals]
 
     simpo = [(1.28, 1.25, True), (1.01, 1.0204, False)]
     assert verdicts("--lengths", "ultrafeedback") == [(2.4, 2.6, True), *simpo]
     assert verdicts("--lengths", "hh") == [(2.8, 2.6, False), *simpo]
-    for other in ("--objective simpo", "--shrink 4", "--no-baseline-recompute", "--recompute-granularity full", "--num-layers 7"):
-        assert verdicts("--lengths", "hh", *other.split()) == []
+    for other in shlex.split(
+        "'--objective simpo' '--shrink 4' --no-baseline-recompute '--recompute-granularity full' '--num-layers 7' "
+        "'--num-pairs 8' '--seq-length 1024' --bf16 '--num-attention-heads 4' '--num-query-groups 8' "
+        "'--tokens-per-microbatch 8192' '--baseline-pairs-per-microbatch 1'"
+    ):
+        assert verdicts("--lengths", "hh", *other.split()) == [], other
     assert verdicts("--lengths", "a/hh.jsonl") == verdicts() == []
+    # With CUDA the CPU only waits.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert verdicts("--lengths", "hh") == simpo[1:]
 
 
 def step_result(loss: float, grad_norm: float) -> StepResult:

@@ -1,0 +1,103 @@
+"""Every column that docs/performance.md shows is one that the benchmarks write."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_balance, bench_convert, bench_data, bench_flops, bench_gpu, bench_logprobs, bench_step, gpu_results
+from benchmarks.bench_convert import Conversion
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_results import PHASES, Results
+from benchmarks.gpu_steps import VARIANTS, Timing
+from benchmarks.inputs import random_pairs
+from benchmarks.loading import Loading
+from benchmarks.measure import Cost, Spread
+from benchmarks.performance_tables import TABLES
+from benchmarks.preparing import Preparing
+from benchmarks.report import read_rows, report
+
+SPREAD = Spread(1.0, 2.0, 3.0)
+COST = Cost(SPREAD, SPREAD, flops=4.0, peak_bytes=5)
+
+
+def write_step(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench_step, "version", lambda _name: "0.1")
+    options = bench_step.parse_options(["--lengths", "hh", "--objective", "simpo", "--trl"])
+    pairs = random_pairs(np.array([[3, 4, 2]]), 50, np.random.default_rng(5))
+    costs = dict.fromkeys(("ours", "baseline", "trl", "simpo"), COST)
+    row = bench_step.record(options, pairs, costs, {"rmipo": 1.0, "simpo": 1.0}, 0.1)
+    write(path, [row])
+
+
+def write_flops(path: Path, patch: pytest.MonkeyPatch) -> None:
+    for name in ("initialize_runtime", "shutdown_runtime"):
+        patch.setattr(bench_flops, name, lambda *_, **__: None)
+    patch.setattr(bench_flops, "step_flops", lambda *_: 1.0)
+    assert bench_flops.main(["--lengths", "hh", "--batch-size", "2", "--csv", str(path)]) == 0
+
+
+def write_logprobs(path: Path, patch: pytest.MonkeyPatch) -> None:
+    settings = {"tokens": 2, "vocab_size": 3, "hidden_size": 4, "scored_share": 0.5, "chunk_size": 1}
+    settings |= {"tensor_model_parallel_size": 1, "repeats": 1}
+    write(path, bench_logprobs.make_rows(settings, {"fused": (bench_logprobs.Errors(0.1, 0.1), COST)}))
+
+
+def write_balance(path: Path, patch: pytest.MonkeyPatch) -> None:
+    arguments = ["--lengths", "hh", "--ranks", "2", "--num-batches", "1", "--batch-size", "4", "--csv", str(path)]
+    assert bench_balance.main(arguments) == 0
+
+
+def write_data(path: Path, patch: pytest.MonkeyPatch) -> None:
+    preparing = Preparing("hh", 1, 2, 3, SPREAD, SPREAD, SPREAD, SPREAD, SPREAD, SPREAD)
+    loading = Loading("hh", 8, 1, SPREAD, SPREAD, SPREAD, 1.0, SPREAD, 0.1)
+    patch.setattr(bench_data, "prepare_all", lambda *_: [preparing])
+    patch.setattr(bench_data, "load_all", lambda *_: [loading])
+    assert bench_data.main(["--csv", str(path)]) == 0
+
+
+def write_convert(path: Path, patch: pytest.MonkeyPatch) -> None:
+    one = Conversion.of(bench_convert.DIRECTIONS[0], 10, [(1.0, 2.0)], [(1.0, 2.0)], 3)
+    patch.setattr(bench_convert, "make_models", lambda *_: (None, None, 10))
+    patch.setattr(bench_convert, "measure_conversions", lambda *_: [one])
+    patch.setattr(bench_convert, "startup_cost", lambda: (1.0, 1.0))
+    assert bench_convert.main(["--csv", str(path)]) == 0
+
+
+def write_gpu(path: Path, patch: pytest.MonkeyPatch) -> None:
+    timings = {name: Timing([1.0], dict.fromkeys(PHASES, 1.0), [1.0], 1) for name in VARIANTS}
+    parts = {name: dict.fromkeys(PARTS, 1.0) for name in VARIANTS}
+    results = Results(2, timings, parts, [1.0], 1, ends_seconds=0.1, full_flops=1.0, head_tflops=1.0, agreement=0.1)
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    write(path, gpu_results.make_rows(bench_gpu.parse_options([]), results))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    report(argparse.Namespace(csv=path, json=False, check=False), "x", "", rows, [])
+
+
+WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
+    "results.csv": write_step,
+    "results_flops.csv": write_flops,
+    "results_logprobs.csv": write_logprobs,
+    "results_balance.csv": write_balance,
+    "results_data.csv": write_data,
+    "results_convert.csv": write_convert,
+    "results_gpu.csv": write_gpu,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_a_table_shows_is_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = TABLES[name]
+    WRITERS[table.file](tmp_path / table.file, monkeypatch)
+    row = next(row for row in read_rows(tmp_path / table.file) if table.takes(row))
+    assert all(table.setting(row))
+    assert {figure.title: bool(figure.text(row)) for figure in table.figures} == {figure.title: True for figure in table.figures}
