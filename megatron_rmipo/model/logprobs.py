@@ -148,6 +148,8 @@ class _LinearLogprobs(torch.autograd.Function):
         for chunk in _chunks(shard.valid_rows, chunk_size):
             for row, logits in _logits_to_score(hidden, weight, reference, chunk, scratch):
                 statistics[row].add(logits, local - chunk.start)
+                # Gone before the next are made.
+                del logits
         logprobs, log_sum_exp = shard.combine(statistics)
         ctx.save_for_backward(hidden, weight, local, log_sum_exp[0])
         # The parameter itself: its main_grad is not on the tensor that autograd saves.
@@ -172,6 +174,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 _add_product(grad_hidden, grad_logits, weight[chunk])
             if grad_weight is not None:
                 grad_weight.put(chunk, grad_logits.t(), hidden)
+            del logits, grad_logits
         if grad_hidden is not None:
             if shard.group is not None and ctx.reduce_hidden_grad:
                 dist.all_reduce(grad_hidden, group=shard.group)

@@ -210,15 +210,13 @@ def _head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, back
     half = element != FP32_BYTES
     rounded = element if half and not fused else 0
     states = pack.num_tokens * arch.hidden_size * element + pack.num_scored * arch.hidden_size * element
-    # In fp32 all chunks share the memory of one; in bf16 the one before is still there. Mixed: both models' and two mixtures.
-    num_chunks = 2 if half and rows < shard else 1
-    forward = states + logits * ((4 if mixed else num_chunks) * FP32_BYTES + rounded)
+    # One chunk at a time. Mixed: both models' and a mixture.
+    forward = states + logits * ((3 if mixed else 1) * FP32_BYTES + rounded)
     if not backward:
         return forward
     states += 3 * pack.num_tokens * arch.hidden_size * element + pack.num_scored * arch.hidden_size * FP32_BYTES
     chunk = logits * (FP32_BYTES + (element if half else 0))
-    before = logits * (FP32_BYTES + rounded) if num_chunks > 1 else 0
     # In bf16 what is added to fp32 gradients, of the hidden states or of the weight, is a tensor of its own.
     product = max(pack.num_scored, rows) * arch.hidden_size * (FP32_BYTES + rounded) if half else 0
     # Autograd is handed a tensor of the weight's size, though DDP has the gradient already.
-    return max(forward, states + chunk + max(before, product, shard * arch.hidden_size * element))
+    return max(forward, states + chunk + max(product, shard * arch.hidden_size * element))
