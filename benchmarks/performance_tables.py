@@ -83,7 +83,7 @@ _MICROBATCH = {"micro-batch, ours / theirs": "{tokens_per_microbatch} tokens / {
 TABLES = {
     "step": Table(
         "results.csv",
-        {"objective": "{objective}", **_MODEL, **_RECOMPUTE, **_MICROBATCH},
+        {"objective": "{objective}", **_MODEL, "TP": "{tensor_model_parallel_size}", **_RECOMPUTE, **_MICROBATCH},
         (
             Figure("pairs/s", "pairs", "ours_seconds_p50"),
             Figure("s, padded / ours", "baseline_seconds_p50", "ours_seconds_p50"),
@@ -92,6 +92,7 @@ TABLES = {
             Figure("FLOPs, padded / ours", "baseline_flops", "ours_flops"),
             Figure("peak, padded / ours", "baseline_peak_bytes", "ours_peak_bytes"),
             Figure("FLOPs, ours / least", "ours_flops", "minimum_flops", form=".3f"),
+            Figure("% outside model and optimizer", "overhead_share", form=".2f", scale=100),
         ),
     ),
     "trl": Table(

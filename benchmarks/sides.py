@@ -15,7 +15,7 @@ from benchmarks.inputs import BOS, Pairs, step_costs
 from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
 from benchmarks.trl_baseline import TrlBaseline
 from megatron_rmipo.checkpoint.hf import load_hf_weights
-from megatron_rmipo.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from megatron_rmipo.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rmipo.data.batching import check_capacity
 from megatron_rmipo.data.collection import PairCollection
 from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
@@ -32,7 +32,13 @@ LEARNING_RATE = 1e-4
 Step = Callable[[], StepResult]
 
 
-def trainer_config(*, bf16: bool, recompute_granularity: str | None = None, tokens_per_microbatch: int | None = None) -> Config:
+def trainer_config(
+    *,
+    bf16: bool,
+    recompute_granularity: str | None = None,
+    tokens_per_microbatch: int | None = None,
+    tensor_model_parallel_size: int = 1,
+) -> Config:
     """The trainer's flags, all others at their defaults."""
     recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
     if recompute_granularity == "full":
@@ -41,6 +47,7 @@ def trainer_config(*, bf16: bool, recompute_granularity: str | None = None, toke
         model=ModelConfig(bf16=bf16, **recompute),
         data=DataConfig() if tokens_per_microbatch is None else DataConfig(tokens_per_microbatch=tokens_per_microbatch),
         optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size),
     )
 
 
@@ -53,10 +60,10 @@ def build_state(
     model_dir: Path | None = None,
 ) -> TrainingState:
     """The trainer's model and optimizer, with the weights of a Hugging Face directory, or random ones without it."""
-    config = trainer_config(bf16=bf16, recompute_granularity=recompute_granularity)
+    config = trainer_config(bf16=bf16, recompute_granularity=recompute_granularity, tensor_model_parallel_size=groups.tp_size)
     policy = build_model(arch, config, groups)
     if model_dir is not None:
-        load_hf_weights(policy, model_dir, arch, tp_rank=0, tp_size=1)
+        load_hf_weights(policy, model_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
     return build_training_state(policy, config, groups, train_iters=1000)
 
 

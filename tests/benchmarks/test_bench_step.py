@@ -17,6 +17,7 @@ from benchmarks.measure import Cost, Spread
 from benchmarks.padded_baseline import StepResult
 from benchmarks.report import read_rows
 from benchmarks.sides import Step, check_agreement, compare
+from tests.harness import free_port
 
 ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
@@ -63,6 +64,21 @@ def test_all_sides_agree_and_a_line_is_appended_each_time(tmp_path: Path) -> Non
         assert simpo["trl"]
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_under_torchrun_ours_is_sharded_and_the_first_rank_reports(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [*launcher, "-m", "benchmarks.bench_step", *SMALL, "--csv", str(results)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "ours at TP 2" in run.stdout
+    (row,) = read_rows(results)
+    assert (row["tensor_model_parallel_size"], float(row["agreement"]) < 1e-4) == ("2", True)
+    # Half of the products; attention's heads and the vocabulary are halved like everything else.
+    assert 1 < float(row["ours_flops"]) / float(row["minimum_flops"]) < 2
+
+
 def costs_of(ours: float, baseline: float, simpo: float, simpo_peak: int) -> dict[str, Cost]:
     def cost(cpu: float, peak: int) -> Cost:
         return Cost(Spread(0, 0, 0), Spread(0, cpu, 0), flops=104.0, peak_bytes=peak)
@@ -78,10 +94,10 @@ def test_goals_are_those_of_one_model_and_recorded_lengths_as_they_are(monkeypat
         options = bench_step.parse_options([*meant, *arguments])
         if "--num-pairs" not in arguments:
             options.num_pairs = {"ultrafeedback": 8}.get(options.lengths, 16)
-        goals = bench_step.goals(options, costs, {"rmipo": 100.0, "simpo": 80.0})
+        goals = bench_step.goals(options, costs, {"rmipo": 100.0, "simpo": 80.0}, 0.02)
         return [(round(goal.limit, 9), round(goal.measured, 4), goal.reached) for goal in goals]
 
-    simpo = [(1.28, 1.25, True), (1.01, 1.0204, False)]
+    simpo = [(1.28, 1.25, True), (0.01, 0.02, False), (1.01, 1.0204, False)]
     assert verdicts("--lengths", "ultrafeedback") == [(2.4, 2.6, True), *simpo]
     assert verdicts("--lengths", "hh") == [(2.8, 2.6, False), *simpo]
     for other in shlex.split(
@@ -93,7 +109,7 @@ def test_goals_are_those_of_one_model_and_recorded_lengths_as_they_are(monkeypat
     assert verdicts("--lengths", "a/hh.jsonl") == verdicts() == []
     # With CUDA the CPU only waits.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert verdicts("--lengths", "hh") == simpo[1:]
+    assert verdicts("--lengths", "hh") == simpo[2:]
 
 
 def step_result(loss: float, grad_norm: float) -> StepResult:

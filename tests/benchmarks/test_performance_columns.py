@@ -32,7 +32,7 @@ def write_step(path: Path, patch: pytest.MonkeyPatch) -> None:
     options = bench_step.parse_options(["--lengths", "hh", "--objective", "simpo", "--trl"])
     pairs = random_pairs(np.array([[3, 4, 2]]), 50, np.random.default_rng(5))
     costs = dict.fromkeys(("ours", "baseline", "trl", "simpo"), COST)
-    row = bench_step.record(options, pairs, costs, {"rmipo": 1.0, "simpo": 1.0}, 0.1)
+    row = bench_step.record(options, pairs, costs, {"rmipo": 1.0, "simpo": 1.0}, 0.1, 0.01)
     write(path, [row])
 
 
