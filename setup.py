@@ -60,14 +60,14 @@ EXTRAS = {
 
 COMMANDS = {
     "megatron-rmipo-train": "megatron_rmipo.train:main",
-    "megatron-rmipo-preprocess": "megatron_rmipo.data.preprocess_cli:main",
-    "megatron-rmipo-inspect-pairs": "megatron_rmipo.data.inspect_cli:main",
-    "megatron-rmipo-score-pairs": "megatron_rmipo.training.score_cli:main",
+    "megatron-rmipo-preprocess": "megatron_rmipo.data.preparing.preprocess_cli:main",
+    "megatron-rmipo-inspect-pairs": "megatron_rmipo.data.preparing.inspect_cli:main",
+    "megatron-rmipo-score-pairs": "megatron_rmipo.scoring.score_cli:main",
     "megatron-rmipo-hf-to-megatron": "megatron_rmipo.checkpoint.hf_to_megatron_cli:main",
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.checkpoint.megatron_to_hf_cli:main",
     "megatron-rmipo-verify-conversion": "megatron_rmipo.checkpoint.verify_cli:main",
-    "megatron-rmipo-summarize-run": "megatron_rmipo.training.summary:main",
-    "megatron-rmipo-compare-runs": "megatron_rmipo.training.comparison_cli:main",
+    "megatron-rmipo-summarize-run": "megatron_rmipo.reports.summary:main",
+    "megatron-rmipo-compare-runs": "megatron_rmipo.reports.comparison_cli:main",
 }
 
 setup(

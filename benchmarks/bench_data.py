@@ -25,9 +25,9 @@ from benchmarks.made_text import make_rows, save_rows, save_tokenizer
 from benchmarks.measure import Spread
 from benchmarks.preparing import Preparing, measure_preparing
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.config import DataConfig
-from megatron_rmipo.data.preprocess import PreprocessOptions
-from megatron_rmipo.data.tokenize import load_tokenizer
+from megatron_rmipo.config.schema import DataConfig
+from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.preparing.preprocess import PreprocessOptions
 from megatron_rmipo.errors import DataError
 
 LEAST_SHARE_OF_BARE_SPEED = 0.9

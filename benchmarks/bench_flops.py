@@ -22,10 +22,10 @@ from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, random_pairs, r
 from benchmarks.measure import counted_flops
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import batch_builder, minimum_flops
-from megatron_rmipo.config import ModelConfig
-from megatron_rmipo.data.loader import RankBatch
-from megatron_rmipo.data.packing import PackedRow
-from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.config.schema import ModelConfig
+from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime

@@ -38,10 +38,10 @@ from benchmarks.inputs import BOS, RECORDED, Pairs, read_pairs, save_random_mode
 from benchmarks.padded_baseline import PaddedBaseline
 from benchmarks.report import FOLDER, add_report_options, report
 from benchmarks.sides import build_state, compare, minimum_flops, our_step, padded_step, token_lists, trainer_config
-from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.reports.throughput import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device, initialize_runtime
-from megatron_rmipo.training.throughput import forget_peak_memory, peak_memory_bytes
 
 CHECKED_LAYERS, CHECKED_PAIRS = 2, 8
 # Relative, of a pair's loss and of the gradient norm, in bf16.

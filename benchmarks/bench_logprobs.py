@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.head_methods import Method, Problem, methods, random_problem
 from benchmarks.measure import Cost, measure, time_title
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.config import ModelConfig
+from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 
 OURS, DENSE = "fused", "dense, all tokens"

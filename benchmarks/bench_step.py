@@ -25,7 +25,7 @@ from benchmarks.measure import Cost, measure, time_title
 from benchmarks.overhead import overhead_share
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import Step, build_state, check_agreement, minimum_flops, our_step, padded_step, trl_step
-from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.setup import TrainingState
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.config import Config
-from megatron_rmipo.data.loader import UNCONDITIONAL_PACK_FACTOR
-from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.training.memory_estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.batches.loader import UNCONDITIONAL_PACK_FACTOR
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 
 FULL_LAYERS = 32
 # What is left to what is not counted: attention masks, the optimizer's temporaries, fragmentation.

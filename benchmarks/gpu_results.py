@@ -15,8 +15,8 @@ from benchmarks.gpu_steps import Timing
 from benchmarks.inputs import LLAMA_3_8B, RECORDED
 from benchmarks.measure import Spread
 from benchmarks.report import Goal
-from megatron_rmipo.config import DataConfig
-from megatron_rmipo.training.flops import known_device, peak_flops
+from megatron_rmipo.config.schema import DataConfig
+from megatron_rmipo.model.flops import known_device, peak_flops
 
 PADDED = "padded (transformers)"
 PHASES = ("before", "gradient", "optimizer", "other")

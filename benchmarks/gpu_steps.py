@@ -13,16 +13,16 @@ import torch
 from benchmarks.inputs import Pairs
 from benchmarks.measure import timed
 from benchmarks.sides import batch_builder, minimum_flops
-from megatron_rmipo.data.loader import BatchLayout, RankBatch
-from megatron_rmipo.data.packing import pack_pairs, pack_responses
+from megatron_rmipo.data.batches.loader import BatchLayout, RankBatch
+from megatron_rmipo.data.batches.packing import pack_pairs, pack_responses
 from megatron_rmipo.model.logprobs import linear_logprobs
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.reports.throughput import forget_peak_memory, peak_memory_bytes
+from megatron_rmipo.reports.timers import Phase, PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.setup import TrainingState
 from megatron_rmipo.training.step import train_step
-from megatron_rmipo.training.throughput import forget_peak_memory, peak_memory_bytes
-from megatron_rmipo.training.timers import Phase, PhaseTimer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Timing:
     Attributes:
         seconds: of each step.
         phases: mean seconds of ``before`` (the unconditional pass), ``gradient`` (forward, backward), ``optimizer``, ``other``.
-        flops: those that the loss of each step needs, however it is laid out, see :mod:`megatron_rmipo.training.flops`.
+        flops: those that the loss of each step needs, however it is laid out, see :mod:`megatron_rmipo.model.flops`.
         peak_bytes: most memory in use, weights and optimizer included.
     """
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import transformers
 
-from megatron_rmipo.data.loader import BatchLayout
-from megatron_rmipo.data.pair_store import PairStore, TokenizedPair
-from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
+from megatron_rmipo.families.architecture import ModelArchitecture
 
 LLAMA_3_8B = ModelArchitecture(
     family="llama",

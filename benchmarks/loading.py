@@ -14,13 +14,13 @@ import torch
 
 from benchmarks.inputs import BOS, EOS, LLAMA_3_8B
 from benchmarks.measure import Spread, timed
-from megatron_rmipo.config import DataConfig
-from megatron_rmipo.data.batching import PairOrder
-from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout, iterate_batches
-from megatron_rmipo.data.manifest import Manifest, TokenizerInfo
-from megatron_rmipo.data.pair_store import PairStore, PairStoreWriter, TokenizedPair
-from megatron_rmipo.training.flops import forward_cost_model, peak_flops
+from megatron_rmipo.config.schema import DataConfig
+from megatron_rmipo.data.batches.batching import PairOrder
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, iterate_batches
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
+from megatron_rmipo.data.store.pair_store import PairStore, PairStoreWriter, TokenizedPair
+from megatron_rmipo.model.flops import forward_cost_model, peak_flops
 
 VOCAB_SIZE = 32_000  # of the random tokens
 STEP_DEVICE = "H100"

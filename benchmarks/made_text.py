@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_rmipo.data.templates import BUILT_IN_TEMPLATES, NEEDED_TOKENS
+from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES, NEEDED_TOKENS
 
 NUM_WORDS = 20_000
 WORDS_PER_TOKEN = 0.7

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from tokenizers import Encoding, Tokenizer
 
 from benchmarks.measure import Spread, timed
-from megatron_rmipo.data.backends import Backend
-from megatron_rmipo.data.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.encoding.backends import Backend
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
 
 
 class Recorder:

@@ -15,7 +15,9 @@ import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 240
 # Ranks are forked from a server that has these loaded: importing them anew would take longer than most tests.
-mp.set_forkserver_preload(["transformers", "safetensors.torch", "megatron_rmipo.training.setup", "megatron_rmipo.checkpoint.hf"])
+mp.set_forkserver_preload(
+    ["transformers", "safetensors.torch", "megatron_rmipo.training.setup", "megatron_rmipo.checkpoint.hf.weights"]
+)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -26,7 +26,7 @@ TORCH_ALONE = {"torch"} | set(sys.stdlib_module_names)
 
 
 def _part(module: str) -> str:
-    """``megatron_rmipo.data.rows`` -> ``data``; the modules config, config_parsing ... are one part."""
+    """``megatron_rmipo.data.reading.rows`` -> ``data``; the modules config, config_parsing ... are one part."""
     name = module.split(".")[1] if "." in module else ""
     return "config" if name.startswith("config") else name
 

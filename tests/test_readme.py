@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.training.arguments import parse_arguments
+from megatron_rmipo.objectives.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,7 +78,7 @@ def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -
             return known
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         # This one shares the trainer's parser, which tells unknown flags by itself.
-        patch.setattr("megatron_rmipo.training.score_cli.score", stop)
+        patch.setattr("megatron_rmipo.scoring.score_cli.score", stop)
         module = name
         if name.startswith("tools/"):
             (module,) = re.findall(r"^from (megatron_rmipo\.\S+) import main$", (ROOT / name).read_text(), re.MULTILINE)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from megatron_rmipo.checkpoint.directory import Iteration
+from megatron_rmipo.checkpoint.megatron.directory import Iteration
 from megatron_rmipo.errors import RmipoError
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")

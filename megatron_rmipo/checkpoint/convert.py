@@ -13,8 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.assets import check_output_directory, check_space, copy_hf_assets, set_config_dtype
-from megatron_rmipo.checkpoint.directory import (
+from megatron_rmipo.checkpoint.hf.assets import check_output_directory, check_space, copy_hf_assets, set_config_dtype
+from megatron_rmipo.checkpoint.hf.mappings import megatron_shape, rules_of, tensors_of
+from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
+from megatron_rmipo.checkpoint.hf.shards import fill_rows
+from megatron_rmipo.checkpoint.hf.weights import open_weights
+from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
+from megatron_rmipo.checkpoint.megatron.directory import (
     ASSETS_NAME,
     INCOMPLETE_SUFFIX,
     CheckpointRecord,
@@ -25,15 +30,11 @@ from megatron_rmipo.checkpoint.directory import (
     find_checkpoint,
     hf_assets_directory,
 )
-from megatron_rmipo.checkpoint.hf import open_weights
-from megatron_rmipo.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
-from megatron_rmipo.checkpoint.layouts import fill_rows
-from megatron_rmipo.checkpoint.mappings import Layout, Rule, megatron_shape, rules_of, tensors_of
-from megatron_rmipo.checkpoint.safetensors_files import WeightFiles, row_pieces
-from megatron_rmipo.checkpoint.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
+from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
 from megatron_rmipo.errors import ConversionError
-from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.hf_config import read_architecture
 
 # Modules whose extra state (fp8 scales) Megatron-Core's layers, local or Transformer Engine's, look for in a checkpoint.
 _STATEFUL = (

@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.architecture import ModelArchitecture, RopeScaling, padded_vocab_size
-from megatron_rmipo.model.attention import PackedAttention, choose_backend
+from megatron_rmipo.families.architecture import ModelArchitecture, RopeScaling, padded_vocab_size
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -125,7 +125,7 @@ class PolicyModel(GPTModel):
 
         Args:
             token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
-            segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention`.
+            segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
             source: int64 ``[N]``, the token whose hidden state predicts.
             target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
             reference: on the last stage: score the targets under mixtures with a reference model, too.

@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from megatron_rmipo.config_values import ValueType, field_types
+from megatron_rmipo.config.values import ValueType, field_types
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.objectives.base import LogpNeeds, Objective
 from megatron_rmipo.objectives.options import in_words

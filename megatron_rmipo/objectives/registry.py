@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rmipo.config_values import field_types
+from megatron_rmipo.config.values import field_types
 from megatron_rmipo.objectives.alpha_dpo import AlphaDpo
 from megatron_rmipo.objectives.alpha_po import AlphaPo
 from megatron_rmipo.objectives.base import LogpNeeds, Objective

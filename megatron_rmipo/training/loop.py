@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rmipo.config import Config
-from megatron_rmipo.data.batching import PairOrder
-from megatron_rmipo.data.loader import BatchBuilder, RankBatch, iterate_batches
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.batches.batching import PairOrder
+from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch, iterate_batches
 from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.passes.batch import PairMetrics
+from megatron_rmipo.reports.metrics import summarize
+from megatron_rmipo.reports.profiler import StepProfiler
+from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.reports.throughput import Throughput
+from megatron_rmipo.reports.timers import PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.training.metrics import summarize
-from megatron_rmipo.training.out_of_memory import MemoryReport
-from megatron_rmipo.training.passes import PairMetrics
-from megatron_rmipo.training.profiling import StepProfiler
-from megatron_rmipo.training.reporting import Reporter
+from megatron_rmipo.runtime.signals import StopRequest
 from megatron_rmipo.training.setup import TrainingState
-from megatron_rmipo.training.signals import StopRequest
 from megatron_rmipo.training.step import StepOutcome, evaluate_batch, train_step
-from megatron_rmipo.training.throughput import Throughput
-from megatron_rmipo.training.timers import PhaseTimer
 
 
 @dataclasses.dataclass

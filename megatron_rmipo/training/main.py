@@ -14,32 +14,32 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rmipo.checkpoint.hf import export_hf
-from megatron_rmipo.checkpoint.store import load_checkpoint, save_checkpoint
-from megatron_rmipo.config import Config
-from megatron_rmipo.data.batching import PairOrder, check_capacity
-from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.checkpoint.hf.weights import export_hf
+from megatron_rmipo.checkpoint.megatron.store import load_checkpoint, save_checkpoint
+from megatron_rmipo.checkpoint.source import ModelSource, find_model, load_weights
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.batches.batching import PairOrder, check_capacity
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError, RmipoError
-from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.reports.profiler import StepProfiler
+from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.runtime.environment import check_environment
+from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from megatron_rmipo.training.arguments import parse_arguments
-from megatron_rmipo.training.first_failure import tell_failure
-from megatron_rmipo.training.flops import peak_flops
-from megatron_rmipo.training.inputs import RunData, check_outputs, conditional_layout, open_data
+from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
+from megatron_rmipo.training.data import RunData, check_outputs, conditional_layout, open_data
 from megatron_rmipo.training.loop import Progress, Run, train
-from megatron_rmipo.training.model_source import ModelSource, find_model, load_weights
-from megatron_rmipo.training.out_of_memory import MemoryReport
-from megatron_rmipo.training.profiling import StepProfiler
-from megatron_rmipo.training.reference import attach_scores, choose_reference, identify_reference, load_reference
-from megatron_rmipo.training.reporting import Reporter
 from megatron_rmipo.training.resume import StartingPoint, starting_point
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
-from megatron_rmipo.training.throughput import Throughput
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_rmipo.config import Config
+from megatron_rmipo.checkpoint.source import ModelSource, saved_train_state
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective, State
-from megatron_rmipo.training.inputs import RunData
+from megatron_rmipo.training.data import RunData
 from megatron_rmipo.training.loop import Progress
-from megatron_rmipo.training.model_source import ModelSource, saved_train_state
 
 # What a resumed run must not change -> how it is told.
 _FIXED = {

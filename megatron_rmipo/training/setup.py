@@ -14,8 +14,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_rmipo.config import Config, OptimizerConfig, ParallelConfig
-from megatron_rmipo.model.architecture import ModelArchitecture
+from megatron_rmipo.config.schema import Config, OptimizerConfig, ParallelConfig
+from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
 from megatron_rmipo.objectives.base import State
 from megatron_rmipo.runtime.groups import ProcessGroups

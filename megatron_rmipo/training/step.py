@@ -9,13 +9,13 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_rmipo.data.loader import RankBatch
+from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.passes.batch import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
+from megatron_rmipo.passes.contract import check_state
+from megatron_rmipo.reports.timers import PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.training.objective_contract import check_state
-from megatron_rmipo.training.passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.training.setup import TrainingState
-from megatron_rmipo.training.timers import PhaseTimer
 
 
 @dataclasses.dataclass(frozen=True)

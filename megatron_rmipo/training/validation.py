@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from megatron_rmipo.config import (
+from megatron_rmipo.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -21,8 +21,8 @@ from megatron_rmipo.config import (
     TrainingConfig,
 )
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.training.transformer_engine import fp8_width_problems, transformer_engine_problems
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
 
 
 def validate(config: Config, architecture: ModelArchitecture, world_size: int) -> None:

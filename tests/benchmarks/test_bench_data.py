@@ -13,13 +13,13 @@ from benchmarks import bench_data, loading, preparing
 from benchmarks.inputs import step_costs
 from benchmarks.loading import measure_loading, save_store, wait_share
 from benchmarks.made_text import make_rows, save_rows, save_tokenizer
-from megatron_rmipo.data.batching import CostModel, PairOrder
-from megatron_rmipo.data.formats import FORMATS, recognise_format
-from megatron_rmipo.data.loader import BatchLayout
-from megatron_rmipo.data.pair_store import PairStore
-from megatron_rmipo.data.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.rows import parse_row
-from megatron_rmipo.data.tokenize import load_tokenizer
+from megatron_rmipo.data.batches.batching import CostModel, PairOrder
+from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
+from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
+from megatron_rmipo.data.reading.rows import parse_row
+from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import DataError
 
 SIZES = np.array([[33, 21, 17], [150, 5, 44], [9, 90, 7], [61, 61, 3], [20, 13, 13], [3, 2, 30], [71, 8, 29]])

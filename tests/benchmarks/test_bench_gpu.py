@@ -25,12 +25,12 @@ from benchmarks.gpu_steps import VARIANTS, Timing, WaitingTimer, build_batches, 
 from benchmarks.inputs import LLAMA_3_8B, Pairs, random_pairs
 from benchmarks.report import read_rows
 from benchmarks.sides import build_state, minimum_flops, trainer_config
-from megatron_rmipo.data.packing import pack_pairs
-from megatron_rmipo.model.architecture import ModelArchitecture
-from megatron_rmipo.model.attention import BACKENDS, choose_backend
+from megatron_rmipo.data.batches.packing import pack_pairs
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import initialize_runtime
-from megatron_rmipo.training.memory_estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.training.step import evaluate_batch
 from tests.harness import run_distributed
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rmipo.checkpoint import assets, convert, hf_to_megatron_cli, megatron_to_hf_cli
+from megatron_rmipo.checkpoint import convert, hf_to_megatron_cli, megatron_to_hf_cli
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
-from megatron_rmipo.checkpoint.directory import latest_complete_iteration
+from megatron_rmipo.checkpoint.hf import assets
+from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iteration
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from tests.checkpoint.models import KINDS, write_hf_model
 
@@ -38,7 +39,7 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pieces smaller than a tensor, with odd ends, as a large model has them.
-    monkeypatch.setattr("megatron_rmipo.checkpoint.safetensors_files.PIECE_BYTES", 1000)
+    monkeypatch.setattr("megatron_rmipo.checkpoint.hf.safetensors_files.PIECE_BYTES", 1000)
     source = write_hf_model(tmp_path / "in", kind, dtype=dtype, max_shard_size="90KB")
     convert_hf_to_megatron(source, tmp_path / "checkpoint")
     assert latest_complete_iteration(tmp_path / "checkpoint") == "release"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rmipo.checkpoint import raw_files
+from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
 from megatron_rmipo.checkpoint.raw_files import bytes_of, open_output, read_into
-from megatron_rmipo.checkpoint.safetensors_files import WeightFiles
 from megatron_rmipo.errors import ConversionError
 
 

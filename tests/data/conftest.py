@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.data.tokenize import PreferenceTokenizer, load_tokenizer
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from tests.data.tokenizers import save_byte_bpe, save_sentencepiece
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.config import Config
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
-from megatron_rmipo.training.arguments import parse_arguments
-from megatron_rmipo.training.comparison_cli import build_parser
+from megatron_rmipo.reports.comparison_cli import build_parser
 from megatron_rmipo.training.validation import flag_problems
 from tests.examples.test_scripts import ROOT, calls, commands, environment, own_inputs, run_script
 

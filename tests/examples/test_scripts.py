@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_rmipo.config import Config
-from megatron_rmipo.training.arguments import parse_arguments
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import flag_problems
 
 ROOT = Path(__file__).parent.parent.parent

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rmipo.data.manifest import Manifest
-from megatron_rmipo.data.pair_store import PairStoreWriter, TokenizedPair
-from megatron_rmipo.data.tokenize import load_tokenizer
+from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.store.manifest import Manifest
+from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from tests.parity.replay import read_pairs
 
 FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"

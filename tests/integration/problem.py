@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.pair_store import TokenizedPair
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 
 BOS = 1

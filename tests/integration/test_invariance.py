@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rmipo.data.pair_store import TokenizedPair
+from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.objectives.registry import build_objective
 from tests.harness import run_distributed
 from tests.integration.problem import DenseProblem, collection, make_hf_model, make_pairs

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rmipo.checkpoint.directory import latest_complete_iteration
+from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iteration
 from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.scoring import score_cli
 from megatron_rmipo.training import main as trainer
-from megatron_rmipo.training import score_cli
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs
 from tests.integration.test_training import flags, losses, output_of, run

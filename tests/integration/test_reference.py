@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rmipo.data.reference_scores import SCORES_FILE
-from megatron_rmipo.training import score_cli
+from megatron_rmipo.data.store.reference_scores import SCORES_FILE
+from megatron_rmipo.scoring import score_cli
 from tests.harness import run_distributed
 from tests.integration.data import MODEL, write_pairs
 from tests.integration.test_training import STEPS, flags, losses, output_of, records, run, weights

@@ -16,17 +16,17 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf import export_hf, load_hf_weights
-from megatron_rmipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.collection import PairCollection
-from megatron_rmipo.data.loader import BatchBuilder, BatchLayout
-from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
+from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.passes.batch import gradient_pass, prepare_batch
+from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, score_responses
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
-from megatron_rmipo.training.flops import forward_cost_model
-from megatron_rmipo.training.passes import gradient_pass, prepare_batch
-from megatron_rmipo.training.rows import from_last_stage, gather_pairs, score_responses
 from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
 from tests.integration.problem import BOS
 

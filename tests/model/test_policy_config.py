@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model import policy as policy_module
-from megatron_rmipo.model.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import build_policy, transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed

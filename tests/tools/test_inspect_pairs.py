@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rmipo.data import preprocess_cli
-from megatron_rmipo.data.inspect_cli import BOUNDARY, histogram, main
+from megatron_rmipo.data.preparing import preprocess_cli
+from megatron_rmipo.data.preparing.inspect_cli import BOUNDARY, histogram, main
 from tests.data.tokenizers import save_byte_bpe, save_sentencepiece
 
 

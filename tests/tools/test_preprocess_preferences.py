@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.data.pair_store import PairStore
-from megatron_rmipo.data.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.preprocess_cli import main
-from megatron_rmipo.data.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
+from megatron_rmipo.data.preparing.preprocess_cli import main
+from megatron_rmipo.data.store.pair_store import PairStore
 from tests.data.tokenizers import TEXTS, save_byte_bpe, save_sentencepiece, shared_data
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_rows_become_pairs_and_rejects_are_listed(tmp_path: Path, model: Path, c
 
 
 def load(model: Path) -> PreferenceTokenizer:
-    from megatron_rmipo.data.tokenize import load_tokenizer
+    from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 
     return load_tokenizer(str(model))
 
@@ -102,7 +102,7 @@ def test_a_tokenizer_that_is_loaded_already_is_taken(tmp_path: Path, model: Path
     source = write_rows(tmp_path / "rows.jsonl", rows(20))
     assert run(tmp_path, model, source) == 0
     tokenizer = load(model)
-    monkeypatch.setattr("megatron_rmipo.data.preprocess.load_tokenizer", None)
+    monkeypatch.setattr("megatron_rmipo.data.preparing.preprocess.load_tokenizer", None)
     prefix = str(tmp_path / "again")
     preprocess(PreprocessOptions((str(source),), str(model), prefix, chat_template="mistral"), tokenizer)
     for ending in ("bin", "idx", "json", "rejects.jsonl"):
@@ -312,7 +312,7 @@ def test_a_failed_replacement_leaves_the_earlier_list(
         return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name.startswith("out")}
 
     with monkeypatch.context() as patched:
-        patched.setattr("megatron_rmipo.data.pair_store._flush_to_disk", lambda _path: os.write(-1, b""))
+        patched.setattr("megatron_rmipo.data.store.pair_store._flush_to_disk", lambda _path: os.write(-1, b""))
         assert run(tmp_path, model, source, "--overwrite") == 1
     assert left() == earlier
     assert run(tmp_path, model, source, "--overwrite", "--strict") == 1
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_with_rejects_is_one_message(
                 super().close()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("megatron_rmipo.data.rejects.open", lambda *_args, **_options: Full(), raising=False)
+    monkeypatch.setattr("megatron_rmipo.data.preparing.rejects.open", lambda *_args, **_options: Full(), raising=False)
     assert run(tmp_path, model, write_rows(tmp_path / "rows.jsonl", rows(10))) == 1
     shown = capsys.readouterr().err
     assert "out.incomplete.rejects.jsonl: could not be written (No space left on device). Free some space" in shown

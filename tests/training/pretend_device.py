@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from megatron_rmipo.model.attention import PackedAttention
+from megatron_rmipo.model.attention.packed import PackedAttention
 from megatron_rmipo.runtime import cpu, groups
 
 NAME = "pretend"

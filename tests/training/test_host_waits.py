@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rmipo.model.families import read_architecture
+from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.passes import rows
 from megatron_rmipo.runtime.groups import initialize_runtime
-from megatron_rmipo.training import rows
 from megatron_rmipo.training.setup import build_model, build_training_state
 from megatron_rmipo.training.step import evaluate_batch, train_step
 from tests.harness import run_distributed

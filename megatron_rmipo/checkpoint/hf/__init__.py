@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: read and written a piece at a time."""

@@ -1,0 +1,144 @@
+"""How the tensors of a Hugging Face checkpoint and of a Megatron model correspond, by the rules of the model's family.
+
+A Megatron tensor is cut along its rows into *segments*, each a run of rows of one Hugging Face tensor; that one description
+serves every direction and every layout: a tensor-parallel slice, a streamed piece, merging and un-merging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from megatron_rmipo.errors import ConversionError
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.registry import FAMILIES
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Rows ``[start, start + rows)`` of source number ``source``, at this place of the Megatron tensor."""
+
+    source: int
+    start: int
+    rows: int
+
+
+# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them.
+LOCAL_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def rules_of(arch: ModelArchitecture) -> tuple[Rule, ...]:
+    """The tensors a checkpoint of this model holds: the family's table, without the head where embeddings are tied."""
+    family = FAMILIES[arch.family]
+    return tuple(rule for rule in family.rules if not (arch.tied_embeddings and rule.megatron == family.head))
+
+
+def tensors_of(arch: ModelArchitecture) -> list[tuple[Rule, int | None]]:
+    """Every tensor of the model as (rule, layer), layer None outside the layers, in the order a checkpoint is written."""
+    rules = rules_of(arch)
+    first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
+    layer_rules = [rule for rule in rules if rule.per_layer]
+    before = [rule for rule in rules[:first_layer_rule] if not rule.per_layer]
+    after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
+    tensors: list[tuple[Rule, int | None]] = [(rule, None) for rule in before]
+    tensors += [(rule, layer) for layer in range(arch.num_layers) for rule in layer_rules]
+    return tensors + [(rule, None) for rule in after]
+
+
+def canonical_name(parameter: str) -> tuple[str, int | None]:
+    """Checkpoint name of a module's parameter, without the layer number, and that number as the module counts it."""
+    match = _LAYER_NAME.fullmatch(parameter)
+    if not match:
+        return parameter, None
+    rest = LOCAL_NAMES.get(match[2], match[2])
+    return f"decoder.layers.{rest}", int(match[1])
+
+
+def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the Hugging Face tensors of a rule."""
+    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
+    query_rows = arch.num_attention_heads * arch.kv_channels
+    key_rows = arch.num_query_groups * arch.kv_channels
+    match rule.layout:
+        case Layout.WHOLE:
+            return ((hidden,),)
+        case Layout.VOCABULARY:
+            return ((arch.vocab_size, hidden),)
+        case Layout.QKV:
+            return ((query_rows, hidden), (key_rows, hidden), (key_rows, hidden))
+        case Layout.GATE_UP:
+            return ((ffn, hidden), (ffn, hidden))
+        case Layout.HEAD_COLUMNS:
+            return ((hidden, query_rows),)
+        case Layout.FFN_COLUMNS:
+            return ((hidden, ffn),)
+
+
+def megatron_shape(rule: Rule, arch: ModelArchitecture) -> tuple[int, ...]:
+    """Shape of the Megatron tensor of a rule, over all tensor-parallel ranks, without vocabulary padding."""
+    shapes = source_shapes(rule, arch)
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def segments_of(rule: Rule, arch: ModelArchitecture) -> list[Segment]:
+    """The rows of the Megatron tensor, from first to last, as runs of rows of its sources."""
+    if rule.layout is not Layout.QKV:
+        return [Segment(source, 0, shape[0]) for source, shape in enumerate(source_shapes(rule, arch))]
+    key_rows = arch.kv_channels
+    query_rows = arch.num_attention_heads // arch.num_query_groups * key_rows
+    segments = []
+    for group in range(arch.num_query_groups):
+        segments += [
+            Segment(0, group * query_rows, query_rows),
+            Segment(1, group * key_rows, key_rows),
+            Segment(2, group * key_rows, key_rows),
+        ]
+    return segments
+
+
+def segments_in(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
+    """The part of ``segments`` that covers Megatron rows ``[start, stop)``, cut at both ends."""
+    found = []
+    position = 0
+    for segment in segments:
+        low, high = max(start, position), min(stop, position + segment.rows)
+        if low < high:
+            found.append(Segment(segment.source, segment.start + low - position, high - low))
+        position += segment.rows
+    return found
+
+
+def check_keys(found: Iterable[str], arch: ModelArchitecture, where: str) -> None:
+    """Check that a Hugging Face checkpoint holds exactly the tensors of the model.
+
+    A head stored beside a tied embedding is left to the caller, who can compare the two.
+
+    Raises:
+        ConversionError: naming the tensors that are missing and those that nothing would use.
+    """
+    family = FAMILIES[arch.family]
+    expected = {name for rule, layer in tensors_of(arch) for name in rule.source_names(layer)}
+    names = set(found)
+    if arch.tied_embeddings:
+        names -= set(family.head_sources)
+    unused = {name for name in names - expected if not any(re.fullmatch(pattern, name) for pattern in family.ignored)}
+    missing = expected - names
+    if not unused and not missing:
+        return
+    lines = [f"{where}: its tensors are not those of a {arch.family} model with {arch.num_layers} layers."]
+    lines += [f"  missing ({len(missing)}): {_sample(missing)}"] if missing else []
+    lines += [f"  not used ({len(unused)}): {_sample(unused)}"] if unused else []
+    lines.append("Check that config.json belongs to these weights (num_hidden_layers, tie_word_embeddings, architectures).")
+    raise ConversionError("\n".join(lines))
+
+
+def _sample(names: set[str], limit: int = 8) -> str:
+    shown = sorted(names)[:limit]
+    return ", ".join(shown) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,133 @@
+"""Rows of a Megatron tensor: which a tensor-parallel rank holds, how they are merged from Hugging Face tensors and un-merged.
+
+Shape letters: R rows of the whole Megatron tensor, C columns, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rmipo.checkpoint.hf.mappings import megatron_shape, segments_in, segments_of, source_shapes
+from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.base import Layout, Rule
+
+
+def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
+    """Runs ``[start, stop)`` of the Megatron rows that a tensor-parallel rank holds, in its order.
+
+    Args:
+        rule: the tensor.
+        num_rows: R, with vocabulary padding.
+        tp_rank: the rank.
+        tp_size: tp.
+    """
+    if rule.cuts_columns or rule.layout is Layout.WHOLE:
+        return [(0, num_rows)]
+    if rule.layout is Layout.GATE_UP:
+        half, part = num_rows // 2, num_rows // 2 // tp_size
+        return [(start + tp_rank * part, start + (tp_rank + 1) * part) for start in (0, half)]
+    part = num_rows // tp_size
+    return [(tp_rank * part, (tp_rank + 1) * part)]
+
+
+def rank_columns(rule: Rule, num_columns: int, tp_rank: int, tp_size: int) -> slice:
+    """The columns that a tensor-parallel rank holds."""
+    if not rule.cuts_columns:
+        return slice(None)
+    part = num_columns // tp_size
+    return slice(tp_rank * part, (tp_rank + 1) * part)
+
+
+def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_size: int) -> tuple[int, ...] | None:
+    """Shape of the tensor on one rank, or None where ``tp_size`` does not divide what it cuts."""
+    rows, *columns = megatron_shape(rule, arch)
+    match rule.layout:
+        case Layout.WHOLE:
+            return (rows, *columns)
+        case Layout.HEAD_COLUMNS | Layout.FFN_COLUMNS:
+            return None if columns[0] % tp_size else (rows, columns[0] // tp_size)
+        case Layout.VOCABULARY:
+            return None if padded_vocab_size % tp_size else (padded_vocab_size // tp_size, *columns)
+        case Layout.QKV:
+            return None if arch.num_query_groups % tp_size else (rows // tp_size, *columns)
+        case Layout.GATE_UP:
+            return None if arch.ffn_hidden_size % tp_size else (rows // tp_size, *columns)
+
+
+def fill_rows(
+    rows: Tensor,
+    files: WeightFiles,
+    rule: Rule,
+    layer: int | None,
+    arch: ModelArchitecture,
+    start: int,
+    columns: slice = slice(None),
+) -> int:
+    """Fill ``rows`` with those of a Megatron tensor from row ``start`` on, read from the Hugging Face tensors they come from.
+
+    Returns:
+        How many were filled; those beyond the tensor, which are vocabulary padding, were left as they are.
+    """
+    names, shapes = rule.source_names(layer), source_shapes(rule, arch)
+    stored = [files.expect(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    position = 0
+    for segment in segments_in(segments_of(rule, arch), start, start + rows.shape[0]):
+        source = stored[segment.source]
+        for low, high in row_pieces(source.shape, source.dtype, segment.start, segment.start + segment.rows):
+            files.read(names[segment.source], low, rows[position : position + high - low], columns)
+            position += high - low
+    return position
+
+
+def fill_shard(
+    shard: Tensor, files: WeightFiles, rule: Rule, layer: int | None, arch: ModelArchitecture, tp_rank: int, tp_size: int
+) -> None:
+    """Fill a rank's tensor from a Hugging Face checkpoint, reading only its part. Vocabulary padding becomes zeros."""
+    num_rows = shard.shape[0] * tp_size if rule.layout is not Layout.WHOLE and not rule.cuts_columns else shard.shape[0]
+    columns = rank_columns(rule, megatron_shape(rule, arch)[-1], tp_rank, tp_size)
+    position = 0
+    with torch.no_grad():
+        for start, stop in rank_rows(rule, num_rows, tp_rank, tp_size):
+            position += fill_rows(shard[position : position + stop - start], files, rule, layer, arch, start, columns)
+        shard[position:].zero_()
+
+
+def join_shards(shards: Sequence[Tensor], rule: Rule) -> Tensor:
+    """The whole Megatron tensor from every tensor-parallel rank's part, in rank order."""
+    if len(shards) == 1 or rule.layout is Layout.WHOLE:
+        return shards[0]
+    if rule.cuts_columns:
+        return torch.cat(list(shards), dim=1)
+    num_rows = sum(shard.shape[0] for shard in shards)
+    whole = shards[0].new_empty((num_rows, *shards[0].shape[1:]))
+    for tp_rank, shard in enumerate(shards):
+        position = 0
+        for start, stop in rank_rows(rule, num_rows, tp_rank, len(shards)):
+            whole[start:stop] = shard[position : position + stop - start]
+            position += stop - start
+    return whole
+
+
+def source_rows(
+    rule: Rule, arch: ModelArchitecture, source: int, dtype: torch.dtype, read: Callable[[int, int], Tensor]
+) -> Iterator[Tensor]:
+    """A Hugging Face tensor, piece by piece from its first row to its last, out of the Megatron tensor that holds it.
+
+    Args:
+        rule: the Megatron tensor.
+        arch: the model.
+        source: number of the Hugging Face tensor among the rule's sources.
+        dtype: dtype of the Megatron tensor, for the size of pieces.
+        read: gives Megatron rows ``[start, stop)``.
+    """
+    columns = megatron_shape(rule, arch)[1:]
+    position = 0
+    for segment in segments_of(rule, arch):
+        if segment.source == source:
+            for low, high in row_pieces((segment.rows, *columns), dtype):
+                yield read(position + low, position + high)
+        position += segment.rows

@@ -1,0 +1,86 @@
+"""Writing a Hugging Face model directory from Megatron tensors that arrive one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rmipo.checkpoint.hf.assets import (
+    check_output_directory,
+    check_space,
+    copy_hf_assets,
+    new_directory,
+    set_config_dtype,
+)
+from megatron_rmipo.checkpoint.hf.mappings import source_shapes, tensors_of
+from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
+from megatron_rmipo.checkpoint.hf.shards import source_rows
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.base import Rule
+
+DEFAULT_SHARD_BYTES = 5e9
+
+
+@dataclasses.dataclass(frozen=True)
+class MegatronTensor:
+    """A whole Megatron tensor, wherever its rows are.
+
+    Attributes:
+        rule: what it is.
+        layer: its layer from 0, None outside the layers.
+        dtype: its dtype.
+        read: gives rows ``[start, stop)``.
+    """
+
+    rule: Rule
+    layer: int | None
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+
+def write_hf_directory(
+    save_dir: Path,
+    assets_dir: Path,
+    arch: ModelArchitecture,
+    tensors: Iterable[MegatronTensor],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+    flag: str = "--save-hf",
+) -> None:
+    """Write safetensors shards, their index, config and tokenizer; the directory appears when all of it is there.
+
+    Args:
+        save_dir: missing or empty.
+        assets_dir: holds config.json and the tokenizer.
+        arch: the model.
+        tensors: in the order of :func:`megatron_rmipo.checkpoint.hf.mappings.tensors_of`; each is un-merged before the next is
+            asked for.
+        dtypes: dtype to store each Megatron name in.
+        max_shard_bytes: size at which another file is begun.
+        flag: the flag that named ``save_dir``, for messages.
+
+    Raises:
+        ConversionError: ``save_dir`` holds something, or there is no config.json.
+        OSError: the file system refuses; nothing is left of ``save_dir``.
+    """
+    check_output_directory(save_dir, flag)
+    plan = [
+        TensorPlan(name, shape, dtypes[rule.megatron])
+        for rule, layer in tensors_of(arch)
+        for name, shape in zip(rule.source_names(layer), source_shapes(rule, arch), strict=True)
+    ]
+    check_space(save_dir, sum(tensor.num_bytes for tensor in plan))
+    with new_directory(save_dir) as directory:
+        copy_hf_assets(assets_dir, directory)
+        # One dtype is told in the config; the embedding speaks for a checkpoint that mixes several.
+        set_config_dtype(directory / "config.json", plan[0].dtype)
+        with ShardedWriter(directory, plan, max_shard_bytes) as writer:
+            for tensor in tensors:
+                for source, name in enumerate(tensor.rule.source_names(tensor.layer)):
+                    writer.write(name, source_rows(tensor.rule, arch, source, tensor.dtype, tensor.read))
+            writer.finish()

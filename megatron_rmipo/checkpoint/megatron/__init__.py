@@ -1,0 +1,1 @@
+"""Megatron checkpoints: directories of them, the torch_dist format, saving and loading a run."""

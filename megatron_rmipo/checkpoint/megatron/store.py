@@ -1,0 +1,254 @@
+"""Saving and resuming training: model, optimizer, scheduler and random states in Megatron-Core's ``torch_dist`` format.
+
+Every public function that takes :class:`ProcessGroups` is called by all ranks together, and raises on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn import Module
+
+from megatron_rmipo.checkpoint.hf.assets import check_space, copy_hf_assets
+from megatron_rmipo.checkpoint.megatron.adam_state import load_optimizer, make_adam_state
+from megatron_rmipo.checkpoint.megatron.directory import (
+    ASSETS_NAME,
+    CheckpointRecord,
+    Iteration,
+    abandon_checkpoint,
+    begin_checkpoint,
+    commit_checkpoint,
+    find_checkpoint,
+    hf_assets_directory,
+    latest_complete_iteration,
+    prune_checkpoints,
+    read_metadata,
+    read_record,
+)
+from megatron_rmipo.checkpoint.megatron.matching import match_model
+from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_random_state
+from megatron_rmipo.errors import CheckpointError, RmipoError
+from megatron_rmipo.runtime.agreement import first_cause, on_first_rank
+from megatron_rmipo.runtime.groups import ProcessGroups
+
+__all__ = ["hf_assets_directory", "latest_complete_iteration", "load_checkpoint", "save_checkpoint"]
+
+# The one form of the distributed optimizer's state that another TP, PP or DP can load.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_RANDOM_KEY = "rmipo_random_state"
+_WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException)
+
+
+def save_checkpoint(
+    directory: Path,
+    iteration: int,
+    *,
+    model: Module,
+    optimizer: Any | None,
+    scheduler: Any | None,
+    train_state: dict[str, Any],
+    config: dict[str, Any],
+    assets_dir: Path | None,
+    groups: ProcessGroups,
+    rng: bool = True,
+    keep_last: int | None = None,
+) -> Path:
+    """Write a checkpoint and make it the latest. Returns when it is on the disk.
+
+    The space is checked first, and it is written under another name that is changed when it is whole: whatever goes wrong,
+    checkpoints written before stay as they are.
+
+    Args:
+        directory: the directory of checkpoints, on a file system every rank sees.
+        iteration: optimizer steps taken.
+        model: this rank's GPTModel, wrapped or not.
+        optimizer: Megatron's optimizer, or None to save weights alone.
+        scheduler: Megatron's OptimizerParamScheduler, or None.
+        train_state: progress of the run, the same on every rank; plain values that JSON holds.
+        config: flags of the run by name, plain values.
+        assets_dir: directory of the model's Hugging Face config and tokenizer, copied in; None leaves them out.
+        groups: the process groups of this rank.
+        rng: save the random states of every rank.
+        keep_last: afterwards remove all but this many of the newest iterations; None keeps all.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        CheckpointError: there is no space, or the file system refuses.
+    """
+    directory = Path(directory)
+    state = _sharded_state(model, optimizer, scheduler, groups, is_loading=False)
+    state.update(iteration=iteration, checkpoint_version=3.0)
+    if rng:
+        state[_RANDOM_KEY] = _random_object(groups, random_state())
+    record = CheckpointRecord(iteration, train_state, config, _layout(groups), _optimizer_kind(optimizer))
+    num_bytes = _bytes_to_write(state, groups)
+
+    def begin() -> Path:
+        check_space(directory, num_bytes)
+        return begin_checkpoint(directory, iteration)
+
+    def finish() -> Path:
+        if assets_dir is not None:
+            copy_hf_assets(Path(assets_dir), partial / ASSETS_NAME)
+        path = commit_checkpoint(directory, iteration, record)
+        if keep_last is not None:
+            prune_checkpoints(directory, keep_last, in_use=assets_dir)
+        return path
+
+    with _explained(directory, iteration, groups):
+        partial = on_first_rank(groups.world, begin)
+        dist_checkpointing.save(state, str(partial), content_metadata=dict(_SHARDING))
+        return on_first_rank(groups.world, finish)
+
+
+def load_checkpoint(
+    directory: Path,
+    *,
+    model: Module,
+    optimizer: Any | None,
+    scheduler: Any | None,
+    load_rng: bool,
+    groups: ProcessGroups,
+    iteration: Iteration | None = None,
+) -> dict[str, Any]:
+    """Load the latest complete checkpoint, or the one asked for, written at any TP, PP and DP.
+
+    From a converted model (``release``) or a checkpoint of another program the weights are taken, and the optimizer's master
+    weights follow them. Random states are loaded where the layout is the one that wrote them.
+
+    Args:
+        directory: the directory of checkpoints.
+        model: this rank's GPTModel, wrapped or not; overwritten.
+        optimizer: Megatron's optimizer, or None to leave its state out.
+        scheduler: Megatron's OptimizerParamScheduler, or None.
+        load_rng: restore random states.
+        groups: the process groups of this rank.
+        iteration: None for the latest complete one.
+
+    Returns:
+        The ``train_state`` it was saved with; empty for a converted model or one of another program.
+
+    Raises:
+        CheckpointError: no complete checkpoint, tensors of another model, or optimizer state of another kind or none.
+    """
+
+    def find() -> tuple[Path, CheckpointRecord]:
+        path, _ = find_checkpoint(Path(directory), iteration)
+        return path, read_record(path) or CheckpointRecord("release")
+
+    path, record = on_first_rank(groups.world, find)
+    weights_only = record.iteration == "release"
+    if optimizer is not None and not weights_only:
+        _check_optimizer(path, record, optimizer)
+    with_optimizer = None if weights_only else optimizer
+    state = _sharded_state(model, with_optimizer, None if weights_only else scheduler, groups, is_loading=True)
+    stored = read_metadata(path).state_dict_metadata
+    match_model(state["model"], stored, path, groups.world)
+    restores_random = load_rng and not weights_only and record.layout == _layout(groups)
+    if restores_random and any(name.startswith(_RANDOM_KEY) for name in stored):
+        state[_RANDOM_KEY] = _random_object(groups, None)
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (*_WRITE_ERRORS, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {first_cause(error)}.") from error
+    _unwrap(model).load_state_dict(loaded["model"], strict=False)
+    if with_optimizer is not None:
+        load_optimizer(with_optimizer, loaded["optimizer"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+    if scheduler is not None and not weights_only:
+        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if _RANDOM_KEY in loaded:
+        set_random_state(loaded[_RANDOM_KEY])
+    return dict(record.train_state)
+
+
+def _sharded_state(
+    model: Module, optimizer: Any | None, scheduler: Any | None, groups: ProcessGroups, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {"dp_cp_group": groups.dp, **_SHARDING}
+    weights = _unwrap(model).sharded_state_dict(metadata=metadata)
+    state: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        make_adam_state(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    return state
+
+
+def _random_object(groups: ProcessGroups, state: dict[str, Any] | None) -> ShardedObject:
+    shape = (groups.pp_size, groups.tp_size, groups.dp_size)
+    return ShardedObject(_RANDOM_KEY, state, shape, (groups.pp_rank, groups.tp_rank, groups.dp_rank))
+
+
+def _check_optimizer(path: Path, record: CheckpointRecord, optimizer: Any) -> None:
+    kind = _optimizer_kind(optimizer)
+    if record.optimizer is None:
+        raise CheckpointError(
+            f"{path} was saved without the optimizer's state, so the run cannot be resumed from it. "
+            "Use --finetune to start a new run from its weights, or --no-load-optim to go on with a fresh optimizer."
+        )
+    if record.optimizer != kind:
+        raise CheckpointError(
+            f"{path} holds the state of a {record.optimizer}, but this run uses a {kind}. "
+            "Give --use-distributed-optimizer, --bf16 and --optimizer as in the run that saved it, or --no-load-optim."
+        )
+
+
+def _optimizer_kind(optimizer: Any | None) -> str | None:
+    if optimizer is None:
+        return None
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return "+".join(type(part).__name__ for part in parts)
+
+
+def _layout(groups: ProcessGroups) -> dict[str, int]:
+    return {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
+
+
+def _unwrap(model: Module) -> Any:
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
+
+
+def _bytes_to_write(state: dict[str, Any], groups: ProcessGroups) -> int:
+    num_bytes = 0
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensor | ShardedTensorFactory) and is_main_replica(item.replica_id) and item.data is not None:
+            num_bytes += item.data.numel() * item.data.element_size()
+    total = torch.tensor([num_bytes], dtype=torch.int64, device=_device(groups))
+    dist.all_reduce(total, group=groups.world)
+    return int(total.item())
+
+
+def _device(groups: ProcessGroups) -> torch.device:
+    on_gpu = dist.get_backend(groups.world) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _explained(directory: Path, iteration: int, groups: ProcessGroups) -> Iterator[None]:
+    try:
+        yield
+    except (*_WRITE_ERRORS, RmipoError) as error:
+        if groups.rank == 0:
+            abandon_checkpoint(directory, iteration)
+        raise CheckpointError(
+            f"--save {directory}: the checkpoint of step {iteration} was not written: {first_cause(error)}. "
+            "Earlier checkpoints are untouched. Free some space, or mend its permissions, and go on from the latest."
+        ) from error

@@ -1,0 +1,296 @@
+"""Flags and YAML files into a :class:`~megatron_rmipo.config.schema.Config`.
+
+The flags of the dataclasses in :mod:`megatron_rmipo.config.schema` are known here; those of the objectives are handed in, so that
+this module does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_rmipo.config.schema import Config, ObjectiveConfig
+from megatron_rmipo.config.values import ValueType, convert, field_types
+from megatron_rmipo.config.yaml_file import Given, read_yaml
+from megatron_rmipo.errors import ConfigError
+
+# Flags of Megatron-LM's trainer that people bring along, and what stands in their place.
+_INSTEAD = {
+    "micro_batch_size": "micro-batches are filled up to --tokens-per-microbatch tokens",
+    "eval_iters": "use --eval-pairs",
+    "tokenizer_type": "the tokenizer comes with the model (--load-hf, --load) and is checked against the data's",
+    "tokenizer_model": "the tokenizer comes with the model (--load-hf, --load) and is checked against the data's",
+    "log_throughput": "throughput is always logged",
+    "fp16": "use --bf16",
+    "num_layers": "the architecture comes with the model (--load-hf, --load)",
+    "hidden_size": "the architecture comes with the model (--load-hf, --load)",
+    "num_attention_heads": "the architecture comes with the model (--load-hf, --load)",
+    "max_position_embeddings": "the architecture comes with the model (--load-hf, --load)",
+    "train_samples": "use --epochs or --train-iters",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose faults are typed errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See --help.")
+
+
+def parse_config(
+    argv: Sequence[str],
+    objectives: Mapping[str, type],
+    load_options: Callable[[str], type],
+    prog: str = "python -m megatron_rmipo.train",
+) -> Config:
+    """Read a run's configuration from the command line and the YAML file it may name.
+
+    Args:
+        argv: the arguments, without the program's name.
+        objectives: name of an objective -> dataclass of its options; each field may have ``metadata={"help": ...}``.
+        load_options: the dataclass for any other name, of types that flags can have; ValueError: it names no objective.
+        prog: how the program was started, for ``--help``.
+
+    Raises:
+        ConfigError: an unknown flag or key (named with the nearest), a value of the wrong type, an option of another objective.
+        SystemExit: after ``--help``.
+    """
+    tokens = _normalize(argv)
+    early = _Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--objective")
+    chosen, _ = early.parse_known_args(tokens)
+    given = read_yaml(Path(chosen.config)) if chosen.config else {}
+    default_name = str(ObjectiveConfig().objective)
+    name = chosen.objective or (str(given["objective"].raw) if "objective" in given else default_name)
+    objectives = {**objectives, name: _options_class(name, objectives, load_options)}
+    flags = _all_flags(objectives)
+
+    parser = _build_parser(prog, objectives, flags)
+    values, unknown = parser.parse_known_args(tokens)
+    problems = [_unknown_flag(token, flags) for token in unknown if token.startswith("-")]
+    problems += [f"{given[key].source}: {_unknown_text(key, flags)}" for key in given if key not in flags]
+    if unknown and not problems:
+        problems = [f"{unknown[0]!r} belongs to no flag"]
+    _refuse(problems)
+    given.update({key: Given(raw, _flag(key)) for key, raw in vars(values).items() if key != "config"})
+    return _assemble(given, name, objectives)
+
+
+def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:
+    """Read some of a run's flags, for a command that shares them with the trainer.
+
+    Args:
+        argv: the arguments, without the program's name.
+        fields: section of the configuration -> names of those of its fields that are flags here.
+        prog, description: for ``--help``.
+
+    Returns:
+        Each section with the given values, defaults elsewhere.
+
+    Raises:
+        ConfigError: an unknown flag (named with the nearest), or a value of the wrong type.
+        SystemExit: after ``--help``.
+    """
+    kinds = {section: {name: field_types(section)[name] for name in names} for section, names in fields.items()}
+    flags = {name: kind for section in kinds.values() for name, kind in section.items()}
+    parser = _new_parser(prog, f"{prog} [--FLAG VALUE ...]", description, epilog="The flags are those of the trainer.")
+    for section, names in fields.items():
+        _add_section(parser, section, names, flags, ())
+    values, unknown = parser.parse_known_args(_normalize(argv))
+    problems = [_unknown_flag(token, flags) for token in unknown if token.startswith("-")]
+    if unknown and not problems:
+        problems = [f"{unknown[0]!r} belongs to no flag"]
+    given = {key: Given(raw, _flag(key)) for key, raw in vars(values).items()}
+    sections = {section: section(**_converted(given, section_kinds, problems)) for section, section_kinds in kinds.items()}
+    _refuse(problems)
+    return sections
+
+
+def _converted(given: Mapping[str, Given], kinds: Mapping[str, ValueType], problems: list[str]) -> dict[str, Any]:
+    """The values of the given flags; what is wrong with them is added to ``problems``."""
+    values: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        if key in given:
+            try:
+                values[key] = convert(given[key].raw, kind)
+            except ValueError as error:
+                problems.append(f"{given[key].source}: {error}")
+    return values
+
+
+def _normalize(argv: Sequence[str]) -> list[str]:
+    tokens: list[str] = []
+    for token in argv:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            tokens.append(flag.replace("_", "-") + equals + value)
+        elif token.startswith("-") and _is_number(token) and tokens and tokens[-1].startswith("--") and "=" not in tokens[-1]:
+            # argparse takes -1e-3 for a flag.
+            tokens[-1] += "=" + token
+        else:
+            tokens.append(token)
+    return tokens
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
+
+
+def _options_class(name: str, objectives: Mapping[str, type], load_options: Callable[[str], type]) -> type:
+    if name in objectives:
+        return objectives[name]
+    try:
+        return load_options(name)
+    except ValueError as error:
+        raise ConfigError(f"--objective: {error}") from error
+
+
+def _all_flags(objectives: Mapping[str, type]) -> dict[str, ValueType]:
+    """The value type of every flag, by name, the objectives' options last."""
+    flags: dict[str, ValueType] = {"config": ValueType(str)}
+    for section in _sections():
+        flags.update(field_types(section))
+    own = set(flags)
+    for objective, options in objectives.items():
+        for key, kind in field_types(options).items():
+            if key in own:
+                raise ConfigError(f"--objective {objective}: its option '{key}' is a flag of the trainer; give it another name.")
+            if (flags.get(key, kind).base is bool) != (kind.base is bool):
+                raise ConfigError(
+                    f"--objective {objective}: its option '{key}' is a switch in one objective, a value in another."
+                )
+            flags[key] = kind
+    return flags
+
+
+def _sections() -> list[type]:
+    return [type(getattr(Config(), section.name)) for section in dataclasses.fields(Config)]
+
+
+def _build_parser(prog: str, objectives: Mapping[str, type], flags: Mapping[str, ValueType]) -> argparse.ArgumentParser:
+    parser = _new_parser(
+        prog,
+        f"{prog} [--config FILE] [--FLAG VALUE ...]",
+        "Preference optimization on Megatron-Core. Start several ranks with torchrun.",
+        epilog="Every flag may stand in the YAML file by its name with underscores; the command line wins.",
+    )
+    general = parser.add_argument_group("General")
+    general.add_argument("--config", metavar="FILE", help="YAML file of flag names and values, flat.")
+    names = [name for name in objectives if ":" not in name]
+    for section in _sections():
+        _add_section(parser, section, list(field_types(section)), flags, names)
+    group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
+    for key, text in _option_helps(objectives).items():
+        _add_flag(group, key, flags[key], text, None)
+    return parser
+
+
+def _new_parser(prog: str, usage: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return _Parser(
+        prog=prog,
+        usage=usage,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        description=description,
+        epilog=epilog,
+    )
+
+
+def _add_section(
+    parser: argparse.ArgumentParser,
+    section: type,
+    names: Sequence[str],
+    flags: Mapping[str, ValueType],
+    objectives: Sequence[str],
+) -> None:
+    group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0].rstrip("."))
+    for field in dataclasses.fields(section):
+        if field.name in names:
+            text = field.metadata["help"].replace("{objectives}", ", ".join(sorted(objectives)))
+            _add_flag(group, field.name, flags[field.name], f"{text} {_default_text(field)}", field.metadata["metavar"])
+
+
+def _option_helps(objectives: Mapping[str, type]) -> dict[str, str]:
+    """Help of every option; objectives that say the same of one share its line."""
+    users: dict[str, dict[str, list[str]]] = {}
+    for objective, options in objectives.items():
+        for field in dataclasses.fields(options):
+            if field.name in field_types(options):
+                text = f"{str(field.metadata.get('help', '')).strip()} {_default_text(field)}"
+                users.setdefault(field.name, {}).setdefault(text, []).append(objective)
+    return {key: " | ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()) for key, texts in users.items()}
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    default = field.default
+    if default is None or default is dataclasses.MISSING:
+        return ""
+    return f"(default: {'on' if default is True else 'off' if default is False else default})"
+
+
+def _add_flag(group: Any, key: str, kind: ValueType, text: str, metavar: str | None) -> None:
+    text = text.strip().replace("%", "%%")
+    if kind.base is bool:
+        # --no-load-optim is Megatron's own name of a switch, so it has no opposite.
+        action: Any = "store_true" if key.startswith("no_") else argparse.BooleanOptionalAction
+        group.add_argument(_flag(key), action=action, dest=key, help=text)
+        return
+    if metavar is None:
+        metavar = "{" + ",".join(str(c) for c in kind.choices) + "}" if kind.choices else kind.base.__name__.upper()
+    group.add_argument(_flag(key), dest=key, nargs="+" if kind.is_list else None, metavar=metavar, help=text)
+
+
+def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, type]) -> Config:
+    problems: list[str] = []
+    section_values = {section: _converted(given, field_types(section), problems) for section in _sections()}
+    option_kinds = field_types(objectives[name])
+    options = _converted(given, option_kinds, problems)
+    taken = set(option_kinds).union(*(field_types(section) for section in _sections()))
+    problems += [_unused_option(given[key], key, name, objectives) for key in given if key not in taken]
+    _refuse(problems)
+    try:
+        resolved = objectives[name](**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--objective {name}: {error}") from error
+    section_values[ObjectiveConfig]["options"] = {key: getattr(resolved, key) for key in option_kinds}
+    names = [section.name for section in dataclasses.fields(Config)]
+    return Config(**{key: section(**section_values[section]) for key, section in zip(names, _sections(), strict=True)})
+
+
+def _unused_option(given: Given, key: str, name: str, objectives: Mapping[str, type]) -> str:
+    users = ", ".join(sorted(other for other, options in objectives.items() if key in field_types(options)))
+    own = ", ".join(_flag(option) for option in field_types(objectives[name])) or "none"
+    return f"{given.source}: --objective {name} has no such option (it is one of: {users}). Options of {name}: {own}"
+
+
+def _unknown_flag(token: str, flags: Iterable[str]) -> str:
+    flag = token.partition("=")[0]
+    return f"{flag}: {_unknown_text(flag.lstrip('-').replace('-', '_'), flags)}"
+
+
+def _unknown_text(key: str, flags: Iterable[str]) -> str:
+    if key in _INSTEAD:
+        return f"not a flag here: {_INSTEAD[key]}"
+    nearest = difflib.get_close_matches(key.removeprefix("no_"), flags, n=1)
+    return f"unknown flag; did you mean {_flag(nearest[0])}?" if nearest else "unknown flag; see --help"
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("the configuration has these faults:\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -1,0 +1,263 @@
+"""The configuration of a run: one dataclass per concern, one field per flag, Megatron's names.
+
+A field ``tensor_model_parallel_size`` is the flag ``--tensor-model-parallel-size`` (underscores are accepted too) and the YAML
+key ``tensor_model_parallel_size``. :mod:`megatron_rmipo.config.parsing` reads flags and files into these classes; the command
+line wins over the file, the file over the defaults below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_rmipo.errors import ConfigError
+
+
+def _help(text: str, metavar: str | None = None) -> dict[str, str | None]:
+    return {"help": text, "metavar": metavar}
+
+
+def _option(default: Any, text: str, metavar: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata=_help(text, metavar))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallelism: how ranks share the model, the batch and the optimizer."""
+
+    tensor_model_parallel_size: int = _option(1, "Ranks that share every layer and the vocabulary (TP).")
+    pipeline_model_parallel_size: int = _option(1, "Pipeline stages (PP); each holds an equal number of layers.")
+    sequence_parallel: bool = _option(
+        False, "Split activations outside attention and MLP over the tensor-parallel ranks, along the tokens. Needs TP > 1."
+    )
+    use_distributed_optimizer: bool = _option(False, "Shard optimizer state and fp32 weights over data-parallel ranks.")
+    overlap_grad_reduce: bool = _option(False, "Reduce gradients over data-parallel ranks while the backward pass runs.")
+    overlap_param_gather: bool = _option(
+        False,
+        "Gather updated weights during the next forward pass. Needs --use-distributed-optimizer and --overlap-grad-reduce.",
+    )
+    distributed_backend: Literal["nccl", "gloo"] | None = _option(
+        None, "Communication library; unset: nccl with CUDA, gloo without."
+    )
+    distributed_timeout_minutes: float = _option(10.0, "Minutes a collective may wait for a rank before all ranks fail.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model: where its weights come from and how it is computed."""
+
+    load_hf: str | None = _option(
+        None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
+    )
+    reference_hf: str | None = _option(
+        None,
+        "Hugging Face model that is the reference, for objectives that need one; unset: the model the run starts from.",
+        "DIR",
+    )
+    reference_load: str | None = _option(None, "The same as a Megatron checkpoint directory.", "DIR")
+    reference_cache: str | None = _option(
+        None, "Directory of the reference's log-probs, computed once; unset: beside the data, in PREFIX.reference/.", "DIR"
+    )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
+        "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."
+    )
+    attention_backend: Literal["auto", "sdpa", "flex", "te"] = _option(
+        "auto",
+        "Attention over packed pairs; te: Transformer Engine; auto: flex (FlexAttention) with CUDA, sdpa (pair by pair) without.",
+    )
+    bf16: bool = _option(False, "Compute in bfloat16 with fp32 master weights; without it everything is fp32.")
+    fp8_format: Literal["hybrid", "e4m3"] | None = _option(
+        None, "Matrix products of the policy's layers in fp8: e4m3, or hybrid, with gradients in e5m2. Needs Transformer Engine."
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = _option(
+        None, "With --fp8-format: how numbers are scaled into fp8; unset: delayed."
+    )
+    make_vocab_size_divisible_by: int = _option(128, "Pad the vocabulary to a multiple of this times TP.")
+    recompute_granularity: Literal["full", "selective"] | None = _option(
+        None, "Recompute activations in the backward pass: whole layers (full) or the attention core alone (selective)."
+    )
+    recompute_method: Literal["uniform", "block"] | None = _option(
+        None, "With full recomputation: uniform checkpoints every --recompute-num-layers layers, block only the first ones."
+    )
+    recompute_num_layers: int | None = _option(
+        None, "With full recomputation: layers per checkpoint (uniform) or layers recomputed per stage (block)."
+    )
+    share_prompts: bool = _option(True, "Compute a prompt once for both of its responses; off: once for each.")
+    logprob_chunk_size: int = _option(
+        4096, "Vocabulary entries whose logits exist at one time in the LM head; lower takes less memory."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data: prepared preference pairs (see tools/preprocess_preferences.py)."""
+
+    data_path: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata=_help("Training data: one PREFIX (of PREFIX.bin, .idx, .json), or weights and prefixes: 0.7 A 0.3 B.", "PREFIX"),
+    )
+    valid_data_path: list[str] | None = dataclasses.field(
+        default=None, metadata=_help("Held-out data for evaluation, in the form of --data-path.", "PREFIX")
+    )
+    split: str | None = _option(
+        None, "Hold out a share of --data-path instead of --valid-data-path: train,valid proportions as in 99,1.", "T,V"
+    )
+    seq_length: int = _option(2048, "Most tokens of one prompt with one of its responses; data with longer ones is refused.")
+    tokens_per_microbatch: int = _option(
+        8192, "Most tokens of one packed micro-batch, without padding; the number of micro-batches follows from it."
+    )
+    num_workers: int = _option(2, "Processes that prepare micro-batches ahead of the model; 0: none.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Objective: which loss, and its options.
+
+    Attributes:
+        objective: a name of the registry, or ``package.module:Class``.
+        options: every option of that objective with its value, defaults included.
+    """
+
+    objective: str = _option("rmipo", "The loss: {objectives}, or package.module:Class for one of your own.", "NAME")
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"flag": False})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adam"] = _option("adam", "Optimizer; adam is AdamW (decoupled weight decay).")
+    lr: float = _option(6e-7, "Peak learning rate.")
+    min_lr: float = _option(0.0, "Learning rate at the end of the decay.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = _option("cosine", "Shape of the decay after the warm-up.")
+    lr_warmup_fraction: float | None = _option(None, "Share of all iterations with linear warm-up, e.g. 0.1.")
+    lr_warmup_iters: int = _option(0, "Iterations of linear warm-up; not together with --lr-warmup-fraction.")
+    weight_decay: float = _option(0.0, "Decoupled weight decay; norm weights are exempt.")
+    adam_beta1: float = _option(0.9, "Adam: decay of the gradient's running mean.")
+    adam_beta2: float = _option(0.999, "Adam: decay of the squared gradient's running mean.")
+    adam_eps: float = _option(1e-8, "Adam: term added to the denominator.")
+    clip_grad: float = _option(1.0, "Clip the global gradient norm to this; 0: never.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training: batch, length, evaluation, seeds."""
+
+    global_batch_size: int = _option(128, "Preference pairs per optimizer step, over all ranks.")
+    train_iters: int | None = _option(None, "Optimizer steps in all; not together with --epochs.")
+    epochs: float | None = _option(None, "Passes over the training data; 1 where neither this nor --train-iters is given.")
+    eval_interval: int = _option(
+        0, "Evaluate every this many steps, and after the last one; 0: only at the start of a new run and at its end."
+    )
+    eval_pairs: int | None = _option(None, "Held-out pairs per evaluation, the first ones; unset: all.")
+    eval_at_start: bool = _option(True, "Evaluate before the first step.")
+    exit_interval: int | None = _option(None, "Save and exit when the step number is a multiple of this.")
+    seed: int = _option(1234, "Seed of the data order and of every random generator.")
+    max_skipped_steps: int = _option(10, "Steps in all that may be skipped for a non-finite loss or gradient.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: Megatron's (to resume) and Hugging Face's (to use)."""
+
+    save: str | None = _option(None, "Directory to write checkpoints to, at the end and every --save-interval steps.", "DIR")
+    save_interval: int | None = _option(None, "Steps between checkpoints; unset: only at the end and at a signal.")
+    load: str | None = _option(None, "Checkpoint directory to go on from: its latest complete iteration, or its release.", "DIR")
+    finetune: bool = _option(False, "Take only the weights of --load and start at step 0.")
+    no_load_optim: bool = _option(False, "Do not load the optimizer's state.")
+    no_load_rng: bool = _option(False, "Do not load the random generators' states.")
+    no_save_optim: bool = _option(False, "Do not save the optimizer's state; such a checkpoint cannot be resumed exactly.")
+    ckpt_format: Literal["torch_dist"] = _option("torch_dist", "Format of checkpoints; any TP, PP and DP can load it.")
+    keep_last: int | None = _option(None, "Keep only this many of the newest checkpoints; unset: all.")
+    save_hf: str | None = _option(None, "Directory to write the final model to in Hugging Face form.", "DIR")
+    save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = _option(
+        None, "Dtype of --save-hf; unset: that of the model it came from."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging: what is written down, and where."""
+
+    log_interval: int = _option(1, "Steps between log lines and records of metrics.jsonl.")
+    log_dir: str | None = _option(None, "Directory of metrics.jsonl and config.yaml; unset: SAVE/logs, or runs/rmipo.", "DIR")
+    tensorboard_dir: str | None = _option(None, "Also write TensorBoard events to this directory.", "DIR")
+    wandb_project: str | None = _option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
+    wandb_exp_name: str | None = _option(None, "Name of the Weights & Biases run.")
+    debug: bool = _option(False, "Show tracebacks of errors a user can mend, too.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfilingConfig:
+    """Profiling: a trace of a few steps, and the history of the device's memory."""
+
+    profile: bool = _option(False, "Trace a few steps with torch.profiler, to profile/rank0.json.gz in the log directory.")
+    profile_step_start: int | None = _option(None, "With --profile: trace the steps after this one; unset: 10.")
+    profile_step_end: int | None = _option(None, "With --profile: the last step traced; unset: 12.")
+    profile_ranks: list[int] | None = dataclasses.field(
+        default=None, metadata=_help("With --profile: the ranks traced, a file for each; unset: 0.", "RANK")
+    )
+
+    record_memory_history: bool = _option(
+        False, "With CUDA: keep where memory was allocated, for the snapshot that is written when memory runs out."
+    )
+
+    @property
+    def steps(self) -> range:
+        """Numbers of the steps to trace, counted from 1. Defaults, and which steps are meant, are Megatron-LM's."""
+        start = 10 if self.profile_step_start is None else self.profile_step_start
+        end = 12 if self.profile_step_end is None else self.profile_step_end
+        return range(start + 1, end + 1)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks to trace."""
+        return [0] if self.profile_ranks is None else self.profile_ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a training run was told."""
+
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = dataclasses.field(default_factory=ProfilingConfig)
+
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Every flag's name and value, the objective's options among them; plain types, as YAML and JSON hold them."""
+        flat: dict[str, Any] = {}
+        for section in dataclasses.fields(self):
+            flat.update(dataclasses.asdict(getattr(self, section.name)))
+        flat.update(flat.pop("options"))
+        return flat
+
+    def save_config(self, path: Path) -> None:
+        """Write the whole configuration as YAML that ``--config`` reads back. Replaces the file in one step.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(yaml.safe_dump(self.to_flat_dict(), sort_keys=False), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ConfigError(f"{path}: the configuration cannot be written there: {error.strerror}.") from error
+
+    @property
+    def log_directory(self) -> Path:
+        """Where metrics.jsonl and config.yaml go."""
+        if self.logging.log_dir:
+            return Path(self.logging.log_dir)
+        return Path(self.checkpoint.save) / "logs" if self.checkpoint.save else Path("runs/rmipo")

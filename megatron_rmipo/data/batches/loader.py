@@ -1,0 +1,292 @@
+"""Prepared data to global batches, cut and laid out for one data-parallel rank, ahead of the model in worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import copyreg
+import dataclasses
+import io
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_rmipo.data.batches.batching import (
+    CostModel,
+    PairOrder,
+    PairSizes,
+    conditional_sizes,
+    cut_into_packs,
+    spread_evenly,
+    unconditional_sizes,
+)
+from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_responses
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.pair_store import TokenizedPair
+
+# A forward-only pass keeps no activations, so its packs may hold more.
+UNCONDITIONAL_PACK_FACTOR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is cut and laid out.
+
+    Attributes:
+        dp_rank, dp_size: this rank's place in the data-parallel group.
+        tokens_per_microbatch: capacity of a conditional pack; unconditional ones hold twice as many.
+        cost: what balance is judged by.
+        share_prompts: a prompt stands once for both responses.
+        with_rejected: the objective reads rejected responses.
+        unconditional: ``"bos"``, ``"none"`` or None, as in :class:`megatron_rmipo.objectives.base.LogpNeeds`.
+        forward_passes: forward-only passes over the conditional packs, beside the gradient pass.
+        bos_token_id: the context of unconditional responses for ``"bos"``.
+        multiple_of: rows are padded to a multiple of this many tokens.
+    """
+
+    dp_rank: int
+    dp_size: int
+    tokens_per_microbatch: int
+    cost: CostModel
+    share_prompts: bool = True
+    with_rejected: bool = True
+    unconditional: str | None = None
+    forward_passes: int = 0
+    bos_token_id: int | None = None
+    multiple_of: int = 1
+
+    @property
+    def context_token_id(self) -> int | None:
+        """The token before an unconditional response, or None."""
+        return self.bos_token_id if self.unconditional == "bos" else None
+
+    def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
+        """Sizes of pairs (int ``[P, 3]`` lengths) in the gradient pass."""
+        return conditional_sizes(lengths, self.cost, share_prompts=self.share_prompts, with_rejected=self.with_rejected)
+
+    def unconditional_sizes(self, lengths: np.ndarray) -> PairSizes:
+        """Sizes of pairs (int ``[P, 3]`` lengths) in the unconditional pass."""
+        return unconditional_sizes(
+            lengths, self.cost, has_context_token=self.context_token_id is not None, with_rejected=self.with_rejected
+        )
+
+    def step_costs(self, conditional: PairSizes, *forward_only: PairSizes) -> np.ndarray:
+        """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
+        # Backward costs twice the forward.
+        costs = conditional.costs * (3.0 + self.forward_passes)
+        return np.asarray(sum((sizes.costs for sizes in forward_only), start=costs))
+
+
+@dataclasses.dataclass(frozen=True)
+class RankBatch:
+    """One global batch as one data-parallel rank sees it.
+
+    Attributes:
+        pair_indices: int64 ``[P]``, the global batch's pairs as indices of the data set, the same on every rank.
+        conditional: rows of the gradient pass; at least one.
+        unconditional: rows of the unconditional pass; empty where the objective has none.
+        mismatched: rows of the mismatched pass; empty where the objective has none.
+        reference_scores, mismatched_reference_scores: fp32 ``[P, 2]`` sums under the reference of (chosen, rejected) of the
+            global batch's pairs, the same on every rank; None where not needed.
+        mean_chosen_length: scored chosen tokens per pair, over the global batch; 1 where no row has a chosen response.
+        num_tokens: tokens of all ranks' rows, each row counted once, padding left out.
+        num_padding: padding tokens of this rank's rows.
+        cost: of all ranks' passes, forward and backward, by the layout's cost model.
+        lengths: int32 ``[P, 3]``, prompt, chosen and rejected tokens of the global batch.
+    """
+
+    pair_indices: np.ndarray
+    conditional: list[PackedRow]
+    unconditional: list[PackedRow]
+    mismatched: list[PackedRow]
+    reference_scores: np.ndarray | None
+    mismatched_reference_scores: np.ndarray | None
+    mean_chosen_length: float
+    num_tokens: int
+    num_padding: int
+    cost: float
+    lengths: np.ndarray
+
+    @property
+    def rows(self) -> list[PackedRow]:
+        """All rows of this rank."""
+        return self.conditional + self.unconditional + self.mismatched
+
+    @property
+    def num_pairs(self) -> int:
+        """P, over all ranks."""
+        return len(self.pair_indices)
+
+
+class BatchBuilder:
+    """Pair indices to a :class:`RankBatch`: cut by lengths alone, the same on every rank, then laid out for this one."""
+
+    def __init__(self, pairs: PairCollection, layout: BatchLayout) -> None:
+        self.pairs = pairs
+        self.layout = layout
+
+    def build(self, pair_indices: np.ndarray, mean_chosen_length: float | None = None) -> RankBatch:
+        """Cut and lay out one global batch.
+
+        Args:
+            pair_indices: int64 ``[P]``, indices of the data set.
+            mean_chosen_length: where the batch is part of a larger whole (an evaluation), that of the whole.
+        """
+        layout, mismatched = self.layout, self.pairs.mismatched
+        lengths = self.pairs.lengths[pair_indices]
+        passes = [_Pass(self.pairs, layout.conditional_sizes(lengths), layout.tokens_per_microbatch, self._conditional_row)]
+        if layout.unconditional:
+            sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
+            passes.append(_Pass(self.pairs, sizes, capacity, self._unconditional_row))
+        if mismatched is not None:
+            sizes = layout.conditional_sizes(mismatched.lengths[pair_indices])
+            passes.append(_Pass(mismatched, sizes, layout.tokens_per_microbatch, self._conditional_row))
+        costs = layout.step_costs(*(one.sizes for one in passes))
+        share = spread_evenly(costs, layout.dp_size)[layout.dp_rank]
+        rows = [self._lay_out(one, share, pair_indices) for one in passes]
+        return RankBatch(
+            pair_indices=pair_indices,
+            conditional=rows[0],
+            unconditional=rows[1] if layout.unconditional else [],
+            mismatched=rows[-1] if mismatched is not None else [],
+            reference_scores=self.pairs.scores_of(pair_indices),
+            mismatched_reference_scores=mismatched.scores_of(pair_indices) if mismatched is not None else None,
+            mean_chosen_length=mean_chosen_length or float(lengths[:, 1].mean()) or 1.0,
+            num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
+            cost=float(costs.sum()),
+            num_padding=sum(row.num_padding for part in rows for row in part),
+            lengths=lengths,
+        )
+
+    def _lay_out(self, one: _Pass, share: list[int], pair_indices: np.ndarray) -> list[PackedRow]:
+        rows = []
+        for pack in cut_into_packs(share, one.sizes, one.max_tokens) or [[]]:
+            # Fewer pairs than ranks: this one runs a pair that does not count, so that collectives still match.
+            pairs, numbers = [one.pairs[int(pair_indices[position])] for position in pack or [0]], pack or [-1]
+            rows.append(one.lay_out(pairs, numbers))
+        return rows
+
+    def _conditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
+        layout = self.layout
+        return pack_pairs(
+            pairs,
+            numbers,
+            share_prompts=layout.share_prompts,
+            with_rejected=layout.with_rejected,
+            multiple_of=layout.multiple_of,
+        )
+
+    def _unconditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
+        layout = self.layout
+        return pack_responses(
+            pairs,
+            numbers,
+            context_token_id=layout.context_token_id,
+            with_rejected=layout.with_rejected,
+            multiple_of=layout.multiple_of,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass of a step over the global batch: its pairs, their sizes, the capacity of a pack, and how a pack is laid out."""
+
+    pairs: PairCollection
+    sizes: PairSizes
+    max_tokens: int
+    lay_out: Callable[[list[TokenizedPair], list[int]], PackedRow]
+
+
+class _Steps(torch.utils.data.Dataset[RankBatch]):
+    """Number of a global batch, counted from ``consumed_pairs``, to its RankBatch, for DataLoader's workers."""
+
+    def __init__(self, builder: BatchBuilder, order: PairOrder, batch_size: int, consumed_pairs: int, total_pairs: int) -> None:
+        self.builder, self.order, self.batch_size = builder, order, batch_size
+        self.consumed_pairs, self.total_pairs = consumed_pairs, total_pairs
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.total_pairs - self.consumed_pairs) // self.batch_size))
+
+    def __getitem__(self, step: int) -> RankBatch:
+        first = self.consumed_pairs + step * self.batch_size
+        return self.builder.build(self.order.batch(first, self.batch_size, self.total_pairs))
+
+
+def iterate_batches(
+    builder: BatchBuilder,
+    order: PairOrder,
+    *,
+    batch_size: int,
+    total_pairs: int,
+    consumed_pairs: int = 0,
+    num_workers: int = 0,
+) -> Iterator[RankBatch]:
+    """Global batches from ``consumed_pairs`` to the end of the run, for this rank, in order.
+
+    Args:
+        builder: cuts and lays out.
+        order: which pairs come when.
+        batch_size: global batch size, in pairs.
+        total_pairs: pairs of the whole run; the last batch may be smaller.
+        consumed_pairs: pairs of the run that were seen before.
+        num_workers: processes that prepare batches ahead; 0 prepares them when asked for.
+    """
+    steps = _Steps(builder, order, batch_size, consumed_pairs, total_pairs)
+    loader = torch.utils.data.DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(len(steps)),
+        num_workers=num_workers,
+        # As bytes: torch would send each tensor as an open file, and run out of them.
+        collate_fn=_to_bytes,
+        multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_prepare_worker,
+    )
+    batches: Iterator[RankBatch] = map(pickle.loads, loader)
+    if not num_workers:
+        return batches
+    # After the workers were started, so that it comes before torch's own farewell, which waits for each.
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
+    return _read_ahead(batches)
+
+
+def _read_ahead(batches: Iterator[RankBatch]) -> Iterator[RankBatch]:
+    """The same batches, each received from its worker while the trainer is busy with the one before."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as reader:
+        following = reader.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = reader.submit(next, batches, None)
+            yield batch
+
+
+def _to_bytes(batch: Any) -> bytes:
+    """Pickled with NumPy arrays for tensors: torch's own form takes ten times as long, most of it when the trainer reads it."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: _by_way_of_numpy}
+    pickler.dump(batch)
+    return stream.getvalue()
+
+
+def _by_way_of_numpy(tensor: torch.Tensor) -> tuple[Any, tuple[np.ndarray]]:
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def _prepare_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # torchrun signals a rank's whole process group, Slurm every process of a step; the rank needs its workers while it saves.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """What multiprocessing does with daemons when a process ends, with a signal that they do not ignore."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

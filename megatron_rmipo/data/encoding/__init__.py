@@ -1,0 +1,1 @@
+"""Turns to token ids: tokenizers, chat templates, the exact boundary between prompt and response."""

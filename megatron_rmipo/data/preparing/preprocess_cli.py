@@ -1,0 +1,107 @@
+"""Command line of ``tools/preprocess_preferences.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_rmipo.data.encoding.encode import OVERLONG_POLICIES
+from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES
+from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
+from megatron_rmipo.data.reading.formats import FORMATS
+from megatron_rmipo.data.store.pair_store import Manifest
+from megatron_rmipo.errors import RmipoError
+
+_DESCRIPTION = """\
+Turn preference pairs, unpaired rows (one answer with a label) or supervised rows into Megatron's indexed format: PREFIX.bin,
+PREFIX.idx and PREFIX.json. Rows that cannot be used are counted by reason and listed in PREFIX.rejects.jsonl."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="preprocess_preferences.py", description=_DESCRIPTION, allow_abbrev=False)
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE|NAME",
+        help="jsonl, json (also .gz), parquet or arrow files, directories, or Hugging Face data set names",
+    )
+    group.add_argument("--split", help="split of a directory or named data set")
+    group.add_argument("--format", choices=tuple(FORMATS), help="format of the rows (default: recognised)")
+    group.add_argument(
+        "--columns", metavar="NAME=COLUMN,...", help="column names, such as prompt=question,chosen=good,rejected=bad"
+    )
+    group.add_argument("--keep-ties", action="store_true", help="keep pairs whose two scores are equal")
+    group.add_argument("--strict", action="store_true", help="rejected rows are an error, nothing is written")
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer-model", required=True, metavar="DIR|FILE|NAME", help="Hugging Face tokenizer, or sentencepiece .model file"
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help=f"{', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file (default: the tokenizer's own)",
+    )
+    group = parser.add_argument_group("length")
+    group.add_argument(
+        "--seq-length", type=int, default=2048, help="most tokens of a prompt with its longer response (default: %(default)s)"
+    )
+    group.add_argument(
+        "--overlong",
+        choices=OVERLONG_POLICIES,
+        default=OVERLONG_POLICIES[0],
+        help="longer pairs: cut the prompt's beginning, drop the pair, stop, or do as the authors' code (default: %(default)s)",
+    )
+    group.add_argument("--max-prompt-length", type=int, help="prompt's limit, for --overlong official")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the data set without extension")
+    group.add_argument("--overwrite", action="store_true", help="replace what stands at the prefix")
+    group.add_argument(
+        "--workers", type=int, default=1, help="worker processes; the result does not depend on it (default: %(default)s)"
+    )
+    group.add_argument(
+        "--log-interval", type=int, default=1000, help="rows between two progress lines off a terminal (default: %(default)s)"
+    )
+    group.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+def summary(manifest: Manifest, prefix: str) -> str:
+    """What was written, in a few lines."""
+    counts = manifest.counts
+    lines = [
+        f"{prefix}: {manifest.num_pairs} {manifest.kind}, {manifest.num_tokens} tokens, from {counts['rows']} rows "
+        f"(format {manifest.format}, template {manifest.template_name})",
+    ]
+    if manifest.unpaired:
+        lines.append(f"  {counts['desirable']} desirable (label true), {counts['undesirable']} undesirable (label false)")
+    rejected = [f"{count} {name.removeprefix('rejected/')}" for name, count in counts.items() if name.startswith("rejected/")]
+    if rejected:
+        lines.append(f"  rejected {counts['rejected']}: {', '.join(rejected)}; listed in {prefix}.rejects.jsonl")
+    if counts["truncated"]:
+        lines.append(f"  {counts['truncated']} longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})")
+    for name, values in manifest.lengths.items():
+        shown = ", ".join(f"{key} {values[key]:g}" for key in ("mean", "p50", "p95", "max"))
+        lines.append(f"  {name + ' tokens:':<17} {shown}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    flags = vars(build_parser().parse_args(argv))
+    debug = flags.pop("debug")
+    try:
+        options = PreprocessOptions(**{**flags, "input": tuple(flags["input"])})
+        print(summary(preprocess(options), options.output_prefix))
+    except RmipoError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,260 @@
+"""A preference pair or a row with one answer, the columns it comes from, and the reasons why a row cannot be used.
+
+A row that cannot be used raises :class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists. How the
+columns make a pair is the business of :mod:`megatron_rmipo.data.reading.formats`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from megatron_rmipo.errors import DataError
+
+REASONS = {
+    "malformed": "not readable as a row of this format",
+    "missing_field": "a column is absent or null",
+    "not_text": "a value that should be text is something else",
+    "not_encodable": "the text holds half of a surrogate pair, which is no character",
+    "bad_turns": "the conversation's turns are in an impossible order",
+    "empty_prompt": "the prompt has no text",
+    "empty_response": "a response has no text, or no tokens",
+    "identical": "both responses are the same",
+    "bad_label": "the label of an unpaired row is neither true nor false",
+    "mixed": "a row of another kind than the data set's: a pair, an unpaired row or a supervised one",
+    "tied": "both responses have the same score",
+    "prompt_mismatch": "chosen and rejected answer different prompts",
+    "template": "the chat template refuses the conversation",
+    "special_token": "a response holds its end-of-turn token before its end",
+    "too_long": "longer than --seq-length (with --overlong drop)",
+    "response_too_long": "a response and what must stay of the prompt exceed --seq-length",
+    "boundary": "the vocabulary merges text across the boundary differently for the two responses (with --overlong official)",
+}
+
+# Where public data sets keep the two scores; a tie between them says that nobody preferred anything.
+SCORE_COLUMNS = (
+    ("chosen_score", "rejected_score"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+)
+_SCORE_NAMES = frozenset(itertools.chain.from_iterable(SCORE_COLUMNS))
+COLUMN_NAMES = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "system",
+    "conversations",
+    "messages",
+    "completion",
+    "response",
+    "label",
+    "chosen_score",
+    "rejected_score",
+)
+Row = Mapping[str, Any]
+_Value = TypeVar("_Value")
+
+
+class RowFault(Exception):
+    """One row cannot be used.
+
+    Args:
+        reason: a key of :data:`REASONS`.
+        field: the column at fault, empty where none is.
+        message: what is wrong, with the value.
+    """
+
+    def __init__(self, reason: str, field: str, message: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(message)
+        self.reason, self.field, self.message = reason, field, message
+
+
+class Turn(NamedTuple):
+    """One message: ``role`` is ``system``, ``user``, ``assistant`` or ``tool``."""
+
+    role: str
+    content: str
+
+
+class PreferencePair(NamedTuple):
+    """A prompt of one or more turns, the last not the assistant's, and two answers to it, or one.
+
+    A supervised row and an unpaired row with the label true have a chosen answer alone, one with the label false a rejected one
+    alone.
+    """
+
+    prompt: tuple[Turn, ...]
+    chosen: str | None
+    rejected: str | None
+
+    @property
+    def responses(self) -> dict[str, str]:
+        """The answers there are, in the order chosen, rejected, by the field to name in messages."""
+        if self.chosen is not None and self.rejected is not None:
+            return {"chosen": self.chosen, "rejected": self.rejected}
+        answer = self.rejected if self.chosen is None else self.chosen
+        assert answer is not None, "a row without an answer"
+        return {"response": answer}
+
+    def in_place(self, values: Sequence[_Value]) -> tuple[_Value | None, _Value | None]:
+        """What belongs to each of :attr:`responses`, in their order, as (chosen, rejected), None for the answer there is not."""
+        if self.chosen is not None and self.rejected is not None:
+            chosen, rejected = values
+            return chosen, rejected
+        (value,) = values
+        return (None, value) if self.chosen is None else (value, None)
+
+
+def text_of(row: Row, field: str) -> str:
+    """The text in a column.
+
+    Raises:
+        RowFault: it is absent or not text.
+    """
+    value = value_of(row, field)
+    if not isinstance(value, str):
+        raise RowFault("not_text", field, f"text expected, found {shown(value)}")
+    return value
+
+
+def value_of(row: Row, field: str) -> Any:
+    """The value in a column.
+
+    Raises:
+        RowFault: there is none.
+    """
+    value = row.get(field)
+    if value is None:
+        raise RowFault(
+            "missing_field", field, "null" if field in row else f"absent; the row has {', '.join(row) or 'no columns'}"
+        )
+    return value
+
+
+def shown(value: object) -> str:
+    """A value's type and beginning, for messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with the columns of ``--columns`` under our names; a dotted name reaches into nested values."""
+    if not columns:
+        return row
+    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
+    for ours, theirs in columns.items():
+        value: Any = row.get(theirs)
+        if theirs not in row and "." in theirs:
+            value = row
+            for part in theirs.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            renamed[ours] = value
+    return renamed
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """``prompt=instruction,chosen=good`` -> ours to theirs.
+
+    Raises:
+        DataError: not of that form, or an unknown name on the left.
+    """
+    columns: dict[str, str] = {}
+    for item in (text or "").split(","):
+        if not item.strip():
+            continue
+        ours, equals, theirs = (part.strip() for part in item.partition("="))
+        if not (ours and equals and theirs) or ours not in COLUMN_NAMES:
+            raise DataError(f"--columns: {item.strip()!r} is not NAME=COLUMN with NAME one of {', '.join(COLUMN_NAMES)}.")
+        if ours in columns:
+            raise DataError(f"--columns: {ours} is given twice.")
+        columns[ours] = theirs
+    return columns
+
+
+def require_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Check that each column of ``--columns`` is in at least one of the first rows.
+
+    Raises:
+        DataError: naming the columns there are.
+    """
+    for ours, theirs in columns.items():
+        if rows and not any(ours in rename_columns(row, {ours: theirs}) for row in rows):
+            raise DataError(f"--columns {ours}={theirs}: no such column. The rows have: {', '.join(rows[0])}.")
+
+
+def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bool = False) -> PreferencePair:
+    """Parse one row and check the pair.
+
+    Args:
+        row: columns under our names.
+        parse: one of ``formats.FORMATS``.
+        keep_ties: accept pairs whose two scores are equal.
+
+    Raises:
+        RowFault: the row cannot be used.
+    """
+    if not keep_ties:
+        _refuse_tie(row)
+    pair = parse(row)
+    if "system" in [role for role, _ in pair.prompt]:
+        pair = pair._replace(prompt=tuple(turn for turn in pair.prompt if turn.role != "system" or turn.content.strip()))
+    _check_turns(pair.prompt)
+    responses = pair.responses
+    for field, response in responses.items():
+        if not response.strip():
+            raise RowFault("empty_response", field, "the response has no text")
+    if pair.chosen is not None and pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
+        raise RowFault("identical", "rejected", "the same text as chosen")
+    _require_encodable([*(("prompt", content) for _, content in pair.prompt), *responses.items()])
+    return pair
+
+
+def _check_turns(turns: Sequence[Turn]) -> None:
+    if not any(map(str.strip, [content for role, content in turns if role != "system"])):
+        raise RowFault("empty_prompt", "prompt", "the prompt has no text")
+    roles = [role for role, _ in turns]
+    if roles[-1] not in ("user", "tool"):
+        raise RowFault("bad_turns", "prompt", f"the prompt ends with a turn of the {roles[-1]}, not of the user")
+    if "system" in roles[1:]:
+        raise RowFault("bad_turns", "prompt", "a system turn stands behind the first turn")
+
+
+def _require_encodable(texts: Sequence[tuple[str, str]]) -> None:
+    """Refuse (field, text) that UTF-8 cannot write: JSON can spell half of a surrogate pair, and the tokenizers stop at it."""
+    try:
+        "".join([text for _, text in texts]).encode()
+    except UnicodeEncodeError:
+        for field, text in texts:
+            _name_half_pair(field, text)
+
+
+def _name_half_pair(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = shown(text[max(0, error.start - 10) : error.start + 10])
+        message = f"character {error.start + 1} is half of a surrogate pair, near {around}"
+        raise RowFault("not_encodable", field, message) from None
+
+
+def _refuse_tie(row: Row) -> None:
+    metadata = row.get("metadata")
+    for holder in (row, metadata if isinstance(metadata, dict) else {}):
+        if _SCORE_NAMES.isdisjoint(holder):
+            continue
+        for chosen, rejected in SCORE_COLUMNS:
+            high, low = holder.get(chosen), holder.get(rejected)
+            if isinstance(high, int | float) and isinstance(low, int | float) and high == low:
+                raise RowFault("tied", rejected, f"{chosen} and {rejected} are both {high}")
+
+
+def excerpt(row: object, limit: int = 400) -> str:
+    """The beginning of a row as text, for the list of rejected rows."""
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

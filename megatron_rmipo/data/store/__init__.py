@@ -1,0 +1,1 @@
+"""Prepared data on the disk: Megatron's ``.bin``/``.idx``, and what lies beside it."""

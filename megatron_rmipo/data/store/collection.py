@@ -1,0 +1,104 @@
+"""Pairs of one or more prepared data sets under one numbering, with what a reference said of them.
+
+Shape letter: P pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_rmipo.data.store.mismatch import MismatchedStore
+from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
+from megatron_rmipo.data.store.reference_scores import Scores
+
+
+class PairCollection(Sequence[TokenizedPair]):
+    """Pairs of one or more prepared data sets under one numbering.
+
+    Args:
+        stores: the data sets.
+        members: int64 ``[P]``, which pairs, numbered through the data sets one after the other; None for all.
+
+    Attributes:
+        stores: the data sets.
+        lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
+        reference_scores: of each data set, see :mod:`megatron_rmipo.data.store.reference_scores`; None where not needed.
+        mismatched: the same prompts with responses of other rows; None where not needed.
+    """
+
+    def __init__(self, stores: Sequence[PairStore], members: np.ndarray | None = None) -> None:
+        self.stores = list(stores)
+        self.reference_scores: list[Scores] | None = None
+        self.mismatched: PairCollection | None = None
+        self._starts = np.array([0, *itertools.accumulate(len(store) for store in stores)])
+        self._members = np.arange(self._starts[-1]) if members is None else members
+        self.lengths = np.concatenate([store.lengths for store in self.stores])[self._members]
+
+    @classmethod
+    def combine(cls, collections: Sequence[PairCollection], weights: Sequence[float] | None = None) -> PairCollection:
+        """Several collections as one.
+
+        Args:
+            collections: what to combine, in order.
+            weights: shares of the result: the collection that lasts longest is used once, the others are repeated. None takes
+                every pair once.
+        """
+        counts = [len(collection) for collection in collections]
+        if weights is not None:
+            scale = max(count / weight for count, weight in zip(counts, weights, strict=True))
+            counts = [max(1, round(scale * weight)) for weight in weights]
+        members, first = [], 0
+        for collection, count in zip(collections, counts, strict=True):
+            members.append(first + np.resize(collection._members, count))
+            first += int(collection._starts[-1])
+        return cls([store for collection in collections for store in collection.stores], np.concatenate(members))
+
+    def split(self, held_out_share: float) -> tuple[PairCollection, PairCollection]:
+        """(the first pairs, the last ``held_out_share`` of them, at least one), in stored order."""
+        first = len(self) - max(1, round(held_out_share * len(self)))
+        return PairCollection(self.stores, self._members[:first]), PairCollection(self.stores, self._members[first:])
+
+    def match_anew(self, made: dict[str, MismatchedStore] | None = None) -> None:
+        """Make ``mismatched``.
+
+        Args:
+            made: by prefix, to be shared by collections of the same data sets; what is missing is added.
+
+        Raises:
+            DataError: all prompts of a data set are the same.
+        """
+        made = {} if made is None else made
+        for store in self.stores:
+            if store.prefix not in made:
+                made[store.prefix] = MismatchedStore(store)
+        stores: list[Any] = [made[store.prefix] for store in self.stores]
+        self.mismatched = PairCollection(stores, self._members)
+
+    def scores_of(self, indices: np.ndarray) -> np.ndarray | None:
+        """Sums under the reference of (chosen, rejected) of the pairs ``indices``, fp32 ``[P, 2]``; None where there are none."""
+        if self.reference_scores is None:
+            return None
+        located = [self._locate(int(index)) for index in indices]
+        return np.stack([self.reference_scores[which][row] for which, row in located])
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(which data set, which row of it)."""
+        member = self._members[index]
+        which = int(np.searchsorted(self._starts, member, side="right")) - 1
+        return which, int(member - self._starts[which])
+
+    def describe(self, index: int) -> str:
+        """Where pair ``index`` can be looked up, for messages."""
+        which, row = self._locate(index)
+        return f"pair {row} of {self.stores[which].prefix}"
+
+    def __getitem__(self, index: int) -> TokenizedPair:  # type: ignore[override]
+        which, row = self._locate(index)
+        return self.stores[which][row]

@@ -1,0 +1,305 @@
+"""Tokenized preference pairs on disk: Megatron's IndexedDataset with a document per pair, and a manifest beside it.
+
+``PREFIX.bin`` and ``PREFIX.idx`` hold, for each pair, one document of three sequences: prompt, chosen, rejected. Supervised data
+have the same form with the rejected sequence empty, in every document; unpaired data with one of the two responses empty, by the
+row's label. ``PREFIX.json`` (the manifest) says with which tokenizer and template they were made and what was left out. It is
+written last: a data set without a manifest was never finished and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import struct
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rmipo.data.store.disk import write_errors_named
+from megatron_rmipo.data.store.manifest import PARTS, Manifest, TokenizerInfo, store_paths, summarize_lengths
+from megatron_rmipo.errors import DataError
+
+__all__ = [
+    "PARTS",
+    "Manifest",
+    "PairStore",
+    "PairStoreWriter",
+    "TokenizedPair",
+    "TokenizerInfo",
+    "check_output_prefix",
+    "store_paths",
+]
+
+SEQUENCES_PER_PAIR = 3
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, documents with a leading zero
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPair:
+    """One preference pair as token ids, int64 ``[length]`` each.
+
+    The prompt has at least one token and starts with BOS where the tokenizer has one; each response has at least one token and
+    ends with EOS or the template's end-of-turn token. (Truncation by ``--overlong official`` can cost BOS and EOS.) A response
+    that the row does not have is an empty array: the rejected one in supervised data, one of the two in unpaired data.
+    """
+
+    prompt: npt.NDArray[np.int64]
+    chosen: npt.NDArray[np.int64]
+    rejected: npt.NDArray[np.int64]
+
+
+def _indexed_dataset() -> ModuleType:
+    """Megatron's module, imported when needed (seconds), without its remarks on GPU libraries that data do not use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+        return importlib.import_module("megatron.core.datasets.indexed_dataset")
+
+
+class PairStoreWriter:
+    """Write a data set. A context manager: leaving it without :meth:`finalize` removes what was written.
+
+    The files grow under ``PREFIX.incomplete.*`` names and are renamed when whole, the manifest last.
+
+    Args:
+        prefix: path without extension. Its folder is made if missing.
+        vocab_size: decides the integer type of the ids (uint16 below 65,500, else int32).
+        unpaired: every row has a chosen or a rejected response, not both.
+        overwrite: replace a data set that stands at the prefix.
+
+    Raises:
+        DataError: files stand at the prefix and ``overwrite`` is off, or it cannot be written.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int, *, unpaired: bool = False, overwrite: bool = False) -> None:
+        indexed_dataset = _indexed_dataset()
+        self.prefix = str(prefix)
+        self._paths = store_paths(self.prefix)
+        self._partial = store_paths(f"{self.prefix}.incomplete")
+        check_output_prefix(self.prefix, overwrite=overwrite)
+        self._lengths: list[int] = []
+        self._vocab_size, self._unpaired = vocab_size, unpaired
+        self._finished = False
+        with write_errors_named(self.prefix):
+            self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
+            dtype = indexed_dataset.DType.optimal_dtype(vocab_size)
+            self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._partial["bin"]), dtype=dtype)
+
+    def __enter__(self) -> PairStoreWriter:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if not self._finished:
+            self.abandon()
+
+    def __len__(self) -> int:
+        """Pairs added so far."""
+        return len(self._lengths) // SEQUENCES_PER_PAIR
+
+    def add(self, pair: TokenizedPair) -> None:
+        """Append one pair."""
+        parts = (pair.prompt, pair.chosen, pair.rejected)
+        self.add_all(np.concatenate(parts), np.array([[len(part) for part in parts]]))
+
+    def add_all(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        """Append any number of pairs.
+
+        Args:
+            tokens: integers, prompt, chosen and rejected of each pair behind one another.
+            lengths: their lengths, integers ``[pairs, 3]``.
+        """
+        if not lengths.size:
+            return
+        assert lengths.shape[1:] == (SEQUENCES_PER_PAIR,), lengths.shape
+        self._check(tokens, lengths)
+        flat = lengths.ravel().tolist()
+        with write_errors_named(self.prefix):
+            self._builder.add_document(tokens, flat)
+        # Megatron's builder took them for one document; each pair is one.
+        documents = self._builder.document_indices
+        end = documents.pop()
+        documents.extend(range(documents[-1] + SEQUENCES_PER_PAIR, end + 1, SEQUENCES_PER_PAIR))
+        self._lengths.extend(flat)
+
+    def _check(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        prompt, chosen, rejected = lengths.T
+        _assert_none(lengths.min(axis=1) < 0, lengths, "a negative length")
+        _assert_none(prompt == 0, lengths, "no prompt")
+        if self._unpaired:
+            _assert_none((chosen == 0) == (rejected == 0), lengths, "an unpaired row has one response")
+        else:
+            _assert_none(chosen == 0, lengths, "no chosen response")
+            has_rejected = (self._lengths[2] if self._lengths else rejected[0]) > 0
+            _assert_none((rejected > 0) != has_rejected, lengths, "pairs and supervised rows in one data set")
+        assert lengths.sum() == len(tokens), (lengths.sum(), len(tokens))
+        assert tokens.min() >= 0, tokens.min()
+        assert tokens.max() < self._vocab_size, (tokens.max(), self._vocab_size)
+
+    def finalize(self, manifest: Manifest) -> Manifest:
+        """Write the index, rename all files into place and write the manifest last.
+
+        Returns:
+            The manifest as written, with counts, lengths and file sizes.
+
+        Raises:
+            DataError: there are no pairs, or the disk failed.
+        """
+        if not self._lengths:
+            self.abandon()
+            raise DataError(f"{self.prefix}: no pairs to write.")
+        lengths = np.array(self._lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
+        num_chosen, num_rejected = (lengths[:, 1:] > 0).sum(axis=0).tolist()
+        by_label = {"desirable": num_chosen, "undesirable": num_rejected} if self._unpaired else {}
+        try:
+            with write_errors_named(self.prefix):
+                self._builder.finalize(str(self._partial["idx"]))
+                complete = dataclasses.replace(
+                    manifest,
+                    counts={**manifest.counts, **by_label},
+                    has_rejected=self._unpaired or num_rejected > 0,
+                    unpaired=self._unpaired,
+                    num_pairs=len(lengths),
+                    num_tokens=int(lengths.sum(dtype=np.int64)),
+                    lengths=summarize_lengths(lengths),
+                    file_bytes={kind: self._partial[kind].stat().st_size for kind in ("bin", "idx")},
+                )
+                self._partial["json"].write_text(complete.to_json(), encoding="utf-8", errors="backslashreplace")
+                for path in self._partial.values():
+                    _flush_to_disk(path)
+                self._paths["json"].unlink(missing_ok=True)  # an interrupted replacement must not pass for the earlier data set
+                for kind in ("bin", "idx", "json"):
+                    os.replace(self._partial[kind], self._paths[kind])
+        except DataError:
+            self.abandon()
+            raise
+        self._finished = True
+        return complete
+
+    def abandon(self) -> None:
+        """Close and remove the partial files."""
+        self._finished = True
+        with contextlib.suppress(OSError):
+            self._builder.data_file.close()
+        for path in self._partial.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def check_output_prefix(prefix: str, *, overwrite: bool) -> None:
+    """Refuse a prefix that names no file, or at which files stand already, unless they may be replaced.
+
+    Raises:
+        DataError: naming the files found.
+    """
+    if os.path.basename(prefix) in ("", ".", ".."):
+        example = os.path.join(prefix, "pairs")
+        raise DataError(f"--output-prefix {prefix!r}: a folder, not the beginning of file names. Give one such as {example}.")
+    found = [path for path in store_paths(prefix).values() if path.exists()]
+    if found and not overwrite:
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{prefix}: {names} already there. Pass --overwrite to replace them, or choose another --output-prefix.")
+
+
+def _assert_none(wrong: npt.NDArray[np.bool_], lengths: npt.NDArray[Any], problem: str) -> None:
+    assert not wrong.any(), f"{problem}: {lengths[wrong.argmax()].tolist()}"
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+class PairStore:
+    """A finished data set, memory-mapped.
+
+    Args:
+        prefix: path without extension.
+
+    Attributes:
+        manifest: what ``PREFIX.json`` says.
+        lengths: int32 ``[num_pairs, 3]``: tokens of prompt, chosen, rejected; 0 for a response that the row does not have.
+
+    Raises:
+        DataError: a file is missing, or does not belong to the others.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self._paths = store_paths(self.prefix)
+        self.manifest = Manifest.read(self._paths["json"])
+        for kind in ("bin", "idx"):
+            self._check_size(kind)
+        self._data = self._open()
+        self.lengths = self._read_lengths()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)} in {self.prefix}")
+        first = (index % len(self)) * SEQUENCES_PER_PAIR
+        return TokenizedPair(*(self._data[first + part].astype(np.int64) for part in range(SEQUENCES_PER_PAIR)))
+
+    def __reduce__(self) -> tuple[type[PairStore], tuple[str]]:
+        return PairStore, (self.prefix,)  # loader workers map the files again instead of receiving copies
+
+    def _check_size(self, kind: str) -> None:
+        path, expected = self._paths[kind], self.manifest.file_bytes.get(kind)
+        if not path.is_file():
+            raise DataError(
+                f"{path}: missing, though {self._paths['json'].name} is there. Copy all three files, or preprocess again."
+            )
+        found = path.stat().st_size
+        if found != expected:
+            raise DataError(
+                f"{path}: {found} bytes, but {self._paths['json'].name} says {expected}: truncated, or from another run. "
+                "Copy all three files of one run, or preprocess again."
+            )
+
+    def _open(self) -> Any:
+        path, num_sequences = self._paths["idx"], SEQUENCES_PER_PAIR * self.manifest.num_pairs
+        with open(path, "rb") as stream:
+            header = stream.read(_INDEX_HEADER.size)
+        # Checked here, since Megatron's reader leaves half-made objects behind when it stops at a bad header.
+        expected = (b"MMIDIDX\0\0", 1, num_sequences, self.manifest.num_pairs + 1)
+        magic, version, _, *counts = _INDEX_HEADER.unpack(header) if len(header) == _INDEX_HEADER.size else (b"", 0, 0, 0, 0)
+        if (magic, version, *counts) != expected:
+            raise DataError(
+                f"{path}: not a Megatron index of {self.manifest.num_pairs} pairs of three sequences. "
+                "Copy all three files of one run, or preprocess again."
+            )
+        return _indexed_dataset().IndexedDataset(self.prefix)
+
+    def _read_lengths(self) -> npt.NDArray[np.int32]:
+        sequence_lengths, documents = self._data.sequence_lengths, self._data.document_indices
+        expected = np.arange(0, SEQUENCES_PER_PAIR * self.manifest.num_pairs + 1, SEQUENCES_PER_PAIR)
+        token_bytes = int(sequence_lengths.sum(dtype=np.int64)) * self._data.index.dtype_size
+        if not np.array_equal(documents, expected) or token_bytes != self.manifest.file_bytes["bin"]:
+            raise DataError(
+                f"{self._paths['idx']}: does not describe {self.manifest.num_pairs} pairs of three sequences in "
+                f"{self._paths['bin'].name}: the files are from different runs. Preprocess again."
+            )
+        lengths = np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
+        self._check_responses(lengths)
+        return lengths
+
+    def _check_responses(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Refuse files whose rows do not have the responses that the manifest says they have."""
+        present = lengths[:, 1:] > 0
+        if self.manifest.unpaired:
+            agrees = present.sum(axis=1) == 1
+        else:
+            agrees = (present == (True, self.manifest.has_rejected)).all(axis=1)
+        if not agrees.all():
+            row = int(agrees.argmin())
+            raise DataError(
+                f"{self._paths['json']}: holds {self.manifest.kind}, but by {self._paths['idx'].name} row {row} has "
+                f"{lengths[row, 1]} chosen and {lengths[row, 2]} rejected tokens: the files are from different runs. "
+                "Preprocess again."
+            )

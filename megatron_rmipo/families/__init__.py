@@ -1,0 +1,1 @@
+"""Model families, a file each: how its Hugging Face config and its tensor names translate."""

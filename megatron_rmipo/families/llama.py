@@ -1,0 +1,44 @@
+"""Llama 2, 3, 3.1 and 3.2. Source of the names: ``LlamaForCausalLM`` of transformers, ``GPTModel`` of Megatron-Core."""
+
+from __future__ import annotations
+
+from megatron_rmipo.families.base import Family, Layout, Rule
+
+_HF = "model.layers.{layer}."
+_MEGATRON = "decoder.layers."
+
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    only={
+        "hidden_act": ("silu",),
+        "attention_dropout": (0.0, None),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (1.0, None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+    },
+    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
+    has_sliding_window=False,
+    rules=(
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.VOCABULARY),
+        Rule(_MEGATRON + "self_attention.linear_qkv.layer_norm_weight", (_HF + "input_layernorm.weight",), Layout.WHOLE),
+        Rule(
+            _MEGATRON + "self_attention.linear_qkv.weight",
+            (_HF + "self_attn.q_proj.weight", _HF + "self_attn.k_proj.weight", _HF + "self_attn.v_proj.weight"),
+            Layout.QKV,
+        ),
+        Rule(_MEGATRON + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), Layout.HEAD_COLUMNS),
+        Rule(_MEGATRON + "mlp.linear_fc1.layer_norm_weight", (_HF + "post_attention_layernorm.weight",), Layout.WHOLE),
+        Rule(
+            _MEGATRON + "mlp.linear_fc1.weight",
+            (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+            Layout.GATE_UP,
+        ),
+        Rule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), Layout.FFN_COLUMNS),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Layout.WHOLE),
+        Rule("output_layer.weight", ("lm_head.weight",), Layout.VOCABULARY),
+    ),
+    # Older checkpoints keep the rotary frequencies, which the config determines.
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)

@@ -1,0 +1,186 @@
+"""FlexAttention over a packed row: the block mask, made on the CPU once a pack, and kernels compiled once a run.
+
+Shape letters: T packed tokens, B blocks of 128 tokens, S segments, P pieces (the part of one segment within one block), A query
+heads, G key/value heads, D head size.
+
+A kernel is compiled anew when anything changes that it was compiled for, so the lengths of rows must not be among these things:
+- every tensor goes in with its tokens as ``[B, 128]``, and B alone is marked as varying. The compiler then knows that a row ends
+  with a block, and leaves out the checks for a last one that is not full. Left to itself it would also take a B that happens to
+  equal the number of heads for the same number, and compile again for the next row;
+- the mask function and the BlockMask are made within the compiled function, out of tensors alone: a function or a number of the
+  row handed in from outside would be one more thing to compare;
+- a row has two blocks at least: sizes of 1 are always compiled apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from megatron_rmipo.runtime.transfers import to_device
+
+# FlexAttention's own default; its kernels work on tiles that divide it.
+BLOCK_TOKENS = 128
+_MIN_BLOCKS = 2
+# Of packs whose backward pass, or recomputation, is to come under pipeline parallelism. A mask that is not kept is made again.
+_PACKS_KEPT = 16
+_Flags = npt.NDArray[np.bool_]
+_Integers = npt.NDArray[np.int64]
+
+
+class RowMask(NamedTuple):
+    """What the kernels read of a row's mask, int32, on the device.
+
+    A query at token q attends to the keys ``own_start[q] .. q`` and ``prefix_start[q] .. prefix_end[q] - 1``; these three are
+    ``[B, 128]``. The tables, ``[1, 1, B]`` and ``[1, 1, B, B]``, are those of torch's BlockMask: how many blocks of keys a block
+    of queries attends to in part (``kv``) or wholly (``full_kv``), and which; then the same of queries for a block of keys.
+    """
+
+    own_start: Tensor
+    prefix_start: Tensor
+    prefix_end: Tensor
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+
+
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """FlexAttention within the segments of a row.
+
+    Args:
+        query: ``[T, A, D]``. T may be any number; unless it is one of whole blocks, two at least, padded copies are made.
+        key, value: ``[T, G, D]``.
+        segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+        scale: of the scores.
+
+    Returns:
+        ``[T, A, D]``.
+    """
+    num_tokens = query.shape[0]
+    num_blocks = max(-(-num_tokens // BLOCK_TOKENS), _MIN_BLOCKS)
+    # Keyed by the content of the segments: all layers of a pack, and its recomputation, meet in one entry.
+    mask = _row_mask(segments.numpy().tobytes(), num_blocks, query.device)
+    blocks = [_in_blocks(tensor, num_blocks) for tensor in (query, key, value)]
+    return _compiled(query.device.type)(*blocks, mask, scale)[:num_tokens]  # type: ignore[no-any-return]
+
+
+def _in_blocks(tensor: Tensor, num_blocks: int) -> Tensor:
+    """``[T, heads, D]`` as ``[B, 128, heads, D]``, B marked as varying."""
+    padding = num_blocks * BLOCK_TOKENS - tensor.shape[0]
+    if padding:
+        tensor = F.pad(tensor, (0, 0, 0, 0, 0, padding))
+    blocks = tensor.view(num_blocks, BLOCK_TOKENS, *tensor.shape[1:])
+    torch._dynamo.mark_dynamic(blocks, 0)
+    return blocks
+
+
+@functools.cache
+def _compiled(device_type: str) -> Any:
+    # The eager backend traces alike, but runs FlexAttention's reference implementation, which has no backward pass on the CPU.
+    backend = "inductor" if device_type == "cuda" else "eager"
+    # Not dynamic=True: head counts and sizes have to stay constants of the kernel.
+    return torch.compile(_attend_blocks, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, scale: float) -> Tensor:
+    """``[T, A, D]`` from queries ``[B, 128, A, D]``, keys and values ``[B, 128, G, D]``. This is what is compiled."""
+    bounds, tables = mask[:3], mask[3:]
+    lengths = [tensor.shape[0] for tensor in (key, value, *bounds)] + [size for table in tables for size in table.shape[2:]]
+    for length in lengths:
+        # The compiler is to reckon with one unknown length, not with one for each tensor.
+        torch._check(length == query.shape[0])  # type: ignore[no-untyped-call]
+    # [B, 128, heads, D] -> [1, heads, T, D]
+    query, key, value = (tensor.flatten(0, 1).transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    own_start, prefix_start, prefix_end = (bound.flatten() for bound in bounds)
+
+    def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = (k <= q) & (k >= own_start[q])
+        prefix = (k >= prefix_start[q]) & (k < prefix_end[q])
+        return own | prefix
+
+    block_mask = BlockMask(
+        seq_lengths=(query.shape[2], key.shape[2]),
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=mask.full_kv_num_blocks,
+        full_kv_indices=mask.full_kv_indices,
+        q_num_blocks=mask.q_num_blocks,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=mask.full_q_num_blocks,
+        full_q_indices=mask.full_q_indices,
+        BLOCK_SIZE=(BLOCK_TOKENS, BLOCK_TOKENS),
+        mask_mod=attends,
+    )
+    grouped = query.shape[1] != key.shape[1]
+    output = flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+    assert isinstance(output, Tensor)
+    return output.squeeze(0).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=_PACKS_KEPT)
+def _row_mask(segments_bytes: bytes, num_blocks: int, device: torch.device) -> RowMask:
+    """The mask of a row on the device, every dimension of B marked as varying."""
+    tensors = row_mask_arrays(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4), num_blocks)
+    mask = RowMask(*(to_device(torch.from_numpy(array), device) for array in tensors))
+    for bound in mask[:3]:
+        torch._dynamo.mark_dynamic(bound, 0)
+    for table in mask[3:]:
+        torch._dynamo.mark_dynamic(table, tuple(range(2, table.dim())))
+    return mask
+
+
+def row_mask_arrays(segments: _Integers, num_blocks: int) -> tuple[npt.NDArray[np.int32], ...]:
+    """The fields of :class:`RowMask` as NumPy arrays, from ``segments [S, 4]``. Exact, without the ``[T, T]`` mask.
+
+    Args:
+        segments: in the order of the row, which they cover without a gap.
+        num_blocks: B; tokens behind the segments, up to the end of the last block, become a segment of their own.
+    """
+    end = int(segments[-1, :2].sum())
+    padding = num_blocks * BLOCK_TOKENS - end
+    if padding:
+        segments = np.vstack([segments, [[end, padding, 0, 0]]])
+    starts, lengths, prefix_start, prefix_length = segments.T
+    per_token = [np.repeat(bound, lengths) for bound in (starts, prefix_start, prefix_start + prefix_length)]
+    partial, full = _classify_blocks(segments, num_blocks)
+    tables = [table for flags in (partial, full, partial.T, full.T) for table in _tables(flags)]
+    arrays = [*(bound.reshape(num_blocks, BLOCK_TOKENS) for bound in per_token), *tables]
+    return tuple(np.ascontiguousarray(array, dtype=np.int32) for array in arrays)
+
+
+def _classify_blocks(segments: _Integers, num_blocks: int) -> tuple[_Flags, _Flags]:
+    """Bool ``[B, B]`` twice: blocks of keys of which a block of queries sees a part, and of which it sees everything."""
+    edges = np.arange(num_blocks + 1) * BLOCK_TOKENS
+    firsts = np.union1d(segments[:, 0], edges[:-1])
+    lasts = np.append(firsts[1:], edges[-1]) - 1
+    owner = segments[np.searchsorted(segments[:, 0], firsts, side="right") - 1]
+    in_prefix = _overlap(owner[:, 2], owner[:, 2] + owner[:, 3], edges)
+    # Within a piece each query sees one key more than the one before it: the first tells what all see, the last what any sees.
+    seen_by_all = in_prefix + _overlap(owner[:, 0], firsts + 1, edges) == BLOCK_TOKENS
+    seen_by_any = in_prefix + _overlap(owner[:, 0], lasts + 1, edges) > 0
+    heads = np.searchsorted(firsts, edges[:-1])
+    full = np.logical_and.reduceat(seen_by_all, heads)
+    return np.logical_or.reduceat(seen_by_any, heads) & ~full, full
+
+
+def _overlap(start: _Integers, end: _Integers, edges: _Integers) -> _Integers:
+    """Tokens of ranges ``start [P] .. end [P]`` in each block, int64 ``[P, B]``."""
+    shared: _Integers = np.minimum(end[:, None], edges[None, 1:]) - np.maximum(start[:, None], edges[None, :-1])
+    return shared.clip(min=0)
+
+
+def _tables(flags: _Flags) -> tuple[_Integers, _Integers]:
+    """How many columns of each row are set, ``[1, 1, B]``, and the columns, ``[1, 1, B, B]``, those that are set first."""
+    return flags.sum(1)[None, None], np.argsort(~flags, axis=1, kind="stable")[None, None]

@@ -1,0 +1,128 @@
+"""Attention over a packed row: no padding, the prompt of a pair shared by its responses.
+
+Shape letters: T packed tokens, S segments, A query heads of this rank, G key/value heads of this rank, D head size.
+
+A row is described by ``segments``, int64 ``[S, 4]`` on the CPU: ``(start, length, prefix_start, prefix_length)``. The tokens
+``start .. start + length`` attend causally to their own segment and to the whole of the prefix, which lies in an earlier segment.
+It travels through the decoder as the ``attention_mask`` argument: activation recomputation saves tensors only, and a small CPU
+tensor can be read without waiting for the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, attend_flex
+from megatron_rmipo.model.attention.te import attend_varlen, build_kernel
+
+# Backend -> rows that are a multiple of this long need no padded copies inside the attention.
+BACKENDS = {"sdpa": 1, "flex": BLOCK_TOKENS, "te": 1}
+
+
+def choose_backend(name: str) -> str:
+    """``auto`` made out: ``flex`` with CUDA, ``sdpa`` without; any other backend is itself."""
+    if name == "auto":
+        name = "flex" if torch.cuda.is_available() else "sdpa"
+    assert name in BACKENDS, name
+    return name
+
+
+class PackedAttention(torch.nn.Module):
+    """A ``core_attention`` of Megatron's layer specs for packed rows. It holds no parameters.
+
+    Args:
+        config: ``kv_channels`` and ``attention_dropout`` are read.
+        layer_number: Megatron passes it; every layer does the same here.
+        backend: ``sdpa``: scaled_dot_product_attention, segment by segment; runs anywhere. ``flex``: FlexAttention with one
+            block mask a pack, shared by all layers; trains on GPU only (it has no backward on CPU). ``te``: Transformer Engine,
+            each segment a sequence, the keys of a shared prompt repeated for it; needs a GPU.
+        softmax_scale: default ``1 / sqrt(D)``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *args: Any,
+        backend: str = "sdpa",
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        assert backend in BACKENDS, backend
+        assert config.attention_dropout == 0.0, "dropout would make the loss depend on how the batch is cut"
+        self.backend = backend
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels or 1)
+        self.kernel = build_kernel(config, layer_number, self.softmax_scale) if backend == "te" else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend within the segments.
+
+        Args:
+            query: ``[T, 1, A, D]``.
+            key, value: ``[T, 1, G, D]``.
+            attention_mask: the ``segments`` of the row.
+            attn_mask_type, attention_bias, packed_seq_params: Megatron passes them; segments say it all.
+
+        Returns:
+            ``[T, 1, A * D]``.
+        """
+        # [T, 1, heads, D] -> [T, heads, D]
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.backend == "flex":
+            context = attend_flex(query, key, value, attention_mask, self.softmax_scale)
+        elif self.kernel is not None:
+            context = attend_varlen(self.kernel, query, key, value, attention_mask)
+        else:
+            context = _attend_segments(query, key, value, attention_mask, self.softmax_scale)
+        return context.flatten(1)[:, None]
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing, whatever the backend: a checkpoint of one is a checkpoint of all."""
+        return {}
+
+
+def _attend_segments(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+    """Segment by segment with scaled_dot_product_attention; all tensors ``[T, heads, D]``."""
+    pieces = []
+    grouped = query.shape[1] != key.shape[1]
+    # [T, heads, D] -> [1, heads, T, D]
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    for start, length, prefix_start, prefix_length in segments.tolist():
+        own = slice(start, start + length)
+        if prefix_length == 0:
+            keys, values, mask = key[:, :, own], value[:, :, own], None
+        else:
+            prefix = slice(prefix_start, prefix_start + prefix_length)
+            keys = torch.cat([key[:, :, prefix], key[:, :, own]], dim=2)
+            values = torch.cat([value[:, :, prefix], value[:, :, own]], dim=2)
+            mask = _prefix_causal_mask(length, prefix_length, query.device)
+        pieces.append(
+            F.scaled_dot_product_attention(
+                query[:, :, own], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(pieces, dim=2)[0].transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _prefix_causal_mask(length: int, prefix_length: int, device: torch.device) -> Tensor:
+    """Bool ``[length, prefix_length + length]``: the whole prefix, and the own segment causally."""
+    return torch.ones(length, prefix_length + length, dtype=torch.bool, device=device).tril(diagonal=prefix_length)

@@ -1,0 +1,121 @@
+"""Attention of a packed row by Transformer Engine's kernels: each segment a sequence of its own, in THD form.
+
+A segment's queries attend to its prefix and to itself. The kernels know no prefix, but sequences with more keys than queries and
+a causal mask aligned at their ends (bottom right): the last query sees all keys, the first one the prefix and itself. So the keys
+and values of a prefix are repeated in front of those of each segment that reads it, by an ``index_select`` that sums their
+gradients.
+
+Shape letters: T packed tokens, K keys (prefixes counted for each segment that reads them), S segments, A query heads, G key/value
+heads, D head size; heads are those of this rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.runtime.transfers import to_device
+
+_Integers = npt.NDArray[np.int64]
+# As in block_masks.
+_PACKS_KEPT = 16
+
+
+class VarlenLayout(NamedTuple):
+    """The segments of a row as sequences.
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_kv: int32 ``[S + 1]``, where queries and keys of each sequence begin, and those of the last end.
+        key_index: int64 ``[K]``, the token that each key is; None where no segment has a prefix: each token is a key once.
+        max_seqlen_q, max_seqlen_kv: of the longest sequence.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor
+    key_index: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_kv: int
+
+
+def varlen_layout(segments: _Integers) -> VarlenLayout:
+    """The layout, on the CPU, of ``segments [S, 4]``, which cover the row in its order without a gap."""
+    start, length, prefix_start, prefix_length = segments.T
+    kv_length = prefix_length + length
+    key_index = None
+    if prefix_length.any():
+        # Prefix, segment, prefix, segment ...: runs of consecutive tokens.
+        run_starts, run_lengths = np.stack([prefix_start, start], 1).ravel(), np.stack([prefix_length, length], 1).ravel()
+        before = np.cumsum(run_lengths) - run_lengths
+        key_index = torch.from_numpy(np.repeat(run_starts - before, run_lengths) + np.arange(run_lengths.sum()))
+    return VarlenLayout(_offsets(length), _offsets(kv_length), key_index, int(length.max()), int(kv_length.max()))
+
+
+def _offsets(lengths: _Integers) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: float) -> torch.nn.Module:
+    """Transformer Engine's attention, without parameters. Megatron-Core's wrapper of it does not know the mask we need."""
+    from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
+
+    kernel: torch.nn.Module = DotProductAttention(
+        num_attention_heads=config.num_attention_heads,
+        kv_channels=config.kv_channels,
+        num_gqa_groups=config.num_query_groups,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right",
+        tp_size=config.tensor_model_parallel_size,
+        layer_number=layer_number,
+        # Sequences may have more keys than queries.
+        attention_type="cross",
+        softmax_scale=softmax_scale,
+    )
+    return kernel
+
+
+def attend_varlen(kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
+    """Attention within the segments of a row. Nothing is read back from the device.
+
+    Args:
+        kernel: from :func:`build_kernel`.
+        query: ``[T, A, D]``.
+        key, value: ``[T, G, D]``.
+        segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+
+    Returns:
+        ``[T, A, D]``.
+    """
+    layout = _layout_on_device(segments.numpy().tobytes(), query.device)
+    if layout.key_index is not None:
+        key, value = key.index_select(0, layout.key_index), value.index_select(0, layout.key_index)
+    output: Tensor = kernel(
+        query,
+        key,
+        value,
+        qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right",
+        cu_seqlens_q=layout.cu_seqlens_q,
+        cu_seqlens_kv=layout.cu_seqlens_kv,
+        # Otherwise read from the device, which the host would have to wait for; so would be whether sequences are padded.
+        max_seqlen_q=layout.max_seqlen_q,
+        max_seqlen_kv=layout.max_seqlen_kv,
+        pad_between_seqs=False,
+    )
+    return output.view(query.shape)
+
+
+@functools.lru_cache(maxsize=_PACKS_KEPT)
+def _layout_on_device(segments_bytes: bytes, device: torch.device) -> VarlenLayout:
+    layout = varlen_layout(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4))
+    return layout._replace(
+        cu_seqlens_q=to_device(layout.cu_seqlens_q, device),
+        cu_seqlens_kv=to_device(layout.cu_seqlens_kv, device),
+        key_index=None if layout.key_index is None else to_device(layout.key_index, device),
+    )

@@ -1,0 +1,77 @@
+"""Model floating point operations, as the cost model that batches are cut by, and what devices can do.
+
+Counted are the multiplications and additions of matrix products that the loss needs: layers for each token that stands in the
+packed row, attention for each (query, key) that is kept, the output layer for each scored token; backward twice the forward.
+Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, rotary
+embeddings, softmax and the optimizer are left out as usual. A sliding window is not counted: rows that would need it are refused.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rmipo.data.batches.batching import CostModel
+from megatron_rmipo.families.architecture import ModelArchitecture
+
+# Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.
+_PEAK_FLOPS: dict[str, tuple[float, float]] = {
+    "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12),
+    "A10": (125e12, 31.2e12),
+    "RTX A6000": (154.8e12, 38.7e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+    "L4": (121e12, 30.3e12),
+    "L40S": (362e12, 91.6e12),
+    "H20": (148e12, 44e12),
+    "H100": (989.4e12, 66.9e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H800": (989.4e12, 66.9e12),
+    "H800 PCIe": (756e12, 51e12),
+    "H200": (989.4e12, 66.9e12),
+    "H200 NVL": (835e12, 60e12),
+    "GH200": (989.4e12, 66.9e12),
+    "B200": (2250e12, 75e12),
+    "MI300X": (1307.4e12, 163.4e12),
+}
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of one device at best, dense.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name()`` gives it.
+        dtype: what is computed in: bfloat16, float16 or float32.
+
+    Returns:
+        None where the device or the dtype is not known.
+    """
+    device = known_device(device_name)
+    if device is None:
+        return None
+    low_precision, single_precision = _PEAK_FLOPS[device]
+    return {torch.bfloat16: low_precision, torch.float16: low_precision, torch.float32: single_precision}.get(dtype)
+
+
+def known_device(device_name: str) -> str | None:
+    """The device that ``torch.cuda.get_device_name()`` names, as the table of peaks has it: whole words, the most of them."""
+    words = device_name.replace("-", " ").split()
+    return max((name for name in _PEAK_FLOPS if _contains(words, name.split())), key=len, default=None)
+
+
+def _contains(words: list[str], part: list[str]) -> bool:
+    return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
+
+
+def forward_cost_model(arch: ModelArchitecture) -> CostModel:
+    """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token."""
+    query_size = arch.num_attention_heads * arch.kv_channels
+    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
+    projections = arch.hidden_size * (2 * query_size + key_value_size)
+    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
+    return CostModel(
+        per_token=2.0 * arch.num_layers * (projections + mlp),
+        per_area=4.0 * arch.num_layers * query_size,
+        per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,
+    )

@@ -1,0 +1,65 @@
+"""What needs Transformer Engine, and what Transformer Engine needs: checks of flags, before any model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_rmipo.config.schema import ModelConfig
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.policy import NO_TRANSFORMER_ENGINE, transformer_engine_available
+
+# Recipe of fp8 -> what the sides of its matrix products are multiples of, tokens among them; least compute capability. Blockwise
+# products do with 16, but sequence parallelism gathers whole blocks of 128 x 128.
+_RECIPES = {"delayed": (16, (8, 9)), "tensorwise": (16, (8, 9)), "blockwise": (128, (9, 0)), "mxfp8": (32, (10, 0))}
+
+
+def fp8_multiple(model: ModelConfig) -> int:
+    """What the sides of the layers' matrix products have to be multiples of, tokens among them; 1 without fp8."""
+    return _RECIPES[_recipe(model)][0] if model.fp8_format else 1
+
+
+def _recipe(model: ModelConfig) -> str:
+    return model.fp8_recipe or "delayed"
+
+
+def transformer_engine_problems(model: ModelConfig) -> Iterator[str]:
+    """Faults of the flags that need Transformer Engine, a line each, with the remedy."""
+    layers = ["--transformer-impl transformer_engine"] if model.transformer_impl == "transformer_engine" else []
+    kernels = ["--attention-backend te"] if model.attention_backend == "te" else []
+    if model.fp8_format:
+        kernels.append(f"--fp8-format {model.fp8_format}")
+    elif model.fp8_recipe:
+        yield "--fp8-recipe does nothing without --fp8-format"
+    if model.fp8_format and model.transformer_impl == "local":
+        yield f"--fp8-format {model.fp8_format} needs Transformer Engine's layers; leave --transformer-impl local out"
+    if not model.bf16:
+        yield from (f"{flag} needs --bf16" for flag in kernels)
+    if not transformer_engine_available():
+        yield from (f"{flag}: {NO_TRANSFORMER_ENGINE}" for flag in (*layers, *kernels))
+    elif model.fp8_format:
+        needed, found = _RECIPES[_recipe(model)][1], torch.cuda.get_device_capability()
+        if found < needed:
+            yield (
+                f"--fp8-recipe {_recipe(model)} needs a GPU of compute capability {needed[0]}.{needed[1]} or more; this one has "
+                f"{found[0]}.{found[1]}"
+            )
+
+
+def fp8_width_problems(model: ModelConfig, arch: ModelArchitecture, tensor_model_parallel_size: int) -> Iterator[str]:
+    """Widths of a rank's share of the model that fp8 cannot multiply; the tensor-parallel size must divide the model."""
+    multiple, size = fp8_multiple(model), tensor_model_parallel_size
+    queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
+    widths = {
+        "hidden size": arch.hidden_size,
+        "queries, keys and values": (queries + 2 * keys) // size,
+        "attention output": queries // size,
+        "MLP": arch.ffn_hidden_size // size,
+    }
+    odd = [f"{name} {width}" for name, width in widths.items() if width % multiple]
+    if odd:
+        yield (
+            f"--fp8-format {model.fp8_format} needs widths that are multiples of {multiple} (--fp8-recipe {_recipe(model)}); at "
+            f"--tensor-model-parallel-size {size} they are: {', '.join(odd)}"
+        )

@@ -1,0 +1,170 @@
+"""Packed rows through Megatron's pipeline schedules, as micro-batches.
+
+Every function here is collective: all ranks of the run call it together, each with its own data-parallel share. Results exist on
+the last pipeline stage, where the scores are made.
+
+Shape letters: N scored tokens, P pairs of the global batch, R responses of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.memory.readings import PackOutOfMemory, is_out_of_memory
+from megatron_rmipo.model.logprobs import ReferenceHead
+from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+from megatron_rmipo.runtime.transfers import to_device
+
+# The attention reads the segments on the CPU.
+_ON_DEVICE = ("token_ids", "position_ids", "source", "target", "lengths", "pair_numbers", "branches")
+
+
+def run_rows(
+    model: torch.nn.Module,
+    rows: Sequence[PackedRow],
+    finish: Callable[[PackedRow, Tensor], Any],
+    *,
+    name: str,
+    backward: bool,
+    references: Sequence[ReferenceHead] = (),
+    scores: bool = True,
+) -> list[Any]:
+    """Run rows as micro-batches.
+
+    Args:
+        model: this rank's stage of the model.
+        rows: at least one; the same number on all stages of a replica.
+        finish: called on the last stage with each row, on the device, and the model's output for it. With ``backward`` it
+            returns what Megatron takes: (loss to sum, number of pairs as an int tensor, what to report).
+        name: of the pass, for messages.
+        backward: run the backward pass, too.
+        references: on the last stage, a reference for each row: outputs are ``[4, N]`` then.
+        scores: False gives the last stage's hidden states ``[N, H]`` to ``finish`` instead of log-probs ``[N]``.
+
+    Returns:
+        What ``finish`` gave for each row (with ``backward``, what it said to report); empty but on the last stage.
+
+    Raises:
+        PackOutOfMemory: memory ran out, on this rank alone.
+    """
+    begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
+
+    def forward_step(
+        iterator: Iterator[tuple[int, tuple[PackedRow, ReferenceHead | None]]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        number, (row, reference) = next(iterator)
+        begun.append((number, False))
+        row = _on_device(row)
+        output: Any = _output(model, row, reference, scores=scores)
+        if output.requires_grad:
+            # A pipeline stage before the last runs other packs' forwards before a pack's backward.
+            output.register_hook(lambda grad: begun.append((number, True)))
+        return output, partial(finish, row) if backward else partial(_keep, finish, row)
+
+    nothing: list[ReferenceHead | None] = [None] * len(rows)
+    try:
+        outputs: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(enumerate(zip(rows, references or nothing, strict=True))),
+            model=[model],
+            num_microbatches=len(rows),
+            # Shapes travel with the activations; this one is only asked for.
+            seq_length=rows[0].num_tokens,
+            micro_batch_size=1,
+            forward_only=not backward,
+            collect_non_loss_data=not backward,
+        )
+    except RuntimeError as error:
+        if not (begun and is_out_of_memory(error)):
+            raise
+        number, in_backward = begun[-1]
+        raise PackOutOfMemory(name, rows, number, backward=backward, in_backward=in_backward, mixed=bool(references)) from error
+    return outputs
+
+
+def _on_device(row: PackedRow) -> PackedRow:
+    """A row with what model, sums and losses read of it on this rank's device, all in one copy."""
+    if current_device().type == "cpu":
+        return row
+    parts = [getattr(row, name) for name in _ON_DEVICE]
+    moved = torch.split(to_device(torch.cat(parts)), [part.numel() for part in parts])
+    fields: dict[str, Any] = dict(zip(_ON_DEVICE, moved, strict=True))
+    return dataclasses.replace(row, **fields)
+
+
+def _output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | None, *, scores: bool) -> Tensor:
+    extra = {} if reference is None else {"reference": reference}
+    output: Tensor = model(
+        token_ids=row.token_ids,
+        position_ids=row.position_ids,
+        segments=row.segments,
+        source=row.source,
+        target=row.target if scores else None,
+        **extra,
+    )
+    return output
+
+
+def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Tensor, non_loss_data: bool) -> Any:
+    return finish(row, output)
+
+
+def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
+    """Sums of log-probs per response, fp32 ``[..., R]``, from ``[..., N]`` log-probs of a row's scored tokens, on one device.
+
+    Summed in float64 in a fixed order: sums near -5000 keep their digits, and two runs agree to the bit.
+    """
+    wide = logprobs.to(torch.float64)
+    if wide.dim() == 1:
+        return torch.segment_reduce(wide, "sum", lengths=row.lengths, unsafe=True).to(torch.float32)
+    return torch.stack([response_sums(one, row) for one in logprobs])
+
+
+def score_responses(model: torch.nn.Module, rows: Sequence[PackedRow], num_pairs: int, *, name: str = "scoring pass") -> Tensor:
+    """Log-probs of every response of this rank's rows, forward only.
+
+    Args:
+        model: this rank's stage of the model.
+        rows: at least one; the same number on all stages of a replica.
+        num_pairs: P.
+        name: of the pass, for messages.
+
+    Returns:
+        fp32 ``[P, 2, 2]`` on the device: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs
+        of other ranks, and everywhere but on the last stage.
+    """
+    # One place more at the end, where a filler's number, -1, writes: leaving fillers out would make the host wait.
+    scores = torch.zeros(num_pairs + 1, 2, 2, device=current_device())
+    sums_of = lambda row, logprobs: (row, response_sums(logprobs, row))  # noqa: E731
+    for row, sums in run_rows(model, rows, sums_of, name=name, backward=False):
+        scores[row.pair_numbers, row.branches] = torch.stack([sums, row.lengths.to(torch.float32)], dim=1)
+    return scores[:num_pairs]
+
+
+def gather_pairs(table: Tensor, groups: ProcessGroups) -> Tensor:
+    """Put together what the data-parallel ranks of a stage know of their own pairs (zero elsewhere). From the device to the CPU.
+
+    Each pair is one rank's, so the sum is that rank's value to the bit, whatever the layout. All ranks of a stage call it
+    together, and wait for all work on the device.
+    """
+    table = table.contiguous()
+    dist.all_reduce(table, group=groups.dp)
+    return table.cpu()
+
+
+def from_last_stage(value: Any, groups: ProcessGroups) -> Any:
+    """What the last pipeline stage holds, on every stage. All ranks of a pipeline call it together."""
+    payload = [value]
+    if groups.pp_size > 1:
+        source = dist.get_global_rank(groups.pp, groups.pp_size - 1)
+        dist.broadcast_object_list(payload, src=source, group=groups.pp, device=current_device())
+    return payload[0]

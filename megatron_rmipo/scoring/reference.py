@@ -1,0 +1,211 @@
+"""The frozen reference of a run: which model it is, and what it says of the data, computed once and kept.
+
+Training holds no reference then, but for objectives that mix its logits with the policy's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rmipo.checkpoint.source import (
+    ModelSource,
+    checkpoint_source,
+    hf_source,
+    load_weights,
+    weights_fingerprint,
+)
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.errors import ConfigError, RmipoError
+from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.reports.throughput import forget_peak_memory
+from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
+from megatron_rmipo.training.data import RunData, conditional_layout
+from megatron_rmipo.training.resume import StartingPoint
+from megatron_rmipo.training.setup import build_model
+from megatron_rmipo.training.validation import refuse_impossible_layout
+
+_REMEDY = "Name it with --reference-load DIR (Megatron checkpoints) or --reference-hf DIR (Hugging Face)."
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceChoice:
+    """Which model a run's reference is.
+
+    Attributes:
+        source: its weights; None where a run goes on from its own checkpoint and nothing says where they lie.
+        recorded: fingerprint of the weights that the run had as its reference before; None for a new run.
+    """
+
+    source: ModelSource | None
+    recorded: str | None
+
+
+def choose_reference(
+    config: Config, source: ModelSource, start: StartingPoint, needs: LogpNeeds, world_size: int
+) -> ReferenceChoice | None:
+    """The reference that the flags name, else the model a new run starts from; None where the objective needs none.
+
+    Raises:
+        ConfigError: flags that do nothing or contradict each other, a reference that cannot be cut into this layout or has
+            another tokenizer, or none for an objective that keeps it in memory.
+    """
+    model = config.model
+    _refuse_idle_flags(config, needs)
+    if not (needs.reference or needs.mismatched or needs.perturbation is not None):
+        return None
+    if model.reference_hf is not None and model.reference_load is not None:
+        raise ConfigError("--reference-hf and --reference-load both name the reference; give one of them.")
+    recorded = start.progress.reference or None
+    chosen: ModelSource | None = None
+    if model.reference_hf is not None:
+        chosen = _named("--reference-hf", model.reference_hf, hf_source)
+    elif model.reference_load is not None:
+        chosen = _named("--reference-load", model.reference_load, checkpoint_source)
+    elif not start.resumes:
+        chosen = source
+    elif needs.perturbation is not None and model.load_hf is not None:
+        # The run goes on from a checkpoint of its own, which is no reference any more.
+        chosen = _named("--load-hf", model.load_hf, hf_source)
+    if chosen is None and (recorded is None or needs.perturbation is not None):
+        raise ConfigError(
+            f"--load {source.directory}: the run goes on, but --objective {config.objective.objective} needs its reference, "
+            f"which is another model than this one. {_REMEDY}"
+        )
+    if chosen is not None and chosen.directory != source.directory:
+        _check_vocabulary(chosen, source)
+        try:
+            refuse_impossible_layout(config, chosen.arch, world_size)
+        except ConfigError as error:
+            raise ConfigError(f"the reference in {chosen.directory}: {error}") from error
+    return ReferenceChoice(chosen, recorded)
+
+
+def _named(flag: str, directory: str, find: Callable[[Path], ModelSource]) -> ModelSource:
+    try:
+        return find(Path(directory))
+    except RmipoError as error:
+        raise type(error)(f"{flag} {directory}: {error}") from error
+
+
+def _refuse_idle_flags(config: Config, needs: LogpNeeds) -> None:
+    kept = needs.reference or needs.mismatched
+    resident = needs.perturbation is not None
+    reason = "keeps no log-probs of its reference" if resident else "has no reference"
+    for name, is_used in (("reference_hf", kept or resident), ("reference_load", kept or resident), ("reference_cache", kept)):
+        if getattr(config.model, name) is not None and not is_used:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} does nothing: --objective {config.objective.objective} {reason}. Leave it out.")
+
+
+def _check_vocabulary(reference: ModelSource, source: ModelSource) -> None:
+    same_tokenizer = load_tokenizer(str(reference.assets)).info.fingerprint == load_tokenizer(str(source.assets)).info.fingerprint
+    if reference.arch.vocab_size != source.arch.vocab_size or not same_tokenizer:
+        raise ConfigError(
+            f"the reference in {reference.directory} (vocab_size {reference.arch.vocab_size}) has another tokenizer than the "
+            f"model in {source.directory} (vocab_size {source.arch.vocab_size}), so their log-probs cannot be compared. {_REMEDY}"
+        )
+
+
+def identify_reference(choice: ReferenceChoice, groups: ProcessGroups) -> str:
+    """Fingerprint of the reference's weights. All ranks call it together.
+
+    Raises:
+        ConfigError: the run had another reference before.
+    """
+    if choice.source is None:
+        assert choice.recorded is not None
+        return choice.recorded
+    found = weights_fingerprint(choice.source, groups)
+    if choice.recorded is not None and found != choice.recorded:
+        raise ConfigError(
+            f"{choice.source.directory} holds other weights ({found[:12]}) than the reference this run had before "
+            f"({choice.recorded[:12]}), or the same in another form: Hugging Face and Megatron count as two. {_REMEDY}"
+        )
+    return found
+
+
+def attach_scores(
+    config: Config,
+    choice: ReferenceChoice,
+    fingerprint: str,
+    data: RunData,
+    needs: LogpNeeds,
+    groups: ProcessGroups,
+    memory: MemoryReport,
+) -> None:
+    """Give the data the reference's log-probs, computing what is missing. All ranks call it together.
+
+    Args:
+        config: the run's configuration.
+        choice, fingerprint: the reference.
+        data: gets the scores; its mismatched pairs are made before, where they are needed.
+        needs: of the objective.
+        groups: the process groups of this rank.
+        memory: explains, should memory run out.
+
+    Raises:
+        ConfigError: something is missing, and where the reference's weights lie is not known.
+        DataError: a log-prob is not finite, or cannot be written.
+    """
+    collections = [part for part in (data.train, data.held_out) if part is not None]
+    matched = _distinct([store for part in collections for store in part.stores]) if needs.reference else []
+    mismatched = [store for part in collections if part.mismatched is not None for store in part.mismatched.stores]
+    tasks = plan_scores(
+        [*matched, *_distinct(mismatched)],
+        reference=fingerprint,
+        bf16=config.model.bf16,
+        cache=config.model.reference_cache,
+        groups=groups,
+    )
+    missing = find_missing(tasks, groups)
+    if missing:
+        model = load_reference(config, choice, fingerprint, groups)
+        layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        for task in missing:
+            score_rows(model, task, layout, groups, memory)
+        del model
+        forget_peak_memory()
+    tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}
+    for part in collections:
+        if needs.reference:
+            part.reference_scores = [tables["matched", store.prefix] for store in part.stores]
+        if part.mismatched is not None:
+            part.mismatched.reference_scores = [tables["mismatched", store.prefix] for store in part.mismatched.stores]
+
+
+def _distinct(stores: Sequence[Any]) -> list[Any]:
+    return list({store.prefix: store for store in stores}.values())
+
+
+def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, groups: ProcessGroups) -> PolicyModel:
+    """Build the reference with its weights, frozen. All ranks call it together.
+
+    Where a run goes on from its own checkpoint, ``--load-hf`` is tried: it is what most runs began with.
+
+    Raises:
+        ConfigError: where its weights lie is not known.
+    """
+    source = choice.source
+    if source is None and config.model.load_hf is not None:
+        source = _named("--load-hf", config.model.load_hf, hf_source)
+        if weights_fingerprint(source, groups) != fingerprint:
+            source = None
+    if source is None:
+        raise ConfigError(
+            "the log-probs of this run's reference are not (all) there, and so have to be computed again, but --load names a "
+            f"later model. {_REMEDY}"
+        )
+    # In the dtype that its log-probs are kept under, whatever the policy is trained in.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None))
+    model = build_model(source.arch, config, groups)
+    load_weights(source, model, groups)
+    model.requires_grad_(False)
+    model.eval()
+    return model

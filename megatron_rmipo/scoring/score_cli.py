@@ -1,0 +1,154 @@
+"""Command line of ``tools/score_pairs.py``: log-probs of prepared data under any checkpoint, kept beside the data.
+
+Training with an objective that needs a reference finds them there; whoever else wants them maps ``scores.npy`` into memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_rmipo.checkpoint.source import ModelSource, find_model, load_weights, weights_fingerprint
+from megatron_rmipo.config.parsing import parse_fields
+from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
+from megatron_rmipo.data.batches.batching import check_capacity
+from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.store.mismatch import MismatchedStore
+from megatron_rmipo.data.store.pair_store import PairStore
+from megatron_rmipo.data.store.reference_scores import SCORES_FILE
+from megatron_rmipo.errors import ConfigError, DataError, RmipoError
+from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.runtime.environment import check_environment
+from megatron_rmipo.runtime.first_failure import tell_failure
+from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
+from megatron_rmipo.training.data import check_tokenizer, conditional_layout
+from megatron_rmipo.training.setup import build_model
+from megatron_rmipo.training.validation import refuse_impossible_layout
+
+_DESCRIPTION = (
+    "Compute the log-probs of prepared data under a checkpoint, at any parallel layout, and keep them beside the data as a "
+    "memory-mapped array. Goes on where it was stopped. Start several ranks with torchrun."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """What to score."""
+
+    pairs: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "Prepared data, one or more: PREFIX of PREFIX.bin, .idx, .json.", "metavar": "PREFIX"},
+    )
+    mismatched: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Score each prompt with another row's responses, too, as --objective kto needs.", "metavar": None},
+    )
+
+
+_FIELDS: dict[type, Sequence[str]] = {
+    ScoringConfig: ("pairs", "mismatched"),
+    CheckpointConfig: ("load",),
+    ModelConfig: (
+        "load_hf",
+        "reference_cache",
+        "transformer_impl",
+        "attention_backend",
+        "bf16",
+        "make_vocab_size_divisible_by",
+        "share_prompts",
+        "logprob_chunk_size",
+    ),
+    DataConfig: ("tokens_per_microbatch",),
+    ParallelConfig: (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "sequence_parallel",
+        "distributed_backend",
+        "distributed_timeout_minutes",
+    ),
+    LoggingConfig: ("debug",),
+}
+
+
+def score(config: Config, scoring: ScoringConfig) -> list[str]:
+    """Score the data sets. Called by every rank.
+
+    Returns:
+        A line for each file of scores.
+
+    Raises:
+        RmipoError: a fault the user can mend; what was computed before stays.
+    """
+    check_environment(wandb=False)
+    if not scoring.pairs:
+        raise ConfigError("nothing to score: give --pairs PREFIX (of PREFIX.bin, .idx and .json).")
+    source = find_model(config)
+    stores = [PairStore(prefix) for prefix in scoring.pairs]
+    longest = max(_check_store(store, source) for store in stores)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
+    refuse_impossible_layout(config, source.arch, int(os.environ.get("WORLD_SIZE", "1")))
+    rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
+    layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
+    sizes = [layout.conditional_sizes(one.lengths) for one in rows]
+    for one, own in zip(rows, sizes, strict=True):
+        check_capacity(own, layout.tokens_per_microbatch, functools.partial("pair {1} of {0}".format, one.prefix))
+    groups = initialize_runtime(
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+        backend=config.parallel.distributed_backend,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
+    memory = MemoryReport(config, source.arch, groups, None, least_tokens)
+    fingerprint = weights_fingerprint(source, groups)
+    cache = config.model.reference_cache
+    tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)
+    missing = find_missing(tasks, groups)
+    if missing:
+        with memory.explaining("loading the model", trains=False):
+            model = build_model(source.arch, config, groups)
+            load_weights(source, model, groups)
+        layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        for task in missing:
+            score_rows(model, task, layout, groups, memory)
+    shutdown_runtime()
+    return [f"{'wrote' if task in missing else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
+
+
+def _check_store(store: PairStore, source: ModelSource) -> int:
+    """Tokens of the longest row, which the model can take."""
+    check_tokenizer(store, "--pairs", source, load_tokenizer(str(source.assets)).info.fingerprint)
+    if not store.manifest.has_rejected:
+        raise DataError(f"--pairs {store.prefix}: supervised data, which no objective compares with a reference.")
+    lengths = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
+    if lengths.max() > source.arch.max_position_embeddings:
+        raise DataError(
+            f"--pairs {store.prefix}: pair {int(lengths.argmax())} is {int(lengths.max())} tokens long, but the model has "
+            f"max_position_embeddings {source.arch.max_position_embeddings}. Prepare the data with that --seq-length."
+        )
+    return int(lengths.max())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool on this rank; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        sections = parse_fields(arguments, _FIELDS, "score_pairs.py", _DESCRIPTION)
+        config = Config(
+            checkpoint=sections[CheckpointConfig],
+            model=sections[ModelConfig],
+            data=sections[DataConfig],
+            parallel=sections[ParallelConfig],
+            logging=sections[LoggingConfig],
+        )
+        lines = score(config, sections[ScoringConfig])
+    except (RmipoError, RuntimeError) as error:
+        tell_failure(error, debug="--debug" in arguments)
+        return 1
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+    return 0

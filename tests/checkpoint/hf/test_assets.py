@@ -1,0 +1,47 @@
+"""Directories that appear whole: whatever the name that a user gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rmipo.checkpoint.hf.assets import check_output_directory, new_directory
+from megatron_rmipo.errors import ConversionError
+
+
+def fill(given: str) -> None:
+    check_output_directory(Path(given), "--save-hf")
+    with new_directory(Path(given)) as partial:
+        (partial / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("given", "final"), [(".", "here"), ("sub/..", "here"), ("sub/../new", "here/new"), ("../other/", "other")]
+)
+def test_names_that_only_the_path_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, final: str) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    fill(given)
+    monkeypatch.chdir(tmp_path)
+    assert (tmp_path / final / "config.json").read_text() == "{}"
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("given", [".", "sub/.."])
+def test_a_directory_that_holds_something_is_refused_as_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConversionError, match=f"--save-hf {given} exists and holds sub"):
+        check_output_directory(Path(given), "--save-hf")
+
+
+def test_a_links_target_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    fill(str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target/config.json").exists()

@@ -1,0 +1,156 @@
+"""Checkpoints across tensor and pipeline parallel sizes, in several processes over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_rmipo.checkpoint.hf import assets
+from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
+from megatron_rmipo.checkpoint.megatron.store import latest_complete_iteration, load_checkpoint, save_checkpoint
+from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
+from megatron_rmipo.errors import CheckpointError, ConversionError
+from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from tests.checkpoint.models import KINDS, write_hf_model
+from tests.harness import run_distributed
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = [(2, 1), (1, 2), (2, 2)]
+
+
+def start(hf: Path, tp: int, pp: int) -> tuple[PolicyModel, ProcessGroups]:
+    groups = initialize_runtime(tp, pp)
+    arch = read_architecture(hf)
+    return build_policy(arch, transformer_config(arch, groups), groups), groups
+
+
+def read_and_save(hf: Path, out: Path, checkpoints: Path, tp: int, pp: int) -> Agreement:
+    """From HF: logits, export, and a checkpoint."""
+    model, groups = start(hf, tp, pp)
+    arch = model.architecture
+    load_hf_weights(model, hf, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp, max_shard_bytes=60000)
+    with pytest.raises(ConversionError, match="exists and holds"):
+        export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp)
+    state = {"step": 3, "consumed_pairs": 77}
+    save_checkpoint(
+        checkpoints, 3, model=model, optimizer=None, scheduler=None, train_state=state, config={}, assets_dir=hf, groups=groups
+    )
+    return compare(model, hf, groups)
+
+
+def load(hf: Path, checkpoints: Path, tp: int, pp: int) -> tuple[dict[str, int], Agreement]:
+    model, groups = start(hf, tp, pp)
+    state = load_checkpoint(checkpoints, model=model, optimizer=None, scheduler=None, load_rng=True, groups=groups)
+    return state, compare(model, hf, groups)
+
+
+def compare(model: PolicyModel, hf: Path, groups: ProcessGroups) -> Agreement:
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(model.architecture.vocab_size, (length,), generator=generator) for length in (1, 23, 50)]
+    agreement = compare_with_transformers(model, hf, texts, groups, torch.float32)
+    shutdown_runtime()
+    return agreement
+
+
+def assert_agrees(agreement: Agreement) -> None:
+    assert agreement.num_tokens == 74
+    assert agreement.max_difference < 1e-4
+    assert agreement.mean_kl < 1e-8
+    assert agreement.top1 == 1.0
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: str, tp: int, pp: int) -> None:
+    if kind == "llama2" and (tp, pp) == (2, 2):
+        pytest.skip("covered by the other kinds")
+    hf = write_hf_model(tmp_path / "hf", kind)
+    for agreement in run_distributed(read_and_save, tp * pp, hf, tmp_path / "out", tmp_path / "checkpoints", tp, pp):
+        assert_agrees(agreement)
+    expected = tensors(hf)
+    # What training wrote, exported there and offline, is what came in: no padding, nothing lost.
+    convert_megatron_to_hf(tmp_path / "checkpoints", tmp_path / "offline")
+    for written in (tensors(tmp_path / "out"), tensors(tmp_path / "offline")):
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
+    # What was written at this layout, and what was converted offline, loads at others.
+    convert_hf_to_megatron(hf, tmp_path / "converted")
+    state, agreement = run_distributed(load, 1, hf, tmp_path / "checkpoints", 1, 1)[0]
+    assert state == {"step": 3, "consumed_pairs": 77}
+    assert_agrees(agreement)
+    state, agreement = run_distributed(load, tp * pp, hf, tmp_path / "converted", tp, pp)[0]
+    assert state == {}
+    assert_agrees(agreement)
+
+
+def save_without_space(hf: Path, checkpoints: Path) -> str:
+    model, groups = start(hf, 2, 1)
+    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+
+    def save(iteration: int) -> None:
+        save_checkpoint(
+            checkpoints,
+            iteration,
+            model=model,
+            optimizer=None,
+            scheduler=None,
+            train_state={},
+            config={},
+            assets_dir=hf,
+            groups=groups,
+        )
+
+    save(1)
+    usage = assets.shutil.disk_usage
+    assets.shutil.disk_usage = lambda path: SimpleNamespace(free=1000)  # type: ignore[assignment]
+    try:
+        save(2)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        assets.shutil.disk_usage = usage
+    return "saved"
+
+
+def test_full_disk_is_told_on_every_rank_and_spares_earlier_checkpoints(tmp_path: Path) -> None:
+    hf = write_hf_model(tmp_path / "hf", "llama32_tied")
+    for message in run_distributed(save_without_space, 2, hf, tmp_path / "checkpoints"):
+        assert "step 2 was not written" in message
+        assert "MiB are needed" in message
+    assert latest_complete_iteration(tmp_path / "checkpoints") == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "iter_0000001",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def load_into_another(hf: Path, checkpoints: Path) -> str:
+    model, groups = start(hf, 1, 2)
+    try:
+        load_checkpoint(checkpoints, model=model, optimizer=None, scheduler=None, load_rng=False, groups=groups)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_checkpoint_of_another_model_is_refused_on_every_rank(tmp_path: Path) -> None:
+    convert_hf_to_megatron(write_hf_model(tmp_path / "hf", "llama2"), tmp_path / "checkpoints")
+    other = write_hf_model(tmp_path / "other", "llama32_tied", intermediate_size=96)
+    for message in run_distributed(load_into_another, 2, other, tmp_path / "checkpoints"):
+        assert "checkpoint of another model" in message
+        assert "mlp.linear_fc2.weight is [4, 48, 88] there and [4, 48, 96] in the model" in message
+        assert "output_layer.weight is not a tensor of the model" in message

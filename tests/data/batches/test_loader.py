@@ -1,0 +1,167 @@
+"""Blends, splits, and the global batch as data-parallel ranks see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rmipo.data.batches.batching import CostModel, PairOrder
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, _read_ahead, iterate_batches
+from megatron_rmipo.data.store.collection import PairCollection
+from tests.integration.problem import PairList, collection, make_pairs
+
+COST = CostModel(1.0, 0.01, 1.0)
+
+
+def layout(dp_rank: int = 0, dp_size: int = 1, **changes: object) -> BatchLayout:
+    settings = {"tokens_per_microbatch": 120, "cost": COST, "unconditional": "bos", "bos_token_id": 1, **changes}
+    return BatchLayout(dp_rank=dp_rank, dp_size=dp_size, **settings)  # type: ignore[arg-type]
+
+
+def test_ranks_together_hold_every_pair_of_the_batch_once() -> None:
+    pairs = collection(make_pairs())
+    indices = np.array([3, 20, 7, 1, 11, 13, 5])
+    batches = [BatchBuilder(pairs, layout(rank, 3)).build(indices) for rank in range(3)]
+    for rows in ([row for b in batches for row in b.conditional], [row for b in batches for row in b.unconditional]):
+        numbers = torch.cat([row.pair_numbers for row in rows]).tolist()
+        assert sorted(numbers) == sorted([*range(7), *range(7)])
+    for batch in batches:
+        assert batch.num_pairs == 7
+        assert batch.mean_chosen_length == pytest.approx(np.mean([pairs[i].chosen.size for i in indices]))
+        assert all(row.num_tokens <= 120 for row in batch.conditional)
+    assert {batch.num_tokens for batch in batches} == {
+        sum(r.num_tokens for b in batches for r in b.conditional + b.unconditional)
+    }
+
+
+def test_rows_of_whole_blocks_count_their_padding_and_score_none_of_it() -> None:
+    pairs, indices = collection(make_pairs()), np.array([3, 20, 7, 1, 11])
+    plain, padded = (BatchBuilder(pairs, layout(multiple_of=multiple)).build(indices) for multiple in (1, 128))
+    assert (plain.num_padding, plain.num_tokens) == (0, padded.num_tokens)
+    assert padded.num_padding == sum(row.num_tokens for row in padded.rows) - padded.num_tokens
+    for one, other in zip(plain.rows, padded.rows, strict=True):
+        assert (other.num_tokens % 128, other.num_padding) == (0, other.num_tokens - one.num_tokens)
+        assert other.source.tolist() == one.source.tolist()
+        assert other.target.tolist() == one.target.tolist()
+        # In ascending order the last one: none lies in the padding.
+        assert int(other.source.max()) < one.num_tokens
+
+
+def test_a_rank_without_pairs_runs_a_filler_that_does_not_count() -> None:
+    batch = BatchBuilder(collection(make_pairs()), layout(2, 3)).build(np.array([3, 20]))
+    assert [row.pair_numbers.tolist() for row in batch.conditional] == [[-1, -1]]
+    assert [row.pair_numbers.tolist() for row in batch.unconditional] == [[-1, -1]]
+
+
+def test_workers_give_the_same_batches_and_a_later_start_the_same_tail() -> None:
+    pairs = collection(make_pairs())
+    builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+    plain = list(iterate_batches(builder, order, batch_size=5, total_pairs=33))
+    workers = list(iterate_batches(builder, order, batch_size=5, total_pairs=33, num_workers=2))
+    tail = list(iterate_batches(builder, order, batch_size=5, total_pairs=33, consumed_pairs=15))
+    assert [batch.num_pairs for batch in plain] == [5] * 6 + [3]
+    for one, other in (*zip(plain, workers, strict=True), *zip(plain[3:], tail, strict=True)):
+        assert one.pair_indices.tolist() == other.pair_indices.tolist()
+        assert [row.token_ids.tolist() for row in one.conditional] == [row.token_ids.tolist() for row in other.conditional]
+
+
+def test_what_workers_send_is_the_batch_itself() -> None:
+    pairs = collection(make_pairs())
+    pairs.reference_scores = [np.arange(48, dtype=np.float32).reshape(24, 2)]
+    builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+    (sent,) = iterate_batches(builder, order, batch_size=7, total_pairs=7, num_workers=1)
+    built = builder.build(order.batch(0, 7, 7))
+    for field in dataclasses.fields(built):
+        mine, theirs = getattr(built, field.name), getattr(sent, field.name)
+        if isinstance(mine, np.ndarray):
+            assert (mine.dtype, mine.tolist()) == (theirs.dtype, theirs.tolist())
+        elif not isinstance(mine, list):
+            assert mine == theirs
+    assert len(sent.conditional) == len(built.conditional) > 1
+    for mine, theirs in zip(built.rows, sent.rows, strict=True):
+        for name, tensor in vars(mine).items():
+            if isinstance(tensor, torch.Tensor):
+                received = getattr(theirs, name)
+                assert received.dtype == tensor.dtype
+                assert torch.equal(received, tensor)
+                received += 1  # memory of its own, and not read-only
+            else:
+                assert getattr(theirs, name) == tensor
+
+
+def test_the_next_batch_is_received_while_one_is_used() -> None:
+    asked = [threading.Event() for _ in range(3)]
+
+    def source() -> Iterator[Any]:
+        for number, event in enumerate(asked):
+            event.set()
+            yield number
+
+    batches = _read_ahead(source())
+    assert next(batches) == 0
+    assert asked[1].wait(60)
+    assert not asked[2].is_set()
+    assert list(batches) == [1, 2]
+
+
+def test_what_fails_in_a_worker_fails_where_the_batch_is_wanted() -> None:
+    pairs = collection(make_pairs())
+    builder, order = BatchBuilder(pairs, layout(tokens_per_microbatch=1)), PairOrder(len(pairs), 3)
+    batches = iterate_batches(builder, order, batch_size=5, total_pairs=33, num_workers=1)
+    with pytest.raises(AssertionError, match="checked against the data set before training"):
+        next(batches)
+
+
+FAILING = """
+from tests.data.batches.test_loader import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
+
+pairs = collection(make_pairs())
+builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
+# Something still holds the batches when the process ends.
+batches = iterate_batches(builder, order, batch_size=5, total_pairs=3300, num_workers=2)
+next(batches)
+raise RuntimeError("a step failed")
+"""
+
+
+def test_a_process_ends_though_a_step_failed_with_workers_at_work() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING], capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[3]
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: a step failed" in done.stderr
+
+
+def test_a_blend_keeps_the_shares_and_repeats_the_shorter_set() -> None:
+    short, long = PairList(make_pairs(6)), PairList(make_pairs(24, seed=8))
+    parts = [PairCollection([store]) for store in (short, long)]  # type: ignore[list-item]
+    blend = PairCollection.combine(parts, [0.5, 0.5])
+    assert len(blend) == 48
+    assert [blend.describe(index) for index in (0, 6, 23, 24, 47)] == [f"pair {n} of memory" for n in (0, 0, 5, 0, 23)]
+    assert blend[25].chosen.tolist() == long[1].chosen.tolist()
+    assert blend.lengths[7].tolist() == short.lengths[1].tolist()
+
+
+def test_parts_of_splits_do_not_meet_in_a_blend() -> None:
+    parts = [PairCollection([PairList(make_pairs(count))]).split(0.2) for count in (30, 10)]  # type: ignore[list-item]
+    train = PairCollection.combine([first for first, _ in parts], [0.5, 0.5])
+    held_out = PairCollection.combine([last for _, last in parts])
+    assert (len(train), len(held_out)) == (48, 8)
+    assert {train.describe(n) for n in range(24, 48)} == {f"pair {n} of memory" for n in range(8)}
+    assert [held_out.describe(n) for n in range(8)] == [f"pair {n} of memory" for n in (*range(24, 30), 8, 9)]
+
+
+def test_a_split_holds_out_the_last_pairs() -> None:
+    train, held_out = collection(make_pairs()).split(0.1)
+    assert (len(train), len(held_out)) == (22, 2)
+    assert held_out[0].prompt.tolist() == make_pairs()[22].prompt.tolist()
+    assert held_out.lengths.shape == (2, 3)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import gc
+import json
+
+import numpy as np
+import pytest
+
+from megatron_rmipo.data.encoding.chat import load_template
+from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.preparing.workers import BatchEncoder, RowOptions
+from megatron_rmipo.data.reading.rows import PreferencePair, Turn
+from megatron_rmipo.data.reading.sources import SourceRow
+
+
+def encoder(tokenizer: PreferenceTokenizer) -> BatchEncoder:
+    return BatchEncoder(tokenizer, load_template("hh", tokenizer), LengthPolicy(4096), RowOptions("strings", {}))
+
+
+def row(number: int, **columns: object) -> SourceRow:
+    return SourceRow("rows.jsonl", number, json.dumps(columns).encode())
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "pieces"])
+def test_a_batch_holds_the_ids_of_its_pairs_one_behind_the_other(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
+    rows = [row(n, prompt=f"Why {n}?" * n, chosen=f"So {n}.", rejected="No." if n != 3 else 7) for n in range(1, 6)]
+    batch = encoder(tokenizer)(rows)
+    assert (batch.num_rows, batch.num_truncated, [reject.number for reject in batch.rejects]) == (5, 0, [3])
+    single = PairEncoder(tokenizer, load_template("hh", tokenizer), LengthPolicy(4096))
+    expected: list[int] = []
+    for n, lengths in zip((1, 2, 4, 5), batch.lengths.tolist(), strict=True):
+        (pair,) = single.encode([PreferencePair((Turn("user", f"Why {n}?" * n),), f"So {n}.", "No.")])
+        assert lengths == [len(pair.prompt), len(pair.chosen), len(pair.rejected)]  # type: ignore[union-attr]
+        expected += [*pair.prompt, *pair.chosen, *pair.rejected]  # type: ignore[union-attr]
+    assert batch.tokens.dtype == batch.lengths.dtype == np.int32
+    assert batch.tokens.tolist() == expected
+
+
+def test_a_batch_without_a_pair_is_empty(pieces: PreferenceTokenizer) -> None:
+    batch = encoder(pieces)([row(1, prompt="x")])
+    assert (batch.tokens.shape, batch.lengths.shape, len(batch.rejects)) == ((0,), (0, 3), 1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_afterwards_as_before(
+    enabled: bool, pieces: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[bool] = []
+    batches = encoder(pieces)
+    monkeypatch.setattr(batches, "_parse", lambda _row: during.append(gc.isenabled()))
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(AttributeError):  # None, which the stand-in gives for a row, has no fault to list
+            batches([row(1)])
+        assert (during, gc.isenabled()) == ([False], enabled)
+    finally:
+        (gc.enable if was_enabled else gc.disable)()

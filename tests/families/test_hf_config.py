@@ -1,0 +1,99 @@
+"""Reading config.json: what is supported, and what is refused by field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rmipo.errors import ConversionError
+from megatron_rmipo.families.architecture import RopeScaling
+from megatron_rmipo.families.hf_config import read_architecture
+
+LLAMA31: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 203,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+}
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    config = {**LLAMA31, **changes}
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    return directory
+
+
+def test_reads_llama31(tmp_path: Path) -> None:
+    arch = read_architecture(write(tmp_path))
+    assert arch.family == "llama"
+    assert (arch.num_layers, arch.hidden_size, arch.ffn_hidden_size) == (3, 96, 200)
+    assert (arch.num_attention_heads, arch.num_query_groups, arch.kv_channels) == (6, 2, 16)
+    assert arch.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert (arch.rotary_base, arch.dtype, arch.tied_embeddings) == (500000.0, "bfloat16", False)
+
+
+def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:
+    before = read_architecture(write(tmp_path))
+    joined = {**LLAMA31["rope_scaling"], "rope_theta": 500000.0}
+    after = read_architecture(write(tmp_path, rope_scaling="absent", rope_theta="absent", rope_parameters=joined))
+    assert after == before
+
+
+def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
+    changes = {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": 77, "head_dim": 20}
+    arch = read_architecture(write(tmp_path, **changes))
+    assert (arch.family, arch.sliding_window, arch.kv_channels, arch.rope_scaling) == ("mistral", 77, 20, None)
+    assert read_architecture(write(tmp_path, **{**changes, "sliding_window": None})).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+        ({"architectures": "absent"}, ["architectures is missing"]),
+        ({"attention_bias": True}, ["attention_bias is True"]),
+        ({"mlp_bias": True}, ["mlp_bias is True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "'llama3'"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling.low_freq_factor"]),
+        ({"num_hidden_layers": "absent"}, ["num_hidden_layers", "None"]),
+        ({"num_key_value_heads": 4}, ["num_attention_heads 6", "num_key_value_heads 4"]),
+        ({"hidden_size": 100}, ["hidden_size 100", "6"]),
+        ({"vocab_size": 0}, ["vocab_size", "0"]),
+        ({"torch_dtype": "float8_e4m3fn"}, ["float8_e4m3fn"]),
+    ],
+)
+def test_refusals_name_the_field(tmp_path: Path, changes: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ConversionError) as caught:
+        read_architecture(write(tmp_path, **changes))
+    for text in (*named, str(tmp_path)):
+        assert text in str(caught.value)
+
+
+def test_missing_and_damaged_config(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"no config\.json"):
+        read_architecture(tmp_path)
+    with pytest.raises(ConversionError, match="does not exist"):
+        read_architecture(tmp_path / "typo")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match="cannot be read"):
+        read_architecture(tmp_path)

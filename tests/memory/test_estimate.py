@@ -1,0 +1,170 @@
+"""Estimated bytes against what torch's allocator is asked for, and against sizes added up by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.measure import peak_bytes
+from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.pair_store import TokenizedPair
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.model.flops import forward_cost_model
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.passes.batch import evaluation_pass, gradient_pass, prepare_batch
+from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.training.setup import build_model, build_training_state
+from tests.harness import run_distributed
+from tests.integration.problem import collection
+from tests.integration.worlds import end_case
+
+ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 1000, 4096, 1e4, 1e-5)
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+# Name -> changes of the model, and of its flags.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "one layer": ({"num_layers": 1}, {}),
+    "wide": ({"hidden_size": 136}, {}),
+    "large MLP": ({"ffn_hidden_size": 376}, {}),
+    "many heads": ({"num_attention_heads": 8, "num_query_groups": 8}, {}),
+    "selective": ({}, {"recompute_granularity": "selective"}),
+    "full": ({}, FULL),
+    "full, two layers": ({"num_layers": 4}, FULL | {"recompute_num_layers": 2}),
+    "full, blocks": ({"num_layers": 4}, FULL | {"recompute_method": "block", "recompute_num_layers": 3}),
+    "bf16": ({}, {"bf16": True}),
+    "bf16, full": ({"num_layers": 5}, {"bf16": True, **FULL}),
+    "large vocabulary": ({"num_layers": 1, "vocab_size": 9000}, {"logprob_chunk_size": 2500}),
+    "large vocabulary, bf16": ({"num_layers": 1, "vocab_size": 9000}, {"logprob_chunk_size": 2500, "bf16": True}),
+    "products, bf16": (
+        {"num_layers": 1, "hidden_size": 512, "vocab_size": 2000},
+        {"logprob_chunk_size": 2000, "bf16": True},
+    ),
+    "whole vocabulary": ({"num_layers": 1, "vocab_size": 5000}, {"logprob_chunk_size": 5000}),
+}
+
+
+def pairs_of(arch: ModelArchitecture) -> PairCollection:
+    random = np.random.default_rng(3)
+    lengths = [(90, 70, 50), (31, 120, 83), (150, 20, 41)]
+    return collection([TokenizedPair(*(random.integers(3, arch.vocab_size, size=size) for size in one)) for one in lengths])
+
+
+def config_of(changes: dict[str, Any]) -> Config:
+    model = ModelConfig(make_vocab_size_divisible_by=8, **{"logprob_chunk_size": 256, **changes})
+    return Config(model=model, optimizer=OptimizerConfig(lr=1e-3))
+
+
+def measured(
+    objective_name: str, cases: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> dict[str, tuple[PackSize, int, int]]:
+    """Of each case the pack, the most bytes of its gradient pass and of a pass without a backward."""
+    found = {}
+    for name, (model_changes, flag_changes) in cases.items():
+        groups = initialize_runtime()
+        arch, config = dataclasses.replace(ARCH, **model_changes), config_of(flag_changes)
+        state = build_training_state(build_model(arch, config, groups), config, groups, train_iters=9)
+        objective = build_objective(objective_name, {})
+        reference = build_model(arch, config, groups).requires_grad_(False).eval()
+        layout = BatchLayout(dp_rank=0, dp_size=1, tokens_per_microbatch=2000, cost=forward_cost_model(arch))
+        batch = BatchBuilder(pairs_of(arch), layout).build(np.arange(3))
+        arguments: Any = (state.model, batch, objective)
+        prepared = prepare_batch(*arguments, objective.initial_state(), groups, reference)
+        state.model.zero_grad_buffer()
+        state.model.train()
+        backward = peak_bytes(lambda: gradient_pass(*arguments, prepared, groups))  # noqa: B023
+        state.model.eval()
+        with torch.no_grad():
+            forward = peak_bytes(lambda: evaluation_pass(*arguments, prepared, groups))  # noqa: B023
+        (row,) = batch.conditional
+        found[name] = (PackSize(row.num_tokens, row.num_scored), backward, forward)
+        end_case()
+    return found
+
+
+@pytest.mark.dist
+def test_the_estimate_of_a_pack_is_within_a_seventh_of_what_is_allocated() -> None:
+    peaks = run_distributed(measured, 1, "simpo", CASES)[0]
+    mixed = run_distributed(measured, 1, "epsilon_dpo", {name: CASES[name] for name in ("plain", "large vocabulary")})[0]
+    for is_mixed, found in ((False, peaks), (True, mixed)):
+        for name, (pack, backward, forward) in found.items():
+            arch, config = dataclasses.replace(ARCH, **CASES[name][0]), config_of(CASES[name][1])
+            assert pack.num_scored == 70 + 50 + 120 + 83 + 20 + 41
+            estimate = pack_memory(arch, config, pack, backward=True, mixed=is_mixed)
+            assert 6 / 7 < estimate.peak / backward < 7 / 6, (name, estimate, backward)
+            alone = pack_memory(arch, config, pack, backward=False, mixed=is_mixed)
+            assert 6 / 7 < alone.peak / forward < 7 / 6, (name, alone, forward)
+            assert alone.activations == 0
+
+
+def llama(**changes: Any) -> Config:
+    parallel = ParallelConfig(**{name: value for name, value in changes.items() if name in ParallelConfig.__dataclass_fields__})
+    model = ModelConfig(**{name: value for name, value in changes.items() if name in ModelConfig.__dataclass_fields__})
+    return Config(parallel=parallel, model=model)
+
+
+LLAMA_3_8B = ModelArchitecture("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 5e5, 1e-5)
+# Its published number of parameters; at tp 1 and 2 its vocabulary needs no padding.
+PARAMETERS = 8_030_261_248
+
+
+def test_what_stands_follows_from_the_number_of_parameters() -> None:
+    standing = standing_memory(LLAMA_3_8B, llama(bf16=True), dp_size=1)
+    assert standing.weights == pytest.approx(2 * PARAMETERS, rel=1e-6)
+    assert standing.gradients == pytest.approx(4 * PARAMETERS, rel=1e-6)
+    assert standing.master_weights == pytest.approx(4 * PARAMETERS, rel=1e-6)
+    assert standing.moments == pytest.approx(8 * PARAMETERS, rel=1e-6)
+    assert standing.total == standing.weights + standing.gradients + standing.optimizer == pytest.approx(18 * PARAMETERS)
+    plain = standing_memory(LLAMA_3_8B, llama(), dp_size=1)
+    assert plain.total == pytest.approx(16 * PARAMETERS, rel=1e-6)
+    assert plain.master_weights == 0
+    assert standing_memory(LLAMA_3_8B, llama(bf16=True), dp_size=1, trains=False).total == standing.weights
+    sharded = standing_memory(LLAMA_3_8B, llama(bf16=True, use_distributed_optimizer=True), dp_size=8)
+    assert (sharded.weights, sharded.optimizer) == (standing.weights, standing.optimizer / 8)
+    # Norms, 2 of 4096 for each layer and one at the end, are on both ranks.
+    shared = standing_memory(LLAMA_3_8B, llama(bf16=True, tensor_model_parallel_size=2), dp_size=4)
+    assert shared.weights == pytest.approx(PARAMETERS + 64 * 4096, rel=1e-6)
+    staged = standing_memory(LLAMA_3_8B, llama(bf16=True, pipeline_model_parallel_size=2), dp_size=1)
+    assert staged.weights == pytest.approx(PARAMETERS, rel=1e-4)
+
+
+def test_activations_are_those_of_the_layers_added_up() -> None:
+    pack = PackSize(num_tokens=8192, num_scored=4096)
+    # Norms' inputs and outputs; projection's output, rotated queries and keys, cosines and sines, two outputs; fused MLP.
+    layer = 4 * 4096 + (4096 + 2 * 1024) + (4096 + 1024) + 4 * 128 + 2 * 4096 + 3 * 14336
+    plain = pack_memory(LLAMA_3_8B, llama(bf16=True), pack, backward=True, fused=True)
+    assert plain.activations == 2 * 8192 * 32 * layer
+    full = pack_memory(LLAMA_3_8B, llama(bf16=True, **FULL), pack, backward=True, fused=True)
+    assert full.activations == 2 * 8192 * 32 * 4096
+    assert full.layer - plain.layer == 2 * 8192 * layer
+    # Sequence parallelism leaves nothing whole but cosines and sines.
+    split = llama(bf16=True, tensor_model_parallel_size=4, sequence_parallel=True)
+    shared = pack_memory(LLAMA_3_8B, split, pack, backward=True, fused=True)
+    assert shared.activations == 2 * 8192 * 32 * ((layer - 4 * 128) / 4 + 4 * 128)
+    staged = llama(bf16=True, pipeline_model_parallel_size=4)
+    flying = pack_memory(LLAMA_3_8B, staged, pack, backward=True, fused=True, packs_in_flight=3)
+    assert flying.activations == 3 / 4 * plain.activations
+    assert flying.head > 0
+    for backward in (True, False):
+        inner = pack_memory(LLAMA_3_8B, staged, pack, backward=backward, fused=True, last_stage=False)
+        assert inner.head == 0
+        assert inner.layer > 0
+
+
+def test_the_head_grows_with_the_chunk_and_not_with_the_vocabulary() -> None:
+    pack = PackSize(num_tokens=8192, num_scored=4096)
+
+    def head(vocab_size: int, chunk: int, *, bf16: bool = True) -> float:
+        arch = dataclasses.replace(LLAMA_3_8B, vocab_size=vocab_size)
+        return pack_memory(arch, llama(bf16=bf16, logprob_chunk_size=chunk), pack, backward=False, fused=True).head
+
+    assert head(128256, 4096) == head(32000, 4096)
+    for bf16 in (True, False):
+        assert head(128256, 8192, bf16=bf16) - head(128256, 4096, bf16=bf16) == 4096 * 4096 * 4, "fp32 logits of one chunk"
+    assert head(2048, 4096) < head(2048 + 4096, 4096)

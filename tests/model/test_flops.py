@@ -1,0 +1,177 @@
+"""Counted FLOPs against torch's own counter over a plain transformer that computes exactly what is needed, query by query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.store.pair_store import TokenizedPair
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.flops import forward_cost_model, peak_flops
+from tests.integration.problem import collection
+
+ARCH = ModelArchitecture(
+    family="llama",
+    num_layers=2,
+    hidden_size=20,
+    ffn_hidden_size=28,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=6,
+    vocab_size=37,
+    max_position_embeddings=64,
+    rotary_base=10000.0,
+    layernorm_epsilon=1e-5,
+)
+
+
+class PlainModel(torch.nn.Module):
+    """Matrix products alone: what a count of model FLOPs is made of."""
+
+    def __init__(self, arch: ModelArchitecture) -> None:
+        super().__init__()
+        self.arch = arch
+        heads, groups, size, hidden = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels, arch.hidden_size
+        shapes = {
+            "q": (hidden, heads * size),
+            "k": (hidden, groups * size),
+            "v": (hidden, groups * size),
+            "o": (heads * size, hidden),
+            "gate": (hidden, arch.ffn_hidden_size),
+            "up": (hidden, arch.ffn_hidden_size),
+            "down": (arch.ffn_hidden_size, hidden),
+        }
+        layers = [
+            {name: torch.nn.Parameter(torch.randn(shape) * 0.1) for name, shape in shapes.items()} for _ in range(arch.num_layers)
+        ]
+        self.layers = torch.nn.ModuleList(torch.nn.ParameterDict(layer) for layer in layers)
+        self.embedding = torch.nn.Parameter(torch.randn(arch.vocab_size, hidden))
+        self.head = torch.nn.Parameter(torch.randn(hidden, arch.vocab_size))
+
+    def forward(self, tokens: Tensor, visible: list[list[int]], sources: list[int]) -> Tensor:
+        x = self.embedding[tokens]
+        for layer in self.layers:
+            x = x + self.attention(x, layer, visible)
+            x = x + torch.mm(torch.mm(x, layer["gate"]) * torch.mm(x, layer["up"]), layer["down"])
+        return torch.mm(x[sources], self.head)
+
+    def attention(self, x: Tensor, layer: torch.nn.ParameterDict, visible: list[list[int]]) -> Tensor:
+        size, share = self.arch.kv_channels, self.arch.num_attention_heads // self.arch.num_query_groups
+        q, k, v = torch.mm(x, layer["q"]), torch.mm(x, layer["k"]), torch.mm(x, layer["v"])
+        rows = []
+        for query, keys in enumerate(visible):
+            outputs = []
+            for head in range(self.arch.num_attention_heads):
+                columns = slice(head // share * size, (head // share + 1) * size)
+                scores = torch.mm(q[query : query + 1, head * size : (head + 1) * size], k[keys, columns].T)
+                outputs.append(torch.mm(scores.softmax(-1), v[keys, columns]))
+            rows.append(torch.cat(outputs, 1))
+        return torch.mm(torch.cat(rows), layer["o"])
+
+
+def row(prompt: int, responses: list[int], *, share: bool) -> tuple[list[list[int]], list[int]]:
+    """(visible keys of each token, source of each scored token) of one pair."""
+    visible: list[list[int]] = []
+    sources: list[int] = []
+    shared_prompt: list[int] = []
+    for number, response in enumerate(responses):
+        prefix = list(shared_prompt)
+        count = response - 1 if prefix else prompt + response - 1
+        for _ in range(count):
+            visible.append([*prefix, len(visible)])
+            prefix = visible[-1]
+        before_response = shared_prompt or prefix[:prompt]
+        sources += [*before_response[-1:], *(prefix[len(prefix) - response + 1 :] if response > 1 else [])]
+        if share and number == 0:
+            shared_prompt = prefix[:prompt]
+    return visible, sources
+
+
+def counted(model: PlainModel, visible: list[list[int]], sources: list[int], *, backward: bool) -> int:
+    tokens = torch.arange(len(visible)) % ARCH.vocab_size
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        logits = model(tokens, visible, sources)
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def pair_flops(lengths: tuple[int, int, int], **layout: Any) -> float:
+    """What a batch of one pair says that it costs."""
+    pair = TokenizedPair(*(np.arange(length) + 3 for length in lengths))
+    settings = {"tokens_per_microbatch": 100, "bos_token_id": 1, **layout}
+    builder = BatchBuilder(collection([pair]), BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(ARCH), **settings))
+    return builder.build(np.array([0])).cost
+
+
+LENGTHS = [(5, 4, 3), (3, 2, 6), (1, 1, 4)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("share", [True, False])
+def test_gradient_pass(lengths: tuple[int, int, int], share: bool) -> None:
+    model = PlainModel(ARCH)
+    prompt, *responses = lengths
+    visible, sources = row(prompt, responses, share=share)
+    assert len(sources) == sum(responses)
+    flops = pair_flops(lengths, share_prompts=share)
+    assert flops == counted(model, visible, sources, backward=True)
+    forward = counted(model, visible, sources, backward=False)
+    assert pair_flops(lengths, share_prompts=share, forward_passes=2) == flops + 2 * forward
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_chosen_alone(lengths: tuple[int, int, int]) -> None:
+    visible, sources = row(lengths[0], [lengths[1]], share=True)
+    flops = pair_flops(lengths, with_rejected=False)
+    assert flops == counted(PlainModel(ARCH), visible, sources, backward=True)
+
+
+@pytest.mark.parametrize("context", ["bos", "none"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_unconditional_pass_is_forward_only_over_the_responses(lengths: tuple[int, int, int], context: str) -> None:
+    model, expected = PlainModel(ARCH), 0
+    for response in lengths[1:]:
+        tokens = response if context == "bos" else response - 1
+        if tokens:
+            visible = [list(range(query + 1)) for query in range(tokens)]
+            expected += counted(model, visible, list(range(tokens)), backward=False)
+    assert pair_flops(lengths, unconditional=context) - pair_flops(lengths) == expected
+
+
+def test_the_mismatched_pass_is_forward_only_over_prompts_with_other_responses() -> None:
+    pairs = [
+        TokenizedPair(*(np.arange(length) + first for length in lengths)) for first, lengths in ((3, (5, 4, 3)), (9, (3, 2, 6)))
+    ]
+    both, costs = collection(pairs), []
+    layout = BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(ARCH), tokens_per_microbatch=100)
+    for _ in range(2):
+        costs.append(BatchBuilder(both, layout).build(np.arange(2)).cost)
+        both.match_anew()
+    # The second pair's longer response is cut to what the longest row, of nine tokens, leaves behind a prompt of five.
+    expected = [row(5, [2, 4], share=True), row(3, [4, 3], share=True)]
+    assert costs[1] - costs[0] == sum(counted(PlainModel(ARCH), *one, backward=False) for one in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.float32, 66.9e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("NVIDIA GeForce RTX 4090", torch.float16, 165.2e12),
+        ("NVIDIA H100 80GB HBM3", torch.float64, None),
+        ("Some Device 100", torch.bfloat16, None),
+        ("NVIDIA A1000", torch.bfloat16, None),
+    ],
+)
+def test_peaks(name: str, dtype: torch.dtype, expected: float | None) -> None:
+    assert peak_flops(name, dtype) == expected

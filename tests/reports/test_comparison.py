@@ -1,0 +1,225 @@
+"""Runs side by side: every shown number against one worked by hand from records written here."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
+from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
+from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.reports.comparison import chosen_share, describe_passes, read_run
+from megatron_rmipo.reports.comparison_cli import main
+
+BEFORE = {"rewards/accuracies": 0.4, "rewards/margins": 0.1, "logps/chosen": -0.5, "logps/rejected": -0.5, "loss": 1.0}
+AFTER = {"rewards/accuracies": 0.9, "rewards/margins": 2.5, "logps/chosen": -0.75, "logps/rejected": -2.0, "loss": 0.25}
+GAMMA = {"gamma/p5": 0.3, "gamma/p50": 0.4, "gamma/p95": 1.5}
+# Means per token and tokens of three held-out pairs: sums -4 > -6, -6 < -4 and -10 < -9. By mean two are right, by sum one.
+PAIRS = [(-1.0, -2.0), (-1.5, -2.0), (-2.0, -1.5)]
+LENGTHS = [(4, 3), (4, 2), (5, 6)]
+
+
+def write_held_out(prefix: Path, lengths: list[tuple[int, int]]) -> Path:
+    with PairStoreWriter(prefix, vocab_size=100) as writer:
+        for chosen, rejected in lengths:
+            writer.add(TokenizedPair(np.ones(2, np.int64), np.ones(chosen, np.int64), np.ones(rejected, np.int64)))
+        writer.finalize(Manifest(tokenizer=TokenizerInfo("f", 100, 1, 2)))
+    return prefix
+
+
+def write_run(
+    directory: Path,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    *flags: str,
+    pairs: list[tuple[float, float | None]] = PAIRS,
+    consumed: int = 64,
+) -> Path:
+    logs = directory / "logs"
+    logs.mkdir(parents=True)
+    records = [{"kind": "eval", "step": 0, "consumed_pairs": 0, **before}]
+    # The first step is slow: a median, not a mean.
+    for step, (speed, memory) in enumerate([(1.0, 0.5), (30.0, 0.75), (32.0, 0.75)], start=1):
+        records.append({"kind": "train", "step": step, "pairs_per_second": speed, "memory_gib": memory})
+    records.append({"kind": "eval", "step": 3, "consumed_pairs": consumed, **after})
+    (logs / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps({"logps/chosen": chosen, "logps/rejected": rejected}) + "\n" for chosen, rejected in pairs]
+    (logs / "held_out_pairs.jsonl").write_text("".join(lines))
+    parse_arguments(["--data-path", "absent", *flags]).save_config(logs / "config.yaml")
+    return directory
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def shown(output: str) -> dict[str, list[str]]:
+    """First column -> the other columns, of all tables' lines."""
+    return {cells(line)[0]: cells(line)[1:] for line in output.splitlines() if line.startswith("|")}
+
+
+def test_every_number_of_a_run(tmp_path: Path) -> None:
+    held_out = write_held_out(tmp_path / "valid", LENGTHS)
+    result = read_run(write_run(tmp_path / "run", BEFORE, {**AFTER, **GAMMA}, "--valid-data-path", str(held_out)))
+    assert result is not None
+    assert result.values == pytest.approx(
+        {
+            "accuracy": 0.9,
+            "accuracy_mean": 2 / 3,
+            "accuracy_sum": 1 / 3,
+            "margin": 2.5,
+            "gamma_p5": 0.3,
+            "gamma_p50": 0.4,
+            "gamma_p95": 1.5,
+            "loss": 0.25,
+            "chosen_change": -0.25,
+            "rejected_change": -1.5,
+            "pairs_per_second": 30.0,
+            "memory_gib": 0.75,
+            "pairs": 64,
+        }
+    )
+    assert result.passes == "log p(y)"
+
+
+def test_held_out_pairs_are_found_by_split_and_number(tmp_path: Path) -> None:
+    # The last three of six, and of those the first two.
+    data = write_held_out(tmp_path / "train", [(1, 9), (1, 9), (1, 9), *LENGTHS])
+    flags = ("--split", "50,50", "--eval-pairs", "2")
+    run = write_run(tmp_path / "run", BEFORE, AFTER, "--data-path", str(data), *flags, pairs=PAIRS[:2])
+    result = read_run(run)
+    assert result is not None
+    assert result.values["accuracy_sum"] == 0.5
+
+
+def test_without_the_prepared_data_only_the_sums_are_missing(tmp_path: Path) -> None:
+    result = read_run(write_run(tmp_path / "run", BEFORE, AFTER, "--valid-data-path", str(tmp_path / "gone")))
+    assert result is not None
+    assert result.values["accuracy_sum"] is None
+    assert result.values["accuracy_mean"] == pytest.approx(2 / 3)
+    # Nor are lengths of other pairs taken for these.
+    assert chosen_share([{"logps/chosen": -1.0, "logps/rejected": -2.0}], np.array([[1, 1], [1, 1]])) is None
+
+
+def test_pairs_without_one_of_the_values_do_not_count() -> None:
+    pairs = [{"logps/chosen": -1.0, "logps/rejected": -2.0}, {"logps/chosen": None, "logps/rejected": -9.0}]
+    assert chosen_share(pairs) == 1.0
+    # Equal is not higher.
+    assert chosen_share([{"logps/chosen": -1.0, "logps/rejected": -1.0}]) == 0.0
+    assert chosen_share([{"logps/chosen": -1.0}]) is None
+    assert chosen_share([]) is None
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        (LogpNeeds(), "-"),
+        (LogpNeeds(rejected=False), "-"),
+        (LogpNeeds(unconditional="none"), "log p(y)"),
+        (LogpNeeds(reference=True, batch=True), "reference, once + whole batch before"),
+        (LogpNeeds(reference=True, mismatched=True), "reference, once + mismatched pairs"),
+        (LogpNeeds(perturbation=0.01), "resident reference"),
+    ],
+)
+def test_needs_in_words(needs: LogpNeeds, words: str) -> None:
+    assert describe_passes(needs) == words
+
+
+def test_tables_name_each_run_as_often_as_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "a.1", BEFORE, {**AFTER, **GAMMA})
+    write_run(runs / "b", BEFORE, AFTER, "--margin-schedule", "none")
+    tables = ["--table", "Table 7", "exp=a.1", "none=b", "late=c", "--table", "Table 8", "[0, 2]=a.1", "--table", "Later", "c"]
+    output = tmp_path / "out" / "v1.2"
+    output.parent.mkdir()
+    assert main(["--runs", str(runs), "--view", "margins", *tables, "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    rows = shown(text)
+    assert rows["exp"] == rows["[0, 2]"] == ["0.900", "2.500", "0.300", "0.400", "1.500", "0.2500"]
+    assert rows["none"] == ["0.900", "2.500", "-", "-", "-", "0.2500"]
+    assert rows["late"] == ["-"] * 6
+    # A table without a single result is none.
+    assert "Later" not in text
+    assert (output.parent / "v1.2.md").read_text() == text
+    with (output.parent / "v1.2.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert [(record["table"], record["row"], record["run"]) for record in records] == [
+        ("Table 7", "exp", "a.1"),
+        ("Table 7", "none", "b"),
+        ("Table 8", "[0, 2]", "a.1"),
+    ]
+    assert (records[0]["gamma_p95"], records[1]["gamma_p95"], records[1]["passes"]) == ("1.5", "", "-")
+
+
+def test_objectives_are_compared_by_what_all_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = ("--valid-data-path", str(write_held_out(tmp_path / "valid", LENGTHS)))
+    write_run(tmp_path / "runs/rmipo", BEFORE, AFTER, *held_out)
+    supervised = {"logps/chosen": -0.5, "loss": 0.5}, {"logps/chosen": -0.25, "loss": 0.25}
+    write_run(tmp_path / "runs/sft", *supervised, "--objective", "sft", *held_out, pairs=[(-1.0, None)] * 3)
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    rows = shown(capsys.readouterr().out)
+    assert rows["rmipo"] == ["0.900", "0.667", "0.333", "2.500", "-0.250", "-1.500", "30.0", "0.75", "log p(y)"]
+    assert rows["sft"] == ["-", "-", "-", "-", "+0.250", "-", "30.0", "0.75", "-"]
+
+
+def test_different_lengths_of_training_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs/a", BEFORE, AFTER)
+    write_run(tmp_path / "runs/b", BEFORE, AFTER)
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert "Not comparable" not in capsys.readouterr().out
+    write_run(tmp_path / "runs/c", BEFORE, AFTER, consumed=32)
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert "(32: c; 64: a, b)" in capsys.readouterr().out
+
+
+def test_a_picture_shows_the_runs_there_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "runs/rmipo", BEFORE, {**AFTER, **GAMMA})
+    write_run(tmp_path / "runs/sft", {"logps/chosen": -0.5}, {"logps/chosen": -0.25}, "--objective", "sft", pairs=[])
+    for view in ("margins", "objectives"):
+        file = tmp_path / "pictures" / f"{view}.svg"
+        arguments = ["--runs", str(tmp_path / "runs"), "--view", view, "--table", "T", "rmipo", "sft", "later"]
+        assert main([*arguments, "--picture", str(file)]) == 0
+        drawn = file.read_text()
+        assert "<!-- sft -->" in drawn
+        assert "<!-- held-out accuracy -->" in drawn
+        assert "<!-- later -->" not in drawn
+
+
+def test_without_matplotlib_the_tables_are_still_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "runs/a", BEFORE, AFTER)
+    # As if it were not installed.
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["--runs", str(tmp_path / "runs"), "--picture", str(tmp_path / "p.png")]) == 1
+    captured = capsys.readouterr()
+    assert shown(captured.out)["a"][0] == "0.900"
+    assert "megatron-rmipo[plots]" in captured.err
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    assert main(["--runs", str(runs)]) == 1
+    assert "no folder in it is a run" in capsys.readouterr().err
+    assert main(["--runs", str(runs), "--table", "T", "a"]) == 1
+    assert "train them first" in capsys.readouterr().err
+    assert main(["--runs", str(runs), "--table", "a"]) == 1
+    assert "names no run" in capsys.readouterr().err
+    run = write_run(runs / "a", BEFORE, AFTER)
+    assert main(["--runs", str(runs), "--output", str(tmp_path / "absent" / "t")]) == 1
+    assert "--output" in capsys.readouterr().err
+    assert main(["--runs", str(runs), "--picture", str(tmp_path / "t.colour")]) == 1
+    assert "--picture" in capsys.readouterr().err
+    (run / "logs/config.yaml").unlink()
+    assert main(["--runs", str(runs)]) == 1
+    assert "config.yaml" in capsys.readouterr().err
+    # Interrupted before its last evaluation.
+    (run / "logs/metrics.jsonl").write_text(json.dumps({"kind": "eval", "step": 0}) + "\n")
+    assert read_run(run) is None

@@ -1,0 +1,39 @@
+"""Means and percentiles of metrics per pair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_rmipo.reports.metrics import summarize
+
+
+def test_means_and_percentiles_by_hand() -> None:
+    values = torch.tensor([5.0, 1.0, 2.0, 4.0, 3.0])
+    summary = summarize({"gamma": values, "loss": values * 2}, ("gamma",))
+    # 5 values: rank p/100 * 4, interpolated: p5 at 0.2 -> 1.2, p50 -> 3, p95 at 3.8 -> 4.8
+    expected = {"gamma": 3.0, "loss": 6.0, "gamma/p5": 1.2, "gamma/p50": 3.0, "gamma/p95": 4.8}
+    assert summary == pytest.approx(expected)
+    assert list(summary) == ["gamma", "loss", "gamma/p5", "gamma/p50", "gamma/p95"]
+
+
+def test_one_pair() -> None:
+    assert summarize({"x": torch.tensor([2.5])}, ("x",)) == {"x": 2.5, "x/p5": 2.5, "x/p50": 2.5, "x/p95": 2.5}
+
+
+def test_sums_are_taken_in_float64() -> None:
+    # In fp32 the small ones are lost beside 2**24.
+    values = torch.cat([torch.tensor([2.0**24]), torch.ones(1023)])
+    assert summarize({"x": values})["x"] == (2.0**24 + 1023) / 1024
+
+
+def test_a_loss_that_is_not_a_number_is_not_hidden() -> None:
+    assert math.isnan(summarize({"loss": torch.tensor([1.0, float("nan")])})["loss"])
+
+
+def test_pairs_without_a_value_are_left_out() -> None:
+    nan = float("nan")
+    values = {"x": torch.tensor([1.0, nan, 4.0]), "y": torch.tensor([nan, nan, nan])}
+    assert summarize(values, ("x", "y")) == pytest.approx({"x": 2.5, "x/p5": 1.15, "x/p50": 2.5, "x/p95": 3.85})

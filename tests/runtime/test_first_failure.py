@@ -1,0 +1,62 @@
+"""The rank that fails first, of two."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rmipo.runtime import first_failure as first_failure_module
+from megatron_rmipo.runtime.first_failure import claim_first_failure, first_failure
+from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.scoring import score_cli
+from megatron_rmipo.training import main as trainer
+from tests.harness import run_distributed
+
+
+def fail_in_turn() -> tuple[str | None, bool, bool, str | None]:
+    initialize_runtime()
+    rank = int(os.environ["RANK"])
+    before = first_failure()
+    dist.barrier()
+    if rank == 0:
+        # The other one is given the time to be first.
+        while first_failure() is None:
+            time.sleep(0.01)
+    return before, claim_first_failure(f"rank {rank}"), claim_first_failure(f"rank {rank}"), first_failure()
+
+
+@pytest.mark.dist
+def test_the_first_is_told_to_all() -> None:
+    found = run_distributed(fail_in_turn, 2)
+    assert found == [(None, False, False, "rank 1"), (None, True, True, "rank 1")]
+
+
+def test_without_other_ranks_everyone_is_first() -> None:
+    assert not dist.is_initialized()
+    assert claim_first_failure("alone")
+    assert first_failure() is None
+
+
+@pytest.mark.parametrize("command", ["trainer", "score_pairs"])
+def test_a_command_whose_peer_failed_says_so_and_other_faults_are_raised(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    causes: list[str | None] = ["rank 1 ran out of memory", None, "rank 1 ran out of memory"]
+
+    def fail(*anything: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(first_failure_module, "first_failure", lambda: causes.pop(0))
+    monkeypatch.setattr(trainer, "run_training", fail)
+    monkeypatch.setattr(score_cli, "score", fail)
+    run = trainer.main if command == "trainer" else score_cli.main
+    arguments = ["--load-hf", "model"]
+    assert run(arguments) == 1
+    assert capsys.readouterr().err == "stopped, since rank 1 ran out of memory\n"
+    for flags in ([], ["--debug"]):
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            run([*arguments, *flags])
