@@ -22,8 +22,9 @@ import numpy as np
 from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, read_lengths, step_costs
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.data.batches.batching import PairOrder, spread_evenly
 from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.spread import spread_evenly
 from megatron_rmipo.model.flops import forward_cost_model
 
 GOAL_LENGTHS, GOAL_BATCH_SIZE, GOAL_SEQ_LENGTH = "ultrafeedback", 128, 2048

@@ -40,7 +40,7 @@ from benchmarks.report import FOLDER, add_report_options, report
 from benchmarks.sides import build_state, compare, minimum_flops, our_step, padded_step, token_lists, trainer_config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.reports.throughput import forget_peak_memory, peak_memory_bytes
+from megatron_rmipo.memory.peak import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device, initialize_runtime
 
 CHECKED_LAYERS, CHECKED_PAIRS = 2, 8

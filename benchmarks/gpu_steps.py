@@ -15,10 +15,10 @@ from benchmarks.measure import timed
 from benchmarks.sides import batch_builder, minimum_flops
 from megatron_rmipo.data.batches.loader import BatchLayout, RankBatch
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_responses
+from megatron_rmipo.memory.peak import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.model.logprobs import linear_logprobs
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.reports.throughput import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.reports.timers import Phase, PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.setup import TrainingState

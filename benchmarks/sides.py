@@ -16,16 +16,17 @@ from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
 from benchmarks.trl_baseline import TrlBaseline
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.batches.batching import check_capacity
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.training.data import conditional_layout
-from megatron_rmipo.training.setup import TrainingState, build_model, build_training_state
+from megatron_rmipo.training.setup import TrainingState, build_training_state
 from megatron_rmipo.training.step import train_step
 
 LEARNING_RATE = 1e-4

@@ -9,26 +9,49 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "megatron_rmipo"
 
-# A part of the package -> the parts it may import, besides itself.
+# A room of the package -> the rooms it may import, besides itself.
 MAY_IMPORT = {
     "errors": set(),
+    "command": {"errors"},
     "config": {"errors"},
-    "runtime": {"errors", "config"},
+    "runtime": {"errors"},
     "objectives": {"errors", "config"},
-    "data": {"errors", "config"},
-    "model": {"errors", "config", "runtime", "data", "objectives"},
-    "checkpoint": {"errors", "config", "runtime", "data", "objectives", "model"},
-    "embedded": {"errors"},
-    "training": {"errors", "config", "runtime", "data", "objectives", "model", "checkpoint"},
-    "train": {"errors", "training"},
+    "data": {"errors", "command"},
+    "embedded": {"errors", "command"},
+    "families": {"errors"},
+    "model": {"errors", "config", "runtime", "data", "families"},
+    "memory": {"errors", "config", "runtime", "data", "families", "model"},
+    "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
+    "checkpoint": {"errors", "command", "config", "runtime", "data", "families", "model"},
+    "scoring": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"},
+    "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},
+    "training": {
+        *("errors", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
+        *("scoring", "reports"),
+    },
+    "train": {"training"},
 }
+# The rooms inside a room, where they have floors of their own.
+INNER_ROOMS = {
+    "data": {
+        "reading": set(),
+        "store": set(),
+        "encoding": {"reading", "store"},
+        "preparing": {"reading", "store", "encoding"},
+        "batches": {"store"},
+    },
+    "checkpoint": {"hf": set(), "megatron": {"hf"}},
+    "model": {"attention": set()},
+}
+# So many files a room holds at most; these have one file each of something.
+MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}
 TORCH_ALONE = {"torch"} | set(sys.stdlib_module_names)
 
 
-def _part(module: str) -> str:
-    """``megatron_rmipo.data.reading.rows`` -> ``data``; the modules config, config_parsing ... are one part."""
-    name = module.split(".")[1] if "." in module else ""
-    return "config" if name.startswith("config") else name
+def _room(module: str, depth: int = 1) -> str:
+    """``megatron_rmipo.data.reading.rows`` -> ``data``, its room at depth 1, or ``reading`` at depth 2; "" if none."""
+    parts = module.split(".")
+    return parts[depth] if len(parts) > depth else ""
 
 
 def _module_name(path: Path) -> str:
@@ -70,26 +93,59 @@ def test_the_reader_of_imports_sees_every_form() -> None:
     assert imports_of(ast.parse("from .x import y"), "p.q", is_package=True) == {"p.q.x", "p.q.x.y"}
 
 
-def test_every_part_has_its_place_in_the_order() -> None:
-    assert {_part(module) for module in SOURCES} - {""} == set(MAY_IMPORT)
+def test_every_room_has_its_floor() -> None:
+    assert {_room(module) for module in SOURCES} - {""} == set(MAY_IMPORT)
+    inner = {(path.parent.name, path.name) for path in (ROOT / PACKAGE).glob("*/*") if (path / "__init__.py").is_file()}
+    assert inner == {(room, name) for room, names in INNER_ROOMS.items() for name in names}
+
+
+def test_floors_make_no_circle() -> None:
+    for floors in (MAY_IMPORT, *INNER_ROOMS.values()):
+        below = {room: set(rooms) for room, rooms in floors.items()}
+        for _ in below:
+            for rooms in below.values():
+                rooms.update(*(below.get(room, ()) for room in set(rooms)))
+        assert not {room for room, rooms in below.items() if room in rooms}
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_imports_point_down_only(module: str) -> None:
-    part = _part(module)
-    allowed = MAY_IMPORT[part] | {part} if part else set()
-    used = {_part(name) for name in SOURCES[module] if name.startswith(PACKAGE + ".")}
+    room = _room(module)
+    allowed = MAY_IMPORT[room] | {room} if room else set()
+    used = {_room(name) for name in SOURCES[module] if name.startswith(PACKAGE + ".")}
     assert used <= allowed, f"{module} imports {sorted(used - allowed)}; it may import {sorted(allowed)}"
 
 
-@pytest.mark.parametrize("module", sorted(name for name in SOURCES if _part(name) == "objectives"))
+@pytest.mark.parametrize("module", sorted(name for name in SOURCES if _room(name, 2) in INNER_ROOMS.get(_room(name), ())))
+def test_imports_inside_a_room_point_down_only(module: str) -> None:
+    room, own = _room(module), _room(module, 2)
+    inside = {_room(name, 2) for name in SOURCES[module] if name.startswith(f"{PACKAGE}.{room}.")}
+    used = inside & set(INNER_ROOMS[room])
+    allowed = INNER_ROOMS[room][own] | {own}
+    assert used <= allowed, f"{module} imports {sorted(used - allowed)}; it may import {sorted(allowed)}"
+
+
+def test_no_circle_of_files() -> None:
+    waiting = {module: {name for name in names if name in SOURCES and name != module} for module, names in SOURCES.items()}
+    while free := {module for module, names in waiting.items() if not names & set(waiting)}:
+        waiting = {module: names for module, names in waiting.items() if module not in free}
+    assert not waiting, f"these import each other, or what does: {sorted(waiting)}"
+
+
+def test_rooms_can_be_held_in_the_head() -> None:
+    folders = [path for path in (ROOT / PACKAGE).rglob("*") if (path / "__init__.py").is_file() and path.name not in A_FILE_EACH]
+    counts = {str(folder): sum(file.name != "__init__.py" for file in folder.glob("*.py")) for folder in folders}
+    assert not {name: count for name, count in counts.items() if count > MOST_FILES}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in SOURCES if _room(name) == "objectives"))
 def test_objectives_import_torch_alone(module: str) -> None:
     foreign = {name.split(".")[0] for name in SOURCES[module]} - TORCH_ALONE - {PACKAGE}
     assert not foreign
     assert not {name for name in SOURCES[module] if name.startswith("torch.distributed")}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in SOURCES if _part(name) == "data"))
+@pytest.mark.parametrize("module", sorted(name for name in SOURCES if _room(name) == "data"))
 def test_data_knows_no_model(module: str) -> None:
     models = {
         name for name in SOURCES[module] if name.startswith("megatron.core.") and not name.startswith("megatron.core.datasets")

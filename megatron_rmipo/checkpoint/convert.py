@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.assets import check_output_directory, check_space, copy_hf_assets, set_config_dtype
+from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.mappings import megatron_shape, rules_of, tensors_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
@@ -31,6 +31,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     hf_assets_directory,
 )
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
+from megatron_rmipo.checkpoint.output import check_output_directory, check_space
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.command import DTYPE_NAMES, add_debug_flag, run_command
+from megatron_rmipo.checkpoint.arguments import DTYPE_NAMES
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron
+from megatron_rmipo.command import add_debug_flag, run_command
 
 _DESCRIPTION = """\
 Convert a Hugging Face model to a Megatron checkpoint (torch_dist) that any tensor and pipeline parallel size can load. One
@@ -32,4 +33,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = convert_hf_to_megatron(flags.hf_model, flags.save, dtype=flags.dtype)
         print(f"{path} written. Train from it with --load {flags.save}.")
 
-    return run_command(convert, debug=flags.debug)
+    return run_command(convert, debug=flags.debug, interrupted="interrupted; nothing was written")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.command import DTYPE_NAMES, add_debug_flag, iteration_argument, run_command
+from megatron_rmipo.checkpoint.arguments import DTYPE_NAMES, iteration_argument
 from megatron_rmipo.checkpoint.convert import convert_megatron_to_hf
+from megatron_rmipo.command import add_debug_flag, run_command
 
 _DESCRIPTION = """\
 Convert a Megatron checkpoint (torch_dist), trained at any layout, to a Hugging Face model directory. One process, no GPU."""
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(f"{flags.save_hf} written from {path}.")
 
-    return run_command(convert, debug=flags.debug)
+    return run_command(convert, debug=flags.debug, interrupted="interrupted; nothing was written")
 
 
 def _size(text: str) -> float:

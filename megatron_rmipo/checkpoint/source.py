@@ -11,10 +11,17 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights, open_weights
-from megatron_rmipo.checkpoint.megatron.directory import find_checkpoint, hf_assets_directory, read_record
+from megatron_rmipo.checkpoint.megatron.directory import (
+    checkpoint_path,
+    find_checkpoint,
+    hf_assets_directory,
+    latest_complete_iteration,
+    read_record,
+)
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
-from megatron_rmipo.config.schema import Config
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.config.schema import CheckpointConfig, Config
+from megatron_rmipo.data.store.pair_store import PairStore
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.policy import PolicyModel
@@ -90,6 +97,15 @@ def holds_checkpoints(directory: Path) -> bool:
     return any(path.name == "release" or path.name.removeprefix("iter_").isdigit() for path in directory.glob("*"))
 
 
+def checkpoint_to_go_on_from(flags: CheckpointConfig) -> Path | None:
+    """The checkpoint that a run with these flags would go on from: the last that it saved, else the one it started from."""
+    for directory in (flags.save, None if flags.finetune else flags.load):
+        iteration = latest_complete_iteration(Path(directory)) if directory is not None else None
+        if directory is not None and iteration not in (None, "release"):
+            return checkpoint_path(Path(directory), iteration)
+    return None
+
+
 def load_weights(source: ModelSource, model: PolicyModel, groups: ProcessGroups) -> None:
     """Load weights, and nothing else, into this rank's part of a bare model. All ranks call it together."""
     if source.hf_weights is not None:
@@ -129,3 +145,23 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
 def _file_digest(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_tokenizer(store: PairStore, flag: str, source: ModelSource, fingerprint: str) -> None:
+    """Refuse data that was made with another tokenizer than the model's, whose fingerprint is given.
+
+    Raises:
+        DataError: naming both.
+    """
+    made_with = store.manifest.tokenizer
+    if made_with.fingerprint != fingerprint:
+        raise DataError(
+            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, "
+            f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
+            f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
+        )
+    if made_with.vocab_size > source.arch.vocab_size:
+        raise DataError(
+            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} "
+            f"has vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
+        )

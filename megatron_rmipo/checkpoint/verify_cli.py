@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.command import add_debug_flag, iteration_argument, run_command
+from megatron_rmipo.checkpoint.arguments import iteration_argument
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
+from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConversionError, RmipoError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.policy import build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy, transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 
 _DESCRIPTION = """\

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rmipo.command import run_command
 from megatron_rmipo.embedded.model import save_model
 from megatron_rmipo.embedded.pairs import Row, make_rows, tokenizer_texts
 from megatron_rmipo.embedded.tokenizer import save_tokenizer, train_sentencepiece
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("sft_rows", "train_pairs", "heldout_pairs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
-    try:
+
+    def generate() -> None:
         make_inputs(
             arguments.output,
             seed=arguments.seed,
@@ -70,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_train=arguments.train_pairs,
             num_held_out=arguments.heldout_pairs,
         )
-    except ConfigError as error:
-        parser.exit(1, f"error: {error}\n")
-    print(f"wrote {arguments.output}: model/, sft.jsonl, train.jsonl, heldout.jsonl")
-    return 0
+        print(f"wrote {arguments.output}: model/, sft.jsonl, train.jsonl, heldout.jsonl")
+
+    return run_command(generate)

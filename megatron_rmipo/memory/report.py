@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path, latest_complete_iteration
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import UNCONDITIONAL_PACK_FACTOR, BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.packing import PackedRow
@@ -57,12 +56,20 @@ class MemoryReport:
         groups: the process groups of this rank.
         directory: in its ``out_of_memory/`` a rank leaves what it found, with CUDA a snapshot of the memory, too; None: nowhere.
         least_tokens: of the largest pair of all data: smaller packs would be refused.
+        latest_checkpoint: finds the checkpoint that a training could go on from now, if any.
     """
 
     def __init__(
-        self, config: Config, arch: ModelArchitecture, groups: ProcessGroups, directory: Path | None, least_tokens: int
+        self,
+        config: Config,
+        arch: ModelArchitecture,
+        groups: ProcessGroups,
+        directory: Path | None,
+        least_tokens: int,
+        latest_checkpoint: Callable[[], Path | None] = lambda: None,
     ) -> None:
         self._config, self._arch, self._groups = config, arch, groups
+        self._latest_checkpoint = latest_checkpoint
         self._least_tokens = max(least_tokens, config.data.seq_length)
         self._path = None if directory is None else directory / FOLDER / f"rank{groups.rank}.json"
         snapshot = None if self._path is None else self._path.with_suffix(".pickle")
@@ -113,7 +120,7 @@ class MemoryReport:
         standing, free = standing_memory(arch, config, dp_size, trains=work.trains), free_bytes()
         if work.optimizer is not None and not optimizer_has_state(work.optimizer):
             free = max(0, free - int(standing.moments))
-        optimizer: Optimizer = "none" if not work.trains else "unsaved" if self._checkpoint() is None else "saved"
+        optimizer: Optimizer = "none" if not work.trains else "unsaved" if self._latest_checkpoint() is None else "saved"
         record = {
             "rank": self._groups.rank,
             "when": work.when,
@@ -171,20 +178,11 @@ class MemoryReport:
     def _how_to_go_on(self, work: _Work) -> str:
         if not work.trains:
             return "what was scored is kept: start again"
-        checkpoint = self._checkpoint()
+        checkpoint = self._latest_checkpoint()
         if checkpoint is None:
             return "no checkpoint was saved yet"
         without = " --no-load-optim" if self._config.checkpoint.no_save_optim else ""
         return f"the checkpoint {checkpoint} is whole: go on with --load {checkpoint.parent}{without}"
-
-    def _checkpoint(self) -> Path | None:
-        """The one to go on from: the last that this run saved, else the one it goes on from itself."""
-        flags = self._config.checkpoint
-        for directory in (flags.save, None if flags.finetune else flags.load):
-            iteration = latest_complete_iteration(Path(directory)) if directory is not None else None
-            if directory is not None and iteration not in (None, "release"):
-                return checkpoint_path(Path(directory), iteration)
-        return None
 
 
 def _is_among(row: PackedRow, rows: list[PackedRow]) -> bool:

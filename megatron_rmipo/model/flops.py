@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_rmipo.data.batches.batching import CostModel
+from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.families.architecture import ModelArchitecture
 
 # Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.

@@ -8,7 +8,6 @@ import torch
 
 from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.policy import NO_TRANSFORMER_ENGINE, transformer_engine_available
 
 # Recipe of fp8 -> what the sides of its matrix products are multiples of, tokens among them; least compute capability. Blockwise
 # products do with 16, but sequence parallelism gathers whole blocks of 128 x 128.
@@ -63,3 +62,16 @@ def fp8_width_problems(model: ModelConfig, arch: ModelArchitecture, tensor_model
             f"--fp8-format {model.fp8_format} needs widths that are multiples of {multiple} (--fp8-recipe {_recipe(model)}); at "
             f"--tensor-model-parallel-size {size} they are: {', '.join(odd)}"
         )
+
+
+NO_TRANSFORMER_ENGINE = (
+    "Transformer Engine is not installed, or there is no GPU. Install the extra with pip install 'megatron_rmipo[te]' on a GPU "
+    "machine, or leave the flag out."
+)
+
+
+def transformer_engine_available() -> bool:
+    """Whether Megatron-Core found Transformer Engine, and there is a GPU for it."""
+    from megatron.core.extensions import transformer_engine
+
+    return bool(getattr(transformer_engine, "HAVE_TE", False)) and torch.cuda.is_available()

@@ -23,8 +23,8 @@ from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 from megatron_rmipo.passes.contract import check_output, check_prepared
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, response_sums, run_rows, score_responses
-from megatron_rmipo.reports.profiler import trace_range
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+from megatron_rmipo.runtime.tracing import trace_range
 from megatron_rmipo.runtime.transfers import to_device
 
 

@@ -11,16 +11,15 @@ from typing import TextIO
 
 import numpy as np
 
+from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
-from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.objectives.base import LogpNeeds
-from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.reports.reporter import METRICS_FILE
 from megatron_rmipo.reports.summary import Record, read_evaluations, read_pairs, read_records
-from megatron_rmipo.training.validation import parse_blend, parse_split
 
 MISSING = "-"
 # Column -> (title, format). ``passes`` is text, the others are numbers or missing.
@@ -110,26 +109,13 @@ def read_run(directory: Path) -> RunResult | None:
         "pairs_per_second": _over(steps, "pairs_per_second", statistics.median),
         "memory_gib": _over(steps, "memory_gib", max),
     }
-    needs = build_needs(config)
-    return RunResult(values, describe_passes(needs))
+    return RunResult(values, describe_passes(objective_of(config).needs))
 
 
 def _read_config(path: Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path}: the run's configuration is missing. Name the directory the run saved to (--save).")
     return parse_arguments(["--config", str(path)])
-
-
-def build_needs(config: Config) -> LogpNeeds:
-    """What the objective of a run needs, given its options.
-
-    Raises:
-        ConfigError: the objective is not known here.
-    """
-    try:
-        return build_objective(config.objective.objective, config.objective.options).needs
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _evaluation_values(before: Record, after: Record) -> dict[str, float | None]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.errors import ConfigError, RmipoError
+from megatron_rmipo.command import run_command
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.comparison import VIEWS, Table, compare_runs, read_run, write_csv
 from megatron_rmipo.reports.comparison_picture import draw_picture
 
@@ -37,12 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print and write the tables; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    try:
-        _compare(arguments.runs, _parse_tables(arguments), arguments)
-    except RmipoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _compare(arguments.runs, _parse_tables(arguments), arguments))
 
 
 def _compare(directory: Path, tables: Sequence[Table], arguments: argparse.Namespace) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_rmipo.errors import ConfigError, RmipoError
+from megatron_rmipo.command import run_command
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.reporter import METRICS_FILE, PAIRS_FILE
 
 Record = Mapping[str, Any]
@@ -200,11 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'"
     )
     arguments = parser.parse_args(argv)
-    try:
+
+    def show() -> None:
         print(summarize_run(arguments.log_dir, arguments.rows))
-    except RmipoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.model is not None:
-        print(f"The trained model, in Hugging Face form: {arguments.model}")
-    return 0
+        if arguments.model is not None:
+            print(f"The trained model, in Hugging Face form: {arguments.model}")
+
+    return run_command(show)

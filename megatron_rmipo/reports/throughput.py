@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping
 
-import torch
-
 from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.memory.peak import peak_memory_bytes
 from megatron_rmipo.reports.timers import PHASES
 
 
@@ -72,18 +69,3 @@ class Throughput:
             record["mfu"] = flops_per_device / self._peak_flops
         self._clear()
         return record
-
-
-def forget_peak_memory() -> None:
-    """Begin to look for the peak anew, where the device's allocator keeps it."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes() -> int:
-    """Most memory in use so far: of the device's allocator with CUDA, else of the process (resident set)."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from megatron_rmipo.reports.profiler import trace_range
+from megatron_rmipo.runtime.tracing import trace_range
 
 Phase = Literal["data", "before", "gradient", "optimizer"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

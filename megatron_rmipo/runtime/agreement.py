@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmipo.errors import CheckpointError, RmipoError
 
@@ -31,13 +30,3 @@ def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _R
         raise kind(text)
     result: _Result = outcome[0]
     return result
-
-
-def first_cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error of torch's or Megatron's checkpointing."""
-    if isinstance(error, CheckpointException):
-        failures = [failure[0] for failure in error.failures.values()]
-        return first_cause(failures[0]) if failures else "another rank failed"
-    cause = error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None) or error
-    text = str(cause).rstrip(".") or type(cause).__name__
-    return text.splitlines()[0]

@@ -19,17 +19,17 @@ from megatron_rmipo.checkpoint.source import (
 )
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError, RmipoError
+from megatron_rmipo.memory.peak import forget_peak_memory
 from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.layout_problems import refuse_impossible_layout
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import LogpNeeds
-from megatron_rmipo.reports.throughput import forget_peak_memory
+from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
-from megatron_rmipo.training.data import RunData, conditional_layout
-from megatron_rmipo.training.resume import StartingPoint
-from megatron_rmipo.training.setup import build_model
-from megatron_rmipo.training.validation import refuse_impossible_layout
 
 _REMEDY = "Name it with --reference-load DIR (Megatron checkpoints) or --reference-hf DIR (Hugging Face)."
 
@@ -48,9 +48,17 @@ class ReferenceChoice:
 
 
 def choose_reference(
-    config: Config, source: ModelSource, start: StartingPoint, needs: LogpNeeds, world_size: int
+    config: Config, source: ModelSource, needs: LogpNeeds, world_size: int, *, resumes: bool, recorded: str | None
 ) -> ReferenceChoice | None:
     """The reference that the flags name, else the model a new run starts from; None where the objective needs none.
+
+    Args:
+        config: the run's configuration.
+        source: the model the run starts from.
+        needs: of the objective.
+        world_size: number of ranks.
+        resumes: whether the run goes on from a checkpoint of its own.
+        recorded: fingerprint of the reference that it had before, None for a new run.
 
     Raises:
         ConfigError: flags that do nothing or contradict each other, a reference that cannot be cut into this layout or has
@@ -62,13 +70,12 @@ def choose_reference(
         return None
     if model.reference_hf is not None and model.reference_load is not None:
         raise ConfigError("--reference-hf and --reference-load both name the reference; give one of them.")
-    recorded = start.progress.reference or None
     chosen: ModelSource | None = None
     if model.reference_hf is not None:
         chosen = _named("--reference-hf", model.reference_hf, hf_source)
     elif model.reference_load is not None:
         chosen = _named("--reference-load", model.reference_load, checkpoint_source)
-    elif not start.resumes:
+    elif not resumes:
         chosen = source
     elif needs.perturbation is not None and model.load_hf is not None:
         # The run goes on from a checkpoint of its own, which is no reference any more.
@@ -135,7 +142,7 @@ def attach_scores(
     config: Config,
     choice: ReferenceChoice,
     fingerprint: str,
-    data: RunData,
+    collections: Sequence[PairCollection],
     needs: LogpNeeds,
     groups: ProcessGroups,
     memory: MemoryReport,
@@ -145,7 +152,7 @@ def attach_scores(
     Args:
         config: the run's configuration.
         choice, fingerprint: the reference.
-        data: gets the scores; its mismatched pairs are made before, where they are needed.
+        collections: get the scores; their mismatched pairs are made before, where they are needed.
         needs: of the objective.
         groups: the process groups of this rank.
         memory: explains, should memory run out.
@@ -154,7 +161,6 @@ def attach_scores(
         ConfigError: something is missing, and where the reference's weights lie is not known.
         DataError: a log-prob is not finite, or cannot be written.
     """
-    collections = [part for part in (data.train, data.held_out) if part is not None]
     matched = _distinct([store for part in collections for store in part.stores]) if needs.reference else []
     mismatched = [store for part in collections if part.mismatched is not None for store in part.mismatched.stores]
     tasks = plan_scores(

@@ -11,23 +11,23 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_rmipo.checkpoint.source import ModelSource, find_model, load_weights, weights_fingerprint
+from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
 from megatron_rmipo.config.parsing import parse_fields
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
-from megatron_rmipo.data.batches.batching import check_capacity
+from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
 from megatron_rmipo.errors import ConfigError, DataError, RmipoError
 from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.layout_problems import refuse_impossible_layout
+from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
-from megatron_rmipo.training.data import check_tokenizer, conditional_layout
-from megatron_rmipo.training.setup import build_model
-from megatron_rmipo.training.validation import refuse_impossible_layout
 
 _DESCRIPTION = (
     "Compute the log-probs of prepared data under a checkpoint, at any parallel layout, and keep them beside the data as a "

@@ -1,50 +1,24 @@
-"""The prepared data of a run, whether it fits the model, and whether outputs would overwrite anything."""
+"""The prepared data of a run, and whether it fits the model and the objective."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-from megatron_rmipo.checkpoint.hf.assets import check_output_directory
-from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
-from megatron_rmipo.config.schema import Config, ModelConfig
+import numpy as np
+
+from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer
+from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.schema import Config, TrainingConfig
 from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
-from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
-from megatron_rmipo.model.flops import forward_cost_model
-from megatron_rmipo.model.transformer_engine import fp8_multiple
 from megatron_rmipo.objectives.base import LogpNeeds
-from megatron_rmipo.training.validation import parse_blend, parse_split
-
-
-def check_outputs(config: Config) -> None:
-    """Refuse output directories in which something would be lost.
-
-    Raises:
-        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with.
-        ConversionError: ``--save-hf`` holds something.
-    """
-    if config.checkpoint.save_hf is not None:
-        check_output_directory(Path(config.checkpoint.save_hf), "--save-hf")
-    if config.checkpoint.save is None:
-        return
-    save = Path(config.checkpoint.save)
-    if save.exists() and not save.is_dir():
-        raise ConfigError(f"--save {save} is a file. Name a directory.")
-    goes_on = config.checkpoint.load is not None and Path(config.checkpoint.load).resolve() == save.resolve()
-    if holds_checkpoints(save) and not (goes_on and not config.checkpoint.finetune):
-        raise ConfigError(
-            f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
-            "name another directory."
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +36,41 @@ class RunData:
     held_out: PairCollection | None
     num_held_out: int
     bos_token_id: int | None
+
+    @property
+    def collections(self) -> list[PairCollection]:
+        """The collections that there are."""
+        return [pairs for pairs in (self.train, self.held_out) if pairs is not None]
+
+    def run_length(self, training: TrainingConfig) -> tuple[int, int]:
+        """(pairs of the run, optimizer steps of the run), by ``--train-iters`` or ``--epochs``."""
+        batch_size = training.global_batch_size
+        if training.train_iters is not None:
+            return training.train_iters * batch_size, training.train_iters
+        total_pairs = max(1, round((training.epochs or 1.0) * len(self.train)))
+        return total_pairs, -(-total_pairs // batch_size)
+
+    def check_rows_fit(self, layout: BatchLayout) -> int:
+        """Refuse pairs that fit no pack.
+
+        Returns:
+            The tokens of the largest pair, as it is laid out.
+
+        Raises:
+            ConfigError: naming it, and the value that would work.
+        """
+        laid_out: list[tuple[np.ndarray, Callable[[int], str]]] = []
+        for pairs in self.collections:
+            laid_out.append((pairs.lengths, pairs.describe))
+            if pairs.mismatched is not None:
+                laid_out.append((pairs.mismatched.lengths, partial(_describe_mismatched, pairs)))
+        for lengths, describe in laid_out:
+            check_capacity(layout.conditional_sizes(lengths), layout.tokens_per_microbatch, describe)
+        return max(int(layout.conditional_sizes(lengths).tokens.max(initial=0)) for lengths, _ in laid_out)
+
+
+def _describe_mismatched(pairs: PairCollection, index: int) -> str:
+    return f"{pairs.describe(index)}, its prompt with the responses of another,"
 
 
 def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
@@ -98,13 +107,13 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
         parts = [first for first, _ in split_parts]
         held_out = PairCollection.combine([last for _, last in split_parts])
     train = PairCollection.combine(parts, weights)
-    collections = [pairs for pairs in (train, held_out) if pairs is not None]
-    _refuse_mixed([store for pairs in collections for store in pairs.stores])
-    made: dict[str, MismatchedStore] = {}
-    for pairs in collections if needs.mismatched else []:
-        pairs.match_anew(made)
     num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
-    return RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
+    data = RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
+    _refuse_mixed([store for pairs in data.collections for store in pairs.stores])
+    made: dict[str, MismatchedStore] = {}
+    for pairs in data.collections if needs.mismatched else []:
+        pairs.match_anew(made)
+    return data
 
 
 def _open_blend(
@@ -116,26 +125,6 @@ def _open_blend(
     for store in stores:
         check(store, flag)
     return [PairCollection([store]) for store in stores], [weight for weight, _ in blend] if len(blend) > 1 else None
-
-
-def check_tokenizer(store: PairStore, flag: str, source: ModelSource, fingerprint: str) -> None:
-    """Refuse data that was made with another tokenizer than the model's, whose fingerprint is given.
-
-    Raises:
-        DataError: naming both.
-    """
-    made_with = store.manifest.tokenizer
-    if made_with.fingerprint != fingerprint:
-        raise DataError(
-            f"{flag} {store.prefix}: made with another tokenizer (vocabulary of {made_with.vocab_size}, "
-            f"{made_with.fingerprint[:12]}) than the model's in {source.assets} ({fingerprint[:12]}). Prepare it again: "
-            f"tools/preprocess_preferences.py --tokenizer-model {source.assets}."
-        )
-    if made_with.vocab_size > source.arch.vocab_size:
-        raise DataError(
-            f"{flag} {store.prefix}: its tokenizer knows ids up to {made_with.vocab_size - 1}, but the model in {source.assets} "
-            f"has vocab_size {source.arch.vocab_size}. Use the tokenizer the model was trained with."
-        )
 
 
 def _refuse_mixed(stores: Sequence[PairStore]) -> None:
@@ -171,21 +160,3 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNe
             f"--seq-length {allowed}: pair {int(longest.argmax())} of {store.prefix} is {most} tokens long. "
             f"Use --seq-length {most}, or prepare the data again with --seq-length {allowed}."
         )
-
-
-def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int, dp_size: int) -> BatchLayout:
-    """How a run cuts pairs and lays them out, prompt with both responses, on one data-parallel rank."""
-    parallel = config.parallel
-    return BatchLayout(
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        cost=forward_cost_model(arch),
-        share_prompts=config.model.share_prompts,
-        multiple_of=_row_multiple(config.model, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
-    )
-
-
-def _row_multiple(model: ModelConfig, *, shards: int) -> int:
-    """What number of tokens a row is padded to a multiple of, where each of ``shards`` ranks holds an equal part of it."""
-    return math.lcm(BACKENDS[choose_backend(model.attention_backend)], fp8_multiple(model) * shards)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.batching import PairOrder
 from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch, iterate_batches
+from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.base import Objective
@@ -24,33 +23,9 @@ from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.reports.timers import PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
+from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 from megatron_rmipo.training.step import StepOutcome, evaluate_batch, train_step
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint.
-
-    Attributes:
-        step: optimizer steps taken, skipped ones included.
-        consumed_pairs: pairs seen.
-        skipped_steps: steps whose loss or gradient was not finite.
-        global_batch_size, seed, num_pairs: what the order of pairs depends on besides; a resumed run must not change them.
-        objective, options: the objective's name and options, empty where an older version did not save them; a resumed run must
-            not change them.
-        reference: fingerprint of the reference's weights, "" where there is none; a resumed run must not change it.
-    """
-
-    step: int = 0
-    consumed_pairs: int = 0
-    skipped_steps: int = 0
-    global_batch_size: int = 0
-    seed: int = 0
-    num_pairs: int = 0
-    objective: str = ""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    reference: str = ""
 
 
 @dataclasses.dataclass

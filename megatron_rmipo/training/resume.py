@@ -10,7 +10,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.training.data import RunData
-from megatron_rmipo.training.loop import Progress
+from megatron_rmipo.training.progress import Progress
 
 # What a resumed run must not change -> how it is told.
 _FIXED = {

@@ -14,9 +14,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
+from megatron_rmipo.checkpoint.source import ModelSource, load_weights
 from megatron_rmipo.config.schema import Config, OptimizerConfig, ParallelConfig
-from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
+from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import State
 from megatron_rmipo.runtime.groups import ProcessGroups
 
@@ -49,28 +51,43 @@ class TrainingState:
             self.model.start_param_sync(force_sync=True)
 
 
-def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
-    """This rank's part of the policy with random weights. All ranks call it together."""
-    megatron_config = transformer_config(
-        arch,
-        groups,
-        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-        transformer_impl=config.model.transformer_impl,
-        fp8_format=config.model.fp8_format,
-        fp8_recipe=config.model.fp8_recipe,
-        sequence_parallel=config.parallel.sequence_parallel,
-        recompute_granularity=config.model.recompute_granularity,
-        recompute_method=config.model.recompute_method,
-        recompute_num_layers=config.model.recompute_num_layers,
+def load_training_state(
+    config: Config, source: ModelSource, objective_state: State, groups: ProcessGroups, *, train_iters: int
+) -> TrainingState:
+    """The state that a run starts from: model, optimizer and schedule, with what its source holds of them.
+
+    All ranks call it together.
+
+    Args:
+        config: the run's configuration.
+        source: the model's weights, or the checkpoint that the run goes on from.
+        objective_state: what the objective carries into the first step.
+        groups: the process groups of this rank.
+        train_iters: optimizer steps of the whole run.
+
+    Raises:
+        CheckpointError: as :func:`megatron_rmipo.checkpoint.megatron.store.load_checkpoint`.
+    """
+    policy = build_model(source.arch, config, groups)
+    if source.hf_weights is not None:
+        load_weights(source, policy, groups)
+    state = build_training_state(policy, config, groups, train_iters=train_iters)
+    state.objective_state = objective_state
+    if source.checkpoint is None:
+        return state
+    with_optimizer = not config.checkpoint.finetune and not config.checkpoint.no_load_optim
+    load_checkpoint(
+        source.checkpoint,
+        model=state.model,
+        optimizer=state.optimizer if with_optimizer else None,
+        scheduler=state.scheduler if with_optimizer else None,
+        load_rng=not config.checkpoint.finetune and not config.checkpoint.no_load_rng,
+        groups=groups,
     )
-    return build_policy(
-        arch,
-        megatron_config,
-        groups,
-        attention_backend=config.model.attention_backend,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        chunk_size=config.model.logprob_chunk_size,
-    )
+    if not with_optimizer:
+        # Its fp32 weights were taken from the model before the checkpoint was loaded into it.
+        state.optimizer.reload_model_params()
+    return state
 
 
 def build_training_state(policy: PolicyModel, config: Config, groups: ProcessGroups, *, train_iters: int) -> TrainingState:

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import bench_balance
 from benchmarks.inputs import step_costs
-from megatron_rmipo.data.batches.batching import CostModel
 from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.sizes import CostModel
 
 
 def run(tmp_path: Path, *arguments: str) -> int:

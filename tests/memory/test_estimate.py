@@ -16,11 +16,12 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.batch import evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.runtime.groups import initialize_runtime
-from megatron_rmipo.training.setup import build_model, build_training_state
+from megatron_rmipo.training.setup import build_training_state
 from tests.harness import run_distributed
 from tests.integration.problem import collection
 from tests.integration.worlds import end_case

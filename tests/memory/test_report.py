@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rmipo.checkpoint import source
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
-from megatron_rmipo.data.batches.batching import CostModel
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
+from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -22,7 +24,7 @@ from megatron_rmipo.memory import report as out_of_memory
 from megatron_rmipo.memory.message import first_line, further_lines
 from megatron_rmipo.memory.readings import MemoryReading, PackOutOfMemory
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.training.main import _check_rows_fit
+from megatron_rmipo.training.data import RunData
 from tests.integration.problem import collection, make_pairs
 
 ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 83, 4096, 1e4, 1e-5)
@@ -49,7 +51,8 @@ def batch(builder: BatchBuilder) -> RankBatch:
 
 def report(directory: Path | None, config: Config = CONFIG, least_tokens: int = 70, **groups: int) -> MemoryReport:
     ranks: Any = SimpleNamespace(**{"rank": 3, "dp_size": 2, "pp_size": 1, "pp_rank": 0, **groups})
-    return MemoryReport(config, ARCH, ranks, directory, least_tokens)
+    latest = partial(source.checkpoint_to_go_on_from, config.checkpoint)
+    return MemoryReport(config, ARCH, ranks, directory, least_tokens, latest)
 
 
 def explained(
@@ -151,7 +154,7 @@ def test_where_nothing_trains_there_are_weights_alone(builder: BatchBuilder, bat
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that is taken to hold a run's checkpoint of step 7."""
-    monkeypatch.setattr(out_of_memory, "latest_complete_iteration", lambda path: 7 if path == tmp_path / "run" else None)
+    monkeypatch.setattr(source, "latest_complete_iteration", lambda path: 7 if path == tmp_path / "run" else None)
     return tmp_path / "run"
 
 
@@ -241,8 +244,7 @@ def test_the_largest_pair_of_all_data_is_known(builder: BatchBuilder) -> None:
         (small, large, 20 + 24 + 16),
         (part(10, 6, 9, mismatched=part(10, 14, 9)), small, 10 + 13 + 8),
     ):
-        data: Any = SimpleNamespace(train=train, held_out=held_out)
-        assert _check_rows_fit(data, builder.layout) == expected
+        assert RunData(train, held_out, 0, None).check_rows_fit(builder.layout) == expected
 
 
 def test_a_rank_that_fails_later_says_no_more_than_where(

@@ -13,10 +13,11 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model import transformer_engine as flags
+from megatron_rmipo.model.layout_problems import refuse_impossible_layout
 from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.scoring import reference
-from megatron_rmipo.training.data import conditional_layout
-from megatron_rmipo.training.validation import refuse_impossible_layout, validate
+from megatron_rmipo.training.validation import validate
 from tests.training.test_validation import ARCH, BASE
 
 WIDE = dataclasses.replace(ARCH, hidden_size=1536, kv_channels=128, ffn_hidden_size=512)

@@ -33,11 +33,12 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout  # noqa
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer  # noqa: E402
 from megatron_rmipo.data.store.pair_store import TokenizedPair  # noqa: E402
 from megatron_rmipo.families.hf_config import read_architecture  # noqa: E402
+from megatron_rmipo.model.build import build_model  # noqa: E402
 from megatron_rmipo.model.flops import forward_cost_model  # noqa: E402
 from megatron_rmipo.objectives.base import Objective  # noqa: E402
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective  # noqa: E402
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime  # noqa: E402
-from megatron_rmipo.training.setup import build_model, build_training_state  # noqa: E402
+from megatron_rmipo.training.setup import build_training_state  # noqa: E402
 from megatron_rmipo.training.step import train_step  # noqa: E402
 from tests.harness import run_distributed  # noqa: E402
 from tests.integration.problem import collection  # noqa: E402

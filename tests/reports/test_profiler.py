@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rmipo.reports.profiler import StepProfiler, trace_range
+from megatron_rmipo.reports.profiler import StepProfiler
+from megatron_rmipo.runtime.tracing import trace_range
 
 
 def names(path: Path) -> list[str]:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.build import build_model
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes import rows
 from megatron_rmipo.runtime.groups import initialize_runtime
-from megatron_rmipo.training.setup import build_model, build_training_state
+from megatron_rmipo.training.setup import build_training_state
 from megatron_rmipo.training.step import evaluate_batch, train_step
 from tests.harness import run_distributed
 from tests.integration.problem import NUM_PAIRS, collection, make_hf_model, make_pairs
@@ -23,7 +24,7 @@ MEGATRONS = {
     "item megatron/core/distributed/finalize_model_grads.py:finalize_model_grads": 1,
     "item megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 1,
 }
-OURS = "copy to the host megatron_rmipo/training/rows.py:gather_pairs"
+OURS = "copy to the host megatron_rmipo/passes/rows.py:gather_pairs"
 
 
 def waits_of(hf_dir: str, objectives: list[str], spoiled: bool = False) -> dict[str, tuple[int, Counter[str], Counter[str]]]:
@@ -75,4 +76,4 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_look_at_the_whole_b
 @pytest.mark.dist
 def test_a_copy_that_waits_is_seen(tmp_path: Path) -> None:
     num_packs, step, _ = run_distributed(waits_of, 1, str(make_hf_model(tmp_path / "hf", layers=1)), ["simpo"], True)[0]["simpo"]
-    assert step["copy from the host megatron_rmipo/training/rows.py:_on_device"] == num_packs
+    assert step["copy from the host megatron_rmipo/passes/rows.py:_on_device"] == num_packs

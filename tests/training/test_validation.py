@@ -3,11 +3,12 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.objectives.arguments import parse_arguments
-from megatron_rmipo.training.validation import parse_blend, parse_split, refuse_profiling_beyond_the_end, validate
+from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
 ARCH = ModelArchitecture(
     family="llama",

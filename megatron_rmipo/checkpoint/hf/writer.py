@@ -9,16 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.assets import (
-    check_output_directory,
-    check_space,
-    copy_hf_assets,
-    new_directory,
-    set_config_dtype,
-)
+from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.mappings import source_shapes, tensors_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
 from megatron_rmipo.checkpoint.hf.shards import source_rows
+from megatron_rmipo.checkpoint.output import check_output_directory, check_space, new_directory
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Rule
 

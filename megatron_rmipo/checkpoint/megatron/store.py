@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
-from megatron_rmipo.checkpoint.hf.assets import check_space, copy_hf_assets
+from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
 from megatron_rmipo.checkpoint.megatron.adam_state import load_optimizer, make_adam_state
 from megatron_rmipo.checkpoint.megatron.directory import (
     ASSETS_NAME,
@@ -37,8 +37,9 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 )
 from megatron_rmipo.checkpoint.megatron.matching import match_model
 from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_random_state
+from megatron_rmipo.checkpoint.output import check_space
 from megatron_rmipo.errors import CheckpointError, RmipoError
-from megatron_rmipo.runtime.agreement import first_cause, on_first_rank
+from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 __all__ = ["hf_assets_directory", "latest_complete_iteration", "load_checkpoint", "save_checkpoint"]
@@ -162,7 +163,7 @@ def load_checkpoint(
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (*_WRITE_ERRORS, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {first_cause(error)}.") from error
+        raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}.") from error
     _unwrap(model).load_state_dict(loaded["model"], strict=False)
     if with_optimizer is not None:
         load_optimizer(with_optimizer, loaded["optimizer"])
@@ -249,6 +250,16 @@ def _explained(directory: Path, iteration: int, groups: ProcessGroups) -> Iterat
         if groups.rank == 0:
             abandon_checkpoint(directory, iteration)
         raise CheckpointError(
-            f"--save {directory}: the checkpoint of step {iteration} was not written: {first_cause(error)}. "
+            f"--save {directory}: the checkpoint of step {iteration} was not written: {_first_cause(error)}. "
             "Earlier checkpoints are untouched. Free some space, or mend its permissions, and go on from the latest."
         ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error of torch's or Megatron's checkpointing."""
+    if isinstance(error, CheckpointException):
+        failures = [failure[0] for failure in error.failures.values()]
+        return _first_cause(failures[0]) if failures else "another rank failed"
+    cause = error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None) or error
+    text = str(cause).rstrip(".") or type(cause).__name__
+    return text.splitlines()[0]

@@ -16,16 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rmipo.data.batches.batching import (
-    CostModel,
-    PairOrder,
-    PairSizes,
-    conditional_sizes,
-    cut_into_packs,
-    spread_evenly,
-    unconditional_sizes,
-)
+from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_responses
+from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_sizes, unconditional_sizes
+from megatron_rmipo.data.batches.spread import cut_into_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.store.manifest import length_columns
 from megatron_rmipo.data.store.pair_store import PARTS, PairStore
-from megatron_rmipo.errors import DataError, RmipoError
+from megatron_rmipo.errors import DataError
 
 BOUNDARY = "\u27e8|\u27e9"
 _HISTOGRAM_BINS, _BAR_WIDTH = 12, 40
@@ -34,23 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-chars", type=int, default=1200, help="show at most so many characters of a text, 0 for all (default: %(default)s)"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    add_debug_flag(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        _inspect(args)
-    except RmipoError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return run_command(lambda: _inspect(args), debug=args.debug)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.data.encoding.encode import OVERLONG_POLICIES
 from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
 from megatron_rmipo.data.reading.formats import FORMATS
 from megatron_rmipo.data.store.pair_store import Manifest
-from megatron_rmipo.errors import RmipoError
 
 _DESCRIPTION = """\
 Turn preference pairs, unpaired rows (one answer with a label) or supervised rows into Megatron's indexed format: PREFIX.bin,
@@ -65,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--log-interval", type=int, default=1000, help="rows between two progress lines off a terminal (default: %(default)s)"
     )
-    group.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    add_debug_flag(group)
     return parser
 
 
@@ -93,15 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     flags = vars(build_parser().parse_args(argv))
     debug = flags.pop("debug")
-    try:
+
+    def prepare() -> None:
         options = PreprocessOptions(**{**flags, "input": tuple(flags["input"])})
         print(summary(preprocess(options), options.output_prefix))
-    except RmipoError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(prepare, debug=debug, interrupted="interrupted; nothing was written")

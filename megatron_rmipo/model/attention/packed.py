@@ -10,16 +10,15 @@ tensor can be read without waiting for the GPU.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, attend_flex
+from megatron_rmipo.model.attention.sdpa import attend_segments
 from megatron_rmipo.model.attention.te import attend_varlen, build_kernel
 
 # Backend -> rows that are a multiple of this long need no padded copies inside the attention.
@@ -91,38 +90,9 @@ class PackedAttention(torch.nn.Module):
         elif self.kernel is not None:
             context = attend_varlen(self.kernel, query, key, value, attention_mask)
         else:
-            context = _attend_segments(query, key, value, attention_mask, self.softmax_scale)
+            context = attend_segments(query, key, value, attention_mask, self.softmax_scale)
         return context.flatten(1)[:, None]
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing, whatever the backend: a checkpoint of one is a checkpoint of all."""
         return {}
-
-
-def _attend_segments(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
-    """Segment by segment with scaled_dot_product_attention; all tensors ``[T, heads, D]``."""
-    pieces = []
-    grouped = query.shape[1] != key.shape[1]
-    # [T, heads, D] -> [1, heads, T, D]
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    for start, length, prefix_start, prefix_length in segments.tolist():
-        own = slice(start, start + length)
-        if prefix_length == 0:
-            keys, values, mask = key[:, :, own], value[:, :, own], None
-        else:
-            prefix = slice(prefix_start, prefix_start + prefix_length)
-            keys = torch.cat([key[:, :, prefix], key[:, :, own]], dim=2)
-            values = torch.cat([value[:, :, prefix], value[:, :, own]], dim=2)
-            mask = _prefix_causal_mask(length, prefix_length, query.device)
-        pieces.append(
-            F.scaled_dot_product_attention(
-                query[:, :, own], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-            )
-        )
-    return torch.cat(pieces, dim=2)[0].transpose(0, 1)
-
-
-@functools.lru_cache(maxsize=64)
-def _prefix_causal_mask(length: int, prefix_length: int, device: torch.device) -> Tensor:
-    """Bool ``[length, prefix_length + length]``: the whole prefix, and the own segment causally."""
-    return torch.ones(length, prefix_length + length, dtype=torch.bool, device=device).tril(diagonal=prefix_length)

@@ -16,7 +16,8 @@ from megatron_rmipo.checkpoint.megatron.store import latest_complete_iteration, 
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.policy import PolicyModel, build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.checkpoint.models import KINDS, write_hf_model
 from tests.harness import run_distributed

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.data.batches.batching import CostModel, PairOrder
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, _read_ahead, iterate_batches
+from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.store.collection import PairCollection
 from tests.integration.problem import PairList, collection, make_pairs
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import itertools
 import json
 import os
@@ -361,3 +362,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     damaged(r"pairs\.json: not a manifest of preference pairs")
     edit_manifest(prefix, surprise=1)
     damaged(r"pairs\.json: not a manifest of preference pairs")
+
+
+def test_the_import_path_that_was_documented_first_still_leads_here() -> None:
+    assert importlib.import_module("megatron_rmipo.data.pair_store").PairStore is PairStore

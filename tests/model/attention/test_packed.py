@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from megatron_rmipo.model.attention import packed as attention
 from megatron_rmipo.model.attention import te as varlen
 from megatron_rmipo.model.attention.packed import PackedAttention
-from megatron_rmipo.model.policy import transformer_engine_available
+from megatron_rmipo.model.transformer_engine import transformer_engine_available
 from tests.model.attention.rows import attention_config, dense_mask, random_segments
 
 HEADS, GROUPS, HEAD_SIZE = 6, 2, 8

@@ -1,41 +1,27 @@
-"""What the command lines of the conversion tools share."""
+"""What the command lines of one process share: faults of the user become a message and an exit code."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
-from megatron_rmipo.checkpoint.megatron.directory import Iteration
 from megatron_rmipo.errors import RmipoError
 
-DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
-
-def add_debug_flag(parser: argparse.ArgumentParser) -> None:
+def add_debug_flag(parser: argparse._ActionsContainer) -> None:
     """Add ``--debug``."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
 
-def iteration_argument(text: str) -> Iteration:
-    """Value of ``--iteration``: a step, or ``release``.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither.
-    """
-    if text == "release":
-        return "release"
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'release'")
-    return int(text)
-
-
-def run_command(action: Callable[[], None], *, debug: bool) -> int:
+def run_command(action: Callable[[], None], *, debug: bool = False, interrupted: str = "interrupted") -> int:
     """Run a tool and turn faults of its user into a message and an exit code.
 
     Args:
         action: the tool.
         debug: let faults through, with their traceback.
+        interrupted: what Ctrl-C is answered with.
 
     Returns:
         0, 1 after a fault of the user, 130 after an interrupt.
@@ -48,6 +34,8 @@ def run_command(action: Callable[[], None], *, debug: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of a reader such as `| head`, that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -1,0 +1,78 @@
+"""Directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_rmipo.errors import ConversionError
+
+
+def check_output_directory(directory: Path, flag: str, ignoring: str | None = None) -> None:
+    """Check that ``directory`` can be written as a new one: it is missing or empty.
+
+    Args:
+        directory: where a model is to go.
+        flag: the flag that named it, for the message.
+        ignoring: ending of names that do not count.
+
+    Raises:
+        ConversionError: it is a file, or holds something.
+    """
+    given, directory = directory, Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ConversionError(f"{flag} {given} is a file. Name a directory that does not exist yet.")
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    entries = [name for name in names if ignoring is None or not name.endswith(ignoring)]
+    if entries:
+        shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
+        raise ConversionError(f"{flag} {given} exists and holds {shown}. Name another directory, or remove this one.")
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Check that ``num_bytes`` are free where ``directory`` is or will be.
+
+    Raises:
+        OSError: they are not, as the file system would say it.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(f"{num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when the block ends, and is removed when it raises.
+
+    Args:
+        directory: the final name; missing or empty.
+
+    Yields:
+        ``NAME.incomplete`` beside it. A leftover of an interrupted attempt is replaced.
+    """
+    # Resolved, "." and "sub/.." have a name, and a link's target is replaced and not the link.
+    directory = Path(directory).resolve()
+    partial = directory.with_name(directory.name + ".incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_directory(partial)
+        os.replace(partial, directory)
+        sync_directory(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries to the disk, so that a rename outlives a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,182 @@
+"""Faults of flags that show without knowing the model, the machine or the number of ranks: a line each, with what would work."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProfilingConfig,
+    TrainingConfig,
+)
+from megatron_rmipo.errors import ConfigError
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """End a run that cannot work, all faults at once.
+
+    Raises:
+        ConfigError: there are faults.
+    """
+    if problems:
+        raise ConfigError("this run cannot work:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def config_problems(config: Config) -> Iterator[str]:
+    """Every fault of this kind."""
+    yield from parallel_problems(config)
+    yield from recompute_problems(config.model)
+    yield from _data_flags(config.data)
+    yield from _optimizer_flags(config.optimizer, config.training)
+    yield from _training_flags(config.training)
+    yield from _checkpoint_flags(config.checkpoint, config.model)
+    yield from _evaluation_and_logging_flags(config)
+    yield from _profiling_flags(config.profiling)
+    yield from profiled_steps_problems(config.profiling, config.training.train_iters)
+
+
+def parallel_problems(config: Config) -> Iterator[str]:
+    """Faults of the flags of parallelism."""
+    parallel = config.parallel
+    yield from _at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel needs --tensor-model-parallel-size 2 or more; leave it out at 1"
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce as well"
+    if parallel.distributed_timeout_minutes <= 0:
+        yield f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes}: must be greater than 0"
+
+
+def recompute_problems(model: ModelConfig) -> Iterator[str]:
+    """Faults of the flags of recomputation and of sizes inside the model."""
+    yield from _at_least(1, model, "make_vocab_size_divisible_by", "logprob_chunk_size", "recompute_num_layers")
+    full = model.recompute_granularity == "full"
+    if full and (model.recompute_method is None or model.recompute_num_layers is None):
+        yield "--recompute-granularity full needs a method and a number: --recompute-method uniform --recompute-num-layers 1"
+    if not full and (model.recompute_method is not None or model.recompute_num_layers is not None):
+        yield "--recompute-method and --recompute-num-layers belong to --recompute-granularity full"
+
+
+def _data_flags(data: DataConfig) -> Iterator[str]:
+    if not data.data_path:
+        yield "--data-path is missing: the PREFIX that tools/preprocess_preferences.py wrote"
+    for flag, values in (("--data-path", data.data_path), ("--valid-data-path", data.valid_data_path)):
+        if values:
+            yield from _message(functools.partial(parse_blend, values, flag))
+    if data.split is not None:
+        yield from _message(functools.partial(parse_split, data.split))
+        if data.valid_data_path:
+            yield "--split and --valid-data-path both name held-out data; give one of them"
+    yield from _at_least(2, data, "seq_length")
+    yield from _at_least(0, data, "num_workers")
+    if data.tokens_per_microbatch < data.seq_length:
+        yield (
+            f"--tokens-per-microbatch {data.tokens_per_microbatch} cannot hold --seq-length {data.seq_length}; at least twice "
+            f"the length, {2 * data.seq_length}, holds every pair (a prompt and both responses)"
+        )
+
+
+def _optimizer_flags(optimizer: OptimizerConfig, training: TrainingConfig) -> Iterator[str]:
+    if optimizer.lr <= 0:
+        yield f"--lr {optimizer.lr}: must be greater than 0"
+    if not 0 <= optimizer.min_lr <= max(optimizer.lr, 0):
+        yield f"--min-lr {optimizer.min_lr}: must lie between 0 and --lr {optimizer.lr}"
+    if optimizer.lr_decay_style == "constant" and optimizer.min_lr:
+        yield "--min-lr does nothing with --lr-decay-style constant; leave it out"
+    fraction = optimizer.lr_warmup_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        yield f"--lr-warmup-fraction {fraction}: must be at least 0 and less than 1, e.g. 0.1"
+    if fraction is not None and optimizer.lr_warmup_iters:
+        yield "--lr-warmup-fraction and --lr-warmup-iters both set the warm-up; give one of them"
+    yield from _at_least(0, optimizer, "lr_warmup_iters", "weight_decay", "clip_grad")
+    if training.train_iters is not None and optimizer.lr_warmup_iters > training.train_iters:
+        yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} is more than --train-iters {training.train_iters}"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"{_flag(name)} {getattr(optimizer, name)}: must be at least 0 and less than 1"
+    if optimizer.adam_eps <= 0:
+        yield f"--adam-eps {optimizer.adam_eps}: must be greater than 0"
+
+
+def _training_flags(training: TrainingConfig) -> Iterator[str]:
+    yield from _at_least(1, training, "global_batch_size", "train_iters", "eval_pairs", "exit_interval")
+    yield from _at_least(0, training, "eval_interval", "seed", "max_skipped_steps")
+    if training.train_iters is not None and training.epochs is not None:
+        yield f"--train-iters {training.train_iters} and --epochs {training.epochs} both set the length; give one of them"
+    if training.epochs is not None and training.epochs <= 0:
+        yield f"--epochs {training.epochs}: must be greater than 0"
+
+
+def _checkpoint_flags(checkpoint: CheckpointConfig, model: ModelConfig) -> Iterator[str]:
+    if not checkpoint.load and not model.load_hf:
+        yield "nothing to start from: give --load-hf DIR (Hugging Face) or --load DIR (a Megatron checkpoint)"
+    yield from _at_least(1, checkpoint, "save_interval", "keep_last")
+    if not checkpoint.save:
+        for name in ("save_interval", "keep_last", "no_save_optim"):
+            if getattr(checkpoint, name):
+                yield f"{_flag(name)} does nothing without --save DIR"
+    if not checkpoint.load:
+        for name in ("finetune", "no_load_optim", "no_load_rng"):
+            if getattr(checkpoint, name):
+                yield f"{_flag(name)} does nothing without --load DIR"
+    if checkpoint.save_hf_dtype and not checkpoint.save_hf:
+        yield "--save-hf-dtype does nothing without --save-hf DIR"
+
+
+def _evaluation_and_logging_flags(config: Config) -> Iterator[str]:
+    yield from _at_least(1, config.logging, "log_interval")
+    if config.logging.wandb_exp_name and not config.logging.wandb_project:
+        yield "--wandb-exp-name does nothing without --wandb-project"
+    if not config.data.valid_data_path and config.data.split is None:
+        for name in ("eval_interval", "eval_pairs"):
+            if getattr(config.training, name):
+                yield f"{_flag(name)} needs held-out data: --valid-data-path PREFIX, or --split 99,1"
+
+
+def _profiling_flags(profiling: ProfilingConfig) -> Iterator[str]:
+    if not profiling.profile:
+        for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
+            if getattr(profiling, name) is not None:
+                yield f"{_flag(name)} does nothing without --profile"
+        return
+    yield from _at_least(0, profiling, "profile_step_start")
+    if not profiling.steps:
+        start, end = profiling.steps.start - 1, profiling.steps.stop - 1
+        yield (
+            f"--profile-step-end {end} must be greater than --profile-step-start {start}: the steps after the start are traced, "
+            f"up to the end; --profile-step-end {max(start, 0) + 2} would trace two"
+        )
+
+
+def profiled_steps_problems(profiling: ProfilingConfig, train_iters: int | None) -> Iterator[str]:
+    """Traced steps beyond the run's length; None where only the data tells it."""
+    end = profiling.steps.stop - 1
+    if profiling.profile and profiling.steps and train_iters is not None and 0 < train_iters < end:
+        yield (
+            f"--profile-step-end {end} lies beyond the run's {train_iters} steps; --profile-step-start {max(train_iters - 2, 0)} "
+            f"--profile-step-end {train_iters} would work"
+        )
+
+
+def _message(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except ConfigError as error:
+        yield str(error)
+
+
+def _at_least(least: int, section: object, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < least:
+            yield f"{_flag(name)} {value}: must be at least {least}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

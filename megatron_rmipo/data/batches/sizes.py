@@ -1,0 +1,93 @@
+"""What pairs take in a pack, in tokens and in cost, from their lengths alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_rmipo.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """What a pair costs, in any one unit (floating point operations, say): linear in tokens, in attended area, in scored tokens.
+
+    Attributes:
+        per_token: layers, for each token that runs through them.
+        per_area: attention, for each (query, key) that is kept.
+        per_scored_token: the output layer, for each token that is scored.
+    """
+
+    per_token: float
+    per_area: float
+    per_scored_token: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSizes:
+    """Sizes of a number of pairs under one layout, each a NumPy array over the pairs.
+
+    Attributes:
+        tokens: int64, tokens that stand in the row.
+        costs: float64, by the cost model.
+    """
+
+    tokens: np.ndarray
+    costs: np.ndarray
+
+
+def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bool, with_rejected: bool) -> PairSizes:
+    """Sizes of pairs laid out by :func:`megatron_rmipo.data.batches.packing.pack_pairs`.
+
+    Args:
+        lengths: int ``[P, 3]``: prompt, chosen, rejected tokens; 0 for a response that the row does not have.
+        cost: the cost model.
+        share_prompts, with_rejected: the layout.
+    """
+    prompt, chosen, rejected = np.asarray(lengths, dtype=np.int64).T
+    scored = chosen + rejected if with_rejected else chosen
+    lead = np.where(chosen > 0, chosen, scored)  # the response that stands behind its prompt, in one segment
+    other = scored - lead
+    first = np.where(lead > 0, prompt + lead - 1, 0)
+    if share_prompts:
+        second = np.maximum(other - 1, 0)
+        area = _causal(first) + _causal(second) + second * prompt
+    else:
+        second = np.where(other > 0, prompt + other - 1, 0)
+        area = _causal(first) + _causal(second)
+    return _sizes(first + second, area, scored, cost)
+
+
+def unconditional_sizes(lengths: np.ndarray, cost: CostModel, *, has_context_token: bool, with_rejected: bool) -> PairSizes:
+    """Sizes of the responses alone, laid out by :func:`megatron_rmipo.data.batches.packing.pack_responses`."""
+    responses = np.asarray(lengths, dtype=np.int64)[:, 1 : 3 if with_rejected else 2]
+    per_response = responses if has_context_token else np.maximum(responses - 1, 0)
+    return _sizes(per_response.sum(1), _causal(per_response).sum(1), per_response.sum(1), cost)
+
+
+def _causal(length: np.ndarray) -> np.ndarray:
+    area: np.ndarray = length * (length + 1) // 2
+    return area
+
+
+def _sizes(tokens: np.ndarray, area: np.ndarray, scored: np.ndarray, cost: CostModel) -> PairSizes:
+    return PairSizes(tokens, cost.per_token * tokens + cost.per_area * area + cost.per_scored_token * scored)
+
+
+def check_capacity(
+    sizes: PairSizes, max_tokens: int, describe: Callable[[int], str], flag: str = "--tokens-per-microbatch"
+) -> None:
+    """Refuse a data set with a pair that fits no pack.
+
+    Raises:
+        ConfigError: names the largest pair, its tokens and the value that would work.
+    """
+    if sizes.tokens.size and int(sizes.tokens.max()) > max_tokens:
+        largest = int(sizes.tokens.argmax())
+        needed, num_too_large = int(sizes.tokens[largest]), int((sizes.tokens > max_tokens).sum())
+        raise ConfigError(
+            f"{flag} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} pairs in all do "
+            f"not fit. Use {flag} {needed} or more, or prepare the data with a smaller --seq-length."
+        )

@@ -1,0 +1,218 @@
+"""The policy as Megatron-Core builds it: its configuration, its layer spec with our attention inside, this rank's part of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
+from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm for the local layer spec.
+
+    Megatron-Core's wrapper around torch's norm refuses sequence parallelism; this one marks its weight, so that Megatron sums
+    its gradient over the tensor-parallel group.
+
+    Args:
+        config: ``sequence_parallel`` and ``params_dtype`` are read.
+        hidden_size: H.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalize the last dimension (statistics in fp32 for lower dtypes)."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+def transformer_config(
+    arch: ModelArchitecture,
+    groups: ProcessGroups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    transformer_impl: str = "auto",
+    fp8_format: str | None = None,
+    fp8_recipe: str | None = None,
+    sequence_parallel: bool = False,
+    recompute_granularity: str | None = None,
+    recompute_method: str | None = None,
+    recompute_num_layers: int | None = None,
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron's TransformerConfig of a model of the Llama kind, for packed rows of varying length.
+
+    Args:
+        arch: the model.
+        groups: gives the tensor and pipeline parallel sizes.
+        dtype: fp32 or bf16 parameters and activations.
+        transformer_impl: ``local`` (Megatron-Core's own layers), ``transformer_engine``, or ``auto``: the latter where it is
+            installed and there is a GPU.
+        fp8_format: ``hybrid`` or ``e4m3``: the layers' matrix products in fp8, in Transformer Engine; None in ``dtype``.
+        fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
+        sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
+        recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
+        **overrides: further TransformerConfig fields.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and absent.
+    """
+    on_gpu, use_te = torch.cuda.is_available(), _uses_transformer_engine(transformer_impl, fp8_format)
+    settings: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "layernorm_epsilon": arch.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": groups.tp_size,
+        "pipeline_model_parallel_size": groups.pp_size,
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # The schedule then divides gradients by the number of pairs of the global batch, not by micro-batches.
+        "calculate_per_token_loss": True,
+        # Packs differ in length, so stages tell each other the shape.
+        "variable_seq_lengths": groups.pp_size > 1,
+        # The default dispatcher is refused with variable lengths, even in a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
+        "recompute_granularity": recompute_granularity,
+        "recompute_method": recompute_method,
+        "recompute_num_layers": recompute_num_layers,
+        "use_cpu_initialization": not on_gpu,
+        "transformer_impl": "transformer_engine" if use_te else "local",
+        # The kernel for tensors that are not THD turns each token by its own row of our table, so positions may restart.
+        "apply_rope_fusion": use_te,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
+        "batch_p2p_comm": on_gpu,
+    }
+    if fp8_format is not None:
+        # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
+        settings.update(fp8=fp8_format, fp8_recipe=fp8_recipe or "delayed", tp_only_amax_red=True)
+    return TransformerConfig(**{**settings, **overrides})
+
+
+def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:
+    available = transformer_engine_available()
+    asked_for = "--transformer-impl transformer_engine" if transformer_impl == "transformer_engine" else None
+    if fp8_format is not None:
+        asked_for = f"--fp8-format {fp8_format}"
+    if asked_for and not available:
+        raise ConfigError(f"{asked_for}: {NO_TRANSFORMER_ENGINE}")
+    return available and transformer_impl != "local"
+
+
+def _gradient_accumulation_kernel_available() -> bool:
+    try:
+        import fused_weight_gradient_mlp_cuda  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_policy(
+    arch: ModelArchitecture,
+    config: TransformerConfig,
+    groups: ProcessGroups,
+    *,
+    attention_backend: str = "auto",
+    make_vocab_size_divisible_by: int = 128,
+    chunk_size: int = 4096,
+) -> PolicyModel:
+    """Build this rank's part of the policy, with random weights. Every rank calls it together.
+
+    Args:
+        arch: the model.
+        config: from :func:`transformer_config`; its ``transformer_impl`` says whose layers are built.
+        groups: the process groups of this rank.
+        attention_backend: ``sdpa``, ``flex``, ``te`` (Transformer Engine, in layers of either kind), or ``auto``: flex on a GPU,
+            sdpa elsewhere.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
+        chunk_size: vocabulary entries whose logits exist at a time.
+
+    Raises:
+        ConfigError: Transformer Engine's attention is asked for and absent.
+    """
+    backend = choose_backend(attention_backend)
+    if backend == "te" and not transformer_engine_available():
+        raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
+    model = PolicyModel(
+        config,
+        _block_spec(config, backend),
+        arch,
+        groups,
+        vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
+        chunk_size=chunk_size,
+    )
+    model.to(current_device())
+    return model
+
+
+def _block_spec(config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
+    """Megatron's own layer spec with our attention inside, and norms that allow sequence parallelism."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+    core_attention = ModuleSpec(module=PackedAttention, params={"backend": attention_backend})
+    layer.submodules.self_attention.submodules.core_attention = core_attention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
+
+
+def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
+    """This rank's part of the policy with random weights. All ranks call it together."""
+    megatron_config = transformer_config(
+        arch,
+        groups,
+        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        transformer_impl=config.model.transformer_impl,
+        fp8_format=config.model.fp8_format,
+        fp8_recipe=config.model.fp8_recipe,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute_granularity=config.model.recompute_granularity,
+        recompute_method=config.model.recompute_method,
+        recompute_num_layers=config.model.recompute_num_layers,
+    )
+    return build_policy(
+        arch,
+        megatron_config,
+        groups,
+        attention_backend=config.model.attention_backend,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        chunk_size=config.model.logprob_chunk_size,
+    )

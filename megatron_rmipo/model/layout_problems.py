@@ -1,0 +1,116 @@
+"""Layouts and devices that a model cannot run on: a line each, with numbers that would work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_rmipo.config.flag_problems import (
+    parallel_problems,
+    recompute_problems,
+    refuse,
+)
+from megatron_rmipo.config.schema import (
+    Config,
+)
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
+
+
+def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, world_size: int) -> None:
+    """Refuse what cannot work of a command that trains nothing.
+
+    Raises:
+        ConfigError: one line per fault: the flags, their values, and values that would work.
+    """
+    # A batch size is not a matter of such a command, nor is fp8, which a policy is trained in.
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, global_batch_size=world_size),
+        model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None),
+    )
+    flags = [*parallel_problems(config), *recompute_problems(config.model), *machine_problems(config)]
+    refuse([*flags, *layout_problems(config, architecture, world_size)])
+
+
+def machine_problems(config: Config) -> Iterator[str]:
+    """What this machine, its devices and what is installed for them, cannot do."""
+    yield from _device_problems(config)
+    yield from transformer_engine_problems(config.model)
+
+
+def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) -> Iterator[str]:
+    """What of the layout does not fit the model, or the number of ranks."""
+    tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if tensor < 1 or pipeline < 1:
+        return
+    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)
+    works = _divisors(shared)
+    if tensor not in works:
+        yield (
+            f"--tensor-model-parallel-size {tensor} does not divide the model's {arch.num_attention_heads} attention heads, "
+            f"{arch.num_query_groups} key/value heads and {arch.ffn_hidden_size} MLP channels alike; would work: {_list(works)}"
+        )
+    if arch.num_layers % pipeline:
+        yield (
+            f"--pipeline-model-parallel-size {pipeline} does not divide the model's {arch.num_layers} layers; "
+            f"would work: {_list(_divisors(arch.num_layers))}"
+        )
+    ranks = tensor * pipeline
+    if world_size % ranks:
+        nearest = ranks * max(1, world_size // ranks)
+        yield (
+            f"TP {tensor} x PP {pipeline} needs a multiple of {ranks} ranks, but there are {world_size}; start {nearest} with "
+            f"torchrun --nproc-per-node, or choose TP x PP among {_list(_divisors(world_size))}"
+        )
+    elif config.training.global_batch_size < world_size // ranks:
+        yield (
+            f"--global-batch-size {config.training.global_batch_size} leaves some of the {world_size // ranks} data-parallel "
+            f"ranks without a pair; at least {world_size // ranks} would work"
+        )
+    if config.data.seq_length > arch.max_position_embeddings:
+        yield (
+            f"--seq-length {config.data.seq_length} is longer than the model's max_position_embeddings "
+            f"{arch.max_position_embeddings}; up to that would work"
+        )
+    if arch.sliding_window is not None and config.data.seq_length > arch.sliding_window:
+        yield (
+            f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.sliding_window} tokens, "
+            f"which attention over packed pairs does not cut at; up to {arch.sliding_window} would work"
+        )
+    if tensor in works:
+        yield from fp8_width_problems(config.model, arch, tensor)
+    layers = arch.num_layers // pipeline
+    if config.model.recompute_num_layers is not None and config.model.recompute_num_layers > layers:
+        yield (
+            f"--recompute-num-layers {config.model.recompute_num_layers} is more than the {layers} layers of a pipeline stage; "
+            f"1 to {layers} would work"
+        )
+
+
+def _device_problems(config: Config) -> Iterator[str]:
+    local_ranks, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available():
+        if local_ranks > num_gpus:
+            yield f"torchrun started {local_ranks} ranks on this machine, which has {num_gpus} GPUs; up to {num_gpus} would work"
+        if config.parallel.distributed_backend == "gloo":
+            yield "--distributed-backend gloo is for machines without CUDA; leave it out, or use nccl"
+        return
+    if config.model.attention_backend == "flex":
+        yield "--attention-backend flex needs CUDA (FlexAttention has no backward pass without); sdpa would work"
+    if config.parallel.distributed_backend == "nccl":
+        yield "--distributed-backend nccl needs CUDA; gloo would work"
+    if config.profiling.record_memory_history:
+        yield "--record-memory-history needs CUDA, whose allocator keeps it; leave it out"
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

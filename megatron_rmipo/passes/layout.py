@@ -1,0 +1,66 @@
+"""How a run's pairs are laid out, from its flags and its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from megatron_rmipo.config.schema import Config, ModelConfig
+from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
+from megatron_rmipo.model.flops import forward_cost_model
+from megatron_rmipo.model.transformer_engine import fp8_multiple
+from megatron_rmipo.objectives.base import LogpNeeds
+
+
+def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int, dp_size: int) -> BatchLayout:
+    """How a run cuts pairs and lays them out, prompt with both responses, on one data-parallel rank."""
+    parallel = config.parallel
+    return BatchLayout(
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        cost=forward_cost_model(arch),
+        share_prompts=config.model.share_prompts,
+        multiple_of=_row_multiple(config.model, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
+    )
+
+
+def batch_layout(
+    config: Config, arch: ModelArchitecture, needs: LogpNeeds, *, bos_token_id: int | None, dp_rank: int, dp_size: int
+) -> BatchLayout:
+    """How a run cuts a global batch into the passes that its objective needs, on one data-parallel rank.
+
+    Args:
+        config: the run's configuration.
+        arch: the model.
+        needs: of the objective.
+        bos_token_id: of the model's tokenizer, None where it has none.
+        dp_rank: the rank.
+        dp_size: ranks that share the batch.
+
+    Raises:
+        ConfigError: responses are to be scored after a BOS token, which the tokenizer does not have.
+    """
+    if needs.unconditional == "bos" and bos_token_id is None:
+        remedy = "Use another objective, or a model with a BOS token."
+        if "unconditional_context" in config.objective.options:
+            remedy = "Use --unconditional-context none, which leaves the first token of log p(y) unscored."
+        raise ConfigError(
+            f"--objective {config.objective.objective} scores responses after a BOS token, but the model's tokenizer has none. "
+            f"{remedy}"
+        )
+    return dataclasses.replace(
+        conditional_layout(config, arch, dp_rank=dp_rank, dp_size=dp_size),
+        with_rejected=needs.rejected,
+        unconditional=needs.unconditional,
+        forward_passes=int(needs.batch) + int(needs.perturbation is not None),
+        bos_token_id=bos_token_id,
+    )
+
+
+def _row_multiple(model: ModelConfig, *, shards: int) -> int:
+    """What number of tokens a row is padded to a multiple of, where each of ``shards`` ranks holds an equal part of it."""
+    return math.lcm(BACKENDS[choose_backend(model.attention_backend)], fp8_multiple(model) * shards)

@@ -1,0 +1,87 @@
+"""What a run leaves: checkpoints while it trains, a Hugging Face model at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rmipo.checkpoint.hf.weights import export_hf
+from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
+from megatron_rmipo.checkpoint.output import check_output_directory
+from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.progress import Progress
+from megatron_rmipo.training.setup import TrainingState
+
+
+def check_outputs(config: Config) -> None:
+    """Refuse output directories in which something would be lost.
+
+    Raises:
+        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with.
+        ConversionError: ``--save-hf`` holds something.
+    """
+    if config.checkpoint.save_hf is not None:
+        check_output_directory(Path(config.checkpoint.save_hf), "--save-hf")
+    if config.checkpoint.save is None:
+        return
+    save = Path(config.checkpoint.save)
+    if save.exists() and not save.is_dir():
+        raise ConfigError(f"--save {save} is a file. Name a directory.")
+    goes_on = config.checkpoint.load is not None and Path(config.checkpoint.load).resolve() == save.resolve()
+    if holds_checkpoints(save) and not (goes_on and not config.checkpoint.finetune):
+        raise ConfigError(
+            f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
+            "name another directory."
+        )
+
+
+def save_run(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:
+    """Write a checkpoint of the run as it is, where ``--save`` names a place. All ranks call it together.
+
+    Raises:
+        CheckpointError: as :func:`megatron_rmipo.checkpoint.megatron.store.save_checkpoint`.
+    """
+    if config.checkpoint.save is None:
+        return
+    state.gather_parameters()
+    with_optimizer = not config.checkpoint.no_save_optim
+    save_checkpoint(
+        Path(config.checkpoint.save),
+        progress.step,
+        model=state.model,
+        optimizer=state.optimizer if with_optimizer else None,
+        scheduler=state.scheduler if with_optimizer else None,
+        train_state={**dataclasses.asdict(progress), "objective_state": dict(state.objective_state)},
+        config=config.to_flat_dict(),
+        assets_dir=source.assets,
+        groups=groups,
+        keep_last=config.checkpoint.keep_last,
+    )
+
+
+def save_hf(config: Config, source: ModelSource, state: TrainingState, groups: ProcessGroups) -> None:
+    """Write the trained model as a Hugging Face directory, where ``--save-hf`` names one. All ranks call it together.
+
+    Raises:
+        ConversionError: it cannot be written.
+    """
+    if config.checkpoint.save_hf is None:
+        return
+    state.gather_parameters()
+    if groups.dp_rank == 0:
+        export_hf(
+            state.policy,
+            source.arch,
+            source.assets,
+            Path(config.checkpoint.save_hf),
+            dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
+            tp_group=groups.tp,
+            pp_group=groups.pp,
+        )
+    dist.barrier(group=groups.world)

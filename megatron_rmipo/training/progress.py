@@ -1,0 +1,31 @@
+"""How far a run is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included.
+        consumed_pairs: pairs seen.
+        skipped_steps: steps whose loss or gradient was not finite.
+        global_batch_size, seed, num_pairs: what the order of pairs depends on besides; a resumed run must not change them.
+        objective, options: the objective's name and options, empty where an older version did not save them; a resumed run must
+            not change them.
+        reference: fingerprint of the reference's weights, "" where there is none; a resumed run must not change it.
+    """
+
+    step: int = 0
+    consumed_pairs: int = 0
+    skipped_steps: int = 0
+    global_batch_size: int = 0
+    seed: int = 0
+    num_pairs: int = 0
+    objective: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reference: str = ""

@@ -1,0 +1,87 @@
+"""The spread over ranks, the cut into packs."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_rmipo.data.batches.sizes import PairSizes
+from megatron_rmipo.data.batches.spread import cut_into_packs, spread_evenly
+
+
+def loads_of(costs: np.ndarray, shares: list[list[int]]) -> list[float]:
+    return [float(costs[share].sum()) for share in shares]
+
+
+def longest_first(costs: np.ndarray, num_shares: int) -> list[float]:
+    """Loads where each pair, costliest first, goes to the share that has least so far, and stays there."""
+    loads = [0.0] * num_shares
+    for cost in sorted(costs.tolist(), reverse=True):
+        loads[loads.index(min(loads))] += cost
+    return loads
+
+
+def test_ranks_share_all_pairs_evenly() -> None:
+    for seed in range(20):
+        costs = np.random.default_rng(seed).lognormal(sigma=0.8, size=128)
+        for num_ranks, bound in ((8, 1.001), (16, 1.003), (32, 1.02)):
+            shares = spread_evenly(costs, num_ranks)
+            assert sorted(itertools.chain(*shares)) == list(range(128))
+            assert all(costs[share].tolist() == sorted(costs[share], reverse=True) for share in shares)
+            loads = loads_of(costs, shares)
+            # The costliest pair is a share of its own at least.
+            assert max(loads) <= max(bound * np.mean(loads), costs.max())
+
+
+def test_an_exchange_mends_what_longest_first_leaves() -> None:
+    costs = np.array([3.0, 4.0, 3.0, 5.0, 3.0])
+    assert sorted(longest_first(costs, 2)) == [8.0, 10.0]
+    assert loads_of(costs, spread_evenly(costs, 2)) == [9.0, 9.0]
+    assert sorted(sorted(costs[share]) for share in spread_evenly(costs, 2)) == [[3.0, 3.0, 3.0], [4.0, 5.0]]
+
+
+@pytest.mark.parametrize("num_pairs", [1, 7, 33, 64, 65])
+def test_exchanges_never_make_it_worse_and_end(num_pairs: int) -> None:
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        for costs in (rng.lognormal(sigma=1.5, size=num_pairs), rng.integers(1, 4, size=num_pairs) * 1.1, np.zeros(num_pairs)):
+            for num_shares in (1, 2, 5, 33):
+                shares = spread_evenly(costs, num_shares)
+                assert sorted(itertools.chain(*shares)) == list(range(num_pairs))
+                assert max(loads_of(costs, shares)) <= max(longest_first(costs, num_shares)) * (1 + 1e-12)
+                assert spread_evenly(costs.copy(), num_shares) == shares
+
+
+def test_a_pair_above_the_mean_stays_alone() -> None:
+    shares = spread_evenly(np.array([1.0, 1.0, 9.0, 1.0, 1.0]), 3)
+    assert sorted(map(sorted, shares)) == [[0, 3], [1, 4], [2]]
+
+
+def test_fewer_pairs_than_ranks_leaves_ranks_without() -> None:
+    assert sorted(len(share) for share in spread_evenly(np.ones(2), 3)) == [0, 1, 1]
+
+
+def test_packs_hold_every_pair_once_within_capacity() -> None:
+    tokens = np.random.default_rng(2).integers(5, 60, size=41)
+    share = list(range(3, 41))
+    costs = tokens.astype(float) ** 2
+    packs = cut_into_packs(share, PairSizes(tokens, costs), 97)
+    assert sorted(itertools.chain(*packs)) == share
+    assert max(tokens[pack].sum() for pack in packs) <= 97
+    assert len(packs) <= -(-tokens[share].sum() // 97) + 6
+    loads = [costs[pack].sum() for pack in packs]
+    assert max(loads) / np.mean(loads) < 1.5, "packs are even in cost"
+
+
+def test_one_pair_of_exactly_the_capacity_fits() -> None:
+    sizes = PairSizes(np.array([10, 10]), np.array([3.0, 3.0]))
+    assert sorted(cut_into_packs([0, 1], sizes, 10)) == [[0], [1]]
+    assert cut_into_packs([], sizes, 10) == []
+
+
+def test_rows_without_tokens_share_a_pack() -> None:
+    sizes = PairSizes(np.array([0, 4, 0]), np.array([0.0, 2.0, 0.0]))
+    assert cut_into_packs([0, 2], sizes, 10) == [[0, 2]]
+    assert sorted(itertools.chain(*cut_into_packs([0, 1, 2], sizes, 4))) == [0, 1, 2]
