@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 
 from megatron_rmipo.errors import RmipoError
 
 
-def add_debug_flag(parser: argparse._ActionsContainer) -> None:
+def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     """Add ``--debug``."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
@@ -36,6 +35,4 @@ def run_command(action: Callable[[], None], *, debug: bool = False, interrupted:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of a reader such as `| head`, that has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

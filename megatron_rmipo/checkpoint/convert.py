@@ -31,7 +31,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     hf_assets_directory,
 )
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
-from megatron_rmipo.checkpoint.output import check_output_directory, check_space
+from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.arguments import DTYPE_NAMES
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron
+from megatron_rmipo.checkpoint.flag_types import DTYPE_NAMES
 from megatron_rmipo.command import add_debug_flag, run_command
 
 _DESCRIPTION = """\

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.arguments import DTYPE_NAMES, iteration_argument
 from megatron_rmipo.checkpoint.convert import convert_megatron_to_hf
+from megatron_rmipo.checkpoint.flag_types import DTYPE_NAMES, iteration_argument
 from megatron_rmipo.command import add_debug_flag, run_command
 
 _DESCRIPTION = """\

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.arguments import iteration_argument
+from megatron_rmipo.checkpoint.flag_types import iteration_argument
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers

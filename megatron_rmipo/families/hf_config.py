@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture, RopeScaling
 from megatron_rmipo.families.base import Family
-from megatron_rmipo.families.registry import FAMILIES, known_architectures
+from megatron_rmipo.families.registry import FAMILIES
 
 _ROPE_TYPES = ("default", "llama3")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -109,7 +109,8 @@ def _family_of(config: dict[str, Any], path: Path) -> Family:
         if any(architecture in family.architectures for architecture in names):
             return family
     shown = f"architectures is {found!r}" if found else "architectures is missing"
-    raise ConversionError(f"{path}: {shown}. Known architectures: {', '.join(known_architectures())}.")
+    known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    raise ConversionError(f"{path}: {shown}. Known architectures: {known}.")
 
 
 def _read_rope(config: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:

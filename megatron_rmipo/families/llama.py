@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_rmipo.families.base import Family, Layout, Rule
 
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers."
 
+# What families of this kind have in common: no other activation, no dropout, nothing quantized, whole heads rotated.
+COMMON_ONLY: Mapping[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0.0, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+}
+
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
-    only={
-        "hidden_act": ("silu",),
-        "attention_dropout": (0.0, None),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (1.0, None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-    },
+    only={**COMMON_ONLY, "attention_bias": (False, None), "mlp_bias": (False, None)},
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
     has_sliding_window=False,
     rules=(

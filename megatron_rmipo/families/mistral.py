@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.families.llama import LLAMA
-
-_NO_BIAS_FIELDS = {field: values for field, values in LLAMA.only.items() if field not in ("attention_bias", "mlp_bias")}
+from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
 MISTRAL = dataclasses.replace(
     LLAMA,
     name="mistral",
     architectures=("MistralForCausalLM",),
-    only={**_NO_BIAS_FIELDS, "layer_types": (None,)},
+    only={**COMMON_ONLY, "layer_types": (None,)},
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     has_sliding_window=True,
 )

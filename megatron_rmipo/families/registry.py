@@ -9,8 +9,3 @@ from megatron_rmipo.families.llama import LLAMA
 from megatron_rmipo.families.mistral import MISTRAL
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL)}
-
-
-def known_architectures() -> tuple[str, ...]:
-    """Every value of ``architectures`` that can be converted."""
-    return tuple(name for family in FAMILIES.values() for name in family.architectures)

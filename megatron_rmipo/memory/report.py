@@ -66,7 +66,7 @@ class MemoryReport:
         groups: ProcessGroups,
         directory: Path | None,
         least_tokens: int,
-        latest_checkpoint: Callable[[], Path | None] = lambda: None,
+        latest_checkpoint: Callable[[], Path | None],
     ) -> None:
         self._config, self._arch, self._groups = config, arch, groups
         self._latest_checkpoint = latest_checkpoint

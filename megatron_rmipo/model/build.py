@@ -1,4 +1,7 @@
-"""The policy as Megatron-Core builds it: its configuration, its layer spec with our attention inside, this rank's part of it."""
+"""The policy as Megatron-Core builds it: its configuration, its layer spec with our attention inside, this rank's part of it.
+
+Shape letter: H hidden.
+"""
 
 from __future__ import annotations
 

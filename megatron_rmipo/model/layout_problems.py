@@ -9,14 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_rmipo.config.flag_problems import (
-    parallel_problems,
-    recompute_problems,
-    refuse,
-)
-from megatron_rmipo.config.schema import (
-    Config,
-)
+from megatron_rmipo.config.flag_problems import parallel_problems, recompute_problems, refuse
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
 

@@ -1,1 +1,1 @@
-"""The objectives: small files of pure tensor code. They import torch alone."""
+"""The objectives: small files of pure tensor code, that import torch alone; with the registry, and the arguments of a run."""

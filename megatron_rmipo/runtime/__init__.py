@@ -1,1 +1,1 @@
-"""Process groups, and Megatron-Core on a machine without CUDA."""
+"""What ranks share: process groups, signals, failures, traces; Megatron-Core without CUDA."""

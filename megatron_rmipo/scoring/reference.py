@@ -10,13 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.source import (
-    ModelSource,
-    checkpoint_source,
-    hf_source,
-    load_weights,
-    weights_fingerprint,
-)
+from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_source, hf_source, load_weights, weights_fingerprint
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection

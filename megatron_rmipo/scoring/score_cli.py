@@ -103,7 +103,7 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
-    memory = MemoryReport(config, source.arch, groups, None, least_tokens)
+    memory = MemoryReport(config, source.arch, groups, None, least_tokens, latest_checkpoint=lambda: None)
     fingerprint = weights_fingerprint(source, groups)
     cache = config.model.reference_cache
     tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)

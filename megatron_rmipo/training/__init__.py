@@ -1,1 +1,1 @@
-"""The trainer: entry point, loop, passes, metrics."""
+"""One run, from flags to weights."""

@@ -15,7 +15,7 @@ from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.passes.batch import PairMetrics
+from megatron_rmipo.passes.step_passes import PairMetrics
 from megatron_rmipo.reports.metrics import summarize
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter

@@ -21,7 +21,7 @@ from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.data import open_data
 from megatron_rmipo.training.loop import Run, train
-from megatron_rmipo.training.observers import build_profiler, measure_throughput, open_reporter, say_what_runs
+from megatron_rmipo.training.observers import build_profiler, build_throughput, open_reporter, say_what_runs
 from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run
 from megatron_rmipo.training.resume import starting_point
 from megatron_rmipo.training.setup import load_training_state
@@ -101,7 +101,7 @@ def run_training(config: Config) -> bool:
             held_out=BatchBuilder(data.held_out, rank_layout) if data.held_out is not None else None,
             num_held_out=data.num_held_out,
             reporter=reporter,
-            throughput=measure_throughput(config, groups),
+            throughput=build_throughput(config, groups),
             profiler=build_profiler(config, groups, progress, reporter),
             memory=memory,
             save=partial(save_run, config, source, state, progress, groups),

@@ -47,7 +47,7 @@ def say_what_runs(config: Config, source: ModelSource, groups: ProcessGroups, pr
     reporter.say(f"ranks: {groups.world_size} (TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}); from {start}")
 
 
-def measure_throughput(config: Config, groups: ProcessGroups) -> Throughput:
+def build_throughput(config: Config, groups: ProcessGroups) -> Throughput:
     """What adds up the steps of the run."""
     peak = None
     if torch.cuda.is_available():

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
-from megatron_rmipo.checkpoint.output import check_output_directory
 from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
+from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.runtime.groups import ProcessGroups

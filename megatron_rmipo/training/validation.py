@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_rmipo.config.flag_problems import config_problems, profiled_steps_problems, refuse
-from megatron_rmipo.config.schema import (
-    Config,
-    ProfilingConfig,
-)
+from megatron_rmipo.config.schema import Config, ProfilingConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.layout_problems import layout_problems, machine_problems
 
@@ -25,7 +22,7 @@ def validate(config: Config, architecture: ModelArchitecture, world_size: int) -
         ConfigError: one line per fault: the flags, their values, and values that would work.
     """
     ranks = _profiled_ranks(config.profiling, world_size)
-    refuse([*flag_problems(config), *layout_problems(config, architecture, world_size), *ranks])
+    refuse([*problems_without_model(config), *layout_problems(config, architecture, world_size), *ranks])
 
 
 def refuse_profiling_beyond_the_end(config: Config, train_iters: int) -> None:
@@ -41,7 +38,7 @@ def refuse_profiling_beyond_the_end(config: Config, train_iters: int) -> None:
     refuse(list(profiled_steps_problems(config.profiling, train_iters)))
 
 
-def flag_problems(config: Config) -> list[str]:
+def problems_without_model(config: Config) -> list[str]:
     """The faults of a configuration that show on this machine without knowing the model or the number of ranks."""
     return [*config_problems(config), *machine_problems(config)]
 

@@ -9,7 +9,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 from megatron_rmipo.reports.comparison_cli import build_parser
-from megatron_rmipo.training.validation import flag_problems
+from megatron_rmipo.training.validation import problems_without_model
 from tests.examples.test_scripts import ROOT, calls, commands, environment, own_inputs, run_script
 
 ABLATIONS, COMPARISON = "ablations.sh", "compare_objectives.sh"
@@ -76,7 +76,7 @@ def test_every_row_parses_and_starts_from_the_same(script: str, tmp_path: Path) 
     assert len(lines) == NUM_ROWS[script]
     configs = parsed(lines)
     for row, config in configs.items():
-        assert flag_problems(config) == [], row
+        assert problems_without_model(config) == [], row
         build_objective(config.objective.objective, config.objective.options)
     shared = {
         (config.checkpoint.load, config.checkpoint.finetune, *config.data.data_path, config.training, config.optimizer)

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.objectives.arguments import parse_arguments
-from megatron_rmipo.training.validation import flag_problems
+from megatron_rmipo.training.validation import problems_without_model
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("run_*.sh"))
@@ -108,7 +108,7 @@ def test_a_dry_run_prints_commands_that_parse_and_does_nothing(script: str, tmp_
     sft, rmipo = trainings(output)
     assert (sft.objective.objective, rmipo.objective.objective) == ("sft", "rmipo")
     for config in (sft, rmipo):
-        assert flag_problems(config) == []
+        assert problems_without_model(config) == []
         assert config.parallel.tensor_model_parallel_size == 2
     for command in commands(output):
         if command[0] == "python":
@@ -119,7 +119,7 @@ def test_a_dry_run_prints_commands_that_parse_and_does_nothing(script: str, tmp_
 def test_own_inputs_train_with_the_papers_settings(script: str, tmp_path: Path) -> None:
     variables = environment(tmp_path, DRY_RUN="1", HF_MODEL="/models/m", DATA="pairs.jsonl", GPUS_PER_NODE="8")
     (config,) = trainings(run_script(script, variables))
-    assert flag_problems(config) == []
+    assert problems_without_model(config) == []
     assert config.objective.options["beta"] == 2.0
     assert (config.objective.options["gamma_min"], config.objective.options["gamma_max"]) == (0.3, 1.6)
     assert config.objective.options["preset"] == "paper"

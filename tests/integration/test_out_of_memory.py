@@ -19,6 +19,7 @@ from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iterati
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.scoring import score_cli
 from megatron_rmipo.training import main as trainer
+from megatron_rmipo.training import setup
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs
 from tests.integration.test_training import flags, losses, output_of, run
@@ -70,7 +71,7 @@ def run_without_room_for_the_optimizer(arguments: list[str]) -> int:
     def build(*inputs: Any, **named: Any) -> Any:
         raise torch.OutOfMemoryError(MESSAGE)
 
-    trainer.build_training_state = build  # type: ignore[assignment]
+    setup.build_training_state = build  # type: ignore[assignment]
     return trainer.main(arguments)
 
 

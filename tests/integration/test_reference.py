@@ -89,13 +89,13 @@ def test_scoring_goes_on_after_a_kill_at_another_layout(prefix: Path, tmp_path: 
     arguments = ["--load-hf", str(MODEL), "--pairs", str(prefix), "--tokens-per-microbatch", "700"]
     program = (
         "import sys, time\n"
-        "from megatron_rmipo.training import score_cli, scoring\n"
-        "scoring.ROWS_PER_WRITE = 5\n"
-        "original = scoring._write\n"
+        "from megatron_rmipo.scoring import score, score_cli\n"
+        "score.ROWS_PER_WRITE = 5\n"
+        "original = score._write\n"
         "def slowly(*given):\n"
         "    original(*given)\n"
         "    time.sleep(1)\n"
-        "scoring._write = slowly\n"
+        "score._write = slowly\n"
         "sys.exit(score_cli.main(sys.argv[1:]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})

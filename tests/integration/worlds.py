@@ -25,8 +25,8 @@ from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.passes.batch import gradient_pass, prepare_batch
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, score_responses
+from megatron_rmipo.passes.step_passes import gradient_pass, prepare_batch
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
 from megatron_rmipo.training.setup import TrainingState, build_training_state
 from tests.integration.problem import BOS

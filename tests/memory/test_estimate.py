@@ -19,7 +19,7 @@ from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memor
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.passes.batch import evaluation_pass, gradient_pass, prepare_batch
+from megatron_rmipo.passes.step_passes import evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.runtime.groups import initialize_runtime
 from megatron_rmipo.training.setup import build_training_state
 from tests.harness import run_distributed

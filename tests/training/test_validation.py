@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -169,19 +168,3 @@ def test_a_sliding_window_must_not_be_reached() -> None:
     windowed = dataclasses.replace(ARCH, sliding_window=512)
     validate(config_of("--seq-length", "512"), windowed, 1)
     assert "up to 512" in refusal("--seq-length", "513", architecture=windowed)
-
-
-def test_blend_weights_are_scaled() -> None:
-    assert parse_blend(["A"]) == [(1.0, "A")]
-    assert parse_blend(["3", "A", "1", "B"]) == [(0.75, "A"), (0.25, "B")]
-    for values in ([], ["A", "B"], ["1", "A", "2"], ["0", "A", "1", "B"], ["nan", "A", "1", "B"]):
-        with pytest.raises(ConfigError, match="--data-path"):
-            parse_blend(values)
-
-
-def test_split_gives_shares() -> None:
-    assert parse_split("99,1") == (0.99, 0.01)
-    assert parse_split("1.5,0.5") == (0.75, 0.25)
-    for split in ("99", "98,1,1", "a,b", "0,1", "-1,2"):
-        with pytest.raises(ConfigError, match="--split"):
-            parse_split(split)

@@ -1,4 +1,4 @@
-"""What travels with weights (config, generation config, tokenizer), and directories that appear whole or not at all."""
+"""What travels with weights: config, generation config, tokenizer."""
 
 from __future__ import annotations
 

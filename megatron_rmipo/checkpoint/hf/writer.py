@@ -13,7 +13,7 @@ from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.mappings import source_shapes, tensors_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
 from megatron_rmipo.checkpoint.hf.shards import source_rows
-from megatron_rmipo.checkpoint.output import check_output_directory, check_space, new_directory
+from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space, new_directory
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Rule
 
@@ -45,7 +45,6 @@ def write_hf_directory(
     dtypes: Mapping[str, torch.dtype],
     *,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
-    flag: str = "--save-hf",
 ) -> None:
     """Write safetensors shards, their index, config and tokenizer; the directory appears when all of it is there.
 
@@ -57,13 +56,12 @@ def write_hf_directory(
             asked for.
         dtypes: dtype to store each Megatron name in.
         max_shard_bytes: size at which another file is begun.
-        flag: the flag that named ``save_dir``, for messages.
 
     Raises:
         ConversionError: ``save_dir`` holds something, or there is no config.json.
         OSError: the file system refuses; nothing is left of ``save_dir``.
     """
-    check_output_directory(save_dir, flag)
+    check_output_directory(save_dir, "--save-hf")
     plan = [
         TensorPlan(name, shape, dtypes[rule.megatron])
         for rule, layer in tensors_of(arch)

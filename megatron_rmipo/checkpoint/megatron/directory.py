@@ -26,7 +26,7 @@ from typing import Any, Literal
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_rmipo.checkpoint.output import sync_directory
+from megatron_rmipo.checkpoint.whole_directories import sync_directory
 from megatron_rmipo.errors import CheckpointError
 
 Iteration = int | Literal["release"]

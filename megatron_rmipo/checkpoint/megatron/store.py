@@ -37,7 +37,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 )
 from megatron_rmipo.checkpoint.megatron.matching import match_model
 from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_random_state
-from megatron_rmipo.checkpoint.output import check_space
+from megatron_rmipo.checkpoint.whole_directories import check_space
 from megatron_rmipo.errors import CheckpointError, RmipoError
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups

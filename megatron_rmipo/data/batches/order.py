@@ -1,4 +1,4 @@
-"""Which pairs make a global batch, and how it is cut into packs. Pure functions: the same on every rank, exact over a resume."""
+"""In which order a run sees pairs. Pure: the same on every rank, exact over a resume."""
 
 from __future__ import annotations
 

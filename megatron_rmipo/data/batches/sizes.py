@@ -76,9 +76,7 @@ def _sizes(tokens: np.ndarray, area: np.ndarray, scored: np.ndarray, cost: CostM
     return PairSizes(tokens, cost.per_token * tokens + cost.per_area * area + cost.per_scored_token * scored)
 
 
-def check_capacity(
-    sizes: PairSizes, max_tokens: int, describe: Callable[[int], str], flag: str = "--tokens-per-microbatch"
-) -> None:
+def check_capacity(sizes: PairSizes, max_tokens: int, describe: Callable[[int], str]) -> None:
     """Refuse a data set with a pair that fits no pack.
 
     Raises:
@@ -88,6 +86,7 @@ def check_capacity(
         largest = int(sizes.tokens.argmax())
         needed, num_too_large = int(sizes.tokens[largest]), int((sizes.tokens > max_tokens).sum())
         raise ConfigError(
-            f"{flag} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} pairs in all do "
-            f"not fit. Use {flag} {needed} or more, or prepare the data with a smaller --seq-length."
+            f"--tokens-per-microbatch {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} "
+            f"pairs in all do not fit. Use --tokens-per-microbatch {needed} or more, or prepare the data with a smaller "
+            "--seq-length."
         )

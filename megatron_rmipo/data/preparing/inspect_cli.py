@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = build_parser().parse_args(argv)
-    return run_command(lambda: _inspect(args), debug=args.debug)
+
+    def show() -> None:
+        try:
+            _inspect(args)
+        except BrokenPipeError:  # of a reader that has seen enough, such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return run_command(show, debug=args.debug)
 
 
 def _inspect(args: argparse.Namespace) -> None:

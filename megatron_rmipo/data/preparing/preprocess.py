@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
-from megatron_rmipo.data.preparing.progress import Progress
 from megatron_rmipo.data.preparing.rejects import RejectsFile
+from megatron_rmipo.data.preparing.row_progress import RowProgress
 from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
 from megatron_rmipo.data.reading.rows import parse_columns, rename_columns, require_columns
@@ -109,7 +109,7 @@ def _write_all(
     """Write every batch as it comes; counts by what happened to the rows."""
     totals = [source.num_rows for source in sources]
     num_rows = num_truncated = 0
-    with Progress(None if None in totals else sum(filter(None, totals)), options.log_interval) as progress:
+    with RowProgress(None if None in totals else sum(filter(None, totals)), options.log_interval) as progress:
         for batch in batches:
             num_rows += batch.num_rows
             num_truncated += batch.num_truncated

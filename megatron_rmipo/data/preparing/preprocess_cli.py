@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--log-interval", type=int, default=1000, help="rows between two progress lines off a terminal (default: %(default)s)"
     )
-    add_debug_flag(group)
+    add_debug_flag(parser)
     return parser
 
 

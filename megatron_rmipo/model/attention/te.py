@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_rmipo.runtime.transfers import to_device
 
 _Integers = npt.NDArray[np.int64]
-# As in block_masks.
+# As in flex.
 _PACKS_KEPT = 16
 
 

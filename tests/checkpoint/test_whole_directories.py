@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.checkpoint.output import check_output_directory, new_directory
+from megatron_rmipo.checkpoint.whole_directories import check_output_directory, new_directory
 from megatron_rmipo.errors import ConversionError
 
 

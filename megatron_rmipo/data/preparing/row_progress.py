@@ -1,4 +1,4 @@
-"""Progress of a long run over rows: a bar on a terminal, else a line every so many rows."""
+"""RowProgress of a long run over rows: a bar on a terminal, else a line every so many rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 
-class Progress:
+class RowProgress:
     """Shows rows done, pairs kept and rows rejected on stderr.
 
     Args:
@@ -21,7 +21,7 @@ class Progress:
         self._start_seconds = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RowProgress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
