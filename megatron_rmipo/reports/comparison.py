@@ -215,7 +215,8 @@ def format_table(table: Table, results: Mapping[str, RunResult | None], columns:
     for label, run in table.rows:
         result = results[run]
         cells.append([label, *(MISSING if result is None else result.cell(column) for column in columns)])
-    widths = [max(len(row[number]) for row in cells) for number in range(len(cells[0]))]
+    # Two at least: the rule of a column of numbers is a dash and a colon.
+    widths = [max(2, *(len(row[number]) for row in cells)) for number in range(len(cells[0]))]
     # Text to the left, numbers to the right.
     left = [True, *(column == "passes" for column in columns)]
     rule = ["-" * width if on_left else "-" * (width - 1) + ":" for width, on_left in zip(widths, left, strict=True)]

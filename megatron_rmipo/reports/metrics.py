@@ -48,7 +48,7 @@ def summarize_held_out(pair_metrics: Mapping[str, Tensor], distributions: Iterab
     """
     known = {name: values.numpy() for name, values in _known_values(pair_metrics).items()}
     num_pairs = max(values.numel() for values in pair_metrics.values())
-    return {**errors_to_record(known, num_pairs), **summarize(pair_metrics, distributions)}
+    return {**summarize(pair_metrics, distributions), **errors_to_record(known, num_pairs)}
 
 
 def _known_values(pair_metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

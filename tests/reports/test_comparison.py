@@ -157,6 +157,8 @@ def test_tables_name_each_run_as_often_as_it_is_asked_for(tmp_path: Path, capsys
     assert rows["exp"] == rows["[0, 2]"] == [*means, "0.300", "0.400", "1.500", "0.2500"]
     assert rows["none"] == [*means, "-", "-", "-", "0.2500"]
     assert rows["late"] == ["-"] * 7
+    # A column of one digit has a rule that Markdown knows.
+    assert set(cells(text.splitlines()[3])[1:]) <= {"-" * width + ":" for width in range(1, 20)}
     # A table without a single result is none.
     assert "Later" not in text
     assert (output.parent / "v1.2.md").read_text() == text
