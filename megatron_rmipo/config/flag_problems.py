@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
     CheckpointConfig,
     Config,
@@ -15,6 +16,7 @@ from megatron_rmipo.config.schema import (
     ProfilingConfig,
     TrainingConfig,
 )
+from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.errors import ConfigError
 
 
@@ -30,6 +32,7 @@ def refuse(problems: Sequence[str]) -> None:
 
 def config_problems(config: Config) -> Iterator[str]:
     """Every fault of this kind."""
+    yield from exclusive_problems(config)
     yield from parallel_problems(config)
     yield from recompute_problems(config.model)
     yield from _data_flags(config.data)
@@ -71,8 +74,6 @@ def _data_flags(data: DataConfig) -> Iterator[str]:
             yield from _message(functools.partial(parse_blend, values, flag))
     if data.split is not None:
         yield from _message(functools.partial(parse_split, data.split))
-        if data.valid_data_path:
-            yield "--split and --valid-data-path both name held-out data; give one of them"
     yield from _at_least(2, data, "seq_length")
     yield from _at_least(0, data, "num_workers")
     if data.tokens_per_microbatch < data.seq_length:
@@ -92,14 +93,12 @@ def _optimizer_flags(optimizer: OptimizerConfig, training: TrainingConfig) -> It
     fraction = optimizer.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         yield f"--lr-warmup-fraction {fraction}: must be at least 0 and less than 1, e.g. 0.1"
-    if fraction is not None and optimizer.lr_warmup_iters:
-        yield "--lr-warmup-fraction and --lr-warmup-iters both set the warm-up; give one of them"
     yield from _at_least(0, optimizer, "lr_warmup_iters", "weight_decay", "clip_grad")
     if training.train_iters is not None and optimizer.lr_warmup_iters > training.train_iters:
         yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} is more than --train-iters {training.train_iters}"
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
-            yield f"{_flag(name)} {getattr(optimizer, name)}: must be at least 0 and less than 1"
+            yield f"{flag_of(name)} {getattr(optimizer, name)}: must be at least 0 and less than 1"
     if optimizer.adam_eps <= 0:
         yield f"--adam-eps {optimizer.adam_eps}: must be greater than 0"
 
@@ -107,8 +106,6 @@ def _optimizer_flags(optimizer: OptimizerConfig, training: TrainingConfig) -> It
 def _training_flags(training: TrainingConfig) -> Iterator[str]:
     yield from _at_least(1, training, "global_batch_size", "train_iters", "eval_pairs", "exit_interval")
     yield from _at_least(0, training, "eval_interval", "seed", "max_skipped_steps")
-    if training.train_iters is not None and training.epochs is not None:
-        yield f"--train-iters {training.train_iters} and --epochs {training.epochs} both set the length; give one of them"
     if training.epochs is not None and training.epochs <= 0:
         yield f"--epochs {training.epochs}: must be greater than 0"
 
@@ -120,11 +117,11 @@ def _checkpoint_flags(checkpoint: CheckpointConfig, model: ModelConfig) -> Itera
     if not checkpoint.save:
         for name in ("save_interval", "keep_last", "no_save_optim"):
             if getattr(checkpoint, name):
-                yield f"{_flag(name)} does nothing without --save DIR"
+                yield f"{flag_of(name)} does nothing without --save DIR"
     if not checkpoint.load:
         for name in ("finetune", "no_load_optim", "no_load_rng"):
             if getattr(checkpoint, name):
-                yield f"{_flag(name)} does nothing without --load DIR"
+                yield f"{flag_of(name)} does nothing without --load DIR"
     if checkpoint.save_hf_dtype and not checkpoint.save_hf:
         yield "--save-hf-dtype does nothing without --save-hf DIR"
 
@@ -136,14 +133,14 @@ def _evaluation_and_logging_flags(config: Config) -> Iterator[str]:
     if not config.data.valid_data_path and config.data.split is None:
         for name in ("eval_interval", "eval_pairs"):
             if getattr(config.training, name):
-                yield f"{_flag(name)} needs held-out data: --valid-data-path PREFIX, or --split 99,1"
+                yield f"{flag_of(name)} needs held-out data: --valid-data-path PREFIX, or --split 99,1"
 
 
 def _profiling_flags(profiling: ProfilingConfig) -> Iterator[str]:
     if not profiling.profile:
         for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
             if getattr(profiling, name) is not None:
-                yield f"{_flag(name)} does nothing without --profile"
+                yield f"{flag_of(name)} does nothing without --profile"
         return
     yield from _at_least(0, profiling, "profile_step_start")
     if not profiling.steps:
@@ -175,8 +172,4 @@ def _at_least(least: int, section: object, *names: str) -> Iterator[str]:
     for name in names:
         value = getattr(section, name)
         if value is not None and value < least:
-            yield f"{_flag(name)} {value}: must be at least {least}"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            yield f"{flag_of(name)} {value}: must be at least {least}"

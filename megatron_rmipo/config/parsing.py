@@ -7,32 +7,18 @@ this module does not depend on them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_rmipo.config.command_line import normalize, read_line, tell_once
+from megatron_rmipo.config.precedence import without_what_gives_way
 from megatron_rmipo.config.schema import Config, ObjectiveConfig
+from megatron_rmipo.config.unknown_flags import describe_unknown_key, flag_of
 from megatron_rmipo.config.values import ValueType, convert, field_types
 from megatron_rmipo.config.yaml_file import Given, read_yaml
 from megatron_rmipo.errors import ConfigError
-
-# Flags of Megatron-LM's trainer that people bring along, and what stands in their place.
-_INSTEAD = {
-    "micro_batch_size": "micro-batches are filled up to --tokens-per-microbatch tokens",
-    "eval_iters": "use --eval-pairs",
-    "tokenizer_type": "the tokenizer comes with the model (--load-hf, --load) and is checked against the data's",
-    "tokenizer_model": "the tokenizer comes with the model (--load-hf, --load) and is checked against the data's",
-    "log_throughput": "throughput is always logged",
-    "fp16": "use --bf16",
-    "num_layers": "the architecture comes with the model (--load-hf, --load)",
-    "hidden_size": "the architecture comes with the model (--load-hf, --load)",
-    "num_attention_heads": "the architecture comes with the model (--load-hf, --load)",
-    "max_position_embeddings": "the architecture comes with the model (--load-hf, --load)",
-    "train_samples": "use --epochs or --train-iters",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +46,7 @@ def parse_config(
         ConfigError: an unknown flag or key (named with the nearest), a value of the wrong type, an option of another objective.
         SystemExit: after ``--help``.
     """
-    tokens = _normalize(argv)
+    tokens = normalize(argv)
     early = _Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     early.add_argument("--objective")
@@ -71,15 +57,12 @@ def parse_config(
     objectives = {**objectives, name: _options_class(name, objectives, load_options)}
     flags = _all_flags(objectives)
 
-    parser = _build_parser(prog, objectives, flags)
-    values, unknown = parser.parse_known_args(tokens)
-    problems = [_unknown_flag(token, flags) for token in unknown if token.startswith("-")]
-    problems += [f"{given[key].source}: {_unknown_text(key, flags)}" for key in given if key not in flags]
-    if unknown and not problems:
-        problems = [f"{unknown[0]!r} belongs to no flag"]
+    line, problems = read_line(_build_parser(prog, objectives, flags), tokens, flags)
+    options_of = lambda old: field_types(_options_class(old, objectives, load_options))  # noqa: E731
+    given = without_what_gives_way(given, line, options_of, tell_once)
+    problems += [describe_unknown_key(given[key].source, key, flags) for key in given if key not in flags]
     _refuse(problems)
-    given.update({key: Given(raw, _flag(key)) for key, raw in vars(values).items() if key != "config"})
-    return _assemble(given, name, objectives)
+    return _assemble({**given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
 
 
 def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:
@@ -102,11 +85,7 @@ def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog
     parser = _new_parser(prog, f"{prog} [--FLAG VALUE ...]", description, epilog="The flags are those of the trainer.")
     for section, names in fields.items():
         _add_section(parser, section, names, flags, ())
-    values, unknown = parser.parse_known_args(_normalize(argv))
-    problems = [_unknown_flag(token, flags) for token in unknown if token.startswith("-")]
-    if unknown and not problems:
-        problems = [f"{unknown[0]!r} belongs to no flag"]
-    given = {key: Given(raw, _flag(key)) for key, raw in vars(values).items()}
+    given, problems = read_line(parser, normalize(argv), flags)
     sections = {section: section(**_converted(given, section_kinds, problems)) for section, section_kinds in kinds.items()}
     _refuse(problems)
     return sections
@@ -122,27 +101,6 @@ def _converted(given: Mapping[str, Given], kinds: Mapping[str, ValueType], probl
             except ValueError as error:
                 problems.append(f"{given[key].source}: {error}")
     return values
-
-
-def _normalize(argv: Sequence[str]) -> list[str]:
-    tokens: list[str] = []
-    for token in argv:
-        if token.startswith("--"):
-            flag, equals, value = token.partition("=")
-            tokens.append(flag.replace("_", "-") + equals + value)
-        elif token.startswith("-") and _is_number(token) and tokens and tokens[-1].startswith("--") and "=" not in tokens[-1]:
-            # argparse takes -1e-3 for a flag.
-            tokens[-1] += "=" + token
-        else:
-            tokens.append(token)
-    return tokens
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(text)
-        return True
-    return False
 
 
 def _options_class(name: str, objectives: Mapping[str, type], load_options: Callable[[str], type]) -> type:
@@ -243,11 +201,11 @@ def _add_flag(group: Any, key: str, kind: ValueType, text: str, metavar: str | N
     if kind.base is bool:
         # --no-load-optim is Megatron's own name of a switch, so it has no opposite.
         action: Any = "store_true" if key.startswith("no_") else argparse.BooleanOptionalAction
-        group.add_argument(_flag(key), action=action, dest=key, help=text)
+        group.add_argument(flag_of(key), action=action, dest=key, help=text)
         return
     if metavar is None:
         metavar = "{" + ",".join(str(c) for c in kind.choices) + "}" if kind.choices else kind.base.__name__.upper()
-    group.add_argument(_flag(key), dest=key, nargs="+" if kind.is_list else None, metavar=metavar, help=text)
+    group.add_argument(flag_of(key), dest=key, nargs="+" if kind.is_list else None, metavar=metavar, help=text)
 
 
 def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, type]) -> Config:
@@ -269,24 +227,8 @@ def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, ty
 
 def _unused_option(given: Given, key: str, name: str, objectives: Mapping[str, type]) -> str:
     users = ", ".join(sorted(other for other, options in objectives.items() if key in field_types(options)))
-    own = ", ".join(_flag(option) for option in field_types(objectives[name])) or "none"
+    own = ", ".join(flag_of(option) for option in field_types(objectives[name])) or "none"
     return f"{given.source}: --objective {name} has no such option (it is one of: {users}). Options of {name}: {own}"
-
-
-def _unknown_flag(token: str, flags: Iterable[str]) -> str:
-    flag = token.partition("=")[0]
-    return f"{flag}: {_unknown_text(flag.lstrip('-').replace('-', '_'), flags)}"
-
-
-def _unknown_text(key: str, flags: Iterable[str]) -> str:
-    if key in _INSTEAD:
-        return f"not a flag here: {_INSTEAD[key]}"
-    nearest = difflib.get_close_matches(key.removeprefix("no_"), flags, n=1)
-    return f"unknown flag; did you mean {_flag(nearest[0])}?" if nearest else "unknown flag; see --help"
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -96,7 +96,8 @@ def _convert_scalar(raw: object, kind: ValueType) -> Any:
     if isinstance(raw, bool | list | dict):
         raise problem
     if kind.base is str:
-        if not isinstance(raw, str):
+        # An empty one is a variable of a script that was not set.
+        if not isinstance(raw, str) or not raw:
             raise problem
         return raw
     if kind.base is int and isinstance(raw, float):

@@ -18,12 +18,14 @@ from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.objectives.base import LogpNeeds
-from megatron_rmipo.reports.reporter import METRICS_FILE
-from megatron_rmipo.reports.summary import Record, read_evaluations, read_pairs, read_records
+from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, Record, mean_change, plus_minus, recorded, share_of
+from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE
+from megatron_rmipo.reports.summary import read_evaluations, read_pairs, read_records
 
 MISSING = "-"
 # Column -> (title, format). ``passes`` is text, the others are numbers or missing.
 COLUMNS = {
+    "held_out_pairs": ("n", ".0f"),
     "accuracy": ("accuracy", ".3f"),
     "accuracy_mean": ("by mean", ".3f"),
     "accuracy_sum": ("by sum", ".3f"),
@@ -39,20 +41,23 @@ COLUMNS = {
     "passes": ("extra passes", ""),
     "pairs": ("pairs", ".0f"),
 }
+# Columns that are means over the held-out pairs; the csv file has the standard error of each as COLUMN_se.
+_MEANS = ("accuracy", "accuracy_mean", "accuracy_sum", "margin", "loss", "chosen_change", "rejected_change")
 # What the printed table shows; the csv file has every column.
 VIEWS = {
-    "margins": ("accuracy", "margin", "gamma_p5", "gamma_p50", "gamma_p95", "loss"),
+    "margins": ("held_out_pairs", "accuracy", "margin", "gamma_p5", "gamma_p50", "gamma_p95", "loss"),
     "objectives": (
-        *("accuracy", "accuracy_mean", "accuracy_sum", "margin", "chosen_change", "rejected_change"),
+        *("held_out_pairs", "accuracy", "accuracy_mean", "accuracy_sum", "margin", "chosen_change", "rejected_change"),
         *("pairs_per_second", "memory_gib", "passes"),
     ),
 }
+_STANDS_ON = " n: held-out pairs; +-: standard error, where the run recorded it. A difference within two of them may be chance."
 LEGEND = {
-    "margins": "On the held-out pairs after the last step: accuracy and margin by the objective's own reward.",
+    "margins": f"On the held-out pairs after the last step: accuracy and margin by the objective's own reward.{_STANDS_ON}",
     "objectives": (
         "On the held-out pairs after the last step. accuracy, margin: by the objective's own reward, each in its own unit. by "
         "mean, by sum: share of pairs whose chosen response has the higher log-probability, per token or in sum. chosen, "
-        "rejected: its change per token since the first evaluation. GiB: peak memory of the first rank."
+        "rejected: its change per token since the first evaluation. GiB: peak memory of the first rank." + _STANDS_ON
     ),
 }
 
@@ -64,17 +69,20 @@ class RunResult:
     Attributes:
         values: column -> number; None where the objective has no such metric.
         passes: what the objective costs beyond the gradient pass, in words.
+        errors: column -> standard error, of the means over held-out pairs; None where it is not known.
     """
 
     values: Mapping[str, float | None]
     passes: str
+    errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
     def cell(self, column: str) -> str:
         """The column's value as it is shown."""
         value = self.values.get(column)
         if column == "passes":
             return self.passes
-        return MISSING if value is None else format(value, COLUMNS[column][1])
+        form = COLUMNS[column][1]
+        return MISSING if value is None else format(value, form) + plus_minus(self.errors.get(column), form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +108,27 @@ def read_run(directory: Path) -> RunResult | None:
     config = _read_config(log_dir / "config.yaml")
     evaluations = read_evaluations(log_dir)
     steps = [record for record in records if record.get("kind") == "train"]
-    pairs = read_pairs(log_dir)
+    before, after = evaluations[0], evaluations[-1]
+    pairs = read_pairs(log_dir, after)
     lengths = held_out_lengths(config)
-    values = {
-        **_evaluation_values(evaluations[0], evaluations[-1]),
+    figures = {
+        "accuracy": recorded(after, "rewards/accuracies"),
         "accuracy_mean": chosen_share(pairs),
         "accuracy_sum": chosen_share(pairs, lengths) if lengths is not None else None,
+        "margin": recorded(after, "rewards/margins"),
+        "loss": recorded(after, "loss"),
+        **_changes(before, after, read_pairs(log_dir, before, FIRST_PAIRS_FILE), pairs),
+    }
+    values = {
+        **{column: figure.value if figure is not None else None for column, figure in figures.items()},
+        **{f"gamma_{percentile}": after.get(f"gamma/{percentile}") for percentile in ("p5", "p50", "p95")},
         "pairs_per_second": _over(steps, "pairs_per_second", statistics.median),
         "memory_gib": _over(steps, "memory_gib", max),
+        "pairs": after.get("consumed_pairs"),
+        "held_out_pairs": after.get(NUM_PAIRS, len(pairs) or None),
     }
-    return RunResult(values, describe_passes(objective_of(config).needs))
+    errors = {column: figure.error if figure is not None else None for column, figure in figures.items()}
+    return RunResult(values, describe_passes(objective_of(config).needs), errors)
 
 
 def _read_config(path: Path) -> Config:
@@ -118,22 +137,16 @@ def _read_config(path: Path) -> Config:
     return parse_arguments(["--config", str(path)])
 
 
-def _evaluation_values(before: Record, after: Record) -> dict[str, float | None]:
-    def change(name: str) -> float | None:
-        first, last = before.get(name), after.get(name)
-        return None if first is None or last is None else last - first
-
-    return {
-        "accuracy": after.get("rewards/accuracies"),
-        "margin": after.get("rewards/margins"),
-        "gamma_p5": after.get("gamma/p5"),
-        "gamma_p50": after.get("gamma/p50"),
-        "gamma_p95": after.get("gamma/p95"),
-        "loss": after.get("loss"),
-        "chosen_change": change("logps/chosen"),
-        "rejected_change": change("logps/rejected"),
-        "pairs": after.get("consumed_pairs"),
-    }
+def _changes(before: Record, after: Record, first: Sequence[Record], last: Sequence[Record]) -> dict[str, Figure | None]:
+    """How the log-probs changed between two evaluations; the error is of the differences pair by pair, where both are there."""
+    changes: dict[str, Figure | None] = {}
+    for kind in ("chosen", "rejected"):
+        name = f"logps/{kind}"
+        start, end = before.get(name), after.get(name)
+        paired = mean_change(first, last, name)
+        error = paired.error if paired is not None else None
+        changes[f"{kind}_change"] = None if start is None or end is None else Figure(end - start, after.get(NUM_PAIRS), error)
+    return changes
 
 
 def _over(records: Sequence[Record], name: str, reduce: Callable[[list[float]], float]) -> float | None:
@@ -141,7 +154,7 @@ def _over(records: Sequence[Record], name: str, reduce: Callable[[list[float]], 
     return reduce(found) if found else None
 
 
-def chosen_share(pairs: Sequence[Record], lengths: np.ndarray | None = None) -> float | None:
+def chosen_share(pairs: Sequence[Record], lengths: np.ndarray | None = None) -> Figure | None:
     """Share of held-out pairs whose chosen response has the higher log-probability.
 
     Args:
@@ -158,7 +171,7 @@ def chosen_share(pairs: Sequence[Record], lengths: np.ndarray | None = None) -> 
         for number, pair in enumerate(pairs)
         if pair.get("logps/chosen") is not None and pair.get("logps/rejected") is not None
     ]
-    return sum(a * tokens_a > b * tokens_b for a, b, tokens_a, tokens_b in scored) / len(scored) if scored else None
+    return share_of([float(a * tokens_a > b * tokens_b) for a, b, tokens_a, tokens_b in scored])
 
 
 def held_out_lengths(config: Config) -> np.ndarray | None:
@@ -202,7 +215,8 @@ def format_table(table: Table, results: Mapping[str, RunResult | None], columns:
     for label, run in table.rows:
         result = results[run]
         cells.append([label, *(MISSING if result is None else result.cell(column) for column in columns)])
-    widths = [max(len(row[number]) for row in cells) for number in range(len(cells[0]))]
+    # Two at least: the rule of a column of numbers is a dash and a colon.
+    widths = [max(2, *(len(row[number]) for row in cells)) for number in range(len(cells[0]))]
     # Text to the left, numbers to the right.
     left = [True, *(column == "passes" for column in columns)]
     rule = ["-" * width if on_left else "-" * (width - 1) + ":" for width, on_left in zip(widths, left, strict=True)]
@@ -216,15 +230,17 @@ def format_table(table: Table, results: Mapping[str, RunResult | None], columns:
 
 
 def describe_differences(results: Mapping[str, RunResult | None]) -> str:
-    """A warning where runs were trained on different numbers of pairs, as those that were interrupted are; else empty."""
-    counts: dict[float, list[str]] = {}
-    for name, result in results.items():
-        if result is not None and result.values["pairs"] is not None:
-            counts.setdefault(result.values["pairs"], []).append(name)
-    if len(counts) < 2:
-        return ""
-    groups = "; ".join(f"{count:.0f}: {', '.join(names)}" for count, names in sorted(counts.items()))
-    return f"Not comparable: these runs were trained on different numbers of pairs ({groups})."
+    """Warnings where runs were trained, or evaluated, on different numbers of pairs, as after an interruption; else empty."""
+    texts = []
+    for column, verb in (("pairs", "trained"), ("held_out_pairs", "evaluated")):
+        counts: dict[float, list[str]] = {}
+        for name, result in results.items():
+            if result is not None and result.values.get(column) is not None:
+                counts.setdefault(result.values[column] or 0, []).append(name)
+        if len(counts) > 1:
+            groups = "; ".join(f"{count:.0f}: {', '.join(names)}" for count, names in sorted(counts.items()))
+            texts.append(f"Not comparable: these runs were {verb} on different numbers of pairs ({groups}).")
+    return "\n\n".join(texts)
 
 
 def compare_runs(tables: Sequence[Table], results: Mapping[str, RunResult | None], view: str) -> str:
@@ -243,10 +259,11 @@ def compare_runs(tables: Sequence[Table], results: Mapping[str, RunResult | None
 def write_csv(file: TextIO, tables: Sequence[Table], results: Mapping[str, RunResult | None]) -> None:
     """Every row of every table with every column, numbers in full; an empty field where there is none."""
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["table", "row", "run", *COLUMNS])
+    writer.writerow(["table", "row", "run", *COLUMNS, *(f"{column}_se" for column in _MEANS)])
     for table in tables:
         for label, run in table.rows:
             result = results[run]
             if result is not None:
                 values = [result.passes if column == "passes" else result.values.get(column) for column in COLUMNS]
-                writer.writerow([table.title, label, run, *values])
+                errors = [result.errors.get(column) for column in _MEANS]
+                writer.writerow([table.title, label, run, *values, *errors])

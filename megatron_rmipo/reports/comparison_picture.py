@@ -27,6 +27,8 @@ _PANELS = {
 def draw_picture(path: Path, results: Mapping[str, RunResult | None], view: str) -> None:
     """Write a bar chart of the runs that have results, a panel for each kind of number; a missing number has no bar.
 
+    A mean over held-out pairs has its standard error drawn.
+
     Args:
         path: file to write; its extension says the format.
         results: run -> what is known of it.
@@ -55,7 +57,9 @@ def draw_picture(path: Path, results: Mapping[str, RunResult | None], view: str)
                 (row, result.values[column]) for row, result in enumerate(shown.values()) if result.values[column] is not None
             ]
             places = [row + (number - (len(columns) - 1) / 2) * height for row, _ in bars]
-            axes.barh(places, [value for _, value in bars], height, label=COLUMNS[column][0])
+            errors = [list(shown.values())[row].errors.get(column) or 0.0 for row, _ in bars]
+            error_bars = {"xerr": errors, "ecolor": "black"} if any(errors) else {}
+            axes.barh(places, [value for _, value in bars], height, label=COLUMNS[column][0], **error_bars)
         axes.set_title(title)
         axes.grid(axis="x", alpha=0.3)
         if len(columns) > 1:

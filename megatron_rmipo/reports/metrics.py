@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from megatron_rmipo.reports.held_out import errors_to_record
+
 PERCENTILES = (5, 50, 95)
 
 
@@ -27,7 +29,7 @@ def summarize(pair_metrics: Mapping[str, Tensor], distributions: Iterable[str] =
         loss of every pair counts: one that is not finite makes the mean so.
     """
     summary = {}
-    known = {name: _known(values) if name != "loss" else values.to(torch.float64) for name, values in pair_metrics.items()}
+    known = _known_values(pair_metrics)
     for name, values in known.items():
         if values.numel():
             summary[name] = values.mean().item()
@@ -39,6 +41,17 @@ def summarize(pair_metrics: Mapping[str, Tensor], distributions: Iterable[str] =
     return summary
 
 
-def _known(values: Tensor) -> Tensor:
-    wide = values.detach().cpu().to(torch.float64)
-    return wide[~wide.isnan()]
+def summarize_held_out(pair_metrics: Mapping[str, Tensor], distributions: Iterable[str] = ()) -> dict[str, float | int]:
+    """The same for an evaluation, with what its figures stand on: the number of pairs, and the standard error of each mean.
+
+    A percentile has no error of its own: it stands on the same pairs.
+    """
+    known = {name: values.numpy() for name, values in _known_values(pair_metrics).items()}
+    num_pairs = max(values.numel() for values in pair_metrics.values())
+    return {**summarize(pair_metrics, distributions), **errors_to_record(known, num_pairs)}
+
+
+def _known_values(pair_metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values that there are, float64 on the CPU; a loss that is not a number is one of them."""
+    wide = {name: values.detach().cpu().to(torch.float64) for name, values in pair_metrics.items()}
+    return {name: values if name == "loss" else values[~values.isnan()] for name, values in wide.items()}

@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Mapping
 from typing import TextIO
 
+from megatron_rmipo.reports.held_out import NUM_PAIRS, plus_minus
+
 # What a line shows of a record: name, label, format.
 _SHOWN = (
+    (NUM_PAIRS, "n", ".0f"),
     ("loss", "loss", ".4f"),
     ("nll/chosen", "nll", ".3f"),
     ("rewards/accuracies", "acc", ".3f"),
@@ -45,7 +48,10 @@ class ProgressLine:
             text += f" eta {_clock(record['step_seconds'] * max(self._total_steps - step, 0))}"
         if kind != "train":
             text = f"{kind} at {text}"
-        text += "".join(f" | {label} {record[name]:{form}}" for name, label, form in _SHOWN if name in record)
+        for name, label, form in _SHOWN:
+            if name in record:
+                text += f" | {label} {record[name]:{form}}{plus_minus(record.get(f'{name}/se'), form)}"
+                text += f" (n {record[f'{name}/n']})" if f"{name}/n" in record else ""
         if kind == "train" and self._redraws:
             self._draw(text)
         else:

@@ -17,6 +17,7 @@ from megatron_rmipo.reports.progress_line import ProgressLine
 
 METRICS_FILE = "metrics.jsonl"
 PAIRS_FILE = "held_out_pairs.jsonl"
+FIRST_PAIRS_FILE = "held_out_pairs.first.jsonl"
 WANDB_RUN_FILE = "wandb_run_id"
 
 
@@ -71,6 +72,7 @@ class Reporter:
                 self._wandb = _open_wandb(log_dir, wandb_project, wandb_exp_name, config)
             # Last, so that a run that cannot start leaves an earlier one's file alone.
             _prepare(self._path, resumed_step)
+            self._is_first_evaluation = not _has_evaluation(self._path)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--log-dir {log_dir}: cannot be written: {error.strerror}. Name another directory.") from error
@@ -104,10 +106,14 @@ class Reporter:
                 {"step": record["step"], **{f"{kind}/{name}": value for name, value in record.items() if name != "step"}}
             )
 
-    def log_pairs(self, values: Mapping[str, Sequence[float]]) -> None:
+    def log_pairs(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Write what an evaluation said of each held-out pair to ``held_out_pairs.jsonl``, in place of the one before.
 
+        The first evaluation in metrics.jsonl is kept in ``held_out_pairs.first.jsonl`` as well: only pair by pair is it known how
+        far a change is beyond chance.
+
         Args:
+            step: of the evaluation; in each line, which tells the pairs of two evaluations apart.
             values: name -> a number per pair, in stored order.
 
         Raises:
@@ -115,12 +121,19 @@ class Reporter:
         """
         if not self._enabled:
             return
-        path = self._path.with_name(PAIRS_FILE)
         columns = zip(*values.values(), strict=True)
-        lines = [json.dumps(dict(zip(values, map(_json_number, row), strict=True))) + "\n" for row in columns]
+        rows = [{"step": step, **dict(zip(values, map(_json_number, row), strict=True))} for row in columns]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if self._is_first_evaluation:
+            self._replace(self._path.with_name(FIRST_PAIRS_FILE), text)
+        self._is_first_evaluation = False
+        self._replace(self._path.with_name(PAIRS_FILE), text)
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
         temporary = path.with_name(path.name + ".tmp")
         try:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:
             raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
@@ -180,6 +193,10 @@ def _is_before(line: str, resumed_step: int) -> bool:
     except (ValueError, KeyError, TypeError):
         # The last line of a run that was killed while writing it.
         return False
+
+
+def _has_evaluation(path: Path) -> bool:
+    return path.exists() and any(json.loads(line).get("kind") == "eval" for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def _open_tensorboard(directory: Path, resumed_step: int | None) -> Any:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from megatron_rmipo.command import run_command
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.reports.reporter import METRICS_FILE, PAIRS_FILE
-
-Record = Mapping[str, Any]
+from megatron_rmipo.reports.held_out import (
+    FEWEST_PAIRS,
+    NUM_PAIRS,
+    Figure,
+    Record,
+    difference,
+    mean_change,
+    mean_of,
+    plus_minus,
+    recorded,
+)
+from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
 
 # What the table shows, where the objective has it: name in metrics.jsonl -> what a reader calls it.
 _ROWS = {
@@ -31,6 +40,8 @@ _ROWS = {
     "nll/chosen": "negative log-likelihood of chosen",
     "loss": "loss",
 }
+# A difference of target margins that is worth a claim, however small its error.
+_NOTICEABLE_MARGIN = 0.05
 
 
 def read_evaluations(log_dir: Path) -> list[Record]:
@@ -70,34 +81,81 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def comparison_table(before: Record, after: Record) -> str:
-    """Both evaluations side by side, with the difference."""
-    lines = [f"{'held-out pairs':<36}{'before':>10}{'after':>10}{'change':>10}"]
+def paired_changes(first: Sequence[Record], last: Sequence[Record]) -> dict[str, Figure]:
+    """Metric -> its mean change between two evaluations of the same pairs; empty where the pairs of one are not there."""
+    if not first or not last:
+        return {}
+    changes = {name: mean_change(first, last, name) for name in last[0]}
+    return {name: change for name, change in changes.items() if change is not None}
+
+
+def comparison_table(before: Record, after: Record, changes: Mapping[str, Figure]) -> str:
+    """Both evaluations side by side, with the difference; each mean with its standard error, where that is known.
+
+    Args:
+        before, after: the evaluations.
+        changes: metric -> its change pair by pair.
+    """
+    numbers = [evaluation.get(NUM_PAIRS) for evaluation in (before, after)]
+    lines = [f"{f'held-out pairs ({_stands_on(*numbers)})':<36}{'before':>8}{'after':>18}{'change':>18}"]
     for name, title in _ROWS.items():
-        first, last = before.get(name), after.get(name)
-        if first is not None and last is not None:
-            lines.append(f"{title:<36}{first:>10.3f}{last:>10.3f}{last - first:>+10.3f}")
+        figures = [recorded(before, name), recorded(after, name)]
+        if figures[0] is not None and figures[1] is not None:
+            error = changes[name].error if name in changes else None
+            own = [figure.num_pairs for figure in figures if figure is not None]
+            title += f" ({_stands_on(*own)})" if own != numbers else ""
+            cells = [figure.text(">8.3f") for figure in figures if figure is not None]
+            change = figures[1].value - figures[0].value
+            lines.append(f"{title:<36}{cells[0]:<18}{cells[1]:<18}{change:>+8.3f}{plus_minus(error)}".rstrip())
     return "\n".join(lines)
 
 
-def describe_change(before: Record, after: Record) -> str:
-    """In a sentence, what happened to accuracy and margin; honest about a fall."""
-    parts = []
+def _stands_on(before: int | None, after: int | None) -> str:
+    numbers = ["unknown" if number is None else str(number) for number in dict.fromkeys((before, after))]
+    return f"n = {', then '.join(numbers)}"
+
+
+def describe_change(before: Record, after: Record, changes: Mapping[str, Figure]) -> str:
+    """In a sentence, what happened to accuracy and margin; honest about a fall, about chance and about too few pairs."""
+    parts, known = [], []
     for name, title in (("rewards/accuracies", "preference accuracy"), ("rewards/margins", "the reward margin")):
-        if name in before and name in after:
-            change = after[name] - before[name]
-            verb = "rose" if change > 0 else "fell" if change < 0 else "did not move"
-            parts.append(f"{title} {verb} from {before[name]:.3f} to {after[name]:.3f}")
-    return f"Held-out {', '.join(parts)} in {after['step'] - before['step']} steps." if parts else ""
+        first, last = recorded(before, name), recorded(after, name)
+        if first is not None and last is not None:
+            known.append(changes.get(name, Figure(last.value - first.value, last.num_pairs, None)))
+            verb = _verb(known[-1]) if name in changes else "went"
+            parts.append(f"{title} {verb} from {first.value:.3f} to {last.value:.3f}")
+    if not parts:
+        return ""
+    text = f"Held-out {', '.join(parts)} in {after['step'] - before['step']} steps"
+    number = known[0].num_pairs
+    if number is not None and not known[0].has_enough_pairs:
+        return f"{text}: {_too_few(number)}."
+    if not changes:
+        return f"{text}; without {FIRST_PAIRS_FILE} nothing says how far that is beyond chance."
+    return f"{text} (n = {number}; a change counts beyond two standard errors)."
+
+
+def _verb(change: Figure) -> str:
+    if not change.has_enough_pairs:
+        return "went"
+    if not change.is_beyond_its_error:
+        return "did not move beyond its error,"
+    return "rose" if change.value > 0 else "fell"
+
+
+def _too_few(num_pairs: int) -> str:
+    return f"not enough pairs to tell (n = {num_pairs}, {FEWEST_PAIRS} or more would do)"
 
 
 def describe_margins(after: Record, gamma_min: float, gamma_max: float) -> str:
     """How the target margins are spread. What a wide or a narrow one means for a pair only the table by kind can tell."""
     if "gamma/p50" not in after or gamma_min >= gamma_max:
         return ""
+    number = recorded(after, "gamma/p50")
+    stands_on = f" (n = {number.num_pairs})" if number is not None and number.num_pairs is not None else ""
     return (
-        f"Target margins, of {gamma_min} to {gamma_max}: at most {after['gamma/p50']:.2f} for half of the pairs, at least "
-        f"{after['gamma/p95']:.2f} for one in twenty."
+        f"Target margins{stands_on}, of {gamma_min} to {gamma_max}: at most {after['gamma/p50']:.2f} for half of the pairs, at "
+        f"least {after['gamma/p95']:.2f} for one in twenty."
     )
 
 
@@ -108,10 +166,12 @@ def table_by_kind(pairs: Sequence[Record], kinds: Sequence[str]) -> str:
         members.setdefault(kind, []).append(pair)
     columns = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "gamma": "gamma", "dpmi": "dpmi"}
     columns = {name: title for name, title in columns.items() if name in pairs[0]}
-    lines = [f"{'kind':<16}{'pairs':>8}" + "".join(f"{title:>10}" for title in columns.values())]
-    for kind in sorted(members, key=lambda name: _mean(members[name], "rewards/margins")):
-        group = members[kind]
-        lines.append(f"{kind:<16}{len(group):>8}" + "".join(f"{_mean(group, name):>10.3f}" for name in columns))
+    lines = [f"{'kind':<16}{'n':>8}" + "".join(f"{title:>10}{'':8}" for title in columns.values()).rstrip()]
+    means = {kind: {name: mean_of(group, name) for name in columns} for kind, group in members.items()}
+    margins = {kind: of_kind["rewards/margins"] for kind, of_kind in means.items()}
+    for kind in sorted(members, key=lambda kind: margin.value if (margin := margins[kind]) is not None else math.inf):
+        cells = [f"{'' if mean is None else mean.text('>10.3f'):<18}" for mean in means[kind].values()]
+        lines.append(f"{kind:<16}{len(members[kind]):>8}" + "".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -120,26 +180,40 @@ def describe_claim(pairs: Sequence[Record]) -> str:
 
     The reward margin says how well a pair is told apart, and is not what the target margin is computed from.
     """
-    ordered = sorted(pairs, key=lambda pair: pair["rewards/margins"])
+    complete = [pair for pair in pairs if pair["gamma"] is not None and pair["rewards/margins"] is not None]
+    ordered = sorted(complete, key=lambda pair: pair["rewards/margins"])
     quarter = max(1, len(ordered) // 4)
-    narrow, wide = _mean(ordered[-quarter:], "gamma"), _mean(ordered[:quarter], "gamma")
-    verdict = "as the paper claims" if wide > narrow + 0.05 else "which does not show what the paper claims"
+    narrow, wide = mean_of(ordered[-quarter:], "gamma"), mean_of(ordered[:quarter], "gamma")
+    if narrow is None or wide is None:
+        return ""
+    gap = difference(wide, narrow)
+    if len(ordered) < FEWEST_PAIRS:
+        verdict = _too_few(len(ordered))
+    elif gap.is_beyond_its_error and gap.value > _NOTICEABLE_MARGIN:
+        verdict = "as the paper claims"
+    else:
+        verdict = "which does not show what the paper claims"
     return (
-        f"Ambiguous pairs (the quarter of least reward margin) have a target margin of {wide:.2f} on average, clear ones (the "
-        f"quarter of most) {narrow:.2f}: {verdict}."
+        f"Ambiguous pairs (the quarter of least reward margin) have a target margin of {wide.text('.2f')} on average, clear ones "
+        f"(the quarter of most) {narrow.text('.2f')}, n = {quarter} each: {verdict}."
     )
 
 
-def _mean(group: Sequence[Record], name: str) -> float:
-    return float(sum(pair[name] for pair in group) / len(group))
+def read_pairs(log_dir: Path, evaluation: Record, name: str = PAIRS_FILE) -> list[Record]:
+    """What an evaluation said of each held-out pair, in stored order.
 
+    Args:
+        log_dir: of the run.
+        evaluation: its record.
+        name: of the file: of the last evaluation, or of the first.
 
-def read_pairs(log_dir: Path) -> list[Record]:
-    """What the last evaluation said of each held-out pair, in stored order; empty where it was not written."""
-    path = log_dir / PAIRS_FILE
-    if not path.exists():
-        return []
-    return read_records(path)
+    Returns:
+        Empty where it was not written, or is of another evaluation, as after a resume from before it.
+    """
+    path = log_dir / name
+    pairs = read_records(path) if path.exists() else []
+    # Runs of an earlier version did not write the step.
+    return pairs if pairs and pairs[0].get("step", evaluation["step"]) == evaluation["step"] else []
 
 
 def read_kinds(rows: Path) -> list[str]:
@@ -167,9 +241,10 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
     evaluations = read_evaluations(log_dir)
     before, after = evaluations[0], evaluations[-1]
     gamma_min, gamma_max = _margin_bounds(log_dir / "config.yaml")
-    sentences = [describe_change(before, after), describe_margins(after, gamma_min, gamma_max)]
-    parts = [comparison_table(before, after), "\n".join(sentence for sentence in sentences if sentence)]
-    pairs = read_pairs(log_dir)
+    pairs = read_pairs(log_dir, after)
+    changes = paired_changes(read_pairs(log_dir, before, FIRST_PAIRS_FILE), pairs)
+    sentences = [describe_change(before, after, changes), describe_margins(after, gamma_min, gamma_max)]
+    parts = [comparison_table(before, after, changes), "\n".join(sentence for sentence in sentences if sentence)]
     if pairs and "gamma" in pairs[0] and gamma_min < gamma_max:
         parts.append(describe_claim(pairs))
         if rows is not None:
@@ -177,7 +252,7 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
             if len(kinds) != len(pairs):
                 raise ConfigError(f"--rows {rows}: {len(kinds)} rows, but {len(pairs)} held-out pairs were evaluated.")
             parts.append(table_by_kind(pairs, kinds))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _margin_bounds(path: Path) -> tuple[float, float]:

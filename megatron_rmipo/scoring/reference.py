@@ -62,8 +62,6 @@ def choose_reference(
     _refuse_idle_flags(config, needs)
     if not (needs.reference or needs.mismatched or needs.perturbation is not None):
         return None
-    if model.reference_hf is not None and model.reference_load is not None:
-        raise ConfigError("--reference-hf and --reference-load both name the reference; give one of them.")
     chosen: ModelSource | None = None
     if model.reference_hf is not None:
         chosen = _named("--reference-hf", model.reference_hf, hf_source)

@@ -16,7 +16,7 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.step_passes import PairMetrics
-from megatron_rmipo.reports.metrics import summarize
+from megatron_rmipo.reports.metrics import summarize, summarize_held_out
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
@@ -110,9 +110,9 @@ def evaluate(run: Run) -> dict[str, float]:
         with run.memory.explaining(f"evaluation at step {run.progress.step}", run.held_out, batch, run.state.optimizer):
             parts.append(evaluate_batch(run.state, batch, run.objective, run.groups))
     values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
-    summary = summarize(values, parts[0].distributions)
+    summary = summarize_held_out(values, parts[0].distributions)
     run.reporter.log("eval", {"step": run.progress.step, "consumed_pairs": run.progress.consumed_pairs, **summary})
-    run.reporter.log_pairs({name: column.tolist() for name, column in values.items()})
+    run.reporter.log_pairs(run.progress.step, {name: column.tolist() for name, column in values.items()})
     return summary
 
 

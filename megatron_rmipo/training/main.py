@@ -21,7 +21,13 @@ from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.data import open_data
 from megatron_rmipo.training.loop import Run, train
-from megatron_rmipo.training.observers import build_profiler, build_throughput, open_reporter, say_what_runs
+from megatron_rmipo.training.observers import (
+    build_profiler,
+    build_throughput,
+    open_reporter,
+    say_what_runs,
+    warn_of_few_pairs,
+)
 from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run
 from megatron_rmipo.training.resume import starting_point
 from megatron_rmipo.training.setup import load_training_state
@@ -87,6 +93,7 @@ def run_training(config: Config) -> bool:
             state.reference = load_reference(config, reference, progress.reference, groups)
     with open_reporter(config, groups, train_iters, progress) as reporter:
         say_what_runs(config, source, groups, progress, reporter)
+        warn_of_few_pairs(data.num_held_out, config.training.eval_pairs, reporter)
         rank_layout = layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         run = Run(
             config=config,

@@ -10,6 +10,7 @@ import torch
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.model.flops import peak_flops
+from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
@@ -45,6 +46,22 @@ def say_what_runs(config: Config, source: ModelSource, groups: ProcessGroups, pr
         reporter.say(f"  {name}: {value}")
     start = f"step {progress.step} of {source.checkpoint}" if progress.step else f"{source.hf_weights or source.checkpoint}"
     reporter.say(f"ranks: {groups.world_size} (TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}); from {start}")
+
+
+def warn_of_few_pairs(num_held_out: int, eval_pairs: int | None, reporter: Reporter) -> None:
+    """Warn where a run has held-out pairs, but so few that no figure of theirs will tell anything.
+
+    Args:
+        num_held_out: pairs of an evaluation; 0 for a run without.
+        eval_pairs: of ``--eval-pairs``.
+        reporter: of the run.
+    """
+    if 0 < num_held_out < FEWEST_PAIRS:
+        more = f"raise --eval-pairs {eval_pairs}" if num_held_out == eval_pairs else "see --split and --valid-data-path"
+        reporter.warn(
+            f"held-out pairs: {num_held_out}, not enough to tell anything by (an accuracy near one half has a standard error of "
+            f"{0.5 / num_held_out**0.5:.2f}); hold out {FEWEST_PAIRS} or more: {more}"
+        )
 
 
 def build_throughput(config: Config, groups: ProcessGroups) -> Throughput:

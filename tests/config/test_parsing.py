@@ -93,6 +93,14 @@ def test_the_objective_may_be_named_in_the_file(tmp_path: Path) -> None:
         (["--micro-batch-size", "4"], ["--micro-batch-size", "--tokens-per-microbatch"]),
         (["--lr", "fast"], ["--lr", "expected a number", "'fast'"]),
         (["--lr", "nan"], ["--lr", "expected a number", "'nan'"]),
+        (["--lr", "6e"], ["--lr", "expected a number", "'6e'"]),
+        (["--seq-length", "2k"], ["--seq-length", "expected a whole number", "'2k'"]),
+        (["--save", ""], ["--save", "expected a text", "''"]),
+        (["--bf16", "True"], ["--bf16 True: --bf16 is a switch", "--no-bf16 for off"]),
+        (["--no_bf16=1"], ["--no-bf16 1: --no-bf16 is a switch", "leave it out for off"]),
+        (["--finetune=False", "--lr", "fast", "--learning-rate", "1"], ["--finetune False: --finetune is a switch", "use --lr"]),
+        (["--no-lr"], ["--no-lr: --lr takes a value and is no switch"]),
+        (["--load-rng"], ["--load-rng: that is the default; --no-load-rng turns it off"]),
         (["--global-batch-size", "2.5"], ["--global-batch-size", "a whole number", "'2.5'"]),
         (["--attention-backend", "fast"], ["--attention-backend", "auto, sdpa, flex", "'fast'"]),
         (["--shape", "oval"], ["--shape", "round, square", "'oval'"]),
@@ -106,6 +114,21 @@ def test_the_objective_may_be_named_in_the_file(tmp_path: Path) -> None:
 def test_faults_on_the_command_line_are_named(argv: list[str], words: list[str]) -> None:
     message = fault(*argv)
     assert all(word in message for word in words), message
+
+
+def test_a_flag_that_is_given_again_is_told_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    again = ("--lr", "1e-6", "--bf16", "--data-path", "A", "B", "--lr=2e-6", "--lr", "3e-6", "--no-bf16", "--data-path", "C")
+    config = parse(*again, "--seed", "5", "--seed", "5")
+    assert (config.optimizer.lr, config.model.bf16, config.data.data_path) == (3e-6, False, ["C"])
+    told = capsys.readouterr().err
+    assert "--lr is given more than once (1e-6, then 2e-6, then 3e-6); the last one counts" in told
+    assert "--bf16 is given more than once (True, then False)" in told
+    assert "--data-path is given more than once (A B, then C)" in told
+    # Neither the same value twice, nor by every rank.
+    assert "--seed" not in told
+    monkeypatch.setenv("RANK", "1")
+    parse(*again)
+    assert capsys.readouterr().err == ""
 
 
 def test_all_faults_are_listed_at_once() -> None:
@@ -127,6 +150,9 @@ def test_all_faults_are_listed_at_once() -> None:
         ("- a\n", ["run.yaml", "flag_name: value"]),
         ("lr: [\n", ["run.yaml", "not valid YAML"]),
         ("lr:\n", ["run.yaml:1", "lr", "found nothing"]),
+        ("save: ''\n", ["run.yaml:1", "save", "a text"]),
+        ("no_bf16: true\n", ["run.yaml:1", "no_bf16", "set bf16: false"]),
+        ("micro_batch_size: 2\n", ["run.yaml:1", "--global-batch-size"]),
     ],
 )
 def test_faults_in_the_file_are_named_with_their_line(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -15,9 +15,13 @@ from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.reports.comparison import chosen_share, describe_passes, read_run
 from megatron_rmipo.reports.comparison_cli import main
+from megatron_rmipo.reports.held_out import Figure
 
 BEFORE = {"rewards/accuracies": 0.4, "rewards/margins": 0.1, "logps/chosen": -0.5, "logps/rejected": -0.5, "loss": 1.0}
-AFTER = {"rewards/accuracies": 0.9, "rewards/margins": 2.5, "logps/chosen": -0.75, "logps/rejected": -2.0, "loss": 0.25}
+AFTER = {
+    **{"rewards/accuracies": 0.9, "rewards/margins": 2.5, "logps/chosen": -0.75, "logps/rejected": -2.0, "loss": 0.25},
+    **{"num_pairs": 3, "rewards/accuracies/se": 0.02, "rewards/margins/se": 0.125},
+}
 GAMMA = {"gamma/p5": 0.3, "gamma/p50": 0.4, "gamma/p95": 1.5}
 # Means per token and tokens of three held-out pairs: sums -4 > -6, -6 < -4 and -10 < -9. By mean two are right, by sum one.
 PAIRS = [(-1.0, -2.0), (-1.5, -2.0), (-2.0, -1.5)]
@@ -48,8 +52,13 @@ def write_run(
         records.append({"kind": "train", "step": step, "pairs_per_second": speed, "memory_gib": memory})
     records.append({"kind": "eval", "step": 3, "consumed_pairs": consumed, **after})
     (logs / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    lines = [json.dumps({"logps/chosen": chosen, "logps/rejected": rejected}) + "\n" for chosen, rejected in pairs]
-    (logs / "held_out_pairs.jsonl").write_text("".join(lines))
+    # Chosen responses move by another amount each, rejected ones all by the same.
+    for name, step, move in (("held_out_pairs.first.jsonl", 0, 0.25), ("held_out_pairs.jsonl", 3, 0.0)):
+        rows = [
+            {"step": step, "logps/chosen": chosen + move * number, "logps/rejected": rejected and rejected + 4 * move}
+            for number, (chosen, rejected) in enumerate(pairs)
+        ]
+        (logs / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     parse_arguments(["--data-path", "absent", *flags]).save_config(logs / "config.yaml")
     return directory
 
@@ -82,8 +91,12 @@ def test_every_number_of_a_run(tmp_path: Path) -> None:
             "pairs_per_second": 30.0,
             "memory_gib": 0.75,
             "pairs": 64,
+            "held_out_pairs": 3,
         }
     )
+    # sqrt(2/3 * 1/3 / 3); differences of 0, -0.25 and -0.5 have a standard deviation of 0.25.
+    errors = {"accuracy": 0.02, "accuracy_mean": 0.27217, "accuracy_sum": 0.27217, "margin": 0.125, "chosen_change": 0.144338}
+    assert {name: error for name, error in result.errors.items() if error is not None} == pytest.approx(errors, abs=1e-5)
     assert result.passes == "log p(y)"
 
 
@@ -108,9 +121,9 @@ def test_without_the_prepared_data_only_the_sums_are_missing(tmp_path: Path) -> 
 
 def test_pairs_without_one_of_the_values_do_not_count() -> None:
     pairs = [{"logps/chosen": -1.0, "logps/rejected": -2.0}, {"logps/chosen": None, "logps/rejected": -9.0}]
-    assert chosen_share(pairs) == 1.0
+    assert chosen_share(pairs) == Figure(1.0, 1, None)
     # Equal is not higher.
-    assert chosen_share([{"logps/chosen": -1.0, "logps/rejected": -1.0}]) == 0.0
+    assert chosen_share([{"logps/chosen": -1.0, "logps/rejected": -1.0}]) == Figure(0.0, 1, None)
     assert chosen_share([{"logps/chosen": -1.0}]) is None
     assert chosen_share([]) is None
 
@@ -140,9 +153,12 @@ def test_tables_name_each_run_as_often_as_it_is_asked_for(tmp_path: Path, capsys
     assert main(["--runs", str(runs), "--view", "margins", *tables, "--output", str(output)]) == 0
     text = capsys.readouterr().out
     rows = shown(text)
-    assert rows["exp"] == rows["[0, 2]"] == ["0.900", "2.500", "0.300", "0.400", "1.500", "0.2500"]
-    assert rows["none"] == ["0.900", "2.500", "-", "-", "-", "0.2500"]
-    assert rows["late"] == ["-"] * 6
+    means = ["3", "0.900 +- 0.020", "2.500 +- 0.125"]
+    assert rows["exp"] == rows["[0, 2]"] == [*means, "0.300", "0.400", "1.500", "0.2500"]
+    assert rows["none"] == [*means, "-", "-", "-", "0.2500"]
+    assert rows["late"] == ["-"] * 7
+    # A column of one digit has a rule that Markdown knows.
+    assert set(cells(text.splitlines()[3])[1:]) <= {"-" * width + ":" for width in range(1, 20)}
     # A table without a single result is none.
     assert "Later" not in text
     assert (output.parent / "v1.2.md").read_text() == text
@@ -154,6 +170,7 @@ def test_tables_name_each_run_as_often_as_it_is_asked_for(tmp_path: Path, capsys
         ("Table 8", "[0, 2]", "a.1"),
     ]
     assert (records[0]["gamma_p95"], records[1]["gamma_p95"], records[1]["passes"]) == ("1.5", "", "-")
+    assert (records[0]["held_out_pairs"], records[0]["margin_se"], records[0]["loss_se"]) == ("3", "0.125", "")
 
 
 def test_objectives_are_compared_by_what_all_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,8 +180,10 @@ def test_objectives_are_compared_by_what_all_have(tmp_path: Path, capsys: pytest
     write_run(tmp_path / "runs/sft", *supervised, "--objective", "sft", *held_out, pairs=[(-1.0, None)] * 3)
     assert main(["--runs", str(tmp_path / "runs")]) == 0
     rows = shown(capsys.readouterr().out)
-    assert rows["rmipo"] == ["0.900", "0.667", "0.333", "2.500", "-0.250", "-1.500", "30.0", "0.75", "log p(y)"]
-    assert rows["sft"] == ["-", "-", "-", "-", "+0.250", "-", "30.0", "0.75", "-"]
+    shares, cost = ["0.667 +- 0.272", "0.333 +- 0.272"], ["30.0", "0.75"]
+    changes = ["2.500 +- 0.125", "-0.250 +- 0.144", "-1.500"]
+    assert rows["rmipo"] == ["3", "0.900 +- 0.020", *shares, *changes, *cost, "log p(y)"]
+    assert rows["sft"] == ["3", "-", "-", "-", "-", "+0.250 +- 0.144", "-", *cost, "-"]
 
 
 def test_different_lengths_of_training_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +193,12 @@ def test_different_lengths_of_training_are_told(tmp_path: Path, capsys: pytest.C
     assert "Not comparable" not in capsys.readouterr().out
     write_run(tmp_path / "runs/c", BEFORE, AFTER, consumed=32)
     assert main(["--runs", str(tmp_path / "runs")]) == 0
-    assert "(32: c; 64: a, b)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "trained on different numbers of pairs (32: c; 64: a, b)" in told
+    assert "evaluated" not in told
+    write_run(tmp_path / "runs/d", BEFORE, {**AFTER, "num_pairs": 2})
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert "evaluated on different numbers of pairs (2: d; 3: a, b, c)" in capsys.readouterr().out
 
 
 def test_a_picture_shows_the_runs_there_are(tmp_path: Path) -> None:
@@ -200,7 +224,7 @@ def test_without_matplotlib_the_tables_are_still_shown(
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["--runs", str(tmp_path / "runs"), "--picture", str(tmp_path / "p.png")]) == 1
     captured = capsys.readouterr()
-    assert shown(captured.out)["a"][0] == "0.900"
+    assert shown(captured.out)["a"][1] == "0.900 +- 0.020"
     assert "megatron-rmipo[plots]" in captured.err
 
 

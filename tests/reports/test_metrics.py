@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_rmipo.reports.metrics import summarize
+from megatron_rmipo.reports.metrics import summarize, summarize_held_out
 
 
 def test_means_and_percentiles_by_hand() -> None:
@@ -37,3 +37,18 @@ def test_pairs_without_a_value_are_left_out() -> None:
     nan = float("nan")
     values = {"x": torch.tensor([1.0, nan, 4.0]), "y": torch.tensor([nan, nan, nan])}
     assert summarize(values, ("x", "y")) == pytest.approx({"x": 2.5, "x/p5": 1.15, "x/p50": 2.5, "x/p95": 3.85})
+
+
+def test_held_out_figures_come_with_what_they_stand_on() -> None:
+    nan = float("nan")
+    right, some = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, nan, 4.0, nan])
+    values = {"rewards/accuracies": right, "rewards/margins": right * 2, "x": some, "gamma": torch.full((4,), 1.6)}
+    summary = summarize_held_out({**values, "loss": torch.tensor([1.0, nan, 1.0, 2.0])}, ("gamma",))
+    found = {name: summary[name] for name in summary if name == "num_pairs" or name.endswith(("/se", "/n"))}
+    # A share: sqrt(0.75 * 0.25 / 4). A mean: sd / sqrt(n). What is always the same tells no error.
+    expected = {"num_pairs": 4, "rewards/accuracies/se": 0.216506, "rewards/margins/se": 0.5, "x/se": 1.5, "x/n": 2}
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert {name: value for name, value in summary.items() if name not in found and name != "loss"} == pytest.approx(
+        summarize(values, ("gamma",))
+    )
+    assert summarize_held_out({"rewards/accuracies": torch.ones(1)}) == {"num_pairs": 1, "rewards/accuracies": 1.0}

@@ -29,12 +29,14 @@ def test_a_plain_line_per_record_without_a_terminal() -> None:
     stream = StringIO()
     progress = ProgressLine(stream, 120)
     progress.show("train", RECORD)
-    progress.show("eval", {"step": 7, "loss": 0.5})
+    progress.show(
+        "eval", {"step": 7, "num_pairs": 9, "loss": 0.5, "loss/se": 0.01, "rewards/margins": 2.5, "rewards/margins/n": 4}
+    )
     progress.say("warning: something")
     progress.close()
     assert stream.getvalue().splitlines() == [
         "step   7/120 eta 1:15:20 | loss 0.6931 | acc 0.500 | gamma 1.600 | lr 6.00e-07 | MFU 45.6%",
-        "eval at step   7/120 | loss 0.5000",
+        "eval at step   7/120 | n 9 | loss 0.5000 +- 0.0100 | margin 2.500 (n 4)",
         "warning: something",
     ]
 

@@ -64,6 +64,30 @@ def test_a_new_run_puts_the_earlier_file_aside(tmp_path: Path) -> None:
     assert len(lines(tmp_path, "metrics.2.jsonl")) == 2
 
 
+def test_the_pairs_of_the_first_and_of_the_last_evaluation_are_kept(tmp_path: Path) -> None:
+    def evaluate(report: Reporter, step: int, margin: float) -> None:
+        report.log("eval", {"step": step})
+        report.log_pairs(step, {"margin": [margin, math.nan]})
+
+    def kept() -> tuple[list[tuple[int, float | None]], ...]:
+        files = ("held_out_pairs.first.jsonl", "held_out_pairs.jsonl")
+        return tuple([(line["step"], line["margin"]) for line in lines(tmp_path, name)] for name in files)
+
+    with reporter(tmp_path) as report:
+        evaluate(report, 0, 1.0)
+        assert kept() == ([(0, 1.0), (0, None)],) * 2
+        evaluate(report, 4, 2.0)
+        evaluate(report, 8, 3.0)
+    assert kept() == ([(0, 1.0), (0, None)], [(8, 3.0), (8, None)])
+    with reporter(tmp_path, resumed_step=4) as report:
+        evaluate(report, 6, 4.0)
+    assert kept() == ([(0, 1.0), (0, None)], [(6, 4.0), (6, None)])
+    with reporter(tmp_path) as report:
+        evaluate(report, 0, 5.0)
+    assert kept() == ([(0, 5.0), (0, None)],) * 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_disabled_reporter_touches_nothing(tmp_path: Path) -> None:
     with reporter(tmp_path / "logs", enabled=False, tensorboard_dir=tmp_path / "board", wandb_project="p") as report:
         report.log("train", {"step": 1, "loss": 1.0})

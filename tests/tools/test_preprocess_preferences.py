@@ -81,6 +81,21 @@ def test_rows_become_pairs_and_rejects_are_listed(tmp_path: Path, model: Path, c
     assert "rejected 6: 1 empty_response, 1 identical, 1 malformed, 2 missing_field, 1 not_text" in out
 
 
+def test_one_json_document_named_lines_is_read_with_a_note(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(rows(9), indent=1))
+    assert run(tmp_path, model, source) == 0
+    captured = capsys.readouterr()
+    assert f"note: {source}: not one object a line" in captured.err
+    assert "7 pairs" in captured.out
+    source.write_bytes(source.read_text().encode("utf-16"))
+    assert run(tmp_path, model, source, "--overwrite") == 1
+    assert f"error: {source}: the file is not UTF-8 but UTF-16" in capsys.readouterr().err
+    assert len(PairStore(tmp_path / "out")) == 7
+
+
 def load(model: Path) -> PreferenceTokenizer:
     from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 

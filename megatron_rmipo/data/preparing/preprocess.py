@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable, Sequence
 
 from megatron_rmipo.data.encoding.chat import load_template
@@ -65,6 +66,8 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     columns = parse_columns(options.columns)
     check_output_prefix(options.output_prefix, overwrite=options.overwrite)
     sources = [open_source(name, options.split) for name in options.input]
+    for note in filter(None, (source.note for source in sources)):
+        print(f"note: {note}", file=sys.stderr)
     peeked = list(first_rows(sources))
     require_columns(peeked, columns)
     row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)

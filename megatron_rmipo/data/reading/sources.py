@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gzip
-import io
 import itertools
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from megatron_rmipo.data.reading.rows import COLUMN_NAMES
+from megatron_rmipo.data.reading.json_files import (
+    BLANK_LINE,
+    REMEDY,
+    check_is_json,
+    count_lines,
+    document_rows,
+    holds_lines,
+    lines,
+)
 from megatron_rmipo.errors import DataError
 
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 _ROWS_PER_READ = 1024
-_BLANK_LINE = b""
 _LINE_ENDS = ("\n", "\r\n", "")
 _read_value = json.JSONDecoder().raw_decode
-_ROW_COLUMNS = frozenset(COLUMN_NAMES)
-_REMEDY = "Fetch or make the file again."
 
 
 class SourceRow(NamedTuple):
@@ -50,16 +52,18 @@ class Source:
         name: as given.
         num_rows: None where only reading everything would tell.
         size_bytes: size of a file, else None.
+        note: what its user should know of how it is read, or None.
     """
 
     name: str
     num_rows: int | None
     size_bytes: int | None
     _rows: Any = dataclasses.field(repr=False, compare=False)
+    note: str | None = None
 
     def __iter__(self) -> Iterator[SourceRow]:
         numbered = enumerate(self._rows(), start=1)
-        return (SourceRow(self.name, number, payload) for number, payload in numbered if payload != _BLANK_LINE)
+        return (SourceRow(self.name, number, payload) for number, payload in numbered if payload != BLANK_LINE)
 
 
 def open_source(name: str, split: str | None = None) -> Source:
@@ -99,74 +103,16 @@ def _open_file(path: Path, name: str) -> Source:
         return _open_parquet(path, name, size)
     if suffix == ".arrow":
         return Source(name, None, size, lambda: _arrow_rows(path, name))
-    if suffix == ".json":
-        rows = _json_document(path, name)
-        if rows is not None:
-            return Source(name, len(rows), size, lambda: iter(rows))
-    return Source(name, _count_lines(path), size, lambda: _lines(path, name))
+    return _open_json(path, name, size, is_named_document=suffix == ".json")
 
 
-def _open_stream(path: Path) -> IO[bytes]:
-    with open(path, "rb") as stream:
-        compressed = stream.read(2) == b"\x1f\x8b"
-    return io.BufferedReader(gzip.open(path, "rb")) if compressed else open(path, "rb")
-
-
-def _lines(path: Path, name: str) -> Iterator[bytes]:
-    """Lines of a file; an empty one stands for blank ones, so that numbers stay those of the file."""
-    try:
-        with _open_stream(path) as stream:
-            for number, line in enumerate(stream):
-                if number == 0:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                yield line if line.strip() else _BLANK_LINE
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: could not be read to its end ({error}). {_REMEDY}") from None
-
-
-def _count_lines(path: Path) -> int | None:
-    """Lines of a plain file; None for a compressed one, which would cost as much as reading it."""
-    with open(path, "rb") as stream:
-        if stream.read(2) == b"\x1f\x8b":
-            return None
-        stream.seek(0)
-        blocks = iter(lambda: stream.read(1 << 20), b"")
-        count, last = 0, b""
-        for block in blocks:
-            count, last = count + block.count(b"\n"), block[-1:]
-        return count + (last != b"\n")
-
-
-def _json_document(path: Path, name: str) -> list[Any] | None:
-    """The rows of a JSON document; None where the file is JSON lines under the name ``.json``."""
-    try:
-        with _open_stream(path) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: could not be read ({error}). {_REMEDY}") from None
-    if not text.lstrip().startswith("["):
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            if isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict) and "\n" in text.strip():
-                return None
-    try:
-        document = json.loads(text)
-    except RecursionError:
-        raise DataError(f"{name}: nested too deeply to be rows. {_REMEDY}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{name}: line {error.lineno}: not valid JSON ({error.msg}). A file with one object a line is named .jsonl."
-        ) from None
-    if isinstance(document, list):
-        return document
-    lists = {key: value for key, value in document.items() if isinstance(value, list)} if isinstance(document, dict) else {}
-    if len(lists) == 1 and not _ROW_COLUMNS & lists.keys():
-        return next(iter(lists.values()))
-    if isinstance(document, dict) and _ROW_COLUMNS & document.keys():
-        return [document]
-    raise DataError(
-        f"{name}: a list of rows is expected, or an object holding one list; "
-        f"found {type(document).__name__} with {list(lists) or 'no list'}."
-    )
+def _open_json(path: Path, name: str, size: int, *, is_named_document: bool) -> Source:
+    check_is_json(path, name)
+    if holds_lines(path, name, is_named_document=is_named_document):
+        return Source(name, count_lines(path), size, lambda: lines(path, name))
+    rows = document_rows(path, name)
+    note = f"{name}: not one object a line, as its name says; read as a JSON document of {len(rows)} rows"
+    return Source(name, len(rows), size, lambda: iter(rows), None if is_named_document else note)
 
 
 def _open_parquet(path: Path, name: str, size: int) -> Source:
@@ -207,7 +153,7 @@ def _damage_named(name: str, kind: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = (str(error).splitlines() or [repr(error)])[0]
-        raise DataError(f"{name}: not a readable {kind} ({problem}). {_REMEDY}") from None
+        raise DataError(f"{name}: not a readable {kind} ({problem}). {REMEDY}") from None
 
 
 def _open_data_set(name: str, split: str | None, *, saved: bool) -> Source:

@@ -15,12 +15,20 @@ ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in ran
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
+PRETTY = "\n\n" + "\n".join(json.dumps(row, indent=2) for row in ROWS)
+
+
 def read(source: Source) -> list[Any]:
     return [load_payload(row.payload) for row in source]
 
 
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
     return path
 
 
@@ -57,6 +65,7 @@ def write_arrow(path: Path, *, streaming: bool) -> Path:
         pytest.param(lambda d: write(d / "a.json", LINES), 7, id="json lines named json"),
         pytest.param(lambda d: write(d / "a.json", json.dumps(ROWS, indent=2)), 7, id="json list"),
         pytest.param(lambda d: write(d / "a.json", json.dumps({"train": ROWS})), 7, id="json object with a list"),
+        pytest.param(lambda d: write(d / "a.json", PRETTY), 7, id="objects over several lines, named json"),
         pytest.param(lambda d: write_gzip(d / "a.json.gz", json.dumps(ROWS)), 7, id="json.gz"),
         pytest.param(lambda d: write_parquet(d / "a.parquet"), 7, id="parquet"),
         pytest.param(lambda d: write_arrow(d / "a.arrow", streaming=True), None, id="arrow stream"),
@@ -68,6 +77,38 @@ def test_every_kind_of_file_gives_the_same_rows_twice(make: Any, num_rows: int |
     assert source.num_rows == num_rows
     assert read(source) == ROWS
     assert read(source) == ROWS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=2),
+        "\ufeff\n" + json.dumps(ROWS) + "\n\n",
+        PRETTY,
+        json.dumps({"train": ROWS}, indent=1),
+    ],
+    ids=["list", "pretty list", "list with a byte order mark", "pretty objects", "pretty object with a list"],
+)
+@pytest.mark.parametrize("make", [write, write_gzip])
+def test_lines_by_name_alone_are_read_with_a_note(make: Any, text: str, tmp_path: Path) -> None:
+    source = open_source(str(make(tmp_path / "a.jsonl", text)))
+    assert read(source) == read(source) == ROWS
+    assert source.num_rows == 7
+    assert source.note is not None
+    assert "a.jsonl: not one object a line, as its name says; read as a JSON document of 7 rows" in source.note
+
+
+@pytest.mark.parametrize("first", ['{"prompt": "p", "cho', '{"prompt": "p",', "{", "prompt", '{"a": ' * 100_000, "[1]", "null"])
+def test_a_damaged_first_line_is_one_row_of_its_file(first: str, tmp_path: Path) -> None:
+    source = open_source(str(write(tmp_path / "a.jsonl", first + "\n" + LINES)))
+    assert source.note is None
+    damaged, *others = list(source)
+    assert [load_payload(row.payload) for row in others] == ROWS
+    with pytest.raises(ValueError):  # noqa: PT011
+        load_payload(damaged.payload)
+    # The only row of a file is one, too, whatever its columns.
+    assert read(open_source(str(write(tmp_path / "b.jsonl", '{"question": "x"}')))) == [{"question": "x"}]
 
 
 def test_numbers_are_those_of_the_lines(tmp_path: Path) -> None:
@@ -121,6 +162,20 @@ def test_a_name_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatc
     [
         (lambda d: d / "absent.jsonl", "no such file or directory"),
         (lambda d: write(d / "a.jsonl", ""), "the file is empty"),
+        (lambda d: write(d / "a.jsonl", " \n\n"), "the file is empty but for blank lines"),
+        (lambda d: write_gzip(d / "a.jsonl.gz", ""), "the file is empty"),
+        (lambda d: write(d / "a.jsonl", "[\n" + LINES), "line 3: not valid JSON"),
+        (
+            lambda d: write_bytes(d / "a.jsonl", LINES.encode("utf-16")),
+            "UTF-16 or UTF-32. Convert it, as with iconv",
+        ),
+        (lambda d: write_bytes(d / "a.json", LINES.encode("utf-16-le")), "is not UTF-8 but UTF-16"),
+        (lambda d: write_bytes(d / "a.jsonl", LINES.encode("utf-32-be")), "is not UTF-8 but UTF-16"),
+        (lambda d: write_bytes(d / "a.jsonl", b"PK\x03\x04..."), "is a zip archive"),
+        (lambda d: write_bytes(d / "a.jsonl.gz", b"\x28\xb5\x2f\xfd..."), "is compressed by zstd"),
+        (lambda d: write_parquet(d / "a.parquet").rename(d / "a.jsonl"), "is a parquet file. Name it .parquet"),
+        (lambda d: write(d / "a.jsonl", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (lambda d: write(d / "a.jsonl", "<!DOCTYPE html>\n<html>"), "is HTML or XML"),
         (lambda d: write(d / "a.csv", "a,b\n"), r"\.csv is not a known kind of file"),
         (lambda d: write(d / "a.json", "[1, 2"), "line 1: not valid JSON"),
         (lambda d: write(d / "a.json", '{"a": [1], "b": [2]}'), "a list of rows is expected"),
