@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.memory.peak import peak_memory_bytes
-from megatron_rmipo.model.attention.flex import num_fallbacks
 from megatron_rmipo.reports.timers import PHASES
 
 
@@ -52,8 +51,7 @@ class Throughput:
         Returns:
             ``step_seconds``; ``seconds/PHASE`` and ``seconds/other``, which add up to it (means per step); ``pairs_per_second``,
             ``tokens_per_second`` (over all ranks), ``tflops_per_device`` (model FLOPs per second and device, in 1e12), ``mfu``
-            where the device's peak is known, ``padding_share``, ``memory_gib`` (peak), ``flex_fallbacks``
-            where there were any.
+            where the device's peak is known, ``padding_share``, ``memory_gib`` (peak).
         """
         seconds = max(self._seconds, 1e-9)
         flops_per_device = self._flops / seconds / self._world_size
@@ -69,7 +67,5 @@ class Throughput:
         }
         if self._peak_flops is not None:
             record["mfu"] = flops_per_device / self._peak_flops
-        if num_fallbacks():
-            record["flex_fallbacks"] = float(num_fallbacks())
         self._clear()
         return record
