@@ -14,6 +14,9 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 240
+# What is loaded asks whether there is CUDA. With this it asks the driver's library and starts nothing, so that ranks forked
+# afterwards can use CUDA.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # Ranks are forked from a server that has these loaded: importing them anew would take longer than most tests.
 mp.set_forkserver_preload(
     ["transformers", "safetensors.torch", "megatron_rmipo.training.setup", "megatron_rmipo.checkpoint.hf.weights"]

@@ -67,7 +67,7 @@ class ModelConfig:
     )
     attention_backend: Literal["auto", "sdpa", "flex", "te"] = _option(
         "auto",
-        "Attention over packed pairs; te: Transformer Engine; auto: flex (FlexAttention) with CUDA, sdpa (pair by pair) without.",
+        "Attention over packed pairs; te: Transformer Engine; auto: flex with CUDA and heads of 16 or more, sdpa elsewhere.",
     )
     bf16: bool = _option(False, "Compute in bfloat16 with fp32 master weights; without it everything is fp32.")
     fp8_format: Literal["hybrid", "e4m3"] | None = _option(

@@ -159,15 +159,15 @@ def build_policy(
         arch: the model.
         config: from :func:`transformer_config`; its ``transformer_impl`` says whose layers are built.
         groups: the process groups of this rank.
-        attention_backend: ``sdpa``, ``flex``, ``te`` (Transformer Engine, in layers of either kind), or ``auto``: flex on a GPU,
-            sdpa elsewhere.
+        attention_backend: ``sdpa``, ``flex``, ``te`` (Transformer Engine, in layers of either kind), or ``auto``: flex on a GPU
+            and with heads of 16 or more, sdpa elsewhere.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
         chunk_size: vocabulary entries whose logits exist at a time.
 
     Raises:
         ConfigError: Transformer Engine's attention is asked for and absent.
     """
-    backend = choose_backend(attention_backend)
+    backend = choose_backend(attention_backend, arch.kv_channels)
     if backend == "te" and not transformer_engine_available():
         raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
     model = PolicyModel(

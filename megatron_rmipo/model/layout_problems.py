@@ -12,6 +12,7 @@ import torch
 from megatron_rmipo.config.flag_problems import parallel_problems, recompute_problems, refuse
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
 from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
 
 
@@ -75,6 +76,11 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         yield (
             f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.sliding_window} tokens, "
             f"which attention over packed pairs does not cut at; up to {arch.sliding_window} would work"
+        )
+    if config.model.attention_backend == "flex" and arch.kv_channels < LEAST_HEAD_SIZE:
+        yield (
+            f"--attention-backend flex takes heads of {LEAST_HEAD_SIZE} or more channels, the model's have {arch.kv_channels}; "
+            "sdpa would work, and is what auto takes there"
         )
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)

@@ -5,7 +5,7 @@ Shape letters: N scored tokens, H hidden, V full vocabulary, tp tensor-parallel 
 Three forms:
 
 * :func:`linear_logprobs` fuses the output layer with the log-prob: hidden states and the weight shard in, ``[N]`` log-probs out.
-* :func:`perturbed_linear_logprobs` also scores the targets under mixtures of these logits and a reference model's.
+* :func:`head_logprobs` is what it computes, and can also score the targets under mixtures with a reference model's logits.
 * :func:`vocab_parallel_logprobs` takes ready-made logits, for models whose head is not ours.
 
 All use two collectives a call, whatever the chunk count: one max and one sum over the tensor-parallel group.
@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rmipo.model.vocabulary_shard import LogitStatistics, VocabularyShard, accumulation_dtype, logits_grad
+from megatron_rmipo.model.products import accumulation_dtype, add_product, product
+from megatron_rmipo.model.vocabulary_shard import LogitStatistics, VocabularyShard, logits_grad
+from megatron_rmipo.model.weight_gradient import WeightGrad, call_for_weight, refuse_weight_in_buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ReferenceHead:
 
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | torch.nn.Module,
     target: Tensor,
     group: dist.ProcessGroup | None = None,
     *,
@@ -56,12 +58,14 @@ def linear_logprobs(
 
     Every rank of ``group`` must call it together, with the same hidden states and targets.
 
-    A weight that Megatron's DDP has wrapped gets its gradient added to ``weight.main_grad`` chunk by chunk, as Megatron's own
-    linear layers do with gradient accumulation fusion; what autograd then finds in ``weight.grad`` means nothing.
+    A weight that Megatron's DDP has wrapped gets its gradient added to ``weight.main_grad`` chunk by chunk, and autograd an empty
+    one: other uses of the weight in the same step, fused or not, keep theirs. ``torch.autograd.grad`` gets it as a tensor.
 
     Args:
         hidden: ``[N, H]``, any floating dtype; replicated over the group.
-        weight: ``[V_padded / tp, H]``, this rank's rows of the output layer, in rank order.
+        weight: ``[V_padded / tp, H]``, this rank's rows of the output layer, in rank order; or the module that holds them as its
+            ``weight``, whose hooks then run as in a call of it. It takes the module where Megatron's distributed optimizer
+            updates the weight.
         target: int64 ``[N]``, ids in ``[0, vocab_size)``.
         group: the tensor-parallel group; None for an unsharded vocabulary.
         vocab_size: real vocabulary size; rows of the weight from there on are padding and count as probability zero.
@@ -71,38 +75,50 @@ def linear_logprobs(
 
     Returns:
         fp32 ``[N]``, replicated over the group.
+
+    Raises:
+        ConfigError: a bare weight of which the distributed optimizer may have other ranks' parts still to gather.
     """
-    assert hidden.dim() == 2, hidden.shape
-    assert target.shape == hidden.shape[:1], (hidden.shape, target.shape)
-    shard = VocabularyShard(weight.shape[0], vocab_size, group)
-    function: Any = _LinearLogprobs
-    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, None)
-    return logprobs[0]
+
+    def score(hidden: Tensor, weight: Tensor) -> Tensor:
+        shard = VocabularyShard(weight.shape[0], vocab_size, group)
+        return head_logprobs(hidden, weight, target, shard, chunk_size=chunk_size, reduce_hidden_grad=reduce_hidden_grad)[0]
+
+    if isinstance(weight, torch.nn.Module):
+        return call_for_weight(weight, score, hidden)
+    refuse_weight_in_buffer(weight)
+    return score(hidden, weight)
 
 
-def perturbed_linear_logprobs(
+def head_logprobs(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    reference: ReferenceHead,
-    group: dist.ProcessGroup | None = None,
+    shard: VocabularyShard,
     *,
-    vocab_size: int | None = None,
-    chunk_size: int = 4096,
-    reduce_hidden_grad: bool = True,
+    chunk_size: int,
+    reduce_hidden_grad: bool,
+    reference: ReferenceHead | None = None,
 ) -> Tensor:
-    """Log-probability of each target under the logits f of the policy, r of a reference, and two mixtures of them.
+    """:func:`linear_logprobs` within a call of the module that holds the weight; with a reference also under mixtures of both.
 
-    Arguments and who calls it together are those of :func:`linear_logprobs`. All four normalizers come from the same chunks of
-    logits and share the two collectives; neither model's ``[N, V]`` logits are ever whole or gathered.
+    With a reference all four normalizers come from the same chunks of logits and share the two collectives; neither model's
+    ``[N, V]`` logits are ever whole or gathered.
+
+    Args:
+        hidden, weight, target, chunk_size, reduce_hidden_grad: as there.
+        shard: of the weight's rows; its group calls this together.
+        reference: scores the targets under its logits r, and under two mixtures of them with the policy's f.
 
     Returns:
-        fp32 ``[4, N]``, replicated over the group: the log-probability under ``f``, ``r``, ``(1 + epsilon) f - epsilon r`` and
-        ``(1 - epsilon) f + epsilon r``. Only the first row carries gradient.
+        fp32 ``[1, N]``, replicated over the group; with a reference ``[4, N]``: the log-probability under ``f``, ``r``,
+        ``(1 + epsilon) f - epsilon r`` and ``(1 - epsilon) f + epsilon r``. Only the first row carries gradient.
     """
-    assert hidden.shape[0] == reference.hidden.shape[0], (hidden.shape, reference.hidden.shape)
-    assert weight.shape[0] == reference.weight.shape[0], (weight.shape, reference.weight.shape)
-    shard = VocabularyShard(weight.shape[0], vocab_size, group)
+    assert hidden.dim() == 2, hidden.shape
+    assert target.shape == hidden.shape[:1], (hidden.shape, target.shape)
+    if reference is not None:
+        assert hidden.shape[0] == reference.hidden.shape[0], (hidden.shape, reference.hidden.shape)
+        assert weight.shape[0] == reference.weight.shape[0], (weight.shape, reference.weight.shape)
     function: Any = _LinearLogprobs
     logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, reference)
     return logprobs
@@ -153,7 +169,7 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs, log_sum_exp = shard.combine(statistics)
         ctx.save_for_backward(hidden, weight, local, log_sum_exp[0])
         # The parameter itself: its main_grad is not on the tensor that autograd saves.
-        ctx.parameter = weight
+        ctx.weight = weight
         ctx.shard, ctx.chunk_size, ctx.reduce_hidden_grad = shard, chunk_size, reduce_hidden_grad
         return logprobs
 
@@ -165,13 +181,13 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Summed over chunks in fp32: in bf16 each chunk would round away part of the ones before it.
         grad_hidden = torch.zeros_like(hidden, dtype=accumulation_dtype(hidden.dtype)) if needs_hidden else None
-        grad_weight = _WeightGrad(ctx.parameter, shard.valid_rows) if needs_weight else None
+        grad_weight = WeightGrad(ctx.weight, ctx.next_functions[1][0], shard.valid_rows) if needs_weight else None
         scratch = _scratch(hidden, shard.valid_rows, ctx.chunk_size)
         for chunk in _chunks(shard.valid_rows, ctx.chunk_size):
             logits = _chunk_logits(hidden, weight, chunk, scratch)
             grad_logits = logits_grad(logits, log_sum_exp, local - chunk.start, grad).to(weight.dtype)
             if grad_hidden is not None:
-                _add_product(grad_hidden, grad_logits, weight[chunk])
+                add_product(grad_hidden, grad_logits, weight[chunk])
             if grad_weight is not None:
                 grad_weight.put(chunk, grad_logits.t(), hidden)
             del logits, grad_logits
@@ -180,34 +196,6 @@ class _LinearLogprobs(torch.autograd.Function):
                 dist.all_reduce(grad_hidden, group=shard.group)
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), None, None, None, None, None
-
-
-class _WeightGrad:
-    """Where the gradient of the output layer's weight goes: to DDP's fp32 buffer, or to a tensor for autograd."""
-
-    def __init__(self, parameter: Any, valid_rows: int) -> None:
-        self.parameter = parameter
-        # Megatron's DDP gives its parameters this mark, and leaves weight.grad alone where it is set.
-        self.accumulates = hasattr(parameter, "grad_added_to_main_grad")
-        if not self.accumulates:
-            self.grad = torch.empty_like(parameter)
-            self.grad[valid_rows:] = 0
-
-    def put(self, rows: slice, left: Tensor, right: Tensor) -> None:
-        """Rows of the gradient are ``left @ right``: every token at once, so each row is written once."""
-        if self.accumulates:
-            _add_product(self.parameter.main_grad[rows], left, right)
-        else:
-            _product(left, right, out=self.grad[rows])
-
-    def for_autograd(self) -> Tensor:
-        if not self.accumulates:
-            return self.grad
-        self.parameter.grad_added_to_main_grad = True
-        # DDP's hook wants some tensor. It is not read, but where the embedding shares the weight: there it is summed with the
-        # embedding's gradient, which is added to main_grad then.
-        shared = getattr(self.parameter, "zero_out_wgrad", False)
-        return torch.zeros_like(self.parameter) if shared else torch.empty_like(self.parameter)
 
 
 class _LogitsLogprobs(torch.autograd.Function):
@@ -268,22 +256,4 @@ def _logits_to_score(
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, chunk: slice, scratch: Tensor | None = None) -> Tensor:
     shape = (hidden.shape[0], chunk.stop - chunk.start)
-    return _product(hidden, weight[chunk].t(), out=None if scratch is None else scratch[: shape[0] * shape[1]].view(shape))
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """``left @ right`` of one dtype; the result in fp32 (fp64 for fp64), in ``out`` where given."""
-    dtype = accumulation_dtype(left.dtype)
-    if left.dtype == dtype:
-        return torch.mm(left, right, out=out)
-    # bf16 sums that are not rounded to bf16 on the way. The CPU has no such kernel.
-    product = torch.mm(left, right, out_dtype=dtype) if left.is_cuda else left @ right
-    return product.to(dtype) if out is None else out.copy_(product)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, without a temporary where the dtypes are the same."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(_product(left, right))
+    return product(hidden, weight[chunk].t(), out=None if scratch is None else scratch[: shape[0] * shape[1]].view(shape))

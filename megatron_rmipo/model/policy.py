@@ -14,8 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs
+from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
 from megatron_rmipo.model.rotary import rotary_inverse_frequencies
+from megatron_rmipo.model.vocabulary_shard import VocabularyShard
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -37,18 +38,20 @@ class LogprobHead(ColumnParallelLinear):
     ) -> Tensor:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
-        With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.perturbed_linear_logprobs`. The gradient of
-        ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters.
+        With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.head_logprobs`. The gradient of ``hidden`` is left
+        unreduced under sequence parallelism: the gather before it reduce-scatters.
         """
         own_weight = self.weight if weight is None else weight
-        options: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "chunk_size": chunk_size,
-            "reduce_hidden_grad": not self.config.sequence_parallel,
-        }
-        if reference is not None:
-            return perturbed_linear_logprobs(hidden, own_weight, target, reference, self.tp_group, **options)
-        return linear_logprobs(hidden, own_weight, target, self.tp_group, **options)
+        logprobs = head_logprobs(
+            hidden,
+            own_weight,
+            target,
+            VocabularyShard(own_weight.shape[0], vocab_size, self.tp_group),
+            chunk_size=chunk_size,
+            reduce_hidden_grad=not self.config.sequence_parallel,
+            reference=reference,
+        )
+        return logprobs[0] if reference is None else logprobs
 
 
 class PolicyModel(GPTModel):
@@ -102,8 +105,8 @@ class PolicyModel(GPTModel):
 
         Returns:
             On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
-            :func:`megatron_rmipo.model.logprobs.perturbed_linear_logprobs`; without targets hidden states ``[N, H]``), else
-            hidden states ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
+            :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``), else hidden states
+            ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
         """
         hidden = self.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self._rotary_table(position_ids))

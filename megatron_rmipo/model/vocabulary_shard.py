@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rmipo.model.products import accumulation_dtype
+
 
 class VocabularyShard:
     """Which ids of the vocabulary this rank holds.
@@ -89,8 +91,3 @@ def logits_grad(logits: Tensor, log_sum_exp: Tensor, local: Tensor, grad: Tensor
     inside = (local >= 0) & (local < logits.shape[1])
     grad_logits = logits.sub_(log_sum_exp[:, None]).exp_().mul_(-grad[:, None])
     return grad_logits.scatter_add_(1, torch.where(inside, local, 0)[:, None], torch.where(inside, grad, 0.0)[:, None])
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32; fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

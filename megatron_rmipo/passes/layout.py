@@ -24,7 +24,9 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         cost=forward_cost_model(arch),
         share_prompts=config.model.share_prompts,
-        multiple_of=_row_multiple(config.model, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
+        multiple_of=_row_multiple(
+            config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        ),
     )
 
 
@@ -61,6 +63,7 @@ def batch_layout(
     )
 
 
-def _row_multiple(model: ModelConfig, *, shards: int) -> int:
+def _row_multiple(model: ModelConfig, arch: ModelArchitecture, *, shards: int) -> int:
     """What number of tokens a row is padded to a multiple of, where each of ``shards`` ranks holds an equal part of it."""
-    return math.lcm(BACKENDS[choose_backend(model.attention_backend)], fp8_multiple(model) * shards)
+    backend = choose_backend(model.attention_backend, arch.kv_channels)
+    return math.lcm(BACKENDS[backend], fp8_multiple(model) * shards)

@@ -14,6 +14,7 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch, iterate_
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.attention.flex import num_fallbacks
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.step_passes import PairMetrics
 from megatron_rmipo.reports.metrics import summarize, summarize_held_out
@@ -154,6 +155,7 @@ def _record(run: Run, batch: RankBatch, outcome: StepOutcome) -> dict[str, float
         "skipped_steps": run.progress.skipped_steps,
         **summarize(metrics.values, metrics.distributions),
         **run.throughput.take(),
+        **({"flex_fallbacks": num_fallbacks()} if num_fallbacks() else {}),
     }
 
 

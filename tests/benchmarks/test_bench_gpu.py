@@ -116,7 +116,7 @@ def test_rows_are_padded_as_the_trainers(name: str, monkeypatch: pytest.MonkeyPa
 
     assert max(sizes()) < 30
     # Where attention works on blocks, rows are whole blocks.
-    monkeypatch.setitem(BACKENDS, choose_backend("auto"), 128)
+    monkeypatch.setitem(BACKENDS, choose_backend("auto", ARCH.kv_channels), 128)
     assert sizes() == {128}
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs, vocab_parallel_logprobs
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs, linear_logprobs, vocab_parallel_logprobs
+from megatron_rmipo.model.vocabulary_shard import VocabularyShard
 from tests.harness import run_distributed
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37
@@ -115,28 +119,69 @@ def test_bf16_weights_give_fp32_logprobs_and_fp32_summed_gradients() -> None:
     assert (leaves[1].grad.double() - weight_grad).norm() / weight_grad.norm() < 2e-2
 
 
+def ddp_weight(weight: Tensor) -> Any:
+    """A parameter with the marks and the hook that Megatron's DDP gives it."""
+    parameter: Any = torch.nn.Parameter(weight)
+    parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros(weight.shape), False
+    accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+    def hook(*_: Any) -> None:
+        if not parameter.grad_added_to_main_grad:
+            parameter.main_grad.add_(parameter.grad.data)
+        parameter.grad = None
+
+    accumulator.register_hook(hook)
+    parameter.accumulator = accumulator
+    return parameter
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_weight_of_ddp_gets_its_gradient_in_the_main_buffer(dtype: torch.dtype, tolerance: float, shared: bool) -> None:
+def test_a_weight_of_ddp_gets_its_gradient_in_the_main_buffer(dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, target, grad = dense_problem(40)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     _, hidden_grad, weight_grad, _ = dense_reference(hidden.double(), weight.double(), target, grad)
-    parameter = torch.nn.Parameter(weight)
-    # The marks that Megatron's DDP, and GPTModel with tied embeddings, put on a parameter.
-    parameter.main_grad = torch.zeros(40, HIDDEN)  # type: ignore[attr-defined]
+    parameter = ddp_weight(weight)
+    ordinary = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(9)).to(dtype)
     for _ in range(2):
-        parameter.grad_added_to_main_grad, parameter.zero_out_wgrad = False, shared  # type: ignore[attr-defined]
         leaf = hidden.clone().requires_grad_()
         linear_logprobs(leaf, parameter, target, vocab_size=VOCAB, chunk_size=5).backward(grad.float())
-        assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
-    total = parameter.main_grad.double()  # type: ignore[attr-defined]
+        # Another use of the weight, in the same step.
+        (parameter * ordinary).sum().backward()
+    total = parameter.main_grad.double() - 2 * ordinary.double()
     assert (total[:VOCAB] / 2 - weight_grad[:VOCAB]).norm() / weight_grad.norm() < tolerance
-    assert not total[VOCAB:].any()
+    assert total[VOCAB:].abs().max() < 1e-6
     assert leaf.grad is not None
     assert (leaf.grad.double() - hidden_grad).norm() / hidden_grad.norm() < tolerance
-    # DDP adds what autograd has for a shared weight: that must be the embedding's part alone.
-    assert parameter.grad is not None
-    assert not (shared and parameter.grad.any())
+
+
+def test_a_gradient_that_is_asked_for_as_a_tensor_is_one_under_ddp_too() -> None:
+    hidden, weight, target, grad = (tensor if tensor.dtype == torch.int64 else tensor.float() for tensor in dense_problem(VOCAB))
+    _, hidden_grad, weight_grad, _ = dense_reference(hidden, weight, target, grad)
+    parameter, leaf = ddp_weight(weight), hidden.clone().requires_grad_()
+    for inputs, expected in (((leaf, parameter), (hidden_grad, weight_grad)), ((leaf,), (hidden_grad,))):
+        logprobs = linear_logprobs(leaf, parameter, target, chunk_size=5)
+        for ours, reference in zip(torch.autograd.grad(logprobs, inputs, grad), expected, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    assert not parameter.main_grad.any()
+
+
+def test_a_module_is_called_and_one_without_a_weight_is_refused() -> None:
+    hidden, weight, target, _ = dense_problem(VOCAB)
+    layer = torch.nn.Linear(HIDDEN, VOCAB, bias=False, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def gather(module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append(inputs[0])
+        layer.weight.data.copy_(weight)
+
+    layer.register_forward_pre_hook(gather)
+    ours = linear_logprobs(hidden, layer, target)
+    assert torch.equal(ours, linear_logprobs(hidden, weight, target))
+    assert seen[0] is hidden
+    # It computes what it did before.
+    assert torch.equal(layer(hidden), hidden @ weight.t())
+    with pytest.raises(ConfigError, match=r"LayerNorm holds no weight: .*model\.embedding\.word_embeddings"):
+        linear_logprobs(hidden, torch.nn.LayerNorm(HIDDEN, elementwise_affine=False), target)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
@@ -188,6 +233,13 @@ def dense_perturbed(padded_rows: int) -> Tensor:
     return torch.stack([torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0] for logits in mixtures])
 
 
+def perturbed(
+    hidden: Tensor, weight: Tensor, target: Tensor, reference: ReferenceHead, shard: VocabularyShard, *, chunk_size: int
+) -> Tensor:
+    options = {"chunk_size": chunk_size, "reduce_hidden_grad": True}
+    return head_logprobs(hidden, weight, target, shard, reference=reference, **options)  # type: ignore[arg-type]
+
+
 def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
     """By case: log-probs, gradients of hidden and weight, number of collectives of the forward pass."""
     torch.distributed.init_process_group("gloo")
@@ -204,7 +256,7 @@ def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
         leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
         reference = ReferenceHead(reference_hidden, reference_weight[shard], EPSILON)
         calls.clear()
-        logprobs = perturbed_linear_logprobs(*leaves, target, reference, group, vocab_size=VOCAB, chunk_size=chunk_size)
+        logprobs = perturbed(*leaves, target, reference, VocabularyShard(rows, VOCAB, group), chunk_size=chunk_size)
         num_collectives = len(calls)
         logprobs[0].backward(grad)
         assert leaves[0].grad is not None
@@ -231,5 +283,6 @@ def test_perturbed_logprobs_match_dense_float64_in_two_collectives(world_size: i
 def test_mixtures_of_equal_models_are_the_model_to_the_bit() -> None:
     hidden, weight, target, _ = dense_problem(VOCAB)
     hidden, weight = hidden.float(), weight.float()
-    logprobs = perturbed_linear_logprobs(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), chunk_size=4)
+    shard = VocabularyShard(VOCAB, None, None)
+    logprobs = perturbed(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), shard, chunk_size=4)
     assert torch.equal(logprobs, linear_logprobs(hidden, weight, target, chunk_size=4).expand(4, -1))

@@ -13,7 +13,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model import transformer_engine as flags
-from megatron_rmipo.model.layout_problems import refuse_impossible_layout
+from megatron_rmipo.model.layout_problems import layout_problems, refuse_impossible_layout
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.scoring import reference
@@ -109,6 +109,14 @@ def test_the_reference_is_computed_without_fp8(monkeypatch: pytest.MonkeyPatch) 
     reference.load_reference(config_of("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--bf16"), choice, "", None)  # type: ignore[arg-type]
     (config,) = built
     assert (config.model.fp8_format, config.model.fp8_recipe, config.model.bf16) == (None, None, True)
+
+
+def test_heads_too_small_for_flex_are_named() -> None:
+    (problem,) = layout_problems(config_of("--attention-backend", "flex"), ARCH, 1)
+    words = ("--attention-backend flex takes heads of 16 or more channels", "the model's have 8", "sdpa would work")
+    assert all(word in problem for word in words)
+    assert not list(layout_problems(config_of("--attention-backend", "flex"), WIDE, 1))
+    assert not list(layout_problems(config_of(), ARCH, 1))
 
 
 TP4 = ("--tensor-model-parallel-size", "4")

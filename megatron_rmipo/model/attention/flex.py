@@ -15,6 +15,7 @@ A kernel is compiled anew when anything changes that it was compiled for, so the
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,15 +23,23 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from megatron_rmipo.model.attention.sdpa import attend_segments
 from megatron_rmipo.runtime.transfers import to_device
 
 # FlexAttention's own default; its kernels work on tiles that divide it.
 BLOCK_TOKENS = 128
+# Of its CUDA kernels; tensor cores multiply nothing narrower.
+LEAST_HEAD_SIZE = 16
+# More would mean that something of each row is compiled into its kernel.
+MOST_COMPILATIONS = 64
 _MIN_BLOCKS = 2
 # Of packs whose backward pass, or recomputation, is to come under pipeline parallelism. A mask that is not kept is made again.
 _PACKS_KEPT = 16
+_logger = logging.getLogger(__name__)
+_fallbacks = 0
 _Flags = npt.NDArray[np.bool_]
 _Integers = npt.NDArray[np.int64]
 
@@ -73,7 +82,45 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, sca
     # Keyed by the content of the segments: all layers of a pack, and its recomputation, meet in one entry.
     mask = _row_mask(segments.numpy().tobytes(), num_blocks, query.device)
     blocks = [_in_blocks(tensor, num_blocks) for tensor in (query, key, value)]
-    return _compiled(query.device.type)(*blocks, mask, scale)[:num_tokens]  # type: ignore[no-any-return]
+    try:
+        output: Tensor = _call_compiled(_compiled(query.device.type), *blocks, mask, scale)
+    except FailOnRecompileLimitHit:
+        _count_fallback()
+        return attend_segments(query, key, value, segments, scale)
+    return output[:num_tokens]
+
+
+def _call_compiled(compiled: Any, *inputs: Any) -> Tensor:
+    """A call that may compile anew more often than torch allows a function by default: one for each model of a process, say.
+
+    Raises:
+        FailOnRecompileLimitHit: more than ``MOST_COMPILATIONS`` times. Without the compiler FlexAttention would make all T x T
+            scores.
+    """
+    try:
+        return compiled(*inputs)  # type: ignore[no-any-return]
+    except FailOnRecompileLimitHit:
+        # Not around every call: it costs more than the call itself.
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+            return compiled(*inputs)  # type: ignore[no-any-return]
+
+
+def num_fallbacks() -> int:
+    """Calls of this process that :func:`attend_segments` took over, because no more kernels were to be compiled."""
+    return _fallbacks
+
+
+def _count_fallback() -> None:
+    global _fallbacks
+    if not _fallbacks:
+        _logger.warning(
+            "--attention-backend flex: %d kernels are compiled, and a row wants another one; sdpa computes such rows, segment by "
+            "segment, and metrics.jsonl counts them as flex_fallbacks. TORCH_LOGS=recompiles says what differs.",
+            MOST_COMPILATIONS,
+        )
+        # It would say the same at each of these rows, in each layer.
+        logging.getLogger("torch._dynamo.convert_frame").setLevel(logging.ERROR)
+    _fallbacks += 1
 
 
 def _in_blocks(tensor: Tensor, num_blocks: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, attend_flex
+from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, LEAST_HEAD_SIZE, attend_flex
 from megatron_rmipo.model.attention.sdpa import attend_segments
 from megatron_rmipo.model.attention.te import attend_varlen, build_kernel
 
@@ -25,10 +25,10 @@ from megatron_rmipo.model.attention.te import attend_varlen, build_kernel
 BACKENDS = {"sdpa": 1, "flex": BLOCK_TOKENS, "te": 1}
 
 
-def choose_backend(name: str) -> str:
-    """``auto`` made out: ``flex`` with CUDA, ``sdpa`` without; any other backend is itself."""
+def choose_backend(name: str, head_size: int) -> str:
+    """``auto`` made out: ``flex`` with CUDA and heads that it takes, ``sdpa`` elsewhere; any other backend is itself."""
     if name == "auto":
-        name = "flex" if torch.cuda.is_available() else "sdpa"
+        name = "flex" if torch.cuda.is_available() and head_size >= LEAST_HEAD_SIZE else "sdpa"
     assert name in BACKENDS, name
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from megatron_rmipo.model.attention import flex as block_masks
 from megatron_rmipo.model.attention.flex import RowMask, attend_flex, row_mask_arrays
 from megatron_rmipo.model.attention.packed import PackedAttention
+from megatron_rmipo.model.attention.sdpa import attend_segments
 from tests.model.attention.rows import attention_config, dense_mask, random_segments
 
 ROWS = {
@@ -91,7 +93,7 @@ def compilations() -> Iterator[None]:
 
 @pytest.mark.usefixtures("compilations")
 def test_rows_of_other_lengths_compile_nothing_anew() -> None:
-    attention = PackedAttention(attention_config(heads=4, groups=2, size=8), layer_number=1, backend="flex")
+    attention = PackedAttention(attention_config(heads=4, groups=2, size=16), layer_number=1, backend="flex")
     generator = torch.Generator().manual_seed(5)
     # B of 2, 3, 4, ... among them those that equal a number of heads or the size of a head, first as well as later.
     rows = [random_segments(seed, pairs=pairs, longest=60) for seed, pairs in enumerate((6, 9, 2, 4, 12, 1, 7, 3, 16))]
@@ -101,7 +103,7 @@ def test_rows_of_other_lengths_compile_nothing_anew() -> None:
     with torch.no_grad():
         for segments in rows:
             num_tokens = int(segments[-1, :2].sum())
-            mixed = torch.randn(num_tokens, 1, 8, 8, generator=generator)
+            mixed = torch.randn(num_tokens, 1, 8, 16, generator=generator)
             attention(mixed[:, :, :4], mixed[:, :, 4:6], mixed[:, :, 6:], segments)
             assert counters["stats"]["unique_graphs"] == 1
 
@@ -117,7 +119,7 @@ def test_the_compiler_knows_one_unknown_length_and_that_rows_end_with_a_block(mo
 
     compiled = torch.compile(block_masks._attend_blocks, backend=look, fullgraph=True, dynamic=False)
     monkeypatch.setattr(block_masks, "_compiled", lambda device_type: compiled)
-    query = torch.randn(300, 3, 8)
+    query = torch.randn(300, 3, 16)
     attend_flex(query, query, query, torch.tensor([[0, 300, 0, 0]]), 0.3)
     sizes = {size.node.expr for shape in shapes for size in shape if isinstance(size, torch.SymInt)}
     # B, and T.
@@ -132,15 +134,15 @@ def test_gradients_are_those_of_sdpa_and_training_compiles_once_more(monkeypatch
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
     compiled = torch.compile(block_masks._attend_blocks, backend="aot_eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr(block_masks, "_compiled", lambda device_type: compiled)
-    config = attention_config(heads=6, groups=2, size=8)
+    config = attention_config(heads=6, groups=2, size=16)
     flex, sdpa = (PackedAttention(config, layer_number=1, backend=backend) for backend in ("flex", "sdpa"))
     generator = torch.Generator().manual_seed(5)
     for seed, pairs in enumerate((6, 3, 9, 2, 12)):
         segments = random_segments(seed, pairs=pairs, longest=60)
         num_tokens = int(segments[-1, :2].sum())
-        leaves = [torch.randn(num_tokens, 1, 10, 8, generator=generator).requires_grad_()]
+        leaves = [torch.randn(num_tokens, 1, 10, 16, generator=generator).requires_grad_()]
         leaves.append(leaves[0].detach().clone().requires_grad_())
-        upstream = torch.randn(num_tokens, 1, 48, generator=generator)
+        upstream = torch.randn(num_tokens, 1, 96, generator=generator)
         for attention, mixed in zip((flex, sdpa), leaves, strict=True):
             attention(*mixed.split([6, 2, 2], dim=2), segments).backward(upstream)
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=2e-5)
@@ -150,12 +152,33 @@ def test_gradients_are_those_of_sdpa_and_training_compiles_once_more(monkeypatch
 
 
 @pytest.mark.usefixtures("compilations")
+def test_rows_that_want_more_kernels_than_are_compiled_are_computed_by_sdpa(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(block_masks, "MOST_COMPILATIONS", 3)
+    segments = random_segments(1, pairs=2, longest=30)
+    monkeypatch.setattr(block_masks, "_fallbacks", 0)
+    compiler = logging.getLogger("torch._dynamo.convert_frame")
+    monkeypatch.setattr(compiler, "level", compiler.level)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        # The first is met again, and has its kernel.
+        for fallbacks, heads in ((0, 1), (0, 2), (0, 3), (1, 4), (2, 5), (2, 1)):
+            row = torch.randn(int(segments[-1, :2].sum()), heads, 16, generator=torch.Generator().manual_seed(heads))
+            expected = attend_segments(row, row, row, segments, 0.3)
+            torch.testing.assert_close(attend_flex(row, row, row, segments, 0.3), expected, rtol=1e-4, atol=1e-5)
+            assert block_masks.num_fallbacks() == fallbacks
+    assert counters["stats"]["unique_graphs"] == 3
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == block_masks.__name__]
+    assert "3 kernels are compiled" in warning
+
+
+@pytest.mark.usefixtures("compilations")
 def test_a_mask_is_made_once_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     build = block_masks.row_mask_arrays
     monkeypatch.setattr(block_masks, "row_mask_arrays", lambda *args: made.append(1) or build(*args))  # type: ignore[func-returns-value]
     packs = [random_segments(seed, pairs=3, longest=30) for seed in range(3)]
-    query = torch.randn(200, 2, 8)
+    query = torch.randn(200, 2, 16)
     # Two layers forward, pack after pack, then the same recomputed from a copy of the segments, as a checkpoint saves it.
     with torch.no_grad():
         for segments in (*packs, *packs, *(segments.clone() for segments in packs)):

@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 
 from megatron_rmipo.model.attention import packed as attention
 from megatron_rmipo.model.attention import te as varlen
-from megatron_rmipo.model.attention.packed import PackedAttention
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 from tests.model.attention.rows import attention_config, dense_mask, random_segments
 
-HEADS, GROUPS, HEAD_SIZE = 6, 2, 8
+HEADS, GROUPS, HEAD_SIZE = 6, 2, 16
 # A pair with a shared prompt (prompt 5, chosen 4, rejected 3), a plain sequence, a one-token segment, a shared prompt again.
 SEGMENTS = torch.tensor([[0, 9, 0, 0], [9, 3, 0, 5], [12, 7, 0, 0], [19, 1, 0, 0], [20, 2, 0, 0], [22, 6, 20, 2]])
 NUM_TOKENS = 28
@@ -36,6 +36,15 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def module(backend: str) -> PackedAttention:
     return PackedAttention(attention_config(heads=HEADS, groups=GROUPS, size=HEAD_SIZE), layer_number=1, backend=backend)
+
+
+@pytest.mark.parametrize(("on_gpu", "head_size", "backend"), [(True, 16, "flex"), (True, 15, "sdpa"), (False, 16, "sdpa")])
+def test_auto_takes_flex_where_there_is_a_gpu_and_heads_are_wide_enough(
+    on_gpu: bool, head_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    assert choose_backend("auto", head_size) == backend
+    assert choose_backend("flex", head_size) == "flex"
 
 
 def test_values_and_gradients_match_dense_attention() -> None:
