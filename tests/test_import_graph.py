@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "runtime": {"errors"},
     "objectives": {"errors", "config"},
-    "data": {"errors", "command"},
+    "data": {"errors", "command", "runtime"},
     "embedded": {"errors", "command"},
     "families": {"errors"},
     "model": {"errors", "config", "runtime", "data", "families"},
