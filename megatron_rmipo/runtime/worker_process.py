@@ -21,13 +21,15 @@ def end_with_parent() -> None:
     Elsewhere a thread looks for the parent once a second.
     """
     parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None, "called by a process that is no worker"
+    assert parent is not None, "called by a process that is no worker"
+    parent_pid = parent.pid
+    assert parent_pid is not None
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_watch, args=(parent_pid,), daemon=True).start()
     # It may have ended before it could be watched.
-    if os.getppid() != parent.pid:
+    if os.getppid() != parent_pid:
         os._exit(1)
 
 
