@@ -122,6 +122,7 @@ convert_hf_to_megatron = functools.partial(start, "megatron_rmipo.checkpoint.hf_
 convert_megatron_to_hf = functools.partial(start, "megatron_rmipo.checkpoint.megatron_to_hf_cli")
 make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
 summarize_run = functools.partial(start, "megatron_rmipo.reports.summary")
+stage_record = functools.partial(start, "megatron_rmipo.stage_record")
 compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
 
 if __name__ == "__main__":

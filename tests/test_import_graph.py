@@ -44,6 +44,7 @@ MAY_IMPORT = {
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command"},
     "launch": {"command", "entry"},
+    "stage_record": {"errors", "command", "entry"},
     "train": {"entry"},
 }
 # The rooms inside a room, where they have floors of their own.
