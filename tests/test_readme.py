@@ -51,7 +51,8 @@ def commands_of(text: str) -> list[list[str]]:
 def program(words: list[str]) -> tuple[str, list[str]]:
     """(tool's path or module, its arguments) of a command that starts Python, else ("", [])."""
     for number, word in enumerate(words):
-        if word == "-m" and words[number + 1].startswith(("megatron_rmipo", "benchmarks")):
+        # The launcher starts another program, as torchrun does.
+        if word == "-m" and words[number + 1].startswith(("megatron_rmipo", "benchmarks")) and "launch" not in words[number + 1]:
             return words[number + 1], words[number + 2 :]
         if word.startswith("tools/"):
             return word, words[number + 1 :]

@@ -10,6 +10,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -124,6 +125,7 @@ _worker_encoder: BatchEncoder | None = None
 def _start_worker(spec: TokenizerSpec, template: ChatTemplate, policy: LengthPolicy, options: RowOptions) -> None:
     global _worker_encoder
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the one that started them answers it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as --workers says, not threads times processes
     _worker_encoder = BatchEncoder(PreferenceTokenizer(spec), template, policy, options)
 
