@@ -34,7 +34,7 @@ handle_signals() {
     trap 'on_signal TERM 129' HUP
     if ((NODE_RANK == 0)); then
         mkdir -p "$WORK_DIR/.stages"
-        rm -f "$WORK_DIR/.stages/failed"
+        rm -f "$WORK_DIR/.stages/ended"
         trap 'leave_note $?' EXIT
     fi
 }
@@ -52,7 +52,8 @@ hand_on() {
 }
 
 leave_note() {
-    if (($1 != 0)); then echo "$CURRENT_STAGE: exit status $1" >"$WORK_DIR/.stages/failed"; fi
+    # Those that wait take a stop for what it is.
+    if (($1 != 0)); then echo "$CURRENT_STAGE: exit status $1" >"$WORK_DIR/.stages/ended"; fi
 }
 
 # stop_here WHY: end this start; the next one goes on.
@@ -118,7 +119,7 @@ check_record() {
 
 # wait_for NAME RESULT: wait until the first node has written RESULT.
 wait_for() {
-    local start=$SECONDS failed_since="" minutes=${STAGE_TIMEOUT_MINUTES:-240} note="$WORK_DIR/.stages/failed"
+    local start=$SECONDS failed_since="" minutes=${STAGE_TIMEOUT_MINUTES:-240} note="$WORK_DIR/.stages/ended"
     say "$1: waiting for the first node to write $2"
     until [[ -e "$2" ]]; do
         if [[ ! -e "$note" ]]; then

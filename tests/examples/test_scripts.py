@@ -362,13 +362,13 @@ def test_a_signal_reaches_torchrun_and_its_status_comes_back(
     assert script.returncode == expected, output
     assert calls(tmp_path)[-2:] == [f"heard {sent.name.removeprefix('SIG')}", "saved"]
     assert ("stopped by a signal; start this script again" in output) == (expected == 75)
-    assert (tmp_path / "work/.stages/failed").read_text() == f"train rmipo: exit status {expected}\n"
+    assert (tmp_path / "work/.stages/ended").read_text() == f"train rmipo: exit status {expected}\n"
 
 
 def test_a_failed_command_ends_the_script_with_its_status(tmp_path: Path) -> None:
     run_script(LLAMA, environment(tmp_path, **own_inputs(tmp_path), FAILS="convert_hf_to_megatron"), expect=9)
     assert "convert" in calls(tmp_path)[-1]
-    assert "convert the model: exit status 9" in (tmp_path / "work/.stages/failed").read_text()
+    assert "convert the model: exit status 9" in (tmp_path / "work/.stages/ended").read_text()
 
 
 def test_other_nodes_do_not_wait_for_a_first_node_that_failed(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_other_nodes_do_not_wait_for_a_first_node_that_failed(tmp_path: Path) ->
     run_script(LLAMA, first | {"FAILS": "preprocess"}, expect=9)
     message = run_script(LLAMA, second | {"FAILURE_GRACE_SECONDS": "1"}, expect=1)
     assert "the first node has failed (preprocess train: exit status 9)" in message
-    (tmp_path / "work/.stages/failed").write_text("convert the model: exit status 75")
+    (tmp_path / "work/.stages/ended").write_text("convert the model: exit status 75")
     message = run_script(LLAMA, second | {"FAILURE_GRACE_SECONDS": "1"}, expect=75)
     assert "the first node has stopped; start this script again" in message
     # The note of an earlier start goes when the first node starts again.
@@ -386,7 +386,7 @@ def test_other_nodes_do_not_wait_for_a_first_node_that_failed(tmp_path: Path) ->
     run_script(LLAMA, first)
     output, _ = waiting.communicate(timeout=30)
     assert waiting.returncode == 0, output
-    assert not (tmp_path / "work/.stages/failed").exists()
+    assert not (tmp_path / "work/.stages/ended").exists()
 
 
 def test_other_nodes_wait_only_so_long(tmp_path: Path) -> None:
