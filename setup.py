@@ -59,15 +59,16 @@ EXTRAS = {
 }
 
 COMMANDS = {
-    "megatron-rmipo-train": "megatron_rmipo.train:main",
-    "megatron-rmipo-preprocess": "megatron_rmipo.data.preparing.preprocess_cli:main",
-    "megatron-rmipo-inspect-pairs": "megatron_rmipo.data.preparing.inspect_cli:main",
-    "megatron-rmipo-score-pairs": "megatron_rmipo.scoring.score_cli:main",
-    "megatron-rmipo-hf-to-megatron": "megatron_rmipo.checkpoint.hf_to_megatron_cli:main",
-    "megatron-rmipo-megatron-to-hf": "megatron_rmipo.checkpoint.megatron_to_hf_cli:main",
-    "megatron-rmipo-verify-conversion": "megatron_rmipo.checkpoint.verify_cli:main",
-    "megatron-rmipo-summarize-run": "megatron_rmipo.reports.summary:main",
-    "megatron-rmipo-compare-runs": "megatron_rmipo.reports.comparison_cli:main",
+    "megatron-rmipo-train": "megatron_rmipo.entry:train",
+    "megatron-rmipo-launch": "megatron_rmipo.entry:launch",
+    "megatron-rmipo-preprocess": "megatron_rmipo.entry:preprocess_preferences",
+    "megatron-rmipo-inspect-pairs": "megatron_rmipo.entry:inspect_pairs",
+    "megatron-rmipo-score-pairs": "megatron_rmipo.entry:score_pairs",
+    "megatron-rmipo-hf-to-megatron": "megatron_rmipo.entry:convert_hf_to_megatron",
+    "megatron-rmipo-megatron-to-hf": "megatron_rmipo.entry:convert_megatron_to_hf",
+    "megatron-rmipo-verify-conversion": "megatron_rmipo.entry:verify_conversion",
+    "megatron-rmipo-summarize-run": "megatron_rmipo.entry:summarize_run",
+    "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",
 }
 
 setup(

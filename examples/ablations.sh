@@ -9,9 +9,9 @@
 # Printed at the end, and written to WORK_DIR/ablations.md and .csv: a line a run, with accuracy, margin and loss on the held-out pairs
 # and how the target margin gamma is spread over them. docs/comparison.md explains the tables.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/grid.sh
-source examples/grid.sh
+source "$ROOT/examples/grid.sh"
 choose_grid ablations
 
 # Row name -> the flags in which it differs from RMiPO's defaults (beta 2, gamma 0.3 to 1.6, exponential, mutual information).

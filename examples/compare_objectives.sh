@@ -10,9 +10,9 @@
 # the objectives that it suits. Printed at the end, and written to WORK_DIR/comparison.md, .csv and .png (needs matplotlib): accuracy,
 # change of log-probabilities, speed, memory. docs/comparison.md explains them.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/grid.sh
-source examples/grid.sh
+source "$ROOT/examples/grid.sh"
 choose_grid comparison
 
 # Hyperparameters: the paper's table 4 gives ranges; the value used here is our default wherever that lies in the range.

@@ -11,9 +11,9 @@
 # made once, in WORK_DIR; the scripts of the embedded example share one.
 
 # shellcheck source=examples/stages.sh
-source examples/stages.sh
+source "$ROOT/examples/stages.sh"
 # shellcheck source=examples/settings.sh
-source examples/settings.sh
+source "$ROOT/examples/settings.sh"
 
 FAILED_ROWS=()
 
@@ -90,7 +90,7 @@ show_tables() {
     if ((NODE_RANK == 0)); then
         CURRENT_STAGE="tables"
         say "tables"
-        run python tools/compare_runs.py --runs "$WORK_DIR/$GRID" --output "$WORK_DIR/$GRID" "$@"
+        run python "$ROOT/tools/compare_runs.py" --runs "$WORK_DIR/$GRID" --output "$WORK_DIR/$GRID" "$@"
     fi
     if ((${#FAILED_ROWS[@]} > 0)); then
         CURRENT_STAGE="the end"

@@ -7,11 +7,11 @@
 # reached at length 2048). With neither HF_MODEL nor DATA it runs a small embedded example through the same stages. All variables:
 # examples/stages.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/stages.sh
-source examples/stages.sh
+source "$ROOT/examples/stages.sh"
 # shellcheck source=examples/settings.sh
-source examples/settings.sh
+source "$ROOT/examples/settings.sh"
 choose_inputs mistral-7b 5e-7
 
 # 6 bytes a parameter (bf16 weights, fp32 gradients) over TP, and 12 of the optimizer over all GPUs: TP 4 fits 4 or 8 GPUs of 80 GB.

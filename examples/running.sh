@@ -1,10 +1,12 @@
 # shellcheck shell=bash
 # How the stages run: commands that hear the script's signals, records of what made each result, and nodes that wait for the first.
 
-# "Try again later" of sysexits.h: a start that ended early and goes on when it is started again.
+# "Try again later" of sysexits.h: a start that ended early and goes on when it is started again. The trainer's, too.
 EX_TEMPFAIL=75
 
 CURRENT_STAGE="the start"
+# Where the running training saves.
+SAVED_IN=""
 # Process of the running command ("starting" until it is known), and how many signals have come.
 CHILD=""
 HEARD=0
@@ -32,7 +34,7 @@ handle_signals() {
     trap 'on_signal TERM 129' HUP
     if ((NODE_RANK == 0)); then
         mkdir -p "$WORK_DIR/.stages"
-        rm -f "$WORK_DIR/.stages/failed"
+        rm -f "$WORK_DIR/.stages/ended"
         trap 'leave_note $?' EXIT
     fi
 }
@@ -43,14 +45,23 @@ on_signal() {
     if [[ "$CHILD" != starting ]]; then hand_on "$1"; fi
 }
 
-# The command's process group, so that its helpers hear it too; torchrun's ranks are in groups of their own and hear torchrun.
+# The command's process group, so that its helpers hear it too; ranks are in groups of their own and hear the launcher. Once: a tool
+# may be cleaning up.
 hand_on() {
-    # A second signal makes torchrun leave its ranks behind.
-    if [[ -z "${SIGNALS_REACH_ALL:-}" ]] && ((HEARD == 1)); then kill -s "$1" -- "-$CHILD" 2>/dev/null || true; fi
+    if ((HEARD == 1)); then kill -s "$1" -- "-$CHILD" 2>/dev/null || true; fi
 }
 
 leave_note() {
-    if (($1 != 0)); then echo "$CURRENT_STAGE: exit status $1" >"$WORK_DIR/.stages/failed"; fi
+    # Those that wait take a stop for what it is.
+    if (($1 != 0)); then echo "$CURRENT_STAGE: exit status $1" >"$WORK_DIR/.stages/ended"; fi
+}
+
+# stop_here WHY: end this start; the next one goes on.
+stop_here() {
+    local saved="" latest="$SAVED_IN/latest_checkpointed_iteration.txt"
+    if [[ -n "$SAVED_IN" && -e "$latest" ]]; then saved="; step $(<"$latest") is saved in $SAVED_IN"; fi
+    say "$CURRENT_STAGE: $1$saved; start this script again to go on"
+    exit "$EX_TEMPFAIL"
 }
 
 # run COMMAND...: run it and return its status, or print it where DRY_RUN is set. In the foreground bash would not hear a signal before
@@ -75,54 +86,46 @@ run() {
         if ((HEARD == heard)); then break; fi
     done
     CHILD=""
+    # With these a command ends that a signal ended; others are faults.
     if ((HEARD > 0)); then
-        say "$CURRENT_STAGE: stopped by a signal; start this script again to go on"
-        exit $((status > 0 ? status : EX_TEMPFAIL))
+        case $status in
+            0 | "$EX_TEMPFAIL" | 129 | 130 | 143) stop_here "stopped by a signal" ;;
+        esac
     fi
     return "$status"
 }
 
 # record_path NAME: where the command that made a stage's result is kept.
 record_path() {
-    echo "$WORK_DIR/.stages/${1//[ \/]/-}"
+    echo "$WORK_DIR/.stages/${1//[ \/]/-}.json"
 }
 
-# records_of NAME...: what made the results that another stage starts from, a line each.
-records_of() {
+# made_from_stages NAME...: note in MADE_FROM that a stage starts from the results of others.
+made_from_stages() {
     local name
-    for name in "$@"; do
-        if [[ -e "$(record_path "$name")" ]]; then sed "s/^/from $name: /" "$(record_path "$name")"; fi
-    done
+    for name in "$@"; do MADE_FROM+=("--upstream=$name=$(record_path "$name")"); done
 }
 
-# check_record NAME MADE REMEDY TEXT: where the stage has MADE something (else ""), stop unless TEXT is what made it; else note TEXT.
+# check_record NAME MADE REMEDY FLAGS...: where the stage has MADE something (else ""), stop unless it was made from what the flags of
+# megatron_rmipo.stage_record say; else note them.
 check_record() {
-    local record before now
-    record=$(record_path "$1")
-    if [[ -z "$2" ]]; then
-        # One writer, and never half a record: the nodes share the directory.
-        if ((NODE_RANK == 0)); then
-            echo "$4" >"$record.new"
-            mv "$record.new" "$record"
-        fi
-    elif [[ -e "$record" && "$(<"$record")" != "$4" ]]; then
-        before=$(grep -vxF -e "$4" "$record" | sed 's/^/  then: /' || true)
-        now=$(grep -vxF -f "$record" <<<"$4" | sed 's/^/  now:  /' || true)
-        die "$1: $2 was made with other settings:
-$before
-$now
-Set WORK_DIR to another directory, or make it again: $3"
+    local flags=("--name=$1" "--made=$2" "--remedy=$3")
+    if ((NODE_RANK > 0)); then
+        if [[ -z "$2" ]]; then return; fi
+        flags+=(--read-only)
     fi
+    python -m megatron_rmipo.stage_record "$(record_path "$1")" "${flags[@]}" "${@:4}" || exit
 }
 
 # wait_for NAME RESULT: wait until the first node has written RESULT.
 wait_for() {
-    local start=$SECONDS failed_since="" minutes=${STAGE_TIMEOUT_MINUTES:-240} note="$WORK_DIR/.stages/failed"
+    local start=$SECONDS failed_since="" minutes=${STAGE_TIMEOUT_MINUTES:-240} note="$WORK_DIR/.stages/ended"
     say "$1: waiting for the first node to write $2"
     until [[ -e "$2" ]]; do
         if [[ ! -e "$note" ]]; then
             failed_since=""
         elif ((SECONDS - ${failed_since:=$SECONDS} >= ${FAILURE_GRACE_SECONDS:-60})); then
+            if [[ "$(<"$note")" == *"status $EX_TEMPFAIL" ]]; then stop_here "the first node has stopped"; fi
             die "$1: the first node has failed ($(<"$note")); its own output says why"
         fi
         if ((SECONDS - start >= minutes * 60)); then

@@ -10,16 +10,19 @@
 #                   without it
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them
 #   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP      the layout; WORK_DIR must be shared by the nodes
+#   Relative paths are read from where the script is started.
 #   STAGE_TIMEOUT_MINUTES   how long the other nodes wait for a stage of the first one (240); FAILURE_GRACE_SECONDS  how long its failure
-#                   may be that of an earlier start (60)      SIGNALS_REACH_ALL=1   whoever signals this script signals torchrun too
+#                   may be that of an earlier start (60)
 #
 # A stage whose result is there and complete is skipped; a training that was interrupted goes on from its latest checkpoint. What was
-# made with other settings, or from something that was, is refused. SIGTERM and SIGINT reach the trainer, which saves and ends.
-# Exit status: 0 everything is there; 75 a training stopped before its end, start again to go on; else that of the command that failed.
+# made with other settings, from other contents of its inputs, or from something that was, is refused. SIGTERM and SIGINT reach the
+# trainer, which saves and ends. Exit status: 0 everything is there; 75 stopped before the end, start again to go on; else that of the
+# command that failed (docs/training.md has a table).
 
 # shellcheck source=examples/running.sh
-source examples/running.sh
+source "$ROOT/examples/running.sh"
 
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 RUN_ONLY=()
 
 # nproc would answer with OMP_NUM_THREADS.
@@ -32,14 +35,15 @@ count_gpus() {
 }
 
 # stage NAME RESULT REMOVE COMMAND...: run the command once, on the first node; RESULT is the file the command writes last, REMOVE what
-# to remove to make it again. Flags in the array RUN_ONLY are added; the result does not depend on them.
+# to remove to make it again. The array MADE_FROM says what the result depends on, as flags of megatron_rmipo.stage_record. Flags in
+# the array RUN_ONLY are added; the result does not depend on them.
 stage() {
     local name=$1 result=$2 remove=$3 made=""
     shift 3
     CURRENT_STAGE=$name
     if ! is_dry; then
         if [[ -e "$result" ]]; then made=$result; fi
-        check_record "$name" "$made" "rm -r $remove" "$(printf '%q ' "$@")"
+        check_record "$name" "$made" "rm -r $remove" "${MADE_FROM[@]}"
     fi
     if [[ -n "$made" ]]; then
         say "$name: already there ($result)"
@@ -54,15 +58,21 @@ stage() {
 # preprocess NAME INPUT SPLIT: prepare a preference data set at $WORK_DIR/data/NAME.
 preprocess() {
     local arguments=(--input "$2" --tokenizer-model "$HF_MODEL" --output-prefix "$WORK_DIR/data/$1" --seq-length "$SEQ_LENGTH")
-    local RUN_ONLY=(--workers "$WORKERS")
+    local RUN_ONLY=(--workers "$WORKERS") MADE_FROM=("--input=data=$2" "--tokenizer=tokenizer of=$HF_MODEL")
+    MADE_FROM+=("--setting=--seq-length $SEQ_LENGTH" "--setting=--split ${3:-none}")
     if [[ -n "$3" ]]; then arguments+=(--split "$3"); fi
-    if [[ -n "${CHAT_TEMPLATE:-}" ]]; then arguments+=(--chat-template "$CHAT_TEMPLATE"); fi
+    if [[ -n "${CHAT_TEMPLATE:-}" ]]; then
+        arguments+=(--chat-template "$CHAT_TEMPLATE")
+        MADE_FROM+=("--input=chat template=$CHAT_TEMPLATE")
+    fi
     if ((NODE_RANK == 0)) && ! is_dry; then mkdir -p "$WORK_DIR/data"; fi
-    stage "preprocess $1" "$WORK_DIR/data/$1.json" "$WORK_DIR/data/$1.*" python tools/preprocess_preferences.py "${arguments[@]}"
+    stage "preprocess $1" "$WORK_DIR/data/$1.json" "$WORK_DIR/data/$1.*" python "$ROOT/tools/preprocess_preferences.py" "${arguments[@]}"
 }
 
-# what_trains FLAGS...: those on which the trained model depends. The others may change between two starts of one training.
+# what_trains FLAGS...: those on which the trained model depends, each with its values a setting in MADE_FROM. The others may change
+# between two starts of one training.
 what_trains() {
+    local settings=()
     while (($#)); do
         case $1 in
             --debug) ;;
@@ -71,10 +81,13 @@ what_trains() {
             --exit-interval=* | --log-interval=* | --save-interval=* | --keep-last=* | --eval-interval=* | --num-workers=* | \
                 --log-dir=* | --tensorboard-dir=* | --wandb-project=* | --wandb-exp-name=* | --distributed-timeout-minutes=* | \
                 --reference-cache=*) ;;
-            *) printf '%q ' "$1" ;;
+            --*) settings+=("$1") ;;
+            *) settings[-1]+=" $1" ;;
         esac
         if (($#)); then shift; fi
     done
+    settings=("${settings[@]//"$WORK_DIR"/WORK_DIR}")
+    MADE_FROM+=("${settings[@]/#/--setting=}")
 }
 
 # has_checkpoint DIR: whether a training has saved there; a folder of a run that died while it wrote it is none.
@@ -88,9 +101,9 @@ has_checkpoint() {
 
 # train_stage NAME FROM EXPORT UPSTREAM FLAGS...: train from the checkpoint FROM into $WORK_DIR/NAME; the trainer writes the Hugging Face
 # model to EXPORT when it has reached its last step, and not before. UPSTREAM: stages it starts from, in lines. Returns the trainer's
-# status where it failed.
+# status where it failed, and ends the script where it was stopped.
 train_stage() {
-    local name="train $1" from=$2 export=$3 save="$WORK_DIR/$1" upstream made="" load
+    local name="train $1" from=$2 export=$3 save="$WORK_DIR/$1" upstream made="" load status=0 MADE_FROM=()
     mapfile -t upstream <<<"$4"
     shift 4
     CURRENT_STAGE=$name
@@ -102,8 +115,9 @@ train_stage() {
             load=(--load "$save")
         fi
         # Its latest checkpoint would be exported again if the export alone were removed.
-        check_record "$name" "$made" "rm -r $save $export" \
-            "$(what_trains "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@" && echo && records_of "${upstream[@]}")"
+        what_trains "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@"
+        made_from_stages "${upstream[@]}"
+        check_record "$name" "$made" "rm -r $save $export" "${MADE_FROM[@]}"
         if [[ -e "$export/config.json" ]]; then
             say "$name: already there ($export)"
             return
@@ -111,41 +125,29 @@ train_stage() {
         if ((NODE_RANK == 0)) && [[ -z "$made" ]]; then rm -rf "$save"/iter_*.incomplete; fi
     fi
     if [[ -n "$made" ]]; then say "$name: goes on from the latest checkpoint of $save"; else say "$name"; fi
-    run torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_rmipo.train \
+    SAVED_IN=$save
+    run python -m megatron_rmipo.launch "${DISTRIBUTED_ARGS[@]}" -m megatron_rmipo.train \
         "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}" \
-        "${load[@]}" --save "$save" --save-hf "$export" "$@" || return
-    if ! is_dry && ! appears "$export/config.json"; then
-        say "$name: stopped before its end; start this script again to go on"
-        exit "$EX_TEMPFAIL"
-    fi
-}
-
-# appears FILE: whether it is there; on another node than the one that wrote it, that may take some seconds.
-appears() {
-    local tries=$((NODE_RANK > 0 ? 10 : 0))
-    until [[ -e "$1" ]]; do
-        if ((tries-- == 0)); then return 1; fi
-        sleep 1
-    done
+        "${load[@]}" --save "$save" --save-hf "$export" "$@" || status=$?
+    if ((status == EX_TEMPFAIL)); then stop_here "stopped before its end"; fi
+    SAVED_IN=""
+    return "$status"
 }
 
 # prepare_start: everything a preference training starts from. Sets START (checkpoint directory), SOURCES (the stages that made what it
 # reads, in lines) and HELD_OUT (flags).
 prepare_start() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
-    # Every rank would repeat what Megatron-Core says at import of packages it can do without.
-    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
-    # torchrun kills ranks that take longer than this (seconds) to save after SIGTERM; its default is 30.
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}
     handle_signals
-    local sources="convert the model" valid=""
+    local sources="convert the model" valid="" MADE_FROM=()
     HELD_OUT=(--split "99,1")
     START="$WORK_DIR/base"
     if [[ -n "${EMBEDDED:-}" ]]; then
+        MADE_FROM=("--setting=--seed 1")
         stage "make the embedded inputs" "$HF_MODEL/config.json" "$INPUTS" \
-            python examples/embedded/make_inputs.py --output "$INPUTS" --seed 1
+            python "$ROOT/examples/embedded/make_inputs.py" --output "$INPUTS" --seed 1
     elif ! is_dry && [[ ! -e "$HF_MODEL/config.json" ]]; then
-        die "HF_MODEL=$HF_MODEL: no config.json there; name the directory of a Hugging Face model"
+        die_without_model
     fi
     preprocess train "$DATA" "${DATA_SPLIT:-}"
     if [[ -n "${VALID_DATA:-}" ]]; then
@@ -153,8 +155,9 @@ prepare_start() {
         valid=$'\npreprocess valid'
         HELD_OUT=(--valid-data-path "$WORK_DIR/data/valid")
     fi
+    MADE_FROM=("--input=model=$HF_MODEL")
     stage "convert the model" "$START/latest_checkpointed_iteration.txt" "$START" \
-        python tools/convert_hf_to_megatron.py --hf-model "$HF_MODEL" --save "$START"
+        python "$ROOT/tools/convert_hf_to_megatron.py" --hf-model "$HF_MODEL" --save "$START"
     if [[ -n "${SFT_DATA:-}" ]]; then
         preprocess sft "$SFT_DATA" "${SFT_SPLIT:-}"
         train_stage sft "$START" "$WORK_DIR/sft-hf" "$sources"$'\n'"preprocess sft$valid" \
@@ -173,17 +176,51 @@ run_stages() {
         say "result"
         local rows=()
         if [[ -n "${EMBEDDED:-}" ]]; then rows=(--rows "$VALID_DATA"); fi
-        run python tools/summarize_run.py --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf" "${rows[@]}"
+        run python "$ROOT/tools/summarize_run.py" --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf" "${rows[@]}"
+    fi
+}
+
+# Nothing is downloaded at run time, least of all by every node.
+die_without_model() {
+    if [[ ! -e "$HF_MODEL" && "$HF_MODEL" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]]; then
+        die "HF_MODEL=$HF_MODEL is no directory here, and nothing is downloaded. If it is the name of a model on the Hugging Face hub:
+  hf download $HF_MODEL --local-dir models/${HF_MODEL#*/}
+and start again with HF_MODEL=models/${HF_MODEL#*/}"
+    fi
+    die "HF_MODEL=$HF_MODEL: no config.json there; name the directory of a Hugging Face model"
+}
+
+# check_numbers NAME...: stop where one of these variables is set to something else than a whole number.
+check_numbers() {
+    local name
+    for name in "$@"; do
+        if [[ -n "${!name:-}" && ! "${!name}" =~ ^(0|[1-9][0-9]*)$ ]]; then die "$name=${!name}: a whole number is needed"; fi
+    done
+}
+
+# check_nodes: stop where several nodes do not know their first one or their own number; each would train alone or wait for ever.
+check_nodes() {
+    if ((GPUS_PER_NODE < 1 || NUM_NODES < 1)); then
+        die "GPUS_PER_NODE=$GPUS_PER_NODE NUM_NODES=$NUM_NODES: at least 1 of each is needed"
+    fi
+    if ((NODE_RANK >= NUM_NODES)); then
+        die "NODE_RANK=$NODE_RANK: with NUM_NODES=$NUM_NODES the nodes are numbered from 0 to $((NUM_NODES - 1))"
+    fi
+    if ((NUM_NODES > 1)) && [[ -z "$1" || -z "${MASTER_ADDR:-}" ]]; then
+        die "NUM_NODES=$NUM_NODES: each node needs NODE_RANK (0 to $((NUM_NODES - 1))) and MASTER_ADDR (host name or address of node 0)"
     fi
 }
 
 # Where to run: the GPUs of each node, or two processes over gloo on the CPU.
 set_layout() {
-    local gpus
+    local gpus given_rank=${NODE_RANK:-}
+    check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT TP PP WORKERS OMP_NUM_THREADS SEQ_LENGTH TOKENS_PER_MICROBATCH \
+        GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
     gpus=$(count_gpus)
     GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
     NUM_NODES=${NUM_NODES:-1}
     NODE_RANK=${NODE_RANK:-0}
+    check_nodes "$given_rank"
     MASTER_ADDR=${MASTER_ADDR:-localhost}
     # Runs beside each other on one machine must not meet on one port; several nodes must agree on one.
     MASTER_PORT=${MASTER_PORT:-$((NUM_NODES > 1 ? 6000 : 20000 + $$ % 20000))}
@@ -200,10 +237,14 @@ set_layout() {
         --master-addr "$MASTER_ADDR"
         --master-port "$MASTER_PORT"
     )
-    if ! command -v torchrun >/dev/null && [[ -x .venv/bin/torchrun ]]; then
-        PATH="$PWD/.venv/bin:$PATH"
+    # torchrun comes with torch, as python may not.
+    if ! command -v torchrun >/dev/null && [[ -x "$ROOT/.venv/bin/torchrun" ]]; then
+        PATH="$ROOT/.venv/bin:$PATH"
     fi
-    if [[ -z "${DRY_RUN:-}" ]] && ! command -v torchrun >/dev/null; then
-        die "torchrun is not on the PATH: run 'make venv', or activate the environment this project is installed in"
+    if is_dry; then return; fi
+    if ! command -v python >/dev/null; then
+        die "python is not on the PATH: run 'make venv', or activate the environment this project is installed in"
     fi
+    # Says what is missing.
+    python -m megatron_rmipo.entry || exit
 }

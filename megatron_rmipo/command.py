@@ -1,4 +1,4 @@
-"""What the command lines of one process share: faults of the user become a message and an exit code."""
+"""How the commands of this package end: one exit code a kind of end, and a message for what its user can mend."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from collections.abc import Callable
 
 from megatron_rmipo.errors import RmipoError
 
+DONE = 0
+FAULT_OF_USER = 1
+# EX_SOFTWARE and EX_TEMPFAIL of sysexits.h.
+FAULT_OF_OURS = 70
+STOPPED = 75
+# What a shell makes of Ctrl-C: a signal came before there was anything to keep.
+INTERRUPTED = 130
+
 
 def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     """Add ``--debug``."""
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors, and warnings of other packages")
 
 
 def run_command(action: Callable[[], None], *, debug: bool = False, interrupted: str = "interrupted") -> int:
@@ -31,8 +39,8 @@ def run_command(action: Callable[[], None], *, debug: bool = False, interrupted:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return FAULT_OF_USER
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
+    return DONE

@@ -1,11 +1,11 @@
-"""``python -m megatron_rmipo.train``: the trainer, started by torchrun or alone."""
+"""``python -m megatron_rmipo.train``: the trainer, started by megatron_rmipo.launch, by torchrun or alone."""
+
+# Saving a checkpoint starts a process that imports this module again, and that has no need of the trainer.
+from megatron_rmipo.entry import train
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
-    # Imported here: saving a checkpoint starts a process that imports this module again, and that has no need of the trainer.
-    from megatron_rmipo.training.main import main as train
-
     return train()
 
 

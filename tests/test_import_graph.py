@@ -16,20 +16,24 @@ MAY_IMPORT = {
     "config": {"errors"},
     "runtime": {"errors"},
     "objectives": {"errors", "config"},
-    "data": {"errors", "command"},
+    "data": {"errors", "command", "runtime"},
     "embedded": {"errors", "command"},
     "families": {"errors"},
     "model": {"errors", "config", "runtime", "data", "families"},
     "memory": {"errors", "config", "runtime", "data", "families", "model"},
     "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
     "checkpoint": {"errors", "command", "config", "runtime", "data", "families", "model"},
-    "scoring": {"errors", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
+    "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},
     "training": {
-        *("errors", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
+        *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
         *("scoring", "reports"),
     },
-    "train": {"training"},
+    # What every command starts with, and what starts it on several ranks.
+    "entry": {"errors", "command"},
+    "launch": {"command", "entry"},
+    "stage_record": {"errors", "command", "entry"},
+    "train": {"entry"},
 }
 # The rooms inside a room, where they have floors of their own.
 INNER_ROOMS = {

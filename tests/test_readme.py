@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rmipo import entry
 from megatron_rmipo.objectives.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,8 @@ def commands_of(text: str) -> list[list[str]]:
 def program(words: list[str]) -> tuple[str, list[str]]:
     """(tool's path or module, its arguments) of a command that starts Python, else ("", [])."""
     for number, word in enumerate(words):
-        if word == "-m" and words[number + 1].startswith(("megatron_rmipo", "benchmarks")):
+        # The launcher starts another program, as torchrun does.
+        if word == "-m" and words[number + 1].startswith(("megatron_rmipo", "benchmarks")) and "launch" not in words[number + 1]:
             return words[number + 1], words[number + 2 :]
         if word.startswith("tools/"):
             return word, words[number + 1 :]
@@ -81,7 +83,8 @@ def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -
         patch.setattr("megatron_rmipo.scoring.score_cli.score", stop)
         module = name
         if name.startswith("tools/"):
-            (module,) = re.findall(r"^from (megatron_rmipo\.\S+) import main$", (ROOT / name).read_text(), re.MULTILINE)
+            (command,) = re.findall(r"^from megatron_rmipo.entry import (\w+)$", (ROOT / name).read_text(), re.MULTILINE)
+            (module,) = getattr(entry, command).args
         elif not hasattr(importlib.import_module(name), "main"):
             module = f"{name}.__main__"
         with pytest.raises(ParsedError):

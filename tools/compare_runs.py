@@ -6,7 +6,7 @@ python tools/compare_runs.py --runs work/embedded/comparison --picture compariso
 
 import sys
 
-from megatron_rmipo.reports.comparison_cli import main
+from megatron_rmipo.entry import compare_runs
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(compare_runs())

@@ -6,7 +6,7 @@ python tools/convert_hf_to_megatron.py --hf-model DIR --save DIR
 
 import sys
 
-from megatron_rmipo.checkpoint.hf_to_megatron_cli import main
+from megatron_rmipo.entry import convert_hf_to_megatron
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(convert_hf_to_megatron())

@@ -6,7 +6,7 @@ python tools/convert_megatron_to_hf.py --load DIR --save-hf DIR
 
 import sys
 
-from megatron_rmipo.checkpoint.megatron_to_hf_cli import main
+from megatron_rmipo.entry import convert_megatron_to_hf
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(convert_megatron_to_hf())

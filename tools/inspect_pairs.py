@@ -6,7 +6,7 @@ python tools/inspect_pairs.py data/pairs 3
 
 import sys
 
-from megatron_rmipo.data.preparing.inspect_cli import main
+from megatron_rmipo.entry import inspect_pairs
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(inspect_pairs())

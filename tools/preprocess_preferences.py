@@ -6,7 +6,7 @@ python tools/preprocess_preferences.py --input pairs.jsonl --tokenizer-model DIR
 
 import sys
 
-from megatron_rmipo.data.preparing.preprocess_cli import main
+from megatron_rmipo.entry import preprocess_preferences
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(preprocess_preferences())

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 8 tools/score_pairs.py --load-hf MODEL_DIR --pairs dat
 
 import sys
 
-from megatron_rmipo.scoring.score_cli import main
+from megatron_rmipo.entry import score_pairs
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(score_pairs())

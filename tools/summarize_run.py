@@ -6,7 +6,7 @@ python tools/summarize_run.py --log-dir work/llama3-8b/rmipo/logs
 
 import sys
 
-from megatron_rmipo.reports.summary import main
+from megatron_rmipo.entry import summarize_run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(summarize_run())

@@ -6,7 +6,7 @@ python tools/verify_conversion.py --hf-model DIR --load DIR --tensor-model-paral
 
 import sys
 
-from megatron_rmipo.checkpoint.verify_cli import main
+from megatron_rmipo.entry import verify_conversion
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(verify_conversion())

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_rmipo.embedded.generate import main
+from megatron_rmipo.entry import make_inputs
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_inputs())

@@ -106,6 +106,13 @@ class Reporter:
                 {"step": record["step"], **{f"{kind}/{name}": value for name, value in record.items() if name != "step"}}
             )
 
+    def has_record(self, kind: str, step: int) -> bool:
+        """Whether the file holds a record of this kind and step; False where nothing is reported."""
+        if not self._enabled:
+            return False
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return any((line["kind"], line["step"]) == (kind, step) for line in lines)
+
     def log_pairs(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Write what an evaluation said of each held-out pair to ``held_out_pairs.jsonl``, in place of the one before.
 

@@ -48,7 +48,10 @@ def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> None:
         if cause is None or debug:
             raise error
         print(f"{rank_label()}stopped, since {cause}", file=sys.stderr, flush=True)
-    elif debug:
+        return
+    # A rank that loses this one, perhaps on another node, says so, too.
+    claim_first_failure(f"{rank_label()}{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    if debug:
         traceback.print_exception(error)
     elif speaks_for_its_node():
         print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to save and stop after the step at hand; all ranks agree on when."""
+"""SIGTERM and SIGINT ask a command to keep what it has and stop; all ranks agree on when."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ import torch.distributed as dist
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 
-class StopRequest:
-    """Catches SIGTERM and SIGINT while it is entered.
+class RunStopped(Exception):
+    """A signal ended a command before its end, on every rank; the text says what was kept and how to go on."""
 
-    Further signals change nothing: a Ctrl-C reaches each rank twice, from the terminal and from torchrun.
+
+class StopRequest:
+    """Catches SIGTERM and SIGINT while it is entered; outside they end the process at once.
+
+    Further signals change nothing: a Ctrl-C may reach each rank twice, from the terminal and from torchrun. It may be entered
+    again, and remembers what it has received.
 
     Args:
         groups: ``requested`` is agreed on over all ranks.
@@ -39,8 +44,17 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
-    def requested(self) -> bool:
-        """Whether any rank has received a signal. All ranks call it together."""
+    def requested(self, group: dist.ProcessGroup | None = None) -> bool:
+        """Whether any rank has received a signal, of all or of a group. Its ranks call it together."""
         flag = torch.tensor(int(self._received), device=current_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups.world)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group or self._groups.world)
         return bool(flag.item())
+
+    def check(self, text: str, group: dist.ProcessGroup | None = None) -> None:
+        """Stop where a signal was received, as :meth:`requested`.
+
+        Raises:
+            RunStopped: with ``text``.
+        """
+        if self.requested(group):
+            raise RunStopped(text)

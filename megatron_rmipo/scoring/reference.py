@@ -23,6 +23,7 @@ from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.signals import StopRequest
 from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
 
 _REMEDY = "Name it with --reference-load DIR (Megatron checkpoints) or --reference-hf DIR (Hugging Face)."
@@ -138,6 +139,7 @@ def attach_scores(
     needs: LogpNeeds,
     groups: ProcessGroups,
     memory: MemoryReport,
+    stop: StopRequest,
 ) -> None:
     """Give the data the reference's log-probs, computing what is missing. All ranks call it together.
 
@@ -148,8 +150,10 @@ def attach_scores(
         needs: of the objective.
         groups: the process groups of this rank.
         memory: explains, should memory run out.
+        stop: asked before each block of rows.
 
     Raises:
+        RunStopped: a signal came; what was scored is kept.
         ConfigError: something is missing, and where the reference's weights lie is not known.
         DataError: a log-prob is not finite, or cannot be written.
     """
@@ -167,7 +171,7 @@ def attach_scores(
         model = load_reference(config, choice, fingerprint, groups)
         layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
-            score_rows(model, task, layout, groups, memory)
+            score_rows(model, task, layout, groups, memory, stop)
         del model
         forget_peak_memory()
     tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}

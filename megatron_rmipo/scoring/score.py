@@ -36,6 +36,7 @@ from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, score_responses
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.signals import StopRequest
 
 # Rows of each data-parallel rank between two writes: enough to fill several packs, and little to lose.
 ROWS_PER_WRITE = 64
@@ -106,7 +107,14 @@ def find_missing(tasks: Sequence[ScoreTask], groups: ProcessGroups) -> list[Scor
     return [tasks[number] for number in on_first_rank(groups.world, look)]
 
 
-def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups: ProcessGroups, memory: MemoryReport) -> None:
+def score_rows(
+    model: PolicyModel,
+    task: ScoreTask,
+    layout: BatchLayout,
+    groups: ProcessGroups,
+    memory: MemoryReport,
+    stop: StopRequest,
+) -> None:
     """Compute what is missing of a data set's scores. Shows a progress bar.
 
     Args:
@@ -115,8 +123,10 @@ def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups:
         layout: how rows are cut; the result does not depend on it.
         groups: the process groups of this rank.
         memory: explains, should memory run out.
+        stop: asked before each block of rows.
 
     Raises:
+        RunStopped: a signal came; what was scored is kept.
         DataError: a score is not finite, or the scores cannot be written.
         OutOfMemoryError: on the rank whose memory ran out, alone.
     """
@@ -130,9 +140,11 @@ def score_rows(model: PolicyModel, task: ScoreTask, layout: BatchLayout, groups:
         return writer[0].num_done
 
     num_done = on_first_rank(groups.world, open_writer)
-    with _progress_bar(f"{task.key.kind} log-probs of {rows.prefix}", num_done, num_rows, shown=groups.rank == 0) as bar:
+    title = f"{task.key.kind} log-probs of {rows.prefix}"
+    with stop, _progress_bar(title, num_done, num_rows, shown=groups.rank == 0) as bar:
         block = ROWS_PER_WRITE * groups.dp_size
         for first in range(num_done, num_rows, block):
+            stop.check(f"{title}: {first} of {num_rows} rows are kept in {task.directory}; start again to go on with the rest.")
             indices = np.arange(first, min(first + block, num_rows))
             batch = builder.build(indices)
             with memory.explaining(f"log-probs of {rows.prefix}", builder, batch, trains=False):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
+from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
 from megatron_rmipo.data.batches.sizes import check_capacity
@@ -27,6 +28,8 @@ from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.messages import tell_stop
+from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
 
 _DESCRIPTION = (
@@ -82,6 +85,7 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
 
     Raises:
         RmipoError: a fault the user can mend; what was computed before stays.
+        RunStopped: a signal ended it; what was computed before stays.
     """
     check_environment(wandb=False)
     if not scoring.pairs:
@@ -109,12 +113,13 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
     tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)
     missing = find_missing(tasks, groups)
     if missing:
+        stop = StopRequest(groups)
         with memory.explaining("loading the model", trains=False):
             model = build_model(source.arch, config, groups)
             load_weights(source, model, groups)
         layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
-            score_rows(model, task, layout, groups, memory)
+            score_rows(model, task, layout, groups, memory, stop)
     shutdown_runtime()
     return [f"{'wrote' if task in missing else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
 
@@ -148,7 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = score(config, sections[ScoringConfig])
     except (RmipoError, RuntimeError) as error:
         tell_failure(error, debug="--debug" in arguments)
-        return 1
+        return FAULT_OF_USER
+    except RunStopped as stopped:
+        shutdown_runtime()
+        tell_stop(str(stopped))
+        return STOPPED
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines))
-    return 0
+    return DONE

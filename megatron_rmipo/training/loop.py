@@ -22,6 +22,7 @@ from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.reports.timers import PhaseTimer
+from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
 from megatron_rmipo.training.progress import Progress
@@ -39,6 +40,7 @@ class Run:
         held_out: builder of evaluation batches, or None.
         num_held_out: pairs of an evaluation.
         save: writes a checkpoint of the run as it is.
+        stop: asked after each step and at each batch of an evaluation.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Run:
     profiler: StepProfiler
     memory: MemoryReport
     save: Callable[[], None]
+    stop: StopRequest
 
 
 def train(run: Run) -> bool:
@@ -70,10 +73,10 @@ def train(run: Run) -> bool:
         OutOfMemoryError: on the rank whose memory ran out, alone.
     """
     settings = run.config.training
-    if settings.eval_at_start and run.progress.step == 0:
-        evaluate(run)
     saved_at = evaluated_at = run.progress.step
-    with run.profiler, StopRequest(run.groups) as stop:
+    with run.profiler, run.stop:
+        if _owes_evaluation(run) and evaluate(run) is None:
+            return False
         for batch, outcome in _steps(run):
             step = run.progress.step
             if not outcome.updated:
@@ -86,7 +89,7 @@ def train(run: Run) -> bool:
             if settings.eval_interval and step % settings.eval_interval == 0:
                 evaluate(run)
                 evaluated_at = step
-            if stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
+            if run.stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
                 break
         run.profiler.stop()
         # Saved before the last evaluation, and with signals still held off: neither may cost what was trained.
@@ -94,18 +97,35 @@ def train(run: Run) -> bool:
             run.save()
         complete = run.progress.consumed_pairs >= run.total_pairs
         if complete and evaluated_at != run.progress.step:
-            evaluate(run)
+            complete = evaluate(run) is not None
     return complete
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Mean metrics over the held-out pairs, logged. All ranks call it together; empty without held-out pairs."""
+def _owes_evaluation(run: Run) -> bool:
+    """Whether one is due before the next step: at the start, or that of the last step, which a signal cut short."""
+    settings, step = run.config.training, run.progress.step
+    if step == 0:
+        return settings.eval_at_start
+    is_due = bool(settings.eval_interval) and step % settings.eval_interval == 0
+    if not (is_due or run.progress.consumed_pairs >= run.total_pairs):
+        return False
+    return not on_first_rank(run.groups.world, lambda: run.reporter.has_record("eval", step))
+
+
+def evaluate(run: Run) -> dict[str, float] | None:
+    """Mean metrics over the held-out pairs, logged. All ranks call it together; empty without held-out pairs.
+
+    Returns:
+        None where a signal cut it short, and nothing is logged.
+    """
     if run.held_out is None:
         return {}
     lengths = run.held_out.pairs.lengths[: run.num_held_out]
     batch_size = run.config.training.global_batch_size
     parts = []
     for first in range(0, run.num_held_out, batch_size):
+        if run.stop.requested():
+            return None
         indices = np.arange(first, min(first + batch_size, run.num_held_out))
         batch = run.held_out.build(indices, mean_chosen_length=float(lengths[:, 1].mean()))
         with run.memory.explaining(f"evaluation at step {run.progress.step}", run.held_out, batch, run.state.optimizer):

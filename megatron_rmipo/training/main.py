@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
+from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
@@ -18,6 +19,8 @@ from megatron_rmipo.passes.layout import batch_layout
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.messages import tell_stop
+from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.data import open_data
 from megatron_rmipo.training.loop import Run, train
@@ -28,14 +31,14 @@ from megatron_rmipo.training.observers import (
     say_what_runs,
     warn_of_few_pairs,
 )
-from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run
+from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run, where_it_stands
 from megatron_rmipo.training.resume import starting_point
 from megatron_rmipo.training.setup import load_training_state
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the arguments say. Returns the exit code: 0 done, 1 a fault the user can mend."""
+    """Train as the arguments say. Returns the exit code: 0 done, 1 a fault the user can mend, 75 stopped before the end."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     shows_tracebacks = "--debug" in arguments
     try:
@@ -44,18 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_training(config)
     except (RmipoError, RuntimeError) as error:
         tell_failure(error, debug=shows_tracebacks)
-        return 1
-    return 0
+        return FAULT_OF_USER
+    except RunStopped as stopped:
+        shutdown_runtime()
+        tell_stop(str(stopped))
+        return STOPPED
+    return DONE
 
 
-def run_training(config: Config) -> bool:
+def run_training(config: Config) -> None:
     """One run. Called by every rank; everything a user can get wrong is checked before the model is built.
-
-    Returns:
-        Whether the run is complete (False where a signal or ``--exit-interval`` ended it before).
 
     Raises:
         RmipoError: a fault the user can mend.
+        RunStopped: a signal or ``--exit-interval`` ended it before it was complete.
     """
     check_environment(wandb=config.logging.wandb_project is not None)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -81,11 +86,11 @@ def run_training(config: Config) -> bool:
     )
     latest_checkpoint = partial(checkpoint_to_go_on_from, config.checkpoint)
     memory = MemoryReport(config, source.arch, groups, config.log_directory, least_tokens, latest_checkpoint)
-    progress = start.progress
+    progress, stop = start.progress, StopRequest(groups)
     if reference is not None:
         progress.reference = identify_reference(reference, groups)
         with memory.explaining("loading the reference", trains=False):
-            attach_scores(config, reference, progress.reference, data.collections, objective.needs, groups, memory)
+            attach_scores(config, reference, progress.reference, data.collections, objective.needs, groups, memory, stop)
     with memory.explaining("loading the model"):
         state = load_training_state(config, source, start.objective_state, groups, train_iters=train_iters)
         if objective.needs.perturbation is not None:
@@ -112,9 +117,9 @@ def run_training(config: Config) -> bool:
             profiler=build_profiler(config, groups, progress, reporter),
             memory=memory,
             save=partial(save_run, config, source, state, progress, groups),
+            stop=stop,
         )
-        complete = train(run)
-        if complete:
-            save_hf(config, source, state, groups)
+        if not train(run):
+            raise RunStopped(where_it_stands(config, progress))
+        save_hf(config, source, state, progress, groups, stop)
     shutdown_runtime()
-    return complete

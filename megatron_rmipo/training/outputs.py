@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
@@ -14,7 +14,9 @@ from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 
@@ -65,23 +67,49 @@ def save_run(config: Config, source: ModelSource, state: TrainingState, progress
     )
 
 
-def save_hf(config: Config, source: ModelSource, state: TrainingState, groups: ProcessGroups) -> None:
+def save_hf(
+    config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups, stop: StopRequest
+) -> None:
     """Write the trained model as a Hugging Face directory, where ``--save-hf`` names one. All ranks call it together.
 
     Raises:
         ConversionError: it cannot be written.
+        RunStopped: a signal came, and the run has a checkpoint to export from; without one the export goes on to its end.
     """
     if config.checkpoint.save_hf is None:
         return
     state.gather_parameters()
-    if groups.dp_rank == 0:
-        export_hf(
-            state.policy,
-            source.arch,
-            source.assets,
-            Path(config.checkpoint.save_hf),
-            dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
-            tp_group=groups.tp,
-            pp_group=groups.pp,
-        )
-    dist.barrier(group=groups.world)
+    stopped = ""
+    with stop:
+        try:
+            if groups.dp_rank == 0:
+                text = f"before the export to {config.checkpoint.save_hf} was complete. {where_it_stands(config, progress)}"
+                is_kept = config.checkpoint.save is not None
+                export_hf(
+                    state.policy,
+                    source.arch,
+                    source.assets,
+                    Path(config.checkpoint.save_hf),
+                    dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
+                    tp_group=groups.tp,
+                    pp_group=groups.pp,
+                    before_each=partial(stop.check, text, groups.mp) if is_kept else lambda: None,
+                )
+        except RunStopped as error:
+            stopped = str(error)
+        # The other replicas wait for it here.
+        stopped = on_first_rank(groups.world, lambda: stopped)
+    if stopped:
+        raise RunStopped(stopped)
+
+
+def where_it_stands(config: Config, progress: Progress) -> str:
+    """What is kept of a run that stops, and how it goes on."""
+    save = config.checkpoint.save
+    if progress.step == 0:
+        return "No step was taken yet; start again."
+    if save is None:
+        return f"Step {progress.step} is lost: --save names no directory."
+    return f"Step {progress.step} is saved; go on with --load {save}" + (
+        " and without --finetune." if config.checkpoint.finetune else "."
+    )

@@ -10,7 +10,7 @@ from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 from megatron_rmipo.reports.comparison_cli import build_parser
 from megatron_rmipo.training.validation import problems_without_model
-from tests.examples.test_scripts import ROOT, calls, commands, environment, own_inputs, run_script
+from tests.examples.test_scripts import ROOT, calls, commands, environment, own_inputs, program_of, run_script
 
 ABLATIONS, COMPARISON = "ablations.sh", "compare_objectives.sh"
 LLAMA = "run_rmipo_llama3_8b.sh"
@@ -52,7 +52,7 @@ def rows(output: str, grid: str) -> dict[str, list[str]]:
     """Row -> the trainer's arguments, of the rows of a grid in a dry run's output."""
     found = {}
     for words in commands(output):
-        if words[0] == "torchrun":
+        if "megatron_rmipo.launch" in words:
             save = Path(words[words.index("--save") + 1])
             if save.parent.name == grid:
                 found[save.name] = words[words.index("megatron_rmipo.train") + 1 :]
@@ -167,16 +167,16 @@ def test_own_inputs_train_without_the_embedded_ones(tmp_path: Path) -> None:
 def test_complete_rows_are_skipped_and_interrupted_ones_go_on(tmp_path: Path) -> None:
     variables = environment(tmp_path, **own_inputs(tmp_path), ONLY="rmipo cosine")
     run_script(ABLATIONS, variables | {"INTERRUPTED": "1", "STEP": "40"}, expect=75)
-    (training,) = [call for call in calls(tmp_path) if call.startswith("torchrun")]
+    (training,) = [call for call in calls(tmp_path) if "megatron_rmipo.launch" in call]
     assert "/work/ablations/rmipo " in training
     run_script(ABLATIONS, variables)
-    trainings = [call for call in calls(tmp_path) if call.startswith("torchrun")]
+    trainings = [call for call in calls(tmp_path) if "megatron_rmipo.launch" in call]
     work = tmp_path / "work"
     assert [f"--load {work}/ablations/rmipo --save" in call for call in trainings] == [True, False]
     assert [f"--load {work}/base --finetune" in call for call in trainings] == [False, True]
     output = run_script(ABLATIONS, variables | {"ONLY": "rmipo cosine gm"})
     assert output.count(": already there") == 4
-    assert [call.split()[0] for call in calls(tmp_path)] == ["torchrun", "python"]
+    assert [*map(program_of, calls(tmp_path))] == ["megatron_rmipo.launch", "tools/compare_runs.py"]
     # Another length is another training.
     message = run_script(ABLATIONS, variables | {"STEPS": "9"}, expect=1)
     assert "other settings" in message
@@ -190,7 +190,7 @@ def test_a_row_that_fails_keeps_no_other_from_being_trained(tmp_path: Path) -> N
     assert "rows failed" in message
     assert message.strip().endswith(": gm")
     called = calls(tmp_path)
-    assert [Path(call.split(" --save ")[1].split()[0]).name for call in called if call.startswith("torchrun")] == [
+    assert [Path(call.split(" --save ")[1].split()[0]).name for call in called if "megatron_rmipo.launch" in call] == [
         "rmipo",
         "gm",
         "cosine",
@@ -219,5 +219,5 @@ def test_the_embedded_start_is_shared_with_the_main_example(tmp_path: Path) -> N
     run_script(LLAMA, variables)
     calls(tmp_path)
     run_script(COMPARISON, variables | {"ONLY": "rmipo"})
-    assert [call.split()[0] for call in calls(tmp_path)] == ["torchrun", "python"]
+    assert [*map(program_of, calls(tmp_path))] == ["megatron_rmipo.launch", "tools/compare_runs.py"]
     assert (ROOT / "tools/compare_runs.py").is_file()

@@ -1,11 +1,13 @@
 """The scripts people run: their commands are printed, parsed and, with stand-ins for python and torchrun, run through."""
 
+import json
 import os
 import shlex
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from megatron_rmipo.training.validation import problems_without_model
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("run_*.sh"))
 LLAMA = "run_rmipo_llama3_8b.sh"
+TWO_NODES = {"NUM_NODES": "2", "MASTER_ADDR": "first"}
 # A stand-in notes how it was called and writes what the real command writes last.
 STAND_IN = """#!/usr/bin/env bash
+if [[ "$*" == "-m megatron_rmipo.stage_record "* || "$*" == "-m megatron_rmipo.entry" ]]; then exec "$REAL_PYTHON" "$@"; fi
 echo "$(basename "$0") $*" >>"$CALLS"
 if [[ "$*" == *"${FAILS:-no command}"* ]]; then exit 9; fi
 if [[ "$*" == *"${HANGS:-no command}"* ]]; then
@@ -34,7 +38,7 @@ while (($#)); do
         --output) mkdir -p "$2/model" && echo "{}" >"$2/model/config.json" ;;
         --output-prefix) mkdir -p "$(dirname "$2")" && echo "{}" >"$2.json" ;;
         --save) mkdir -p "$2" && echo "${STEP:-release}" >"$2/latest_checkpointed_iteration.txt" ;;
-        --save-hf) if [[ -z "${INTERRUPTED:-}" ]]; then mkdir -p "$2" && echo "{}" >"$2/config.json"; fi ;;
+        --save-hf) if [[ -n "${INTERRUPTED:-}" ]]; then exit 75; fi; mkdir -p "$2" && echo "{}" >"$2/config.json" ;;
     esac
     shift
 done
@@ -49,13 +53,15 @@ def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
         (tools / name).write_text(STAND_IN)
         (tools / name).chmod(stat.S_IRWXU)
     base = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(tmp_path / "calls")}
+    base["REAL_PYTHON"] = sys.executable
     return {**base, "WORK_DIR": str(tmp_path / "work"), **variables}
 
 
-def run_script(name: str, variables: dict[str, str], *flags: str, expect: int = 0) -> str:
+def run_script(name: str, variables: dict[str, str], *flags: str, expect: int = 0, cwd: Path | None = None) -> str:
     result = subprocess.run(
-        ["bash", str(ROOT / "examples" / name), *flags], env=variables, capture_output=True, text=True, timeout=60, check=False
-    )
+        ["bash", str(ROOT / "examples" / name), *flags],
+        env=variables, cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
     assert result.returncode == expect, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -82,13 +88,19 @@ def calls(tmp_path: Path) -> list[str]:
     return found
 
 
+def program_of(call: str) -> str:
+    """The module or the file, from the project's root, that a call of Python runs."""
+    words = call.split()
+    return words[2] if words[1] == "-m" else str(Path(words[1]).relative_to(ROOT))
+
+
 def commands(output: str) -> list[list[str]]:
-    return [shlex.split(line) for line in output.splitlines() if line.startswith(("python ", "torchrun "))]
+    return [shlex.split(line) for line in output.splitlines() if line.startswith("python ")]
 
 
 def trainings(output: str) -> list[Config]:
     """The configurations of the trainer's commands, as the trainer itself reads them."""
-    lines = [command for command in commands(output) if command[0] == "torchrun"]
+    lines = [command for command in commands(output) if "megatron_rmipo.launch" in command]
     return [parse_arguments(line[line.index("megatron_rmipo.train") + 1 :]) for line in lines]
 
 
@@ -96,7 +108,10 @@ def own_inputs(tmp_path: Path) -> dict[str, str]:
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
-    return {"HF_MODEL": str(model), "DATA": "pairs.jsonl"}
+    (model / "model.safetensors").write_text("weights")
+    for name in ("pairs", "sft"):
+        (tmp_path / f"{name}.jsonl").write_text(f"a row of {name}")
+    return {"HF_MODEL": str(model), "DATA": str(tmp_path / "pairs.jsonl")}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -111,8 +126,8 @@ def test_a_dry_run_prints_commands_that_parse_and_does_nothing(script: str, tmp_
         assert problems_without_model(config) == []
         assert config.parallel.tensor_model_parallel_size == 2
     for command in commands(output):
-        if command[0] == "python":
-            assert (ROOT / command[1]).is_file(), command[1]
+        if command[1] != "-m":
+            assert Path(command[1]).is_file(), command[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -138,7 +153,7 @@ def test_own_inputs_train_with_the_papers_settings(script: str, tmp_path: Path) 
 def test_the_layout_follows_the_variables(tmp_path: Path) -> None:
     layout = {"GPUS_PER_NODE": "2", "NUM_NODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "6001", "PP": "2"}
     output = run_script(LLAMA, environment(tmp_path, DRY_RUN="1", HF_MODEL="m", DATA="d", **layout), "--epochs", "2")
-    (line,) = [command for command in commands(output) if command[0] == "torchrun"]
+    (line,) = [command for command in commands(output) if "megatron_rmipo.launch" in command]
     words = " ".join(line)
     assert "--nproc-per-node 2 --nnodes 3 --node-rank 1 --master-addr first --master-port 6001" in words
     (config,) = trainings(output)
@@ -157,10 +172,54 @@ def test_a_model_directory_without_config_is_refused(tmp_path: Path) -> None:
     assert calls(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"GPUS_PER_NODE": "two"}, "GPUS_PER_NODE=two: a whole number is needed"),
+        ({"GPUS_PER_NODE": "0"}, "at least 1"),
+        ({"SEQ_LENGTH": "2k"}, "SEQ_LENGTH=2k: a whole number is needed"),
+        ({"NUM_NODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR"),
+        ({"NUM_NODES": "2", "MASTER_ADDR": "first"}, "NODE_RANK"),
+        ({"NODE_RANK": "1"}, "numbered from 0 to 0"),
+        ({"HF_MODEL": "meta-llama/Llama-3.2-1B"}, "hf download meta-llama/Llama-3.2-1B --local-dir models/Llama-3.2-1B"),
+    ],
+)
+def test_what_cannot_work_is_answered_with_the_remedy(tmp_path: Path, variables: dict[str, str], said: str) -> None:
+    message = run_script(LLAMA, environment(tmp_path, **{**own_inputs(tmp_path), **variables}), expect=1)
+    assert said in message
+    assert len(message.splitlines()) < 5
+    assert calls(tmp_path) == []
+
+
+def test_paths_are_read_from_where_the_script_is_started(tmp_path: Path) -> None:
+    own_inputs(tmp_path)
+    variables = environment(tmp_path, HF_MODEL="model", DATA="pairs.jsonl", WORK_DIR="here/work")
+    (tmp_path / "stand").mkdir()
+    for folder in ("model", "pairs.jsonl"):
+        (tmp_path / folder).rename(tmp_path / "stand" / folder)
+    run_script(LLAMA, variables, cwd=tmp_path / "stand")
+    assert (tmp_path / "stand/here/work/hf/config.json").is_file()
+    assert json.loads((tmp_path / "stand/here/work/.stages/preprocess-train.json").read_text())["inputs"]["data"]["files"]
+
+
+def test_an_installation_that_lacks_a_package_or_is_too_old_is_told(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path))
+    program = "import sys; from megatron_rmipo import entry; {}; sys.exit(entry.start('megatron_rmipo.entry'))"
+    for change, said in (
+        ("entry.NEEDED += ('nosuch.package', 'neither')", "nosuch.package, neither. Run 'make venv'"),
+        ("entry.OLDEST_PYTHON = (4, 1)", "Python 4.1 or later is needed"),
+    ):
+        program_file = tmp_path / "bin" / "python"
+        program_file.write_text(f'#!/bin/sh\nexec "$REAL_PYTHON" -c "{program.format(change)}"\n')
+        message = run_script(LLAMA, variables, expect=1)
+        assert said in message
+        assert len(message.splitlines()) == 1
+
+
 def test_stages_run_in_order_and_are_skipped_when_complete(tmp_path: Path) -> None:
     variables = environment(tmp_path)
     run_script(LLAMA, variables)
-    programs = [call.split()[1] for call in calls(tmp_path) if call.startswith("python")]
+    programs = [program for program in map(program_of, calls(tmp_path)) if program != "megatron_rmipo.launch"]
     assert programs == [
         "examples/embedded/make_inputs.py",
         "tools/preprocess_preferences.py",
@@ -170,7 +229,7 @@ def test_stages_run_in_order_and_are_skipped_when_complete(tmp_path: Path) -> No
         "tools/summarize_run.py",
     ]
     output = run_script(LLAMA, variables)
-    assert [call.split()[1] for call in calls(tmp_path)] == ["tools/summarize_run.py"]
+    assert [*map(program_of, calls(tmp_path))] == ["tools/summarize_run.py"]
     assert output.count("already there") == 7
 
 
@@ -187,8 +246,8 @@ def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None
     inputs = own_inputs(tmp_path)
     run_script(LLAMA, environment(tmp_path, **inputs))
     message = run_script(LLAMA, environment(tmp_path, **{**inputs, "DATA": "others.jsonl"}), expect=1)
-    assert "pairs.jsonl" in message
-    assert "others.jsonl" in message
+    assert f"  then: data {tmp_path}/pairs.jsonl" in message
+    assert "  now:  data others.jsonl (no file there)" in message
     assert "WORK_DIR" in message
     message = run_script(LLAMA, environment(tmp_path, **inputs), "--epochs", "3", expect=1)
     assert "other settings" in message
@@ -199,9 +258,10 @@ def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None
 def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     inputs = own_inputs(tmp_path)
     output = run_script(LLAMA, environment(tmp_path, **inputs, INTERRUPTED="1", STEP="40"), "--exit-interval", "40", expect=75)
-    assert "stopped before its end" in output
+    assert f"stopped before its end; step 40 is saved in {tmp_path}/work/rmipo; start this script again to go on" in output
+    assert "failed" not in output
     first = calls(tmp_path)
-    assert first[-1].startswith("torchrun")
+    assert program_of(first[-1]) == "megatron_rmipo.launch"
     assert "--finetune" in first[-1]
     # Neither the layout nor when it stops is part of what is trained.
     output = run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"))
@@ -250,12 +310,18 @@ def test_an_export_that_was_removed_is_made_again_from_the_checkpoint(tmp_path: 
 
 def test_a_training_from_other_results_is_not_used_silently(tmp_path: Path) -> None:
     inputs = own_inputs(tmp_path)
-    variables = environment(tmp_path, **inputs, SFT_DATA="sft.jsonl")
+    variables = environment(tmp_path, **inputs, SFT_DATA=str(tmp_path / "sft.jsonl"))
     run_script(LLAMA, variables)
     work = tmp_path / "work"
-    other = tmp_path / "other"
-    shutil.copytree(tmp_path / "model", other)
-    changed = variables | {"HF_MODEL": str(other)}
+    model, pairs = tmp_path / "model", tmp_path / "pairs.jsonl"
+    # The same contents under other names, and written anew.
+    moved = {
+        "HF_MODEL": str(shutil.copytree(model, tmp_path / "other")),
+        "DATA": str(shutil.copy(pairs, tmp_path / "moved.jsonl")),
+    }
+    assert run_script(LLAMA, variables | moved).count("already there") == 5
+    (model / "config.json").write_text('{"changed": 1}')
+    changed = variables
     # The remedies one after another, as a user follows them: each stage that stands on the changed one is refused in turn.
     for stage, remedy in (
         ("preprocess train", [*work.glob("data/train.*")]),
@@ -266,7 +332,10 @@ def test_a_training_from_other_results_is_not_used_silently(tmp_path: Path) -> N
     ):
         message = run_script(LLAMA, changed, expect=1)
         assert f"{stage}: " in message
-        assert "made with other settings" in message
+        assert "made with other settings, or from something else" in message
+        assert f"  then: {'from convert the model: ' if stage == 'train sft' else ''}" in message
+        assert "config.json: 2 bytes, sha256 " in message
+        assert "config.json: 14 bytes, sha256 " in message
         for path in remedy:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     run_script(LLAMA, changed)
@@ -281,7 +350,7 @@ def test_the_number_of_workers_changes_no_data(tmp_path: Path) -> None:
     assert "preprocess train: already there" in run_script(LLAMA, environment(tmp_path, **inputs, WORKERS="5"))
 
 
-@pytest.mark.parametrize(("status", "expected"), [("0", 75), ("3", 3)])
+@pytest.mark.parametrize(("status", "expected"), [("75", 75), ("143", 75), ("3", 3)])
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_torchrun_and_its_status_comes_back(
     tmp_path: Path, sent: signal.Signals, status: str, expected: int
@@ -292,46 +361,36 @@ def test_a_signal_reaches_torchrun_and_its_status_comes_back(
     output, _ = script.communicate(timeout=30)
     assert script.returncode == expected, output
     assert calls(tmp_path)[-2:] == [f"heard {sent.name.removeprefix('SIG')}", "saved"]
-    assert "stopped by a signal" in output
-
-
-def test_a_launcher_that_signals_everything_is_not_doubled(tmp_path: Path) -> None:
-    variables = environment(tmp_path, **own_inputs(tmp_path), HANGS="megatron_rmipo.train", STATUS="4", SIGNALS_REACH_ALL="1")
-    script = start_script(variables)
-    wait_until_called(tmp_path, "hanging")
-    script.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert script.poll() is None
-    children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGTERM)
-    output, _ = script.communicate(timeout=30)
-    assert script.returncode == 4, output
-    assert calls(tmp_path).count("heard TERM") == 1
+    assert ("stopped by a signal; start this script again" in output) == (expected == 75)
+    assert (tmp_path / "work/.stages/ended").read_text() == f"train rmipo: exit status {expected}\n"
 
 
 def test_a_failed_command_ends_the_script_with_its_status(tmp_path: Path) -> None:
     run_script(LLAMA, environment(tmp_path, **own_inputs(tmp_path), FAILS="convert_hf_to_megatron"), expect=9)
     assert "convert" in calls(tmp_path)[-1]
-    assert "convert the model: exit status 9" in (tmp_path / "work/.stages/failed").read_text()
+    assert "convert the model: exit status 9" in (tmp_path / "work/.stages/ended").read_text()
 
 
 def test_other_nodes_do_not_wait_for_a_first_node_that_failed(tmp_path: Path) -> None:
     inputs = own_inputs(tmp_path)
-    first, second = (environment(tmp_path, **inputs, NUM_NODES="2", NODE_RANK=rank) for rank in ("0", "1"))
+    first, second = (environment(tmp_path, **inputs, **TWO_NODES, NODE_RANK=rank) for rank in ("0", "1"))
     run_script(LLAMA, first | {"FAILS": "preprocess"}, expect=9)
     message = run_script(LLAMA, second | {"FAILURE_GRACE_SECONDS": "1"}, expect=1)
     assert "the first node has failed (preprocess train: exit status 9)" in message
+    (tmp_path / "work/.stages/ended").write_text("convert the model: exit status 75")
+    message = run_script(LLAMA, second | {"FAILURE_GRACE_SECONDS": "1"}, expect=75)
+    assert "the first node has stopped; start this script again" in message
     # The note of an earlier start goes when the first node starts again.
     waiting = start_script(second | {"FAILURE_GRACE_SECONDS": "20"})
     time.sleep(1)
     run_script(LLAMA, first)
     output, _ = waiting.communicate(timeout=30)
     assert waiting.returncode == 0, output
-    assert not (tmp_path / "work/.stages/failed").exists()
+    assert not (tmp_path / "work/.stages/ended").exists()
 
 
 def test_other_nodes_wait_only_so_long(tmp_path: Path) -> None:
-    variables = environment(tmp_path, **own_inputs(tmp_path), NUM_NODES="2", NODE_RANK="1", STAGE_TIMEOUT_MINUTES="0")
+    variables = environment(tmp_path, **own_inputs(tmp_path), **TWO_NODES, NODE_RANK="1", STAGE_TIMEOUT_MINUTES="0")
     message = run_script(LLAMA, variables, expect=1)
     assert "within 0 minutes" in message
     assert "STAGE_TIMEOUT_MINUTES" in message

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rmipo.command import STOPPED
 from tests.harness import run_distributed
 from tests.integration.data import write_pairs
 from tests.integration.test_training import flags, output_of, records, run
@@ -61,10 +62,10 @@ def test_a_run_that_stops_among_the_steps_writes_what_it_has(tmp_path: Path) -> 
     trace = save / "logs" / "profile" / "rank0.json.gz"
     chosen: dict[str, Any] = {"profile": True, "profile_step_start": 0, "profile_step_end": 3, "load": save, "split": None}
     code, output = run_distributed(output_of, 1, run, flags(prefix, save, exit_interval=2, **chosen))[0]
-    assert code == 0, output
+    assert code == STOPPED, output
     assert f"trace of steps 1 to 2: {trace}" in output
     assert steps_of(trace) == [1, 2]
-    assert run_distributed(run, 1, flags(prefix, save, exit_interval=4, **chosen)) == [0]
+    assert run_distributed(run, 1, flags(prefix, save, exit_interval=4, **chosen)) == [STOPPED]
     assert steps_of(trace) == [3]
     code, output = run_distributed(output_of, 1, run, flags(prefix, save, **chosen))[0]
     assert code == 0, output

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rmipo.command import STOPPED
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
 from megatron_rmipo.scoring import score_cli
 from tests.harness import run_distributed
@@ -85,7 +86,7 @@ def test_scores_are_found_again_and_others_are_never_taken_for_them(prefix: Path
 
 
 @pytest.mark.dist
-def test_scoring_goes_on_after_a_kill_at_another_layout(prefix: Path, tmp_path: Path) -> None:
+def test_scoring_goes_on_after_a_signal_and_a_kill_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     arguments = ["--load-hf", str(MODEL), "--pairs", str(prefix), "--tokens-per-microbatch", "700"]
     program = (
         "import sys, time\n"
@@ -98,18 +99,23 @@ def test_scoring_goes_on_after_a_kill_at_another_layout(prefix: Path, tmp_path: 
         "score._write = slowly\n"
         "sys.exit(score_cli.main(sys.argv[1:]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 100
     progress: list[Path] = []
-    while not (progress and json.loads(progress[0].read_text())["num_done"] >= 10):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-        progress = list(prefix.with_name("pairs.reference").glob("*/progress.json"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    num_done = json.loads(progress[0].read_text())["num_done"]
-    assert 10 <= num_done < 48
+    for sent, least, code in ((signal.SIGTERM, 5, STOPPED), (signal.SIGKILL, 15, -signal.SIGKILL)):
+        command, variables = [sys.executable, "-c", program, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
+        while not (progress and json.loads(progress[0].read_text())["num_done"] >= least):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            progress = list(prefix.with_name("pairs.reference").glob("*/progress.json"))
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code, said
+        num_done = json.loads(progress[0].read_text())["num_done"]
+        assert least <= num_done < 48
+        if sent is signal.SIGTERM:
+            assert f"{num_done} of 48 rows are kept" in said.splitlines()[-1]
     (scores,) = score_files(prefix)
     before = np.load(scores)
     assert np.isfinite(before[:num_done]).all()
@@ -143,7 +149,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     settings = {"objective": objective, "eval_interval": 2, **options}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_distributed(run, 1, flags(prefix, whole, save_hf=tmp_path / "whole-hf", **settings)) == [0]
-    assert run_distributed(run, 1, flags(prefix, parts, exit_interval=3, **settings)) == [0]
+    assert run_distributed(run, 1, flags(prefix, parts, exit_interval=3, **settings)) == [STOPPED]
     # Another number of evaluations must change nothing; where the reference's log-probs are kept, the run knows which it is.
     settings.update(load_hf=MODEL if objective == "epsilon_dpo" else None, eval_interval=1)
     resumed = flags(prefix, parts, load=parts, save_hf=tmp_path / "parts-hf", **settings)
@@ -163,7 +169,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
 @pytest.mark.dist
 def test_a_resume_with_another_reference_or_none_is_refused(prefix: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    assert run_distributed(run, 1, flags(prefix, save, objective="dpo", exit_interval=1)) == [0]
+    assert run_distributed(run, 1, flags(prefix, save, objective="dpo", exit_interval=1)) == [STOPPED]
     other = other_model(tmp_path / "other")
 
     def refusal(**changes: Any) -> str:

@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
+from megatron_rmipo.training import loop, outputs
 from megatron_rmipo.training import main as trainer
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs, write_unpaired
@@ -119,7 +121,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert set(run_distributed(run, ranks, [*flags(prefix, whole, save_hf=tmp_path / "whole-hf"), *extra])) == {0}
     stopped = [*flags(prefix, parts, load=parts, exit_interval=3, save_hf=tmp_path / "parts-hf"), *extra]
-    assert set(run_distributed(run, ranks, stopped)) == {0}
+    assert set(run_distributed(run, ranks, stopped)) == {STOPPED}
     assert sorted(losses(parts)) == [1, 2, 3]
     assert not (tmp_path / "parts-hf").exists()
     resumed = [*flags(prefix, parts, load=parts, save_hf=tmp_path / "parts-hf"), *extra]
@@ -144,7 +146,7 @@ def test_overlapped_and_sharded_updates_save_the_same_weights(prefix: Path, tmp_
 @pytest.mark.dist
 def test_a_resume_that_would_change_the_order_of_pairs_is_refused(prefix: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    assert run_distributed(run, 1, flags(prefix, save, exit_interval=1)) == [0]
+    assert run_distributed(run, 1, flags(prefix, save, exit_interval=1)) == [STOPPED]
     code, output = run_distributed(output_of, 1, run, flags(prefix, save, load=save, global_batch_size=5))[0]
     assert code == 1
     assert "--global-batch-size was 6, is 5" in output
@@ -157,9 +159,9 @@ def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     distributed = {"use_distributed_optimizer": True}
     assert run_distributed(run, 1, flags(prefix, whole, **distributed)) == [0]
     first = flags(prefix, parts, exit_interval=2, tensor_model_parallel_size=2, sequence_parallel=True, **distributed)
-    assert run_distributed(run, 2, first) == [0, 0]
+    assert run_distributed(run, 2, first) == [STOPPED, STOPPED]
     second = flags(prefix, parts, load=parts, exit_interval=4, overlap_grad_reduce=True, overlap_param_gather=True, **distributed)
-    assert run_distributed(run, 2, second) == [0, 0]
+    assert run_distributed(run, 2, second) == [STOPPED, STOPPED]
     third = flags(prefix, parts, load=parts, pipeline_model_parallel_size=2, **distributed)
     assert run_distributed(run, 2, third) == [0, 0]
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
@@ -167,9 +169,9 @@ def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def start_under_torchrun(arguments: list[str]) -> subprocess.Popen[str]:
-    """Two ranks under torchrun, returned when the second step is on record."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+def start_two_ranks(arguments: list[str]) -> subprocess.Popen[str]:
+    """Two ranks by the launcher, returned when the second step is on record."""
+    command = [sys.executable, "-m", "megatron_rmipo.launch", "--nproc-per-node", "2", "--master-port", str(free_port())]
     process = subprocess.Popen(
         [*command, "-m", "megatron_rmipo.train", *arguments],
         stdout=subprocess.PIPE,
@@ -187,17 +189,24 @@ def start_under_torchrun(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("num_workers", "to_all"), [(0, False), (2, False), (2, True)])
-def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path, num_workers: int, to_all: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "sent", "to"),
+    [(0, signal.SIGINT, "launcher"), (2, signal.SIGTERM, "rank"), (2, signal.SIGTERM, "all")],
+)
+def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path, num_workers: int, sent: signal.Signals, to: str) -> None:
     save = tmp_path / "run"
     arguments = flags(prefix, save, train_iters=5000, use_distributed_optimizer=True, num_workers=num_workers)
-    process = start_under_torchrun(arguments)
-    # torchrun passes it on to its ranks' process groups; Slurm signals every process of a step itself.
-    others = psutil.Process(process.pid).children(recursive=True) if to_all else []
-    for one in (*others, process):
-        one.send_signal(signal.SIGTERM)
+    process = start_two_ranks(arguments)
+    launcher = psutil.Process(process.pid)
+    # Slurm signals every process of a step itself.
+    everything = [*launcher.children(recursive=True), launcher]
+    for one in {"launcher": [launcher], "rank": launcher.children()[:1], "all": everything}[to]:
+        one.send_signal(sent)
     output = process.communicate(timeout=120)[0]
+    assert process.returncode == STOPPED, output
     steps = max(losses(save))
+    assert output.splitlines()[-1] == f"stopped: Step {steps} is saved; go on with --load {save}."
+    assert "Traceback" not in output
     assert (save / f"iter_{steps:07d}" / "metadata.json").is_file(), output
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(steps)
     assert "DataLoader worker" not in output
@@ -205,15 +214,59 @@ def test_a_signal_saves_and_ends_the_run(prefix: Path, tmp_path: Path, num_worke
 
 @pytest.mark.dist
 def test_all_ranks_stop_when_one_dies_and_the_cause_is_shown(prefix: Path, tmp_path: Path) -> None:
-    process = start_under_torchrun(flags(prefix, tmp_path / "run", train_iters=5000))
+    process = start_two_ranks(flags(prefix, tmp_path / "run", train_iters=5000))
     ranks = [child for child in psutil.Process(process.pid).children() if "megatron_rmipo.train" in child.cmdline()]
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
     victim.kill()
     output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "SIGKILL" in output
-    assert "rank      : 1" in output
+    assert process.returncode == FAULT_OF_OURS
+    assert output.splitlines()[-1].startswith(f"rank 1 (process {victim.pid}) was ended by SIGKILL")
     assert not any(rank.is_running() for rank in ranks)
+
+
+def run_with_a_signal(arguments: list[str], where: str, call: int) -> int:
+    """Run, the first rank receiving SIGTERM at a call of an evaluation's batch or of the export; the exit code."""
+    calls: list[int] = []
+
+    def signalled(original: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **options)
+
+        return called
+
+    if where == "evaluation":
+        loop.evaluate_batch = signalled(loop.evaluate_batch)
+    else:
+        outputs.export_hf = signalled(outputs.export_hf)
+    return trainer.main(arguments)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_signal_within_an_evaluation_or_the_export_loses_nothing(prefix: Path, tmp_path: Path) -> None:
+    save, exported = tmp_path / "run", tmp_path / "exported"
+    arguments = flags(prefix, save, load=save, save_hf=exported, eval_interval=3)
+    # An evaluation has two batches of 6 pairs: at the start, after step 3, after the last step. Then the export.
+    for where, call, saved, evaluations in (
+        ("evaluation", 1, None, []),
+        ("evaluation", 3, 3, [0]),
+        ("evaluation", 3, 6, [0, 3]),
+        ("export", 1, 6, [0, 3, 6]),
+    ):
+        assert run_distributed(run_with_a_signal, 2, arguments, where, call) == [STOPPED, STOPPED]
+        assert [record["step"] for record in records(save, "eval")] == evaluations
+        assert (save / f"iter_{saved or 0:07d}").exists() == (saved is not None)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith("exported")]
+    assert run_distributed(run, 2, arguments) == [0, 0]
+    assert [record["step"] for record in records(save, "eval")] == [0, 3, 6]
+    whole = tmp_path / "whole"
+    assert run_distributed(run, 2, flags(prefix, whole, save_hf=tmp_path / "whole-hf", eval_interval=3)) == [0, 0]
+    assert losses(save) == losses(whole)
+    before, after = weights(tmp_path / "whole-hf"), weights(exported)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def run_with_a_poisoned_pair(arguments: list[str]) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_rmipo.errors import DataError
 from megatron_rmipo.runtime import first_failure as first_failure_module
-from megatron_rmipo.runtime.first_failure import claim_first_failure, first_failure
+from megatron_rmipo.runtime.first_failure import claim_first_failure, first_failure, tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime
 from megatron_rmipo.scoring import score_cli
 from megatron_rmipo.training import main as trainer
@@ -60,3 +61,13 @@ def test_a_command_whose_peer_failed_says_so_and_other_faults_are_raised(
     for flags in ([], ["--debug"]):
         with pytest.raises(RuntimeError, match="closed by peer"):
             run([*arguments, *flags])
+
+
+def test_a_fault_of_the_user_is_left_for_the_ranks_that_lose_this_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(first_failure_module, "claim_first_failure", left.append)
+    tell_failure(DataError("pair 3: no\nMake it anew."), debug=False)
+    assert left == ["DataError: pair 3: no"]
+    assert capsys.readouterr().err == "DataError: pair 3: no\nMake it anew.\n"

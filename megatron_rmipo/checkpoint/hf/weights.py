@@ -104,6 +104,7 @@ def export_hf(
     tp_group: dist.ProcessGroup,
     pp_group: dist.ProcessGroup,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+    before_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a model as a Hugging Face directory. Every rank of one TP x PP replica calls it together.
 
@@ -119,13 +120,14 @@ def export_hf(
         tp_group: this rank's tensor-parallel group.
         pp_group: this rank's pipeline group, first stage first.
         max_shard_bytes: size at which another file is begun.
+        before_each: called before each tensor, by all ranks together; what it raises ends the export, and nothing of it is left.
 
     Raises:
         ConversionError: on every rank, when the first one could not write.
     """
     parameters = local_parameters(model, arch)
     stages = _tensors_by_stage(parameters, pp_group)
-    tensors = _gather_tensors(parameters, arch, stages, tp_group, pp_group)
+    tensors = _gather_tensors(parameters, arch, stages, tp_group, pp_group, before_each)
     failure = None
     if tp_group.rank() == 0 and pp_group.rank() == 0:
         dtypes = {name: dtype or stored for held in stages for (name, _), stored in held.items()}
@@ -152,9 +154,11 @@ def _gather_tensors(
     stages: list[dict[TensorId, torch.dtype]],
     tp_group: dist.ProcessGroup,
     pp_group: dist.ProcessGroup,
+    before_each: Callable[[], None],
 ) -> Iterator[MegatronTensor]:
     """Whole tensors in checkpoint order, on the replica's first rank; elsewhere it ends without giving any."""
     for rule, layer in tensors_of(arch):
+        before_each()
         key = rule.megatron, layer
         owner = next(stage for stage, held in enumerate(stages) if key in held)
         whole = None

@@ -22,6 +22,7 @@ from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_
 from megatron_rmipo.data.batches.spread import cut_into_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
+from megatron_rmipo.runtime.worker_process import end_with_parent
 
 # A forward-only pass keeps no activations, so its packs may hold more.
 UNCONDITIONAL_PACK_FACTOR = 2
@@ -273,6 +274,8 @@ def _by_way_of_numpy(tensor: torch.Tensor) -> tuple[Any, tuple[np.ndarray]]:
 
 
 def _prepare_worker(worker: int) -> None:
+    # Ignoring SIGTERM below, and perhaps blocked on a pipe that nobody reads any more, it would outlive a rank that is killed.
+    end_with_parent()
     torch.set_num_threads(1)
     # torchrun signals a rank's whole process group, Slurm every process of a step; the rank needs its workers while it saves.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,6 +10,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron_rmipo.data.reading.formats import FORMATS, refuse_mixed
 from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row, rename_columns
 from megatron_rmipo.data.reading.sources import SourceRow, load_payload
 from megatron_rmipo.errors import DataError
+from megatron_rmipo.runtime.worker_process import end_with_parent
 
 _ROWS_PER_BATCH = 128
 _BATCHES_AHEAD_PER_WORKER = 4
@@ -122,6 +124,8 @@ _worker_encoder: BatchEncoder | None = None
 
 def _start_worker(spec: TokenizerSpec, template: ChatTemplate, policy: LengthPolicy, options: RowOptions) -> None:
     global _worker_encoder
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the one that started them answers it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as --workers says, not threads times processes
     _worker_encoder = BatchEncoder(PreferenceTokenizer(spec), template, policy, options)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, _read_
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.store.collection import PairCollection
+from tests.data.orphans import count_files, workers_left_by
 from tests.integration.problem import PairList, collection, make_pairs
 
 COST = CostModel(1.0, 0.01, 1.0)
@@ -140,6 +143,36 @@ def test_a_process_ends_though_a_step_failed_with_workers_at_work() -> None:
     )
     assert done.returncode == 1
     assert "RuntimeError: a step failed" in done.stderr
+
+
+class PretendBuilder:
+    """Batches of so many bytes, each made in so many seconds; a file in ``folder`` for each that was begun."""
+
+    def __init__(self, folder: Path, num_bytes: int, seconds: float) -> None:
+        self.folder, self.num_bytes, self.seconds = folder, num_bytes, seconds
+
+    def build(self, pair_indices: np.ndarray) -> bytes:
+        tempfile.mkstemp(dir=self.folder)
+        time.sleep(self.seconds)
+        return bytes(self.num_bytes)
+
+
+def start_two_workers(folder: Path, num_bytes: int, seconds: float) -> None:
+    builder: Any = PretendBuilder(folder, num_bytes, seconds)
+    batches = iterate_batches(builder, PairOrder(24, 3), batch_size=5, total_pairs=33000, num_workers=2)
+    time.sleep(1000)
+    next(batches)
+
+
+# torch has two batches made ahead by each worker; a pipe holds 64 KiB.
+@pytest.mark.parametrize(
+    ("num_bytes", "seconds", "begun"),
+    [(1, 1000, 2), (2**20, 0, 4), (1, 0, 4)],
+    ids=["while a batch is made", "while the queue is full", "idle"],
+)
+def test_the_workers_of_a_rank_that_is_killed_end_with_it(tmp_path: Path, num_bytes: int, seconds: float, begun: int) -> None:
+    args = (tmp_path, num_bytes, seconds)
+    assert not workers_left_by(start_two_workers, *args, when=lambda: count_files(tmp_path) == begun)
 
 
 def test_a_blend_keeps_the_shares_and_repeats_the_shorter_set() -> None:

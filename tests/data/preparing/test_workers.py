@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
-from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
-from megatron_rmipo.data.preparing.workers import BatchEncoder, RowOptions
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
+from megatron_rmipo.data.preparing.workers import BatchEncoder, RowOptions, encode_batches
 from megatron_rmipo.data.reading.rows import PreferencePair, Turn
 from megatron_rmipo.data.reading.sources import SourceRow
+from tests.data.orphans import count_files, workers_left_by
 
 
 def encoder(tokenizer: PreferenceTokenizer) -> BatchEncoder:
@@ -58,3 +61,15 @@ def test_garbage_is_collected_afterwards_as_before(
         assert (during, gc.isenabled()) == ([False], enabled)
     finally:
         (gc.enable if was_enabled else gc.disable)()
+
+
+def prepare_without_end(tokenizer_path: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_path))
+    rows = (row(n, prompt="Why?", chosen="So.", rejected="No.") for n in itertools.count(1))
+    options = RowOptions("strings", {})
+    for _ in encode_batches(rows, tokenizer, load_template("hh", tokenizer), LengthPolicy(4096), options, workers=2):
+        (folder / "begun").touch()
+
+
+def test_the_workers_of_a_preparation_that_is_killed_end_with_it(sentencepiece_path: Path, tmp_path: Path) -> None:
+    assert not workers_left_by(prepare_without_end, sentencepiece_path, tmp_path, when=lambda: count_files(tmp_path) == 1)

@@ -1,0 +1,129 @@
+"""Where every command starts: before anything large is imported, so that this ends well, too, and quietly.
+
+Understood by older Pythons, which are told that they are too old.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
+from megatron_rmipo.errors import RmipoError
+
+OLDEST_PYTHON = (3, 11)
+# What a command cannot do without, imported as.
+NEEDED = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "psutil", "numpy", "yaml")
+# A directory in which each rank leaves how it ended, made by megatron_rmipo.launch.
+ENDS_VARIABLE = "MEGATRON_RMIPO_ENDS"
+
+
+def start(module: str, *, on_ranks: bool = False) -> int:
+    """Import a command and run its ``main``.
+
+    Warnings of other packages are off the screen unless ``--debug``, -W or PYTHONWARNINGS ask for them.
+
+    Args:
+        module: has ``main() -> int``.
+        on_ranks: it runs on several ranks. A signal ends it at once, even within a collective, until it handles signals itself.
+
+    Returns:
+        The exit code, see docs/training.md.
+    """
+    if "--debug" not in sys.argv and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        os.environ["PYTHONWARNINGS"] = "ignore"  # for the processes it starts
+    if on_ranks:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:
+        # As Ctrl-C: what is half done is removed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = _run(module)
+    return _leave_end(code) if on_ranks else code
+
+
+def _run(module: str) -> int:
+    try:
+        check_installation()
+        code: int = importlib.import_module(module).main()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as end:  # of argparse, whose 2 is a fault of the user
+        return DONE if end.code in (None, 0) else FAULT_OF_USER
+    except RmipoError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return FAULT_OF_USER
+    except Exception:
+        traceback.print_exc()
+        return FAULT_OF_OURS
+
+
+def check_installation() -> None:
+    """Refuse an interpreter that is too old or lacks a package; imports none of them.
+
+    Raises:
+        RmipoError: with the remedy.
+    """
+    remedy = "Run 'make venv' and 'source .venv/bin/activate', or activate the environment that this project is installed in."
+    if sys.version_info < OLDEST_PYTHON:
+        oldest, found = ".".join(map(str, OLDEST_PYTHON)), ".".join(map(str, sys.version_info[:2]))
+        raise RmipoError(f"Python {oldest} or later is needed, and {sys.executable} is Python {found}. {remedy}")
+    missing = [name for name in NEEDED if not _is_there(name)]
+    if missing:
+        raise RmipoError(f"missing in the environment of {sys.executable}: {', '.join(missing)}. {remedy}")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that holds it
+        return False
+
+
+def _leave_end(code: int) -> int:
+    """Tell the launcher how this rank ended; without one the exit code has to say it.
+
+    torchrun ends the ranks beside one that exits with another code than 0, and would take a stop for a failure.
+    """
+    # From here on a signal changes nothing.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    directory = os.environ.get(ENDS_VARIABLE)
+    if directory is None:
+        return code
+    Path(directory, os.environ["RANK"]).write_text(f"{time.time()} {code}", encoding="utf-8")
+    return DONE if code == STOPPED else code
+
+
+def main() -> int:
+    """Check the environment and do nothing else."""
+    return DONE
+
+
+train = functools.partial(start, "megatron_rmipo.training.main", on_ranks=True)
+score_pairs = functools.partial(start, "megatron_rmipo.scoring.score_cli", on_ranks=True)
+verify_conversion = functools.partial(start, "megatron_rmipo.checkpoint.verify_cli", on_ranks=True)
+launch = functools.partial(start, "megatron_rmipo.launch")
+preprocess_preferences = functools.partial(start, "megatron_rmipo.data.preparing.preprocess_cli")
+inspect_pairs = functools.partial(start, "megatron_rmipo.data.preparing.inspect_cli")
+convert_hf_to_megatron = functools.partial(start, "megatron_rmipo.checkpoint.hf_to_megatron_cli")
+convert_megatron_to_hf = functools.partial(start, "megatron_rmipo.checkpoint.megatron_to_hf_cli")
+make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
+summarize_run = functools.partial(start, "megatron_rmipo.reports.summary")
+stage_record = functools.partial(start, "megatron_rmipo.stage_record")
+compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
+
+if __name__ == "__main__":
+    sys.exit(start("megatron_rmipo.entry"))

@@ -1,0 +1,58 @@
+"""What the launcher makes of how its ranks ended, and what it does at a signal before there are any."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from megatron_rmipo.launch import how_it_ended
+
+NOW = 1_000_000.5
+
+
+def failed(exit_code: int, when: float = NOW) -> ProcessFailure:
+    failure = ProcessFailure(0, 123, exit_code, "no such file")
+    failure.timestamp = int(when)
+    return failure
+
+
+KILLED, ENDED = -signal.SIGKILL, -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("told", "failures", "signalled", "code", "said"),
+    [
+        ([(NOW, 0), (NOW, 0)], {}, False, 0, ""),
+        ([(NOW, 75), (NOW, 75)], {}, True, 75, ""),
+        # torchrun ends the others after the first.
+        ([(NOW, 1)], {2: failed(1), 0: failed(ENDED)}, False, 1, ""),
+        ([(NOW, 70), (NOW + 1, 1)], {2: failed(70), 0: failed(1)}, False, 70, ""),
+        # The others lost the one that was killed, and said so before torchrun saw it.
+        ([(NOW, 70)], {1: failed(KILLED, NOW + 0.7), 0: failed(70)}, False, 70, "rank 1 (process 123) was ended by SIGKILL"),
+        # torchrun killed one that did not end.
+        ([(NOW, 1)], {0: failed(1), 1: failed(KILLED, NOW + 30)}, False, 1, ""),
+        ([], {0: failed(ENDED), 1: failed(ENDED)}, True, 130, "ended by a signal before"),
+        ([(NOW, 70)], {1: failed(70), 0: failed(ENDED)}, True, 130, "ended by a signal before"),
+        ([(NOW, 1)], {1: failed(1), 0: failed(ENDED)}, True, 1, ""),
+        ([], {3: failed(9)}, False, 70, "rank 3 ended with exit code 9"),
+    ],
+)
+def test_one_code_stands_for_all_ranks(
+    told: list[tuple[float, int]], failures: dict[int, ProcessFailure], signalled: bool, code: int, said: str
+) -> None:
+    found, message = how_it_ended(told, failures, signalled=signalled)
+    assert (found, message.startswith(said), bool(message)) == (code, True, bool(said))
+
+
+def test_a_signal_ends_a_wait_for_other_nodes() -> None:
+    command = [sys.executable, "-m", "megatron_rmipo.launch", "--nnodes", "2", "--node-rank", "1", "--master-addr", "localhost"]
+    process = subprocess.Popen([*command, "--master-port", "1", "-m", "json.tool"], stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "ended by a signal before a rank was started\n")
