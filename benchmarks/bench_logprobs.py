@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from benchmarks.measure import Cost, measure, time_title
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.launch import read_launch
 
 OURS, DENSE = "fused", "dense, all tokens"
 # Beyond these a method computes something else, and its cost says nothing.
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare, measure, show, append; under torchrun every rank, of which the first reports."""
     options = parse_options(argv)
     torch.set_num_threads(options.threads)
-    groups = initialize_runtime(int(os.environ.get("WORLD_SIZE", "1")), 1, seed=options.seed)
+    groups = initialize_runtime(read_launch().world_size, 1, seed=options.seed)
     tables, rows, held = [], [], []
     for tokens, vocab_size, hidden_size in itertools.product(options.tokens, options.vocab_size, options.hidden_size):
         if vocab_size % groups.tp_size:

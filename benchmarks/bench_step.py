@@ -10,7 +10,6 @@ measured. With RMiPO our own step of SimPO is measured, too. See README.md besid
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import Step, build_state, check_agreement, minimum_flops, our_step, padded_step, trl_step
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.launch import read_launch
 from megatron_rmipo.training.setup import TrainingState
 
 # What the goals were set for: a model of 56 million parameters. The least of what the padded side's CPU time may be, in ours.
@@ -190,7 +190,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.trl and options.objective != "simpo":
         parser.error("--trl: TRL has no RMiPO. Add --objective simpo")
-    options.tensor_model_parallel_size = int(os.environ.get("WORLD_SIZE", "1"))
+    options.tensor_model_parallel_size = read_launch().world_size
     if options.trl and options.tensor_model_parallel_size > 1:
         parser.error("--trl: TRL's trainer would spread its batch over the ranks. Leave torchrun out")
     return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import socket
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.flag_types import iteration_argument
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
@@ -23,6 +25,8 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy, transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.launch import Launch, read_launch
+from megatron_rmipo.runtime.rendezvous import Rendezvous
 
 _DESCRIPTION = """\
 Compare the logits of a Megatron model with those transformers computes from the Hugging Face model, on text, at a tensor and
@@ -69,22 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(flags: argparse.Namespace) -> None:
+    launch = read_launch()
     arch = read_architecture(flags.hf_model)
-    world_size = _check_layout(arch, flags)
+    world_size = _check_layout(arch, flags, launch)
     texts = _read_texts(flags, arch)
-    if world_size == 1 or "RANK" in os.environ:
+    if world_size == 1 or launch.address:
         agreement = _verify(flags, arch, texts)
     else:
         agreement = _verify_on_ranks(flags, arch, texts, world_size)
     tolerance = _TOLERANCES[flags.dtype] if flags.tolerance is None else flags.tolerance
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launch.rank == 0:
         _show(agreement, flags)
     if not agreement.max_difference <= tolerance:
         raise ConversionError(f"the logits differ by {agreement.max_difference:.3g}, more than --tolerance {tolerance:g}.")
 
 
 def _verify(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tensor]) -> Agreement:
-    groups = initialize_runtime(flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size)
+    with Rendezvous() as rendezvous:
+        rendezvous.compare(told_facts(vars(flags), rendezvous.launch.local_rank) | dataclasses.asdict(arch))
+        groups = initialize_runtime(flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, rendezvous=rendezvous)
     try:
         dtype = _DTYPES[flags.dtype]
         policy = build_policy(arch, transformer_config(arch, groups, dtype=dtype), groups)
@@ -144,7 +151,7 @@ def _rank(
         results.put(outcome)  # type: ignore[attr-defined]
 
 
-def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace) -> int:
+def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace, launch: Launch) -> int:
     """The number of ranks, TP x PP."""
     tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
     if tp < 1 or arch.num_query_groups % tp or arch.ffn_hidden_size % tp:
@@ -162,9 +169,10 @@ def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace) -> int:
             f"Use one of {', '.join(map(str, fitting))}."
         )
     world_size: int = tp * pp
-    started = int(os.environ.get("WORLD_SIZE", world_size))
-    if "RANK" in os.environ and started != world_size:
-        raise ConversionError(f"torchrun started {started} ranks, but TP {tp} x PP {pp} is {world_size}. Start it alone.")
+    if launch.address and launch.world_size != world_size:
+        raise ConversionError(
+            f"torchrun started {launch.world_size} ranks, but TP {tp} x PP {pp} is {world_size}. Start it alone."
+        )
     return world_size
 
 

@@ -50,6 +50,14 @@ class ModelArchitecture:
     sliding_window: int | None = None
     dtype: str = "float32"
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in its weights, without padding of the vocabulary."""
+        queries, keys = self.num_attention_heads * self.kv_channels, self.num_query_groups * self.kv_channels
+        layer = self.hidden_size * (2 * queries + 2 * keys + 3 * self.ffn_hidden_size + 2)
+        tables = 1 if self.tied_embeddings else 2
+        return self.num_layers * layer + self.hidden_size * (tables * self.vocab_size + 1)
+
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
     """Vocabulary size rounded up so that every tensor-parallel rank holds an equal share (Megatron's rule)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
 from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
+from megatron_rmipo.runtime.launch import read_launch
 
 
 def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, world_size: int) -> None:
@@ -93,7 +93,7 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
 
 
 def _device_problems(config: Config) -> Iterator[str]:
-    local_ranks, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    local_ranks, num_gpus = read_launch().local_world_size, torch.cuda.device_count()
     if torch.cuda.is_available():
         if local_ranks > num_gpus:
             yield f"torchrun started {local_ranks} ranks on this machine, which has {num_gpus} GPUs; up to {num_gpus} would work"

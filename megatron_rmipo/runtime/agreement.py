@@ -1,8 +1,10 @@
-"""Faults that one rank meets and all must raise."""
+"""Faults that one rank meets and all must raise, and what two ranks differ in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from megatron_rmipo.errors import CheckpointError, RmipoError
 
 _Result = TypeVar("_Result")
+_SHOWN_FIELDS, _SHOWN_CHARACTERS = 5, 160
 
 
 def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _Result:
@@ -30,3 +33,32 @@ def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _R
         raise kind(text)
     result: _Result = outcome[0]
     return result
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """Hex digest over names and values (what JSON holds; other types as their text), whatever their order."""
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe_difference(here: Mapping[str, Any], there: Mapping[str, Any], here_name: str, there_name: str) -> str:
+    """The first fact in which two ranks differ, with both values, and which others do.
+
+    Args:
+        here, there: facts of the two by name, not the same; what others follow from comes first.
+        here_name, there_name: what the two ranks are called.
+    """
+    absent = object()
+    names = [name for name in {**here, **there} if here.get(name, absent) != there.get(name, absent)]
+    first, others = names[0], names[1:]
+    shown = ", ".join(others[:_SHOWN_FIELDS]) + (", ..." if len(others) > _SHOWN_FIELDS else "")
+    more = f" {len(others)} more differ: {shown}." if others else ""
+    return (
+        f"the ranks would not run the same: {first} is {_shown(here.get(first))} on {here_name}, but "
+        f"{_shown(there.get(first))} on {there_name}.{more} Nothing was started. Give every rank the same arguments, "
+        "environment, software and files."
+    )
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else str(value) or "empty"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

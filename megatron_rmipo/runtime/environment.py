@@ -1,11 +1,28 @@
-"""What is installed: other people's packages that break a run, or that it needs and lacks."""
+"""What is installed and set: packages that break a run or that it lacks, and what its numbers depend on besides its flags."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
 import importlib.util
+import os
+import platform
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import megatron_rmipo
 from megatron_rmipo.errors import ConfigError
+
+_DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "flash-attn", "triton", "apex")
+# What libraries compute, or in which order they add, depends on these. Not on the others of theirs, which place work and buffers.
+_NUMERIC_PREFIXES = ("NVTE_",)
+_NUMERIC_VARIABLES = (
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO"),
+    *("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "MKL_CBWR"),
+)
 
 
 def check_environment(*, wandb: bool = False) -> None:
@@ -42,3 +59,43 @@ def _package_directory(name: str) -> Path | None:
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
     return Path(spec.origin) if spec.origin else None
+
+
+def numeric_environment(local_rank: int) -> dict[str, Any]:
+    """What a rank's numbers depend on besides flags and files, by name: software, device, variables of the environment.
+
+    Without CUDA the number of threads is among it, since sums are cut by it.
+
+    Args:
+        local_rank: the number of this rank's device.
+    """
+    facts: dict[str, Any] = {
+        "version of Python": platform.python_version(),
+        "version of megatron_rmipo": f"{megatron_rmipo.__version__} (source {_source_digest()})",
+        **{f"version of {name}": _version(name) for name in _DISTRIBUTIONS},
+    }
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name(local_rank)
+    else:
+        facts["device"] = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        facts["number of threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
+    facts["torch.get_float32_matmul_precision()"] = torch.get_float32_matmul_precision()
+    set_here = (name for name in os.environ if name in _NUMERIC_VARIABLES or name.startswith(_NUMERIC_PREFIXES))
+    return facts | {f"environment variable {name}": os.environ[name] for name in sorted(set_here)}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Of this package's modules: copies of one version that were edited, or not updated, differ."""
+    root = Path(megatron_rmipo.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

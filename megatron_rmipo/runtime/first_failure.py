@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 
 _KEY = "megatron_rmipo/first_failure"
+_SILENT_SECONDS = 1.0
 
 
 def claim_first_failure(text: str) -> bool:
@@ -55,6 +57,9 @@ def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> None:
         traceback.print_exception(error)
     elif speaks_for_its_node():
         print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends the ranks of a host once one has left: after the one that tells.
+        time.sleep(_SILENT_SECONDS)
 
 
 def _store() -> Any:

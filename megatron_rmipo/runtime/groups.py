@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import random
 
 import numpy as np
@@ -19,6 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.runtime.cpu import install_cpu_runtime
+from megatron_rmipo.runtime.rendezvous import Rendezvous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +108,11 @@ def initialize_runtime(
     seed: int = 1234,
     backend: str | None = None,
     timeout_minutes: float = 10.0,
+    rendezvous: Rendezvous | None = None,
 ) -> ProcessGroups:
     """Start torch.distributed and Megatron's process groups. Called once by every rank, before any model is built.
 
-    Ranks come from torchrun's environment; without it the process is a world of one.
+    Ranks come from torchrun's environment; without it the process is a world of one. They must agree on all arguments.
 
     Args:
         tensor_model_parallel_size: ranks that share each layer.
@@ -119,12 +120,16 @@ def initialize_runtime(
         seed: seeds Python, NumPy, torch and Megatron's per-rank trackers.
         backend: ``nccl`` or ``gloo``; by default nccl with CUDA, gloo without.
         timeout_minutes: a collective that waits longer than this fails on every rank.
+        rendezvous: where the ranks have met; by default they meet now.
 
     Raises:
-        ConfigError: the world size is not a multiple of TP x PP.
+        ConfigError: the world size is not a multiple of TP x PP, or torchrun's environment is incomplete.
+        RmipoError: a rank did not come.
     """
     on_cpu = install_cpu_runtime()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rendezvous = Rendezvous(timeout_minutes) if rendezvous is None else rendezvous
+    launch = rendezvous.launch
+    world_size = launch.world_size
     model_ranks = tensor_model_parallel_size * pipeline_model_parallel_size
     if world_size % model_ranks:
         raise ConfigError(
@@ -133,15 +138,11 @@ def initialize_runtime(
             f"{world_size}. Start {model_ranks * max(1, world_size // model_ranks)} ranks with torchrun --nproc-per-node."
         )
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = backend or ("gloo" if on_cpu else "nccl")
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=rendezvous.connect(), rank=launch.rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,

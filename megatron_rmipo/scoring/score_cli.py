@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Sequence
 
+from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
 from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
@@ -29,6 +29,7 @@ from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import tell_stop
+from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
 
@@ -77,8 +78,13 @@ _FIELDS: dict[type, Sequence[str]] = {
 }
 
 
-def score(config: Config, scoring: ScoringConfig) -> list[str]:
+def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> list[str]:
     """Score the data sets. Called by every rank.
+
+    Args:
+        config: the model, and how it is computed.
+        scoring: what to score.
+        rendezvous: where the ranks meet; whatever they decide before that, each by itself, is compared there.
 
     Returns:
         A line for each file of scores.
@@ -87,6 +93,8 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
         RmipoError: a fault the user can mend; what was computed before stays.
         RunStopped: a signal ended it; what was computed before stays.
     """
+    rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
+    rendezvous.compare(told_facts(config.to_flat_dict() | dataclasses.asdict(scoring), rendezvous.launch.local_rank))
     check_environment(wandb=False)
     if not scoring.pairs:
         raise ConfigError("nothing to score: give --pairs PREFIX (of PREFIX.bin, .idx and .json).")
@@ -94,17 +102,19 @@ def score(config: Config, scoring: ScoringConfig) -> list[str]:
     stores = [PairStore(prefix) for prefix in scoring.pairs]
     longest = max(_check_store(store, source) for store in stores)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
-    refuse_impossible_layout(config, source.arch, int(os.environ.get("WORLD_SIZE", "1")))
+    refuse_impossible_layout(config, source.arch, rendezvous.launch.world_size)
     rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
     layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
     sizes = [layout.conditional_sizes(one.lengths) for one in rows]
     for one, own in zip(rows, sizes, strict=True):
         check_capacity(own, layout.tokens_per_microbatch, functools.partial("pair {1} of {0}".format, one.prefix))
+    rendezvous.compare(read_facts(config, source, stores))
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
+        rendezvous=rendezvous,
     )
     least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
     memory = MemoryReport(config, source.arch, groups, None, least_tokens, latest_checkpoint=lambda: None)
@@ -142,15 +152,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool on this rank; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        sections = parse_fields(arguments, _FIELDS, "score_pairs.py", _DESCRIPTION)
-        config = Config(
-            checkpoint=sections[CheckpointConfig],
-            model=sections[ModelConfig],
-            data=sections[DataConfig],
-            parallel=sections[ParallelConfig],
-            logging=sections[LoggingConfig],
-        )
-        lines = score(config, sections[ScoringConfig])
+        with Rendezvous() as rendezvous:
+            sections = parse_fields(arguments, _FIELDS, "score_pairs.py", _DESCRIPTION)
+            config = Config(
+                checkpoint=sections[CheckpointConfig],
+                model=sections[ModelConfig],
+                data=sections[DataConfig],
+                parallel=sections[ParallelConfig],
+                logging=sections[LoggingConfig],
+            )
+            lines = score(config, sections[ScoringConfig], rendezvous)
     except (RmipoError, RuntimeError) as error:
         tell_failure(error, debug="--debug" in arguments)
         return FAULT_OF_USER
@@ -158,6 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutdown_runtime()
         tell_stop(str(stopped))
         return STOPPED
-    if os.environ.get("RANK", "0") == "0":
+    if rendezvous.launch.rank == 0:
         print("\n".join(lines))
     return DONE

@@ -19,6 +19,7 @@ from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.training.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,18 @@ class RunData:
         """The collections that there are."""
         return [pairs for pairs in (self.train, self.held_out) if pairs is not None]
 
-    def run_length(self, training: TrainingConfig) -> tuple[int, int]:
-        """(pairs of the run, optimizer steps of the run), by ``--train-iters`` or ``--epochs``."""
+    def run_length(self, training: TrainingConfig, progress: Progress) -> tuple[int, int]:
+        """(pairs of the run, optimizer steps of the run), by ``--train-iters`` or ``--epochs``.
+
+        Counted on from where the run stands: where its last batch was short, its pairs are no multiple of the batch any more.
+        """
         batch_size = training.global_batch_size
         if training.train_iters is not None:
-            return training.train_iters * batch_size, training.train_iters
+            steps_left = max(0, training.train_iters - progress.step)
+            return progress.consumed_pairs + steps_left * batch_size, training.train_iters
         total_pairs = max(1, round((training.epochs or 1.0) * len(self.train)))
-        return total_pairs, -(-total_pairs // batch_size)
+        pairs_left = max(0, total_pairs - progress.consumed_pairs)
+        return total_pairs, progress.step + -(-pairs_left // batch_size)
 
     def check_rows_fit(self, layout: BatchLayout) -> int:
         """Refuse pairs that fit no pack.

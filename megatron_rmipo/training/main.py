@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 
+from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
 from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
 from megatron_rmipo.config.schema import Config
@@ -20,17 +20,13 @@ from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import tell_stop
+from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
 from megatron_rmipo.training.data import open_data
+from megatron_rmipo.training.facts import run_facts
 from megatron_rmipo.training.loop import Run, train
-from megatron_rmipo.training.observers import (
-    build_profiler,
-    build_throughput,
-    open_reporter,
-    say_what_runs,
-    warn_of_few_pairs,
-)
+from megatron_rmipo.training.observers import build_profiler, build_throughput, open_reporter, say_what_runs
 from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run, where_it_stands
 from megatron_rmipo.training.resume import starting_point
 from megatron_rmipo.training.setup import load_training_state
@@ -42,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     shows_tracebacks = "--debug" in arguments
     try:
-        config = parse_arguments(arguments)
-        shows_tracebacks = config.logging.debug
-        run_training(config)
+        with Rendezvous() as rendezvous:
+            config = parse_arguments(arguments)
+            shows_tracebacks = config.logging.debug
+            run_training(config, rendezvous)
     except (RmipoError, RuntimeError) as error:
         tell_failure(error, debug=shows_tracebacks)
         return FAULT_OF_USER
@@ -55,27 +52,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def run_training(config: Config) -> None:
+def run_training(config: Config, rendezvous: Rendezvous) -> None:
     """One run. Called by every rank; everything a user can get wrong is checked before the model is built.
+
+    Args:
+        config: the run's configuration.
+        rendezvous: where the ranks meet; whatever they decide before that, each by itself, is compared there.
 
     Raises:
         RmipoError: a fault the user can mend.
         RunStopped: a signal or ``--exit-interval`` ended it before it was complete.
     """
+    rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
+    rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
     check_environment(wandb=config.logging.wandb_project is not None)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = rendezvous.launch.world_size
     source = find_model(config)
     validate(config, source.arch, world_size)
     objective = objective_of(config)
     data = open_data(config, source, objective.needs)
-    total_pairs, train_iters = data.run_length(config.training)
-    refuse_profiling_beyond_the_end(config, train_iters)
     start = starting_point(config, source, data, objective)
+    total_pairs, train_iters = data.run_length(config.training, start.progress)
+    refuse_profiling_beyond_the_end(config, train_iters)
     recorded = start.progress.reference or None
     reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded)
     layout = partial(batch_layout, config, source.arch, objective.needs, bos_token_id=data.bos_token_id)
     least_tokens = data.check_rows_fit(layout(dp_rank=0, dp_size=1))
     check_outputs(config)
+    rendezvous.compare(run_facts(config, source, data, objective, start, reference))
 
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
@@ -83,6 +87,7 @@ def run_training(config: Config) -> None:
         seed=config.training.seed,
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
+        rendezvous=rendezvous,
     )
     latest_checkpoint = partial(checkpoint_to_go_on_from, config.checkpoint)
     memory = MemoryReport(config, source.arch, groups, config.log_directory, least_tokens, latest_checkpoint)
@@ -97,8 +102,6 @@ def run_training(config: Config) -> None:
             assert reference is not None
             state.reference = load_reference(config, reference, progress.reference, groups)
     with open_reporter(config, groups, train_iters, progress) as reporter:
-        say_what_runs(config, source, groups, progress, reporter)
-        warn_of_few_pairs(data.num_held_out, config.training.eval_pairs, reporter)
         rank_layout = layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         run = Run(
             config=config,
@@ -119,6 +122,7 @@ def run_training(config: Config) -> None:
             save=partial(save_run, config, source, state, progress, groups),
             stop=stop,
         )
+        say_what_runs(run, source, start)
         if not train(run):
             raise RunStopped(where_it_stands(config, progress))
         save_hf(config, source, state, progress, groups, stop)

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 
 from megatron_rmipo.checkpoint.source import ModelSource
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.training.loop import Run
 from megatron_rmipo.training.progress import Progress
+from megatron_rmipo.training.resume import StartingPoint
 
 
 def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progress: Progress) -> Reporter:
@@ -39,13 +42,63 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
     )
 
 
-def say_what_runs(config: Config, source: ModelSource, groups: ProcessGroups, progress: Progress, reporter: Reporter) -> None:
-    """The first words of a run: its configuration, its ranks, where it starts."""
-    reporter.say("configuration:")
-    for name, value in config.to_flat_dict().items():
-        reporter.say(f"  {name}: {value}")
-    start = f"step {progress.step} of {source.checkpoint}" if progress.step else f"{source.hf_weights or source.checkpoint}"
-    reporter.say(f"ranks: {groups.world_size} (TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}); from {start}")
+def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
+    """The first words of a run: what is trained on what, for how long, how, and where it goes; then what may not be meant."""
+    config, progress, say = run.config, run.progress, run.reporter.say
+    say(f"model: {source.arch.num_parameters:,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
+    say(f"data: {len(run.pairs.pairs):,} pairs to train on, {_held_out(run)}")
+    options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
+    say(f"objective: {config.objective.objective}" + (f" ({options})" if options else ""))
+    epochs = run.total_pairs / len(run.pairs.pairs)
+    say(f"length: {run.train_iters:,} steps of {config.training.global_batch_size:,} pairs, {epochs:.3g} epochs")
+    optimizer = config.optimizer
+    say(f"optimizer: {optimizer.optimizer}, lr {optimizer.lr:g} {optimizer.lr_decay_style}, clip grad {optimizer.clip_grad:g}")
+    say(f"layout: {_layout(run.groups, config.parallel)}")
+    say(
+        f"precision: {_precision(config.model)}; attention {choose_backend(config.model.attention_backend, source.arch.kv_channels)}"
+    )
+    outputs = config.checkpoint
+    every = f" every {outputs.save_interval} steps" if outputs.save_interval else " at the end"
+    final = outputs.save_hf or "none (--save-hf)"
+    say(f"checkpoints: {outputs.save + every if outputs.save else 'none (--save)'}; final model: {final}")
+    say(f"logs, and the whole configuration as config.yaml: {config.log_directory}")
+    if start.warning:
+        run.reporter.warn(start.warning)
+    if config.training.global_batch_size > len(run.pairs.pairs):
+        run.reporter.warn(
+            f"--global-batch-size {config.training.global_batch_size} is more than the {len(run.pairs.pairs)} pairs to train on: "
+            "an epoch is less than one full step."
+        )
+    warn_of_few_pairs(run.num_held_out, config.training.eval_pairs, run.reporter)
+
+
+def _where_it_starts(source: ModelSource, progress: Progress) -> str:
+    return f"from {f'step {progress.step} of ' if progress.step else ''}{source.directory}"
+
+
+def _held_out(run: Run) -> str:
+    if run.held_out is None:
+        return "none held out"
+    count, evaluated = len(run.held_out.pairs), run.num_held_out
+    return f"{count:,} held out" + (f", of which the first {evaluated:,} are evaluated" if evaluated < count else "")
+
+
+def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
+    switches = {
+        "sequence parallel": parallel.sequence_parallel,
+        "distributed optimizer": parallel.use_distributed_optimizer,
+        "gradients reduced during the backward pass": parallel.overlap_grad_reduce,
+        "weights gathered during the forward pass": parallel.overlap_param_gather,
+    }
+    sizes = f"TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}"
+    ranks = f"{groups.world_size} rank{'s' * (groups.world_size > 1)} ({sizes})"
+    return ", ".join([ranks, *(text for text, used in switches.items() if used)])
+
+
+def _precision(model: ModelConfig) -> str:
+    if model.fp8_format:
+        return f"fp8 ({model.fp8_format}) layers, bf16 elsewhere, fp32 master weights"
+    return "bf16, fp32 master weights" if model.bf16 else "fp32"
 
 
 def warn_of_few_pairs(num_held_out: int, eval_pairs: int | None, reporter: Reporter) -> None:

@@ -18,6 +18,9 @@ class Progress:
         objective, options: the objective's name and options, empty where an older version did not save them; a resumed run must
             not change them.
         reference: fingerprint of the reference's weights, "" where there is none; a resumed run must not change it.
+        data, data_flags: fingerprint of the pairs to train on in their stored order, and the flags that named them; "" where an
+            older version did not save them. A resumed run may find the same pairs under another name.
+        held_out: fingerprint of the pairs to evaluate on, "" for none; other ones make evaluations that cannot be compared.
     """
 
     step: int = 0
@@ -29,3 +32,6 @@ class Progress:
     objective: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     reference: str = ""
+    data: str = ""
+    data_flags: str = ""
+    held_out: str = ""

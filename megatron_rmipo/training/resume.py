@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from megatron_rmipo.checkpoint.source import ModelSource, saved_train_state
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.schema import Config, DataConfig
+from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.training.data import RunData
@@ -29,18 +30,20 @@ class StartingPoint:
         progress: of the run, nothing done yet in a new one.
         objective_state: what the objective carries into the first step.
         resumes: whether the run goes on from a checkpoint of its own.
+        warning: what it may change, and has, "" for nothing.
     """
 
     progress: Progress
     objective_state: State
     resumes: bool
+    warning: str = ""
 
 
 def starting_point(config: Config, source: ModelSource, data: RunData, objective: Objective) -> StartingPoint:
     """The progress saved with the checkpoint the run goes on from, or that of a new run.
 
     Raises:
-        ConfigError: this would not be the same run: the order of pairs, the objective or its options have changed.
+        ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed.
     """
     now = Progress(
         global_batch_size=config.training.global_batch_size,
@@ -48,6 +51,9 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
         num_pairs=len(data.train),
         objective=config.objective.objective,
         options=dict(config.objective.options),
+        data=collection_fingerprint(data.train),
+        data_flags=_data_flags(config.data),
+        held_out=collection_fingerprint(data.held_out) if data.held_out is not None else "",
     )
     saved = {} if config.checkpoint.finetune else saved_train_state(source)
     if not saved:
@@ -61,14 +67,32 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
             f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
             f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
         )
-    return StartingPoint(progress, state or objective.initial_state(), resumes=True)
+    warning = ""
+    if progress.data and progress.held_out != now.held_out:
+        warning = (
+            f"the held-out pairs are not those that the run had before (then {progress.data_flags}, now {now.data_flags}): "
+            "its evaluations before and after this start cannot be compared."
+        )
+    progress = dataclasses.replace(progress, data=now.data, data_flags=now.data_flags, held_out=now.held_out)
+    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=warning)
 
 
 def _differences(progress: Progress, now: Progress) -> list[tuple[str, Any, Any]]:
     compared = [(title, getattr(progress, name), getattr(now, name)) for name, title in _FIXED.items()]
-    # Versions that did not save the objective left "".
+    if progress.data != now.data:
+        then, is_now = (f"{one.data_flags} (content {one.data[:8]})" for one in (progress, now))
+        compared.append(("training data", progress.data and then, is_now))
+    # Versions that did not save the objective or the data left "".
     compared = [difference for difference in compared if difference[1] != ""]
     if progress.objective == now.objective:
         names = progress.options.keys() & now.options.keys()
         compared += [("--" + name.replace("_", "-"), progress.options[name], now.options[name]) for name in sorted(names)]
     return compared
+
+
+def _data_flags(data: DataConfig) -> str:
+    """The flags that name a run's data, as they are given."""
+    flags = ["--data-path", *data.data_path]
+    flags += ["--split", data.split] if data.split is not None else []
+    flags += ["--valid-data-path", *data.valid_data_path] if data.valid_data_path else []
+    return " ".join(flags)

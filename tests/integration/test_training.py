@@ -90,7 +90,16 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.dist
 def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
     save, exported = tmp_path / "run", tmp_path / "exported"
-    assert run_distributed(run, 1, flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4)) == [0]
+    arguments = flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4)
+    code, output = run_distributed(output_of, 1, run, arguments)[0]
+    assert code == 0, output
+    first_words = [line for line in output[: output.index("eval at step 0/6")].splitlines() if "warn" not in line.lower()]
+    assert len(first_words) <= 10, first_words
+    num_parameters = sum(tensor.numel() for tensor in weights(MODEL).values())
+    said = [f"model: {num_parameters:,} parameters (llama), from {MODEL}", "data: 40 pairs to train on, 8 held out"]
+    said += ["length: 6 steps of 6 pairs, 0.9 epochs", "layout: 1 rank (TP 1 x PP 1 x DP 1)", "precision: fp32; attention sdpa"]
+    said += [f"checkpoints: {save} every 4 steps; final model: {exported}", f"config.yaml: {save / 'logs'}"]
+    assert [words for words in said if not any(words in line for line in first_words)] == [], first_words
     steps = records(save)
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert [record["step"] for record in records(save, "eval")] == [0, 3, 6]

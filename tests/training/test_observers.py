@@ -2,13 +2,71 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
-from megatron_rmipo.training.observers import warn_of_few_pairs
+from megatron_rmipo.training.observers import say_what_runs, warn_of_few_pairs
+from megatron_rmipo.training.progress import Progress
+from megatron_rmipo.training.resume import StartingPoint
+from tests.training.test_validation import ARCH, BASE
+
+SEVERAL = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--use-distributed-optimizer"]
+
+
+def first_words(tmp_path: Path, config: Config, *, pairs: int, held_out: int, evaluated: int, warning: str = "") -> list[str]:
+    stream = io.StringIO()
+    progress = Progress(step=3, consumed_pairs=384)
+    groups = SimpleNamespace(world_size=4, tp_size=2, pp_size=1, dp_size=2)
+    with Reporter(tmp_path, total_steps=7, config={}, stream=stream) as reporter:
+        run: Any = SimpleNamespace(
+            config=config,
+            groups=groups,
+            progress=progress,
+            pairs=SimpleNamespace(pairs=range(pairs)),
+            held_out=SimpleNamespace(pairs=range(held_out)) if held_out else None,
+            num_held_out=evaluated,
+            train_iters=7,
+            total_pairs=896,
+            reporter=reporter,
+        )
+        source: Any = SimpleNamespace(arch=ARCH, directory=Path("run"))
+        say_what_runs(run, source, StartingPoint(progress, {}, resumes=True, warning=warning))
+    return stream.getvalue().splitlines()
+
+
+def test_what_matters_is_said_in_ten_lines(tmp_path: Path) -> None:
+    lines = first_words(tmp_path, parse_arguments([*BASE, *SEVERAL]), pairs=1792, held_out=1200, evaluated=100)
+    assert len(lines) <= 10
+    assert lines[0].endswith(" parameters (llama), from step 3 of run")
+    assert lines[1] == "data: 1,792 pairs to train on, 1,200 held out, of which the first 100 are evaluated"
+    assert lines[3] == "length: 7 steps of 128 pairs, 0.5 epochs"
+    assert lines[5] == "layout: 4 ranks (TP 2 x PP 1 x DP 2), sequence parallel, distributed optimizer"
+    assert lines[6] == "precision: bf16, fp32 master weights; attention sdpa"
+
+
+@pytest.mark.parametrize(("batch", "warned"), [(48, False), (49, True)])
+def test_a_batch_larger_than_the_data_is_warned_of(tmp_path: Path, batch: int, warned: bool) -> None:
+    config = parse_arguments([*BASE, "--global-batch-size", str(batch)])
+    lines = first_words(tmp_path, config, pairs=48, held_out=0, evaluated=0, warning="the held-out pairs changed")
+    assert lines[1] == "data: 48 pairs to train on, none held out"
+    assert "warning: the held-out pairs changed" in lines
+    assert any(f"--global-batch-size {batch} is more than the 48 pairs" in line for line in lines) == warned
+
+
+def test_parameters_are_counted_without_padding() -> None:
+    tied = dataclasses.replace(ARCH, tied_embeddings=True)
+    assert ARCH.num_parameters - tied.num_parameters == 503 * 96
+    layer = 96 * (2 * 96 + 2 * 32) + 3 * 96 * 264 + 2 * 96
+    assert tied.num_parameters == 6 * layer + 503 * 96 + 96
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class PairCollection(Sequence[TokenizedPair]):
         members: int64 ``[P]``, which pairs, numbered through the data sets one after the other; None for all.
 
     Attributes:
-        stores: the data sets.
+        stores, members: as given.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
         reference_scores: of each data set, see :mod:`megatron_rmipo.data.store.reference_scores`; None where not needed.
         mismatched: the same prompts with responses of other rows; None where not needed.
@@ -35,8 +35,8 @@ class PairCollection(Sequence[TokenizedPair]):
         self.reference_scores: list[Scores] | None = None
         self.mismatched: PairCollection | None = None
         self._starts = np.array([0, *itertools.accumulate(len(store) for store in stores)])
-        self._members = np.arange(self._starts[-1]) if members is None else members
-        self.lengths = np.concatenate([store.lengths for store in self.stores])[self._members]
+        self.members = np.arange(self._starts[-1]) if members is None else members
+        self.lengths = np.concatenate([store.lengths for store in self.stores])[self.members]
 
     @classmethod
     def combine(cls, collections: Sequence[PairCollection], weights: Sequence[float] | None = None) -> PairCollection:
@@ -53,14 +53,14 @@ class PairCollection(Sequence[TokenizedPair]):
             counts = [max(1, round(scale * weight)) for weight in weights]
         members, first = [], 0
         for collection, count in zip(collections, counts, strict=True):
-            members.append(first + np.resize(collection._members, count))
+            members.append(first + np.resize(collection.members, count))
             first += int(collection._starts[-1])
         return cls([store for collection in collections for store in collection.stores], np.concatenate(members))
 
     def split(self, held_out_share: float) -> tuple[PairCollection, PairCollection]:
         """(the first pairs, the last ``held_out_share`` of them, at least one), in stored order."""
         first = len(self) - max(1, round(held_out_share * len(self)))
-        return PairCollection(self.stores, self._members[:first]), PairCollection(self.stores, self._members[first:])
+        return PairCollection(self.stores, self.members[:first]), PairCollection(self.stores, self.members[first:])
 
     def match_anew(self, made: dict[str, MismatchedStore] | None = None) -> None:
         """Make ``mismatched``.
@@ -76,7 +76,7 @@ class PairCollection(Sequence[TokenizedPair]):
             if store.prefix not in made:
                 made[store.prefix] = MismatchedStore(store)
         stores: list[Any] = [made[store.prefix] for store in self.stores]
-        self.mismatched = PairCollection(stores, self._members)
+        self.mismatched = PairCollection(stores, self.members)
 
     def scores_of(self, indices: np.ndarray) -> np.ndarray | None:
         """Sums under the reference of (chosen, rejected) of the pairs ``indices``, fp32 ``[P, 2]``; None where there are none."""
@@ -86,11 +86,11 @@ class PairCollection(Sequence[TokenizedPair]):
         return np.stack([self.reference_scores[which][row] for which, row in located])
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self.members)
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(which data set, which row of it)."""
-        member = self._members[index]
+        member = self.members[index]
         which = int(np.searchsorted(self._starts, member, side="right")) - 1
         return which, int(member - self._starts[which])
 

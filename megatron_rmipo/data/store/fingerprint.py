@@ -1,0 +1,53 @@
+"""What data are, by content and without reading all of it: their lengths, and a sample of their tokens.
+
+Other data of as many rows have other lengths; a sample tells those apart whose lengths are the same, as after an edit in place.
+:func:`megatron_rmipo.data.store.reference_scores.data_fingerprint` reads all, where numbers are kept for good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.manifest import store_paths
+from megatron_rmipo.data.store.pair_store import PairStore
+
+# A MiB in all; smaller data are read whole.
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
+
+
+def content_facts(store: PairStore) -> dict[str, Any]:
+    """What a data set holds, by name, wherever it lies: plain values, digests in hex."""
+    manifest = store.manifest
+    return {
+        "number of pairs": len(store),
+        "kind of rows": manifest.kind,
+        "tokenizer": dataclasses.asdict(manifest.tokenizer),
+        "lengths": hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes()).hexdigest(),
+        "tokens": sample_digest(store_paths(store.prefix)["bin"], _SAMPLES),
+    }
+
+
+def collection_fingerprint(pairs: PairCollection) -> str:
+    """Hex digest over the contents of the data sets and over which pairs of them are taken, in their order."""
+    digest = hashlib.sha256(json.dumps([content_facts(store) for store in pairs.stores], sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(pairs.members, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def sample_digest(path: Path, num_samples: int) -> str:
+    """Hex digest over a file's size and ``num_samples`` pieces of it, evenly spaced, first and last among them."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        for start in np.unique(np.linspace(0, max(0, size - _SAMPLE_BYTES), num_samples, dtype=np.int64)).tolist():
+            stream.seek(start)
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,128 @@
+"""What a run that goes on must find as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rmipo.config.schema import Config, DataConfig, TrainingConfig
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.pair_store import PairStore
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.training import resume
+from megatron_rmipo.training.data import RunData
+from megatron_rmipo.training.progress import Progress
+from megatron_rmipo.training.resume import StartingPoint, starting_point
+from tests.integration.data import write_pairs
+
+
+class Scene:
+    """Data of a run, and its starting points."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.a, self.b = str(write_pairs(folder / "a")), str(write_pairs(folder / "b", first=7))
+        self.saved: dict[str, Any] = {}
+        monkeypatch.setattr(resume, "saved_train_state", lambda source: dict(self.saved))
+
+    def start(self, *prefixes: str, weights: list[float] | None = None, split: float = 0.25, held_out: str = "") -> StartingPoint:
+        parts = [PairCollection([PairStore(prefix)]) for prefix in prefixes or (self.a,)]
+        halves = [part.split(split) for part in parts]
+        valid = PairCollection([PairStore(held_out)]) if held_out else PairCollection.combine([last for _, last in halves])
+        data = RunData(PairCollection.combine([first for first, _ in halves], weights), valid, len(valid), None)
+        config = Config(data=DataConfig(data_path=list(prefixes or (self.a,)), split=f"{1 - split},{split}"))
+        source: Any = SimpleNamespace(directory=Path("run"))
+        return starting_point(config, source, data, build_objective("simpo", {}))
+
+    def save(self, start: StartingPoint) -> None:
+        self.saved = {**dataclasses.asdict(start.progress), "objective_state": {}}
+
+    def refusal(self, *prefixes: str, **changes: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            self.start(*prefixes, **changes)
+        return str(caught.value)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def test_other_data_of_as_many_pairs_are_refused_then_and_now(scene: Scene, tmp_path: Path) -> None:
+    scene.save(scene.start())
+    moved = str(write_pairs(tmp_path / "elsewhere"))
+    went_on = scene.start(moved)
+    assert (went_on.resumes, went_on.warning) == (True, "")
+    assert went_on.progress.data_flags == f"--data-path {moved} --split 0.75,0.25"
+    other = str(write_pairs(tmp_path / "other", swap_first=True))
+    message = scene.refusal(other)
+    assert f"training data was --data-path {scene.a} --split 0.75,0.25 (content " in message
+    assert f"is --data-path {other} --split 0.75,0.25 (content " in message
+    assert "number of training pairs" not in message
+    write_pairs(Path(scene.a), swap_first=True)
+    assert "training data was" in scene.refusal(), "under the same name, too"
+
+
+def test_a_token_changed_in_place_is_seen(scene: Scene) -> None:
+    scene.save(scene.start())
+    path = Path(f"{scene.a}.bin")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    assert "training data was" in scene.refusal()
+
+
+def test_the_blend_its_order_and_the_split_are_part_of_the_data(scene: Scene) -> None:
+    scene.save(scene.start(scene.a, scene.b, weights=[0.5, 0.5]))
+    assert scene.start(scene.a, scene.b, weights=[0.5, 0.5]).warning == ""
+    assert "training data was" in scene.refusal(scene.b, scene.a, weights=[0.5, 0.5])
+    assert "training data was" in scene.refusal(scene.a, scene.b, weights=[0.8, 0.2])
+    assert "training data was" in scene.refusal(scene.a, scene.b, weights=[0.5, 0.5], split=0.5)
+
+
+def test_other_held_out_pairs_are_told_once(scene: Scene) -> None:
+    scene.save(scene.start())
+    changed = scene.start(held_out=scene.b)
+    assert "held-out pairs are not those" in changed.warning
+    scene.save(changed)
+    assert scene.start(held_out=scene.b).warning == ""
+
+
+def test_a_checkpoint_of_before_goes_on_and_knows_its_data_from_then(scene: Scene) -> None:
+    scene.save(scene.start())
+    for name in ("data", "data_flags", "held_out"):
+        del scene.saved[name]
+    went_on = scene.start(held_out=scene.b)
+    assert (went_on.resumes, went_on.warning) == (True, "")
+    assert went_on.progress == scene.start(held_out=scene.b).progress
+    assert went_on.progress.data
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ends_at"),
+    [
+        # An epoch of 47 pairs ends with a batch of 5; then by steps, by epochs, and by as many steps as there were.
+        ([{"epochs": 1}, {"train_iters": 18}], (18, 107)),
+        ([{"epochs": 1}, {"epochs": 3}], (24, 141)),
+        ([{"epochs": 1}, {"train_iters": 8}], (8, 47)),
+        ([{"train_iters": 5}, {"train_iters": 18}], (18, 108)),
+        ([{"epochs": 0.5}, {"epochs": 1}, {"epochs": 0.5}], (8, 47)),
+    ],
+)
+def test_an_extended_run_oversteps_neither_steps_nor_pairs(lengths: list[dict[str, Any]], ends_at: tuple[int, int]) -> None:
+    pairs: Any = range(47)
+    data, progress = RunData(pairs, None, 0, None), Progress()
+    for length in lengths:
+        training = TrainingConfig(global_batch_size=6, **length)
+        total_pairs, train_iters = data.run_length(training, progress)
+        while progress.consumed_pairs < total_pairs:
+            progress.step += 1
+            progress.consumed_pairs = min(progress.consumed_pairs + 6, total_pairs)
+            # Wherever it is stopped, it goes on to the same end.
+            assert data.run_length(training, progress) == (total_pairs, train_iters)
+        assert progress.step == train_iters
+    assert (progress.step, progress.consumed_pairs) == ends_at
