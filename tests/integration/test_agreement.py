@@ -98,8 +98,8 @@ CASES: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "a token": ([], {}, "change_a_token", ["tokens of pairs is ", "1 more differ: the run's data."]),
     "missing data": ([], {}, "remove_data", ["DataError: rank 1 (", "pairs.bin", "missing"]),
 }
-# No run goes on in these, or the Hugging Face model would not be looked at.
-FROM_HF = {"weights", "architecture"}
+# No run goes on in these: the Hugging Face model would not be looked at, and the rank with other data would refuse by itself.
+FROM_HF = {"weights", "architecture", "lengths", "a token"}
 
 
 def told(arguments: list[str]) -> str:
