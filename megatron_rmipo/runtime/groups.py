@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.runtime.cpu import install_cpu_runtime
+from megatron_rmipo.runtime.environment import hide_deprecation_banners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,7 @@ def initialize_runtime(
     Raises:
         ConfigError: the world size is not a multiple of TP x PP.
     """
+    hide_deprecation_banners()
     on_cpu = install_cpu_runtime()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model_ranks = tensor_model_parallel_size * pipeline_model_parallel_size

@@ -13,6 +13,7 @@ from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
+from megatron_rmipo.runtime.environment import costs_of_missing_kernels
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.progress import Progress
 
@@ -45,6 +46,8 @@ def say_what_runs(config: Config, source: ModelSource, groups: ProcessGroups, pr
         reporter.say(f"  {name}: {value}")
     start = f"step {progress.step} of {source.checkpoint}" if progress.step else f"{source.hf_weights or source.checkpoint}"
     reporter.say(f"ranks: {groups.world_size} (TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}); from {start}")
+    for line in costs_of_missing_kernels():
+        reporter.say(line)
 
 
 def measure_throughput(config: Config, groups: ProcessGroups) -> Throughput:
