@@ -3,9 +3,10 @@
     python -m benchmarks.bench_gpu [--lengths ultrafeedback|hh|FILE] [--check]
     python -m benchmarks.bench_gpu --num-layers 2 --hidden-size 64 ...       # small enough for a CPU: that everything runs
 
-bf16, random weights, random tokens of recorded lengths. First a model of two layers takes a step beside the padded one; losses
-must agree. Then the same batches are trained on in several ways (RMiPO; SimPO; prompts not shared; a pair to a micro-batch), and
-by the padded implementation in the authors' setting, activations recomputed.
+bf16, random weights, random tokens of recorded lengths. First a model of two layers takes a step beside the padded one; a
+difference above bf16's is reported with its size. Then the same batches are trained on in several ways (RMiPO; SimPO; prompts not
+shared; a pair to a micro-batch), and by the padded implementation in the authors' setting, activations recomputed. Each figure is
+written when it is known; memory that runs out on the padded side costs that side alone.
 
 A step of n layers takes s seconds, of which e do not depend on n: embedding, output layer and loss, measured apart as the passes
 of the same step through the model without its layers, and the optimizer's time times the share of the parameters outside the
@@ -16,14 +17,15 @@ before the clock starts, as the trainer's worker processes do. See README.md bes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,29 +34,29 @@ import transformers
 from benchmarks.bench_step import add_model_options
 from benchmarks.gpu_model import FULL_LAYERS, layers_that_fit
 from benchmarks.gpu_parts import gradient_parts
-from benchmarks.gpu_results import SIZES, STEPS, Results, goals, make_rows, table
+from benchmarks.gpu_results import PADDED, SIZES, STEPS, Results, goals, make_rows, table
 from benchmarks.gpu_steps import VARIANTS, build_batches, ends_seconds, head_tflops, time_padded, time_steps
 from benchmarks.inputs import BOS, RECORDED, Pairs, read_pairs, save_random_model
 from benchmarks.padded_baseline import PaddedBaseline
-from benchmarks.report import FOLDER, add_report_options, report
-from benchmarks.sides import build_state, compare, minimum_flops, our_step, padded_step, token_lists, trainer_config
+from benchmarks.report import FOLDER, add_report_options, environment, read_rows, report, write_rows
+from benchmarks.sides import build_state, differences, minimum_flops, our_step, padded_step, token_lists, trainer_config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.memory.peak import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device, initialize_runtime
 
+T = TypeVar("T")
 CHECKED_LAYERS, CHECKED_PAIRS = 2, 8
 # Relative, of a pair's loss and of the gradient norm, in bf16.
 TOLERANCES = {"simpo": 3e-2, "rmipo": 1e-1}
 
 
-def check_losses(options: argparse.Namespace, model_dir: Path, pairs: Pairs, groups: ProcessGroups) -> float:
-    """A step of a model of two layers, ours and padded, for both objectives; the largest relative difference.
+def check_losses(options: argparse.Namespace, model_dir: Path, pairs: Pairs, groups: ProcessGroups, results: Results) -> None:
+    """A step of a model of two layers, ours and padded, for both objectives; the largest relative difference, NaN included.
 
-    Raises:
-        SystemExit: they do not agree.
+    One that is above the tolerance is a problem of the results, with its size, and ends nothing.
     """
-    worst, arch = 0.0, read_architecture(model_dir)
+    arch = read_architecture(model_dir)
     # A sum over a long response gathers bf16's rounding: RMiPO's margin is compared where responses are short.
     shortest = np.argsort(pairs.lengths[:, 1:].sum(1), kind="stable")[:CHECKED_PAIRS]
     compared = {"simpo": Pairs(pairs[:CHECKED_PAIRS]), "rmipo": Pairs([pairs[int(index)] for index in shortest])}
@@ -64,10 +66,28 @@ def check_losses(options: argparse.Namespace, model_dir: Path, pairs: Pairs, gro
         mine = our_step(state, compared[name], name, groups, tokens_per_microbatch=options.tokens_per_microbatch)()
         del state
         release_memory()
-        theirs = padded_step(model_dir, compared[name], objective=name, **settings)()
+        title = f"{name}: ours and the padded step"
+        theirs = attempt(results, title, lambda name=name: padded_step(model_dir, compared[name], objective=name, **settings)())  # type: ignore[misc]
         release_memory()
-        worst = max(worst, compare(mine, theirs, f"{name}: ours and the padded step", tolerance))
-    return worst
+        if theirs is None:
+            continue
+        losses, norms = differences(mine, theirs)
+        if not (losses <= tolerance and norms <= tolerance):
+            problem = f"{title} do not agree: losses {losses:.1e}, gradient norm {norms:.1e}, tolerance {tolerance:.0e}"
+            results.problems.append(problem)
+        # Not max(), which passes over NaN.
+        results.agreement = float(np.max([losses, norms, results.agreement or 0.0]))
+
+
+def attempt(results: Results, title: str, measure: Callable[[], T]) -> T | None:
+    """What ``measure`` gives; None where memory runs out in it, which is a problem of the results and costs this figure alone."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        results.problems.append(f"{title}: not measured, memory ran out: {str(error).splitlines()[0]}")
+    # Here, where nothing holds the frames of the failure any more.
+    release_memory()
+    return None
 
 
 def choose_layers(options: argparse.Namespace, arch: ModelArchitecture) -> int:
@@ -87,30 +107,49 @@ def choose_layers(options: argparse.Namespace, arch: ModelArchitecture) -> int:
     return num_layers
 
 
-def run(options: argparse.Namespace, pairs: Pairs) -> Results:
-    """Check, then measure every way."""
+def run(options: argparse.Namespace, pairs: Pairs, keep: Callable[[Results], None]) -> Results:
+    """Check, then measure every way; ``keep`` is handed the results whenever there are more of them."""
     groups = initialize_runtime(1, 1, seed=options.seed)
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(argparse.Namespace(**{**vars(options), "num_layers": CHECKED_LAYERS}), Path(folder))
-        agreement = check_losses(options, Path(folder), pairs, groups)
         arch, hf_config = read_architecture(Path(folder)), transformers.AutoConfig.from_pretrained(folder)
-    hf_config.num_hidden_layers = choose_layers(options, arch)
-    arch = dataclasses.replace(arch, num_layers=hf_config.num_hidden_layers)
-    state, timings, parts = build_state(arch, groups, bf16=True), {}, {}
+        results = Results(choose_layers(options, arch))
+        check_losses(options, Path(folder), pairs, groups, results)
+    hf_config.num_hidden_layers = results.num_layers
+    arch = dataclasses.replace(arch, num_layers=results.num_layers)
+    timed_pairs = Pairs(pairs[options.warmups * options.num_pairs :])
+    results.full_flops = minimum_flops(dataclasses.replace(arch, num_layers=FULL_LAYERS), timed_pairs, "rmipo") / options.repeats
+    run_ours(options, arch, pairs, groups, results, keep)
+    release_memory()
+    padded = attempt(results, PADDED, lambda: run_padded(options, hf_config, pairs))
+    if padded is not None:
+        results.padded_seconds, results.padded_peak_bytes = padded
+        keep(results)
+    return results
+
+
+def run_ours(
+    options: argparse.Namespace,
+    arch: ModelArchitecture,
+    pairs: Pairs,
+    groups: ProcessGroups,
+    results: Results,
+    keep: Callable[[Results], None],
+) -> None:
+    """Every way of the trainer's, then the ends and the head."""
+    state = build_state(arch, groups, bf16=True)
     for name, variant in VARIANTS.items():
         # One way after the other: in turns, a batch would find the attention masks that the way before it made.
         batches = build_batches(pairs, state, variant, options.num_pairs, options.tokens_per_microbatch)
-        timings[name] = time_steps(state, batches, variant.objective, groups, warmups=options.warmups)
-        parts[name] = gradient_parts(state, batches[-1], variant.objective, groups)
+        results.timings[name] = time_steps(state, batches, variant.objective, groups, warmups=options.warmups)
+        keep(results)
+        results.parts[name] = gradient_parts(state, batches[-1], variant.objective, groups)
+        keep(results)
     batches = build_batches(pairs, state, VARIANTS["rmipo"], options.num_pairs, options.tokens_per_microbatch)
-    ends = ends_seconds(state, batches, "rmipo", groups, timings["rmipo"], warmups=options.warmups)
-    head = head_tflops(state.policy, options.head_tokens, options.repeats)
-    del state
-    release_memory()
-    padded_seconds, padded_peak = run_padded(options, hf_config, pairs)
-    timed_pairs = Pairs(pairs[options.warmups * options.num_pairs :])
-    full_flops = minimum_flops(dataclasses.replace(arch, num_layers=FULL_LAYERS), timed_pairs, "rmipo") / options.repeats
-    return Results(arch.num_layers, timings, parts, padded_seconds, padded_peak, ends, full_flops, head, agreement)
+    results.ends_seconds = ends_seconds(state, batches, "rmipo", groups, results.timings["rmipo"], warmups=options.warmups)
+    keep(results)
+    results.head_tflops = head_tflops(state.policy, options.head_tokens, options.repeats)
+    keep(results)
 
 
 def run_padded(options: argparse.Namespace, hf_config: Any, pairs: Pairs) -> tuple[list[float], int]:
@@ -164,7 +203,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, measure, show, append."""
+    """Check, measure, append what is known, show."""
     options = parse_options(argv)
     if not torch.cuda.is_available() and options.num_layers is None:
         raise SystemExit(
@@ -179,9 +218,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--num-pairs {options.num_pairs}: {options.warmups + options.repeats} steps take {num_pairs} pairs, but --lengths "
             f"{options.lengths} holds {len(pairs)}"
         )
-    results = run(options, pairs)
+    earlier, facts = read_rows(options.csv), environment()
+
+    def keep(results: Results) -> None:
+        # A file that cannot be written is told of at the end, when all is shown.
+        with contextlib.suppress(OSError):
+            write_rows(options.csv, earlier, [facts | row for row in make_rows(options, results)])
+
+    results = run(options, pairs, keep)
     rows = make_rows(options, results)
-    return report(options, "gpu", table(rows), rows, goals(options, results))
+    code = report(options, "gpu", table(rows), rows, goals(options, results), earlier)
+    for problem in results.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return 1 if options.check and results.problems else code
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ LEAST_SHARING = {"ultrafeedback": 1.15, "hh": 1.40}
 LEAST_OVER_PADDED, LEAST_HEAD_TFLOPS = 6.0, 270.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Results:
-    """What was measured.
+    """What was measured so far; None, or empty, where it was not yet, or could not be.
 
     Attributes:
         num_layers: of the model.
@@ -50,36 +50,44 @@ class Results:
         full_flops: model FLOPs of an RMiPO step with all layers, the mean over the batches.
         head_tflops: of output layer and log-probs alone.
         agreement: the largest relative difference found before.
+        problems: what could not be measured, and losses that do not agree; a line each.
     """
 
     num_layers: int
-    timings: Mapping[str, Timing]
-    parts: Mapping[str, Mapping[str, float]]
-    padded_seconds: list[float]
-    padded_peak_bytes: int
-    ends_seconds: float
-    full_flops: float
-    head_tflops: float
-    agreement: float
+    timings: dict[str, Timing] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    padded_seconds: list[float] = dataclasses.field(default_factory=list)
+    padded_peak_bytes: int = 0
+    ends_seconds: float | None = None
+    full_flops: float = 0.0
+    head_tflops: float | None = None
+    agreement: float | None = None
+    problems: list[str] = dataclasses.field(default_factory=list)
 
     @property
-    def full_seconds(self) -> float:
+    def full_seconds(self) -> float | None:
         """What an RMiPO step would take with all layers."""
+        if self.ends_seconds is None:
+            return None
         seconds = _mean(self.timings["rmipo"].seconds)
         return seconds_at(FULL_LAYERS, measured_layers=self.num_layers, seconds=seconds, ends_seconds=self.ends_seconds)
 
     @property
-    def over_padded(self) -> float:
+    def over_padded(self) -> float | None:
         """How many times longer the padded step takes, over the batches that both took."""
+        if not self.padded_seconds:
+            return None
         return sum(self.padded_seconds) / sum(self.timings["rmipo"].seconds[: len(self.padded_seconds)])
 
-    def slower(self, name: str) -> float:
+    def slower(self, name: str) -> float | None:
         """How many times longer a variant takes than RMiPO with shared prompts, packed."""
+        if name not in self.timings:
+            return None
         return sum(self.timings[name].seconds) / sum(self.timings["rmipo"].seconds)
 
 
 def make_rows(options: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
-    """A row for each way; what is known of RMiPO alone stands in its row."""
+    """A row for each way that was measured; what is known of RMiPO alone stands in its row, the first."""
     names = ("lengths", "shrink", "num_pairs", "seq_length", "tokens_per_microbatch", "baseline_pairs_per_microbatch", "repeats")
     settings = {name: getattr(options, name) for name in (*names, "head_tokens", *SIZES)}
     settings["num_layers"] = results.num_layers
@@ -88,17 +96,21 @@ def make_rows(options: argparse.Namespace, results: Results) -> list[dict[str, A
     for name, timing in results.timings.items():
         flops = sum(timing.flops) / sum(timing.seconds)
         row = settings | {"method": name} | _rates(options.num_pairs, timing.seconds)
-        row |= {f"seconds_{phase}": seconds for phase, seconds in (timing.phases | dict(results.parts[name])).items()}
+        row |= {f"seconds_{phase}": seconds for phase, seconds in (timing.phases | dict(results.parts.get(name, {}))).items()}
         row |= {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {}) | {"peak_bytes": timing.peak_bytes}
         rows.append(row)
-    rows[0] |= {
+    known: dict[str, float | None] = {
         "agreement": results.agreement,
         "seconds_ends": results.ends_seconds,
-        "pairs_per_second_at_32_layers": options.num_pairs / results.full_seconds,
-        "tflops_at_32_layers": results.full_flops / results.full_seconds / 1e12,
         "head_tflops": results.head_tflops,
         "over_padded": results.over_padded,
     }
+    if results.full_seconds is not None:
+        known["pairs_per_second_at_32_layers"] = options.num_pairs / results.full_seconds
+        known["tflops_at_32_layers"] = results.full_flops / results.full_seconds / 1e12
+    rows[0] |= {name: figure for name, figure in known.items() if figure is not None}
+    if not results.padded_seconds:
+        return rows
     padded = settings | {"method": PADDED} | _rates(options.num_pairs, results.padded_seconds)
     return [*rows, padded | {"peak_bytes": results.padded_peak_bytes}]
 
@@ -117,12 +129,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
     lines = [
         f"{first['num_layers']} layers, {first['num_pairs']} pairs a step, {first['lengths']}",
-        f"losses of two layers agree to {first['agreement']:.1e}",
+        *([f"losses of two layers agree to {first['agreement']:.1e}"] if "agreement" in first else []),
         f"{'':<24}{'pairs/s':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'seconds':>9}" + "".join(f"{name:>11}" for name in PHASES),
     ]
     parts = ["of one batch, s:", f"{'':<24}" + "".join(f"{name.replace('_', ' '):>15}" for name in PARTS)]
     for row in rows:
-        if row["method"] != PADDED:
+        if f"seconds_{PARTS[0]}" in row:
             parts.append(f"{row['method']:<24}" + "".join(f"{row[f'seconds_{name}']:>15.3f}" for name in PARTS))
         shares = "".join(f"{row[f'seconds_{name}']:>11.3f}" if f"seconds_{name}" in row else f"{'':>11}" for name in PHASES)
         tflops = f"{row['tflops']:.1f}" if "tflops" in row else ""
@@ -137,12 +149,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "before: the unconditional pass; gradient: forward and backward",
             *parts,
             "head: the output layer's part of forward and of backward; communication: exposed, none with one GPU",
+            *_of_rmipo_alone(first),
+        ]
+    )
+
+
+def _of_rmipo_alone(first: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "seconds_ends" in first:
+        lines += [
             f"embedding, output layer and their optimizer: {first['seconds_ends']:.3f} s of a step",
             f"at {FULL_LAYERS} layers: {first['pairs_per_second_at_32_layers']:.2f} pairs/s, "
             f"{first['tflops_at_32_layers']:.1f} TFLOP/s",
-            f"output layer and log-probs alone: {first['head_tflops']:.1f} TFLOP/s",
         ]
-    )
+    if "head_tflops" in first:
+        lines.append(f"output layer and log-probs alone: {first['head_tflops']:.1f} TFLOP/s")
+    return lines
 
 
 def goals(options: argparse.Namespace, results: Results) -> list[Goal]:
@@ -152,15 +174,18 @@ def goals(options: argparse.Namespace, results: Results) -> list[Goal]:
     if not (as_meant and on_device and options.lengths in RECORDED):
         return []
     name, timing = options.lengths, results.timings["rmipo"]
-    held = [
+    held: list[tuple[str, float, float | None]] = [
         ("prompts twice over shared", LEAST_SHARING[name], results.slower("prompts twice")),
         ("padded over ours", LEAST_OVER_PADDED, results.over_padded),
         ("output layer and log-probs, TFLOP/s", LEAST_HEAD_TFLOPS, results.head_tflops),
     ]
     if name in LEAST_TFLOPS:
         tflops = sum(timing.flops) / sum(timing.seconds) / 1e12
+        full_rate = None if results.full_seconds is None else options.num_pairs / results.full_seconds
         held += [
             ("model TFLOP/s", LEAST_TFLOPS[name], tflops),
-            (f"pairs/s at {FULL_LAYERS} layers", LEAST_PAIRS_PER_SECOND[name], options.num_pairs / results.full_seconds),
+            (f"pairs/s at {FULL_LAYERS} layers", LEAST_PAIRS_PER_SECOND[name], full_rate),
         ]
-    return [Goal(f"GPU, {name}: {title}", least, measured, at_least=True) for title, least, measured in held]
+    # What could not be measured was not reached.
+    measured = [(title, least, float("nan") if figure is None else figure) for title, least, figure in held]
+    return [Goal(f"GPU, {name}: {title}", least, figure, at_least=True) for title, least, figure in measured]

@@ -94,7 +94,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append lines to a CSV file. Columns that one side does not have stay empty there."""
-    entries: list[Mapping[str, Any]] = [*read_rows(path)]
+    write_rows(path, read_rows(path), rows)
+
+
+def write_rows(path: Path, earlier: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file of entries that it had, as they were read, and of new ones."""
+    entries: list[Mapping[str, Any]] = [*earlier]
     entries += [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
     columns = list(dict.fromkeys(name for entry in entries for name in entry))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,12 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def report(
-    options: argparse.Namespace, benchmark: str, table: str, rows: Sequence[Mapping[str, Any]], goals: Sequence[Goal]
+    options: argparse.Namespace,
+    benchmark: str,
+    table: str,
+    rows: Sequence[Mapping[str, Any]],
+    goals: Sequence[Goal],
+    earlier: Sequence[Mapping[str, Any]] | None = None,
 ) -> int:
     """Print the table (or JSON), append the rows and the goals, say which goals were reached.
 
@@ -117,6 +127,7 @@ def report(
         table: for people.
         rows: what was measured and under which settings, one per line of CSV; the environment is added.
         goals: those that these settings are meant for.
+        earlier: entries of the file before this run, where the run has written some of its own already, which these replace.
 
     Returns:
         The exit code: 1 where a file cannot be written, or with ``--check`` and a goal that was missed.
@@ -129,7 +140,7 @@ def report(
     else:
         print("\n".join([table, *map(str, goals)]))
     try:
-        append_rows(options.csv, [facts | dict(row) for row in rows])
+        write_rows(options.csv, read_rows(options.csv) if earlier is None else earlier, [facts | dict(row) for row in rows])
         if goals:
             append_rows(options.csv.with_name(GOALS_FILE), [facts | {"benchmark": benchmark} | verdict for verdict in verdicts])
     except OSError as error:

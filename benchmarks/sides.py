@@ -142,14 +142,19 @@ def check_agreement(ours: Step, others: dict[str, Step], tolerance: float) -> fl
     return worst
 
 
+def differences(mine: StepResult, theirs: StepResult) -> tuple[float, float]:
+    """The largest relative difference of a pair's loss, and that of the gradient norm."""
+    losses = ((mine.losses - theirs.losses).abs() / theirs.losses.abs().clamp(min=1e-3)).max().item()
+    return losses, abs(mine.grad_norm - theirs.grad_norm) / theirs.grad_norm
+
+
 def compare(mine: StepResult, theirs: StepResult, title: str, tolerance: float) -> float:
     """The largest relative difference of a pair's loss or of the gradient norm.
 
     Raises:
         SystemExit: it is above ``tolerance``.
     """
-    losses = ((mine.losses - theirs.losses).abs() / theirs.losses.abs().clamp(min=1e-3)).max().item()
-    norms = abs(mine.grad_norm - theirs.grad_norm) / theirs.grad_norm
+    losses, norms = differences(mine, theirs)
     # Not max(), which passes over NaN.
     if not (losses <= tolerance and norms <= tolerance):
         raise SystemExit(

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 from pathlib import Path
@@ -23,6 +24,8 @@ _NUMERIC_VARIABLES = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO"),
     *("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "MKL_CBWR"),
 )
+# Megatron-Core's modules that announce what it will drop, to developers; a user can mend nothing of it.
+_ANNOUNCING = ("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch")
 
 
 def check_environment(*, wandb: bool = False) -> None:
@@ -46,6 +49,35 @@ def check_environment(*, wandb: bool = False) -> None:
         raise ConfigError("psutil is missing; without it Megatron-Core hangs while saving a checkpoint. Run: pip install psutil")
     if wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb-project: wandb is not installed. Run: pip install 'megatron-rmipo[wandb]', or leave it out")
+
+
+def hide_deprecation_banners() -> None:
+    """Keep what Megatron-Core (0.19) logs of its own deprecations, GPTModel and its saving, off the screen. Idempotent."""
+    for name in _ANNOUNCING:
+        logging.getLogger(name).addFilter(_is_no_deprecation)
+
+
+def _is_no_deprecation(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING or "deprecated" not in record.getMessage().lower()
+
+
+def costs_of_missing_kernels() -> list[str]:
+    """What it costs that Transformer Engine or apex is not installed, a line each with the remedy; none without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    te, apex = (_package_directory(name) is not None for name in ("transformer_engine", "apex"))
+    get_te, get_apex = "pip install 'megatron_rmipo[te]'", "README.md, 'NVIDIA's apex and Transformer Engine'"
+    lines = []
+    if not te and not apex:
+        lines.append(
+            "neither Transformer Engine nor apex is installed: Adam takes temporaries of 4 bytes a parameter, and the gradient "
+            f"norm waits for the GPU once a tensor. {get_te}, or {get_apex}"
+        )
+    if not te:
+        lines.append(f"Transformer Engine is not installed: rotary embeddings are not one kernel. {get_te}")
+    if not apex:
+        lines.append(f"apex is not installed: gradients of the layers' weights are not summed in their buffer. {get_apex}")
+    return lines
 
 
 def _package_directory(name: str) -> Path | None:

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.runtime.cpu import install_cpu_runtime
+from megatron_rmipo.runtime.environment import hide_deprecation_banners
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 
 
@@ -126,6 +127,7 @@ def initialize_runtime(
         ConfigError: the world size is not a multiple of TP x PP, or torchrun's environment is incomplete.
         RmipoError: a rank did not come.
     """
+    hide_deprecation_banners()
     on_cpu = install_cpu_runtime()
     rendezvous = Rendezvous(timeout_minutes) if rendezvous is None else rendezvous
     launch = rendezvous.launch

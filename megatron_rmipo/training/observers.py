@@ -15,6 +15,7 @@ from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
+from megatron_rmipo.runtime.environment import costs_of_missing_kernels
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.loop import Run
 from megatron_rmipo.training.progress import Progress
@@ -61,6 +62,8 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
     final = outputs.save_hf or "none (--save-hf)"
     say(f"checkpoints: {outputs.save + every if outputs.save else 'none (--save)'}; final model: {final}")
     say(f"logs, and the whole configuration as config.yaml: {config.log_directory}")
+    for line in costs_of_missing_kernels():
+        say(line)
     if start.warning:
         run.reporter.warn(start.warning)
     if config.training.global_batch_size > len(run.pairs.pairs):

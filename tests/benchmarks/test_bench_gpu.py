@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +33,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.runtime.groups import initialize_runtime
+from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.step import evaluate_batch
 from tests.harness import run_distributed
 
@@ -341,6 +344,45 @@ SMALL = shlex.split(
     "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --vocab-size 200 "
     "--shrink 8 --num-pairs 7 --warmups 1 --repeats 2 --tokens-per-microbatch 512 --head-tokens 37 --json"
 )
+
+
+def run_with_trouble(csv: str) -> tuple[list[int], str, list[list[str]]]:
+    """Losses differ, and the padded side has no memory: exit codes, stderr, what was known of RMiPO at each padded step."""
+    known: list[list[str]] = []
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        rows = read_rows(Path(csv))
+        known.append([name for name, value in rows[0].items() if value] if rows else [])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    bench_gpu.run_padded = no_memory
+    bench_gpu.TOLERANCES = {"simpo": 0.0}
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        codes = [bench_gpu.main([*SMALL, "--csv", csv])]
+        shutdown_runtime()
+        bench_gpu.padded_step = lambda *_, **__: no_memory
+        codes.append(bench_gpu.main([*SMALL, "--csv", csv, "--check"]))
+    return codes, said.getvalue(), known
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_difference_or_memory_that_runs_out_costs_no_other_figure(tmp_path: Path) -> None:
+    ((codes, said, known),) = run_distributed(run_with_trouble, 1, str(tmp_path / "gpu.csv"))
+    assert codes == [0, 1]
+    assert re.search(
+        r"warning: simpo: ours and the padded step do not agree: losses \d.*, gradient norm \d.*, tolerance 0e\+00", said
+    )
+    lost = "not measured, memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert said.count(f"warning: {gpu_results.PADDED}: {lost}\n") == 2
+    assert said.count(f"warning: simpo: ours and the padded step: {lost}\n") == 1
+    # Before the padded side was run, all of the trainer's stood in the file.
+    assert {"agreement", "head_tflops", "pairs_per_second_at_32_layers", "seconds_forward"} <= set(known[0])
+    rows = read_rows(tmp_path / "gpu.csv")
+    assert [row["method"] for row in rows] == [*VARIANTS, *VARIANTS]
+    assert float(rows[0]["agreement"]) > 0
+    assert not rows[4]["agreement"]
 
 
 @pytest.mark.slow

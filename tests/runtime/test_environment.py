@@ -1,10 +1,12 @@
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.runtime.environment import check_environment
+from megatron_rmipo.runtime.environment import check_environment, costs_of_missing_kernels, hide_deprecation_banners
 
 
 def _make_package(root: Path, *names: str) -> None:
@@ -49,3 +51,45 @@ def test_wandb_is_not_needed_where_it_is_not_asked_for(monkeypatch: pytest.Monke
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == "wandb" else real(wanted))
     check_environment()
+
+
+@pytest.mark.parametrize(
+    ("installed", "costs"),
+    [
+        (
+            (),
+            [
+                "Adam takes temporaries of 4 bytes a parameter",
+                "rotary embeddings are not one kernel",
+                "not summed in their buffer",
+            ],
+        ),
+        (("transformer_engine",), ["not summed in their buffer"]),
+        (("apex",), ["rotary embeddings are not one kernel"]),
+        (("transformer_engine", "apex"), []),
+    ],
+)
+def test_on_a_gpu_it_says_what_missing_kernels_cost_and_how_to_get_them(
+    installed: tuple[str, ...], costs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert costs_of_missing_kernels() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _make_package(tmp_path, *installed)
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = costs_of_missing_kernels()
+    assert len(lines) == len(costs)
+    for line, cost in zip(lines, costs, strict=True):
+        assert cost in line
+        assert "pip install 'megatron_rmipo[te]'" in line or "README.md" in line
+
+
+def test_deprecations_of_megatrons_own_are_not_shown_and_all_else_is(caplog: pytest.LogCaptureFixture) -> None:
+    hide_deprecation_banners()
+    model = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    saving = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    # As 0.19.1 has them.
+    model.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes, no new features.")
+    saving.warning("MCore's async save is deprecated and will be removed in the future releases.")
+    saving.warning("something of the checkpoint")
+    model.error("deprecated and broken")
+    assert caplog.messages == ["something of the checkpoint", "deprecated and broken"]
