@@ -25,7 +25,7 @@ from benchmarks.measure import Cost, measure, time_title
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
-from megatron_rmipo.runtime.launch import read_launch
+from megatron_rmipo.torchrun import read_launch
 
 OURS, DENSE = "fused", "dense, all tokens"
 # Beyond these a method computes something else, and its cost says nothing.

@@ -26,7 +26,7 @@ from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import Step, build_state, check_agreement, minimum_flops, our_step, padded_step, trl_step
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from megatron_rmipo.runtime.launch import read_launch
+from megatron_rmipo.torchrun import read_launch
 from megatron_rmipo.training.setup import TrainingState
 
 # What the goals were set for: a model of 56 million parameters. The least of what the padded side's CPU time may be, in ours.

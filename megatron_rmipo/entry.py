@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
 from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.torchrun import launch_for_messages
 
 OLDEST_PYTHON = (3, 11)
 # What a command cannot do without, imported as.
@@ -103,7 +104,7 @@ def _leave_end(code: int) -> int:
     directory = os.environ.get(ENDS_VARIABLE)
     if directory is None:
         return code
-    Path(directory, os.environ["RANK"]).write_text(f"{time.time()} {code}", encoding="utf-8")
+    Path(directory, str(launch_for_messages().rank)).write_text(f"{time.time()} {code}", encoding="utf-8")
     return DONE if code == STOPPED else code
 
 

@@ -56,7 +56,8 @@ def test_a_rank_that_stopped_tells_the_launcher_and_else_its_exit_code_does(tmp_
     assert start(tmp_path, stopped, on_ranks=True) == (75, "")
     ends = tmp_path / "ends"
     ends.mkdir()
-    variables = {ENDS_VARIABLE: str(ends), "RANK": "3"}
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    variables = {ENDS_VARIABLE: str(ends), **place}
     assert start(tmp_path, stopped, on_ranks=True, **variables) == (0, "")
     assert (ends / "3").read_text().split()[1] == "75"
     assert start(tmp_path, "def main(): return 1", on_ranks=True, **variables) == (1, "")

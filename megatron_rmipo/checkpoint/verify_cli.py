@@ -25,8 +25,8 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy, transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
-from megatron_rmipo.runtime.launch import Launch, read_launch
 from megatron_rmipo.runtime.rendezvous import Rendezvous
+from megatron_rmipo.torchrun import Launch, read_launch
 
 _DESCRIPTION = """\
 Compare the logits of a Megatron model with those transformers computes from the Hugging Face model, on text, at a tensor and

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from megatron_rmipo.config.unknown_flags import describe_unknown_flag, flag_of
 from megatron_rmipo.config.values import ValueType
 from megatron_rmipo.config.yaml_file import Given
+from megatron_rmipo.torchrun import launch_for_messages
 
 
 class _EveryValue(argparse.Namespace):
@@ -22,7 +22,7 @@ class _EveryValue(argparse.Namespace):
 
 def tell_once(text: str) -> None:
     """Say a line of the first rank of a run, which all read the same flags."""
-    if os.environ.get("RANK", "0") == "0":
+    if launch_for_messages().rank == 0:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 

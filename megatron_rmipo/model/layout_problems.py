@@ -13,7 +13,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
 from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
-from megatron_rmipo.runtime.launch import read_launch
+from megatron_rmipo.torchrun import read_launch
 
 
 def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, world_size: int) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_rmipo import errors
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.runtime.agreement import describe_difference, digest_of
-from megatron_rmipo.runtime.launch import read_launch
+from megatron_rmipo.torchrun import read_launch
 
 # Of this process: a store may outlive the process groups that were made through it. All ranks count alike.
 _MEETINGS = itertools.count(1)

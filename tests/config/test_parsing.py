@@ -126,7 +126,9 @@ def test_a_flag_that_is_given_again_is_told_of(capsys: pytest.CaptureFixture[str
     assert "--data-path is given more than once (A B, then C)" in told
     # Neither the same value twice, nor by every rank.
     assert "--seed" not in told
-    monkeypatch.setenv("RANK", "1")
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     parse(*again)
     assert capsys.readouterr().err == ""
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from megatron_rmipo.model.attention.packed import PackedAttention
+from megatron_rmipo.model.weight_gradient import WeightGrad
 from megatron_rmipo.runtime import cpu, groups
 
 NAME = "pretend"
@@ -51,6 +52,8 @@ def _stub_what_needs_data() -> None:
     dist.all_gather_object = lambda gathered, one, **kwargs: gathered.__setitem__(0, one)  # type: ignore[assignment]
     # The kernels of attention know no such device; what it waits for is tested elsewhere.
     PackedAttention.forward = lambda self, query, key, value, *args, **kwargs: query.flatten(2) + key.sum() + value.sum()  # type: ignore[method-assign]
+    # Nor does it know sparse tensors: an empty one, which autograd is given for a weight, is a whole one here.
+    WeightGrad.for_autograd = lambda self: _like(self._weight)  # type: ignore[method-assign]
     # Megatron's own, without Transformer Engine or apex, reads the norm of each parameter by itself.
     clip_grads.l2_norm_impl = lambda chunk, flag, lists, per_parameter: (_norm(lists[0]), None)
 

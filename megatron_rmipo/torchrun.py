@@ -56,6 +56,14 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(rank, world_size, _number("LOCAL_RANK", values, 0), local_world_size, f"{values['MASTER_ADDR']}:{port}")
 
 
+def launch_for_messages() -> Launch:
+    """The same for a message, which must not die of an environment that is itself an error to tell."""
+    try:
+        return read_launch()
+    except ConfigError:
+        return Launch()
+
+
 def _number(name: str, values: Mapping[str, str], least: int, most: int | None = None) -> int:
     text = values[name]
     number = int(text) if text.isascii() and text.isdigit() else -1

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 import megatron_rmipo
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.runtime.launch import Launch, read_launch
 from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 from megatron_rmipo.scoring import score_cli
+from megatron_rmipo.torchrun import Launch, read_launch
 from megatron_rmipo.training import main as trainer
 
 WHOLE = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -78,4 +78,4 @@ def test_nothing_else_reads_the_place() -> None:
     package = Path(megatron_rmipo.__file__).parent
     names = re.compile(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_PORT)["']\s*[,\])]""")
     readers = {path.name for path in package.rglob("*.py") if "environ" in path.read_text() and names.search(path.read_text())}
-    assert readers == {"launch.py"}
+    assert readers == {"torchrun.py"}
