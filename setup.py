@@ -65,6 +65,7 @@ COMMANDS = {
     "megatron-rmipo-score-pairs": "megatron_rmipo.scoring.score_cli:main",
     "megatron-rmipo-hf-to-megatron": "megatron_rmipo.checkpoint.hf_to_megatron_cli:main",
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.checkpoint.megatron_to_hf_cli:main",
+    "megatron-rmipo-verify-checkpoint": "megatron_rmipo.checkpoint.verify_checkpoint_cli:main",
     "megatron-rmipo-verify-conversion": "megatron_rmipo.checkpoint.verify_cli:main",
     "megatron-rmipo-summarize-run": "megatron_rmipo.reports.summary:main",
     "megatron-rmipo-compare-runs": "megatron_rmipo.reports.comparison_cli:main",

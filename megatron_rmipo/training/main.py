@@ -7,23 +7,31 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
+from megatron_rmipo.checkpoint.settle import settle_source
+from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, find_model
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
+from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.layout import batch_layout
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
-from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
-from megatron_rmipo.training.data import open_data
+from megatron_rmipo.scoring.reference import (
+    ReferenceChoice,
+    attach_scores,
+    choose_reference,
+    identify_reference,
+    load_reference,
+)
+from megatron_rmipo.training.data import RunData, open_data
 from megatron_rmipo.training.loop import Run, train
 from megatron_rmipo.training.observers import build_profiler, measure_throughput, open_reporter, say_what_runs
-from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run
-from megatron_rmipo.training.resume import starting_point
+from megatron_rmipo.training.outputs import check_outputs, own_save_directory, save_hf, save_run
+from megatron_rmipo.training.resume import StartingPoint, starting_point
 from megatron_rmipo.training.setup import load_training_state
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -59,12 +67,10 @@ def run_training(config: Config) -> bool:
     data = open_data(config, source, objective.needs)
     total_pairs, train_iters = data.run_length(config.training)
     refuse_profiling_beyond_the_end(config, train_iters)
-    start = starting_point(config, source, data, objective)
-    recorded = start.progress.reference or None
-    reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded)
+    _beginning(config, source, data, objective, world_size)
     layout = partial(batch_layout, config, source.arch, objective.needs, bos_token_id=data.bos_token_id)
     least_tokens = data.check_rows_fit(layout(dp_rank=0, dp_size=1))
-    check_outputs(config)
+    check_outputs(config, source)
 
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
@@ -73,6 +79,11 @@ def run_training(config: Config) -> bool:
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
+    owner = own_save_directory(config, groups)
+    verify = not config.checkpoint.no_verify_checkpoint
+    source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner)
+    # Anew, for it may be another checkpoint than this rank had found.
+    start, reference = _beginning(config, source, data, objective, world_size)
     latest_checkpoint = partial(checkpoint_to_go_on_from, config.checkpoint)
     memory = MemoryReport(config, source.arch, groups, config.log_directory, least_tokens, latest_checkpoint)
     progress = start.progress
@@ -104,10 +115,22 @@ def run_training(config: Config) -> bool:
             throughput=measure_throughput(config, groups),
             profiler=build_profiler(config, groups, progress, reporter),
             memory=memory,
-            save=partial(save_run, config, source, state, progress, groups),
+            save=partial(save_run, config, source, state, progress, groups, owner),
         )
         complete = train(run)
         if complete:
             save_hf(config, source, state, groups)
+    if owner is not None:
+        owner.release()
     shutdown_runtime()
     return complete
+
+
+def _beginning(
+    config: Config, source: ModelSource, data: RunData, objective: Objective, world_size: int
+) -> tuple[StartingPoint, ReferenceChoice | None]:
+    """Where the run starts, and its reference."""
+    start = starting_point(config, source, data, objective)
+    recorded = start.progress.reference or None
+    reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded)
+    return start, reference

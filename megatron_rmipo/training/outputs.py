@@ -9,21 +9,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf
+from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
 from megatron_rmipo.checkpoint.output import check_output_directory
 from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 
 
-def check_outputs(config: Config) -> None:
+def check_outputs(config: Config, source: ModelSource) -> None:
     """Refuse output directories in which something would be lost.
 
     Raises:
-        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with.
+        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with, or of another program.
         ConversionError: ``--save-hf`` holds something.
     """
     if config.checkpoint.save_hf is not None:
@@ -39,9 +41,41 @@ def check_outputs(config: Config) -> None:
             f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
             "name another directory."
         )
+    if goes_on and source.is_foreign:
+        raise ConfigError(
+            f"--load {save}: {source.checkpoint_path.name} was written by another program; how far that had come is not known. "
+            f"Start a new run from its weights with --finetune, and with another directory for --save than {save}, where the "
+            "checkpoints of both would mix."
+        )
 
 
-def save_run(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:
+def own_save_directory(config: Config, groups: ProcessGroups) -> DirectoryOwner | None:
+    """Make sure that no other run saves where this one does. All ranks call it together.
+
+    Returns:
+        On the first rank the right to write there, if ``--save`` is given; None elsewhere.
+
+    Raises:
+        CheckpointError: on every rank: another run has it.
+    """
+    owners: list[DirectoryOwner] = []
+
+    def own() -> None:
+        if config.checkpoint.save is not None:
+            owners.append(DirectoryOwner(Path(config.checkpoint.save)))
+
+    on_first_rank(groups.world, own)
+    return owners[0] if owners else None
+
+
+def save_run(
+    config: Config,
+    source: ModelSource,
+    state: TrainingState,
+    progress: Progress,
+    groups: ProcessGroups,
+    owner: DirectoryOwner | None,
+) -> None:
     """Write a checkpoint of the run as it is, where ``--save`` names a place. All ranks call it together.
 
     Raises:
@@ -62,6 +96,7 @@ def save_run(config: Config, source: ModelSource, state: TrainingState, progress
         assets_dir=source.assets,
         groups=groups,
         keep_last=config.checkpoint.keep_last,
+        owner=owner,
     )
 
 
