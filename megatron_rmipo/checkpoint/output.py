@@ -52,9 +52,10 @@ def check_space(directory: Path, num_bytes: int) -> None:
         raise OSError(f"no space left: {num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
 
 
-def is_full(error: OSError) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether an error says that a disk, or the user's share of it, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # By its text, which is what is left of it when another process met it.
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def partial_path(path: Path) -> Path:

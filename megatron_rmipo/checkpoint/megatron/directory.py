@@ -21,12 +21,14 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME, Iteration, NewerCheckpointError, read_record
 from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
 from megatron_rmipo.checkpoint.output import INCOMPLETE_SUFFIX
+from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -82,8 +84,25 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path / '.metadata'} is missing or damaged ({error!r})") from error
 
 
+def check_common(path: Path) -> None:
+    """Check that ``common.pt`` of a checkpoint, where there is one, can be read. It is small.
+
+    Raises:
+        CheckpointError: it is damaged, or names what no checkpoint may hold.
+    """
+    common = path / "common.pt"
+    # megatron-core 0.19 writes none.
+    if not common.exists():
+        return
+    try:
+        with restricted_unpickling():
+            torch.load(common, weights_only=False, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{common} is damaged ({error!r})") from error
+
+
 def fault_of(path: Path) -> str | None:
-    """Why a checkpoint cannot be loaded, or None where it is complete: every file is there, in its full size.
+    """Why a checkpoint cannot be loaded, or None where it is complete: all files in full size, the assets as they were written.
 
     Raises:
         NewerCheckpointError: a later version of this package wrote it.
@@ -92,24 +111,37 @@ def fault_of(path: Path) -> str | None:
         return "it does not exist"
     try:
         record = read_record(path)
-        if record is not None:
-            of_another = checkpoint_path(path.parent, record.iteration).name != path.name
-            if of_another:
-                return f"its {RECORD_NAME} is that of iteration {record.iteration}"
-        elif _is_ours(path):
-            return f"{RECORD_NAME} is missing"
-        needed = _sizes_by_metadata(path) if record is None else record.files
+        if record is None:
+            return f"{RECORD_NAME} is missing" if _is_ours(path) else _size_fault(path, _sizes_by_metadata(path), exact=False)
     except NewerCheckpointError:
         raise
     except CheckpointError as error:
         return str(error)
-    for name, size in needed.items():
+    if checkpoint_path(path.parent, record.iteration).name != path.name:
+        return f"its {RECORD_NAME} is that of iteration {record.iteration}"
+    # The assets are small, and read before the ranks are connected, which then check the rest together.
+    assets = {name: digest for name, digest in record.digests.items() if name.startswith(f"{ASSETS_NAME}/")}
+    return _size_fault(path, record.files, exact=True) or _first_altered(path, assets)
+
+
+def _size_fault(path: Path, sizes: Mapping[str, int], *, exact: bool) -> str | None:
+    for name, size in sizes.items():
         try:
             found = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found < size or (record is not None and found != size):
+        if found < size or (exact and found != size):
             return f"{name} has {found} bytes instead of {size}"
+    return None
+
+
+def _first_altered(path: Path, digests: Mapping[str, str]) -> str | None:
+    for name, digest in digests.items():
+        try:
+            if file_digest(path / name) != digest:
+                return f"{name} does not hold what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 

@@ -80,8 +80,8 @@ class DirectoryOwner:
             self._take_over(content)
         self._remove_leftovers()
         atexit.register(self.release)
-        self._thread = threading.Thread(target=self._beat, name="checkpoint-owner", daemon=True)
-        self._thread.start()
+        inode = os.stat(self._path).st_ino
+        threading.Thread(target=self._beat, args=(inode,), name="checkpoint-owner", daemon=True).start()
 
     def __enter__(self) -> DirectoryOwner:
         return self
@@ -138,8 +138,7 @@ class DirectoryOwner:
             else:
                 path.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
-        own = os.stat(self._path).st_ino
+    def _beat(self, own: int) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             try:
                 if os.stat(self._path).st_ino == own:

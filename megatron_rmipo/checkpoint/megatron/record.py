@@ -96,7 +96,8 @@ def read_record(path: Path) -> CheckpointRecord | None:
             fields = f", with {', '.join(unknown)}, which is not known here" if unknown else ""
             raise NewerCheckpointError(
                 f"{path / RECORD_NAME} was written by {writer} in format {version}{fields}. This is megatron_rmipo "
-                f"{megatron_rmipo.__version__}, which reads formats up to {_FORMAT_VERSION}: update it to go on from this checkpoint."
+                f"{megatron_rmipo.__version__}, which reads formats up to {_FORMAT_VERSION}: update it to go on from this "
+                "checkpoint."
             )
         return CheckpointRecord(**content)
     except FileNotFoundError:

@@ -29,6 +29,7 @@ from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, d
 from megatron_rmipo.checkpoint.megatron.directory import (
     ASSETS_NAME,
     RANDOM_KEY,
+    check_common,
     find_checkpoint,
     hf_assets_directory,
     latest_complete_iteration,
@@ -181,6 +182,7 @@ def load_checkpoint(
     with_optimizer = None if weights_only else optimizer
     state = _sharded_state(model, with_optimizer, None if weights_only else scheduler, groups, is_loading=True)
     stored = on_every_rank(groups.world, lambda: read_metadata(path).state_dict_metadata)
+    on_every_rank(groups.world, lambda: check_common(path))
     match_model(state["model"], stored, path, groups.world)
     restores_random = load_rng and not weights_only and record.layout == _layout(groups)
     if restores_random and any(name.startswith(RANDOM_KEY) for name in stored):
@@ -289,4 +291,4 @@ def _first_cause(error: BaseException) -> str:
         return _first_cause(failures[0]) if failures else "another rank failed"
     cause = error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None) or error
     text = (str(cause).rstrip(".") or type(cause).__name__).splitlines()[0]
-    return f"the disk is full ({text})" if isinstance(cause, OSError) and is_full(cause) else text
+    return f"the disk is full ({text})" if is_full(cause) else text

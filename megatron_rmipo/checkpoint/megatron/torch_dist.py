@@ -31,8 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rmipo.checkpoint.megatron.directory import read_metadata
-from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
+from megatron_rmipo.checkpoint.megatron.directory import check_common, read_metadata
 from megatron_rmipo.checkpoint.raw_files import open_output, read_into
 from megatron_rmipo.errors import CheckpointError
 
@@ -261,11 +260,7 @@ def check_archives(directory: Path) -> None:
     # Checkpoints of megatron-core 0.19 have none.
     if common.exists():
         _check_archive(common, 0, common.stat().st_size, "the common state")
-        with restricted_unpickling():
-            try:
-                torch.load(common, weights_only=False, map_location="cpu")
-            except Exception as error:
-                raise CheckpointError(f"{common} cannot be read: {error!r}.") from error
+    check_common(directory)
 
 
 def _check_archive(path: Path, start: int, length: int, name: str) -> None:

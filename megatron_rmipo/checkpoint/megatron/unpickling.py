@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 # Plain values, tensors, NumPy arrays, and the arguments that Megatron-LM keeps. None of these runs anything that a pickle names.
+_BUILTINS = ("set", "frozenset", "bytearray", "complex", "slice", "range")
 _NAMES = {
-    *(("builtins", name) for name in ("set", "frozenset", "bytearray", "complex", "slice", "range")),
+    # Under the name of Python 2, too, which torch's protocol writes.
+    *((module, name) for module in ("builtins", "__builtin__") for name in _BUILTINS),
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
     ("_codecs", "encode"),
