@@ -57,12 +57,17 @@ def own_save_directory(config: Config, groups: ProcessGroups) -> DirectoryOwner 
 
     Raises:
         CheckpointError: on every rank: another run has it.
+        ConfigError: on every rank: it cannot be written.
     """
     owners: list[DirectoryOwner] = []
 
     def own() -> None:
-        if config.checkpoint.save is not None:
+        if config.checkpoint.save is None:
+            return
+        try:
             owners.append(DirectoryOwner(Path(config.checkpoint.save)))
+        except OSError as error:
+            raise ConfigError(f"--save {config.checkpoint.save} cannot be written: {error}. Name another directory.") from error
 
     on_first_rank(groups.world, own)
     return owners[0] if owners else None
