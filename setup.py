@@ -66,6 +66,7 @@ COMMANDS = {
     "megatron-rmipo-score-pairs": "megatron_rmipo.entry:score_pairs",
     "megatron-rmipo-hf-to-megatron": "megatron_rmipo.entry:convert_hf_to_megatron",
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.entry:convert_megatron_to_hf",
+    "megatron-rmipo-verify-checkpoint": "megatron_rmipo.entry:verify_checkpoint",
     "megatron-rmipo-verify-conversion": "megatron_rmipo.entry:verify_conversion",
     "megatron-rmipo-summarize-run": "megatron_rmipo.entry:summarize_run",
     "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",

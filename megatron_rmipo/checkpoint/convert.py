@@ -19,23 +19,23 @@ from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_piec
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.weights import open_weights
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
+from megatron_rmipo.checkpoint.megatron.commit import abandon_checkpoint, begin_checkpoint, commit_checkpoint
+from megatron_rmipo.checkpoint.megatron.digests import check_digests, damage
 from megatron_rmipo.checkpoint.megatron.directory import (
     ASSETS_NAME,
-    INCOMPLETE_SUFFIX,
-    CheckpointRecord,
-    Iteration,
-    abandon_checkpoint,
-    begin_checkpoint,
-    commit_checkpoint,
+    choose_checkpoint,
     find_checkpoint,
     hf_assets_directory,
 )
+from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
-from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space
-from megatron_rmipo.errors import ConversionError
+from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, check_output_directory, check_space
+from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.runtime.messages import warn
 
 # Modules whose extra state (fp8 scales) Megatron-Core's layers, local or Transformer Engine's, look for in a checkpoint.
 _STATEFUL = (
@@ -70,22 +70,27 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     arch = read_architecture(hf_dir)
     files = open_weights(hf_dir, arch)
     save_dir = Path(save_dir)
-    check_output_directory(save_dir, "--save", ignoring=INCOMPLETE_SUFFIX)
+    check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, OWNER_NAME))
     entries = [_entry(files, rule, arch, _DTYPES[dtype] if dtype else None) for rule in rules_of(arch)]
     try:
         check_space(save_dir, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
-        partial_dir = begin_checkpoint(save_dir, "release")
-        write_torch_dist(partial_dir, entries, _extra_state_keys(arch), _COMMON)
-        copy_hf_assets(hf_dir, partial_dir / ASSETS_NAME)
-        set_config_dtype(partial_dir / ASSETS_NAME / "config.json", entries[0].dtype)
-        return commit_checkpoint(save_dir, "release", CheckpointRecord("release"))
+        with DirectoryOwner(save_dir):
+            return _write_release(save_dir, hf_dir, entries, _extra_state_keys(arch))
     except OSError as error:
-        abandon_checkpoint(save_dir, "release")
         raise ConversionError(
             f"--save {save_dir} cannot be written: {error}. Free some space or name another directory."
         ) from error
+
+
+def _write_release(save_dir: Path, hf_dir: Path, entries: list[Entry], objects: list[str]) -> Path:
+    partial_dir = begin_checkpoint(save_dir, "release")
+    try:
+        digests = write_torch_dist(partial_dir, entries, objects, _COMMON)
+        copy_hf_assets(hf_dir, partial_dir / ASSETS_NAME)
+        set_config_dtype(partial_dir / ASSETS_NAME / "config.json", entries[0].dtype)
+        return commit_checkpoint(partial_dir, CheckpointRecord("release"), digests)
     except BaseException:
-        abandon_checkpoint(save_dir, "release")
+        abandon_checkpoint(partial_dir)
         raise
 
 
@@ -97,6 +102,7 @@ def convert_megatron_to_hf(
     dtype: str | None = None,
     assets_dir: Path | None = None,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+    verify: bool = True,
 ) -> Path:
     """Write a checkpoint's model as a Hugging Face directory.
 
@@ -107,6 +113,7 @@ def convert_megatron_to_hf(
         dtype: dtype of the files; None keeps the checkpoint's.
         assets_dir: Hugging Face config and tokenizer, for checkpoints that carry none.
         max_shard_bytes: size at which another file is begun.
+        verify: check the digests of the checkpoint's files first, which reads all of it.
 
     Returns:
         The checkpoint that was read.
@@ -115,7 +122,12 @@ def convert_megatron_to_hf(
         CheckpointError: there is no complete checkpoint, or its files are damaged.
         ConversionError: its tensors are not those of the model, ``save_dir`` holds something, or the disk is full.
     """
+    if iteration is None:
+        for line in choose_checkpoint(Path(load_dir)).passed_over:
+            warn(line)
     path, found = find_checkpoint(Path(load_dir), iteration)
+    if verify:
+        _refuse_damage(path)
     assets = Path(assets_dir) if assets_dir is not None else hf_assets_directory(Path(load_dir), found)
     arch = read_architecture(assets)
     reader = TorchDistReader(path)
@@ -131,6 +143,15 @@ def convert_megatron_to_hf(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
         ) from error
     return path
+
+
+def _refuse_damage(path: Path) -> None:
+    record = read_record(path)
+    damaged = check_digests(path, record) if record is not None else []
+    if damaged:
+        raise CheckpointError(
+            f"{damage(path, damaged)}. Convert another one with --iteration N, or this one as it is with --no-verify-checkpoint."
+        )
 
 
 def _entry(files: WeightFiles, rule: Rule, arch: ModelArchitecture, dtype: torch.dtype | None) -> Entry:

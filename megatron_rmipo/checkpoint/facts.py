@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rmipo.checkpoint.megatron.directory import RECORD_NAME, find_checkpoint
+from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.store.fingerprint import content_facts, sample_digest
@@ -52,8 +52,7 @@ def _weight_facts(source: ModelSource) -> dict[str, Any]:
     if source.hf_weights is not None:
         files = sorted(source.hf_weights.glob("*.safetensors"))
         return {f"content of {path}": sample_digest(path, _SAMPLES) for path in files}
-    assert source.checkpoint is not None
-    path, _ = find_checkpoint(source.checkpoint)
+    path = source.checkpoint_path
     found = {f"the checkpoint found in {source.checkpoint}": path.name}
     files = [file for file in (path / ".metadata", path / RECORD_NAME) if file.is_file()]
     return found | {f"content of {file}": sample_digest(file, _SAMPLES) for file in files}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_rmipo.checkpoint.megatron.directory import Iteration
+from megatron_rmipo.checkpoint.megatron.record import Iteration
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 

@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="size of a safetensors file, such as 500MB (default: 5GB)",
     )
+    parser.add_argument(
+        "--no-verify-checkpoint", action="store_true", help="do not check the digests of the checkpoint's files first"
+    )
     add_debug_flag(parser)
     return parser
 
@@ -52,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=flags.dtype,
             assets_dir=flags.hf_assets,
             max_shard_bytes=flags.max_shard_size,
+            verify=not flags.no_verify_checkpoint,
         )
         print(f"{flags.save_hf} written from {path}.")
 

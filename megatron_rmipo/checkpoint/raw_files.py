@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -37,9 +38,16 @@ def read_into(tensor: Tensor, path: Path, position: int) -> None:
 class _OutputFile(io.FileIO):
     """A file that takes a bounded number of bytes at a time, up to an even position, and starts to flush them."""
 
+    def __init__(self, path: Path, digest: Any | None) -> None:
+        super().__init__(path, "wb")
+        self._digest = digest
+
     def write(self, data: Any, /) -> int:
         position = self.tell()
-        written = super().write(memoryview(data)[: _WRITE_BYTES - position % _WRITE_BYTES])
+        piece = memoryview(data)[: _WRITE_BYTES - position % _WRITE_BYTES]
+        written = super().write(piece)
+        if self._digest is not None:
+            self._digest.update(piece[:written])
         end = position + written
         if end % _FLUSH_BYTES == 0 and hasattr(os, "posix_fadvise"):
             # Of pages that are not on the disk yet, this one only starts the writing, which fsync would otherwise begin with.
@@ -47,6 +55,21 @@ class _OutputFile(io.FileIO):
         return written
 
 
-def open_output(path: Path) -> io.BufferedWriter:
-    """Open a new file that is to hold much. The caller flushes and fsyncs it."""
-    return io.BufferedWriter(_OutputFile(path, "wb"))
+def open_output(path: Path, digest: Any | None = None) -> io.BufferedWriter:
+    """Open a new file that is to hold much. The caller flushes and fsyncs it.
+
+    Args:
+        path: the file.
+        digest: an object of :mod:`hashlib` that is fed what goes to the disk.
+    """
+    return io.BufferedWriter(_OutputFile(path, digest))
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's contents, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

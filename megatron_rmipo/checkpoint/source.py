@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights, open_weights
+from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
     checkpoint_path,
     find_checkpoint,
     hf_assets_directory,
+    iterations_of,
     latest_complete_iteration,
-    read_record,
 )
+from megatron_rmipo.checkpoint.megatron.record import Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
-from megatron_rmipo.errors import ConfigError, DataError
+from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.policy import PolicyModel
@@ -37,12 +38,28 @@ class ModelSource:
         assets: directory of its Hugging Face config and tokenizer.
         hf_weights: directory of safetensors, or None where a checkpoint is loaded.
         checkpoint: directory of Megatron checkpoints, or None.
+        iteration: which of them; None without any.
+        checked: whether its files were compared with their digests, or are not to be; they are not read for it again.
     """
 
     arch: ModelArchitecture
     assets: Path
     hf_weights: Path | None
     checkpoint: Path | None
+    iteration: Iteration | None = None
+    checked: bool = False
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The folder of the one checkpoint."""
+        assert self.checkpoint is not None
+        assert self.iteration is not None
+        return checkpoint_path(self.checkpoint, self.iteration)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a checkpoint of another program, whose progress is not known."""
+        return self.checkpoint is not None and read_record(self.checkpoint_path) is None
 
     @property
     def directory(self) -> Path:
@@ -68,15 +85,15 @@ def find_model(config: Config) -> ModelSource:
     return hf_source(Path(load_hf))
 
 
-def checkpoint_source(directory: Path) -> ModelSource:
-    """The latest complete checkpoint of a directory.
+def checkpoint_source(directory: Path, iteration: Iteration | None = None) -> ModelSource:
+    """A complete checkpoint of a directory: the one asked for, or the latest.
 
     Raises:
         CheckpointError: there is none.
     """
-    _, iteration = find_checkpoint(directory)
+    _, iteration = find_checkpoint(directory, iteration)
     assets = hf_assets_directory(directory, iteration)
-    return ModelSource(read_architecture(assets), assets, None, directory)
+    return ModelSource(read_architecture(assets), assets, None, directory, iteration)
 
 
 def hf_source(directory: Path) -> ModelSource:
@@ -93,8 +110,8 @@ def hf_source(directory: Path) -> ModelSource:
 
 def holds_checkpoints(directory: Path) -> bool:
     """Whether a directory holds checkpoints, whole or damaged: damage must be told, not passed over by starting anew."""
-    # What an interrupted save left has another name.
-    return any(path.name == "release" or path.name.removeprefix("iter_").isdigit() for path in directory.glob("*"))
+    # What an interrupted save left, and what was set aside, has another name.
+    return (directory / "release").exists() or next(iterations_of(directory), None) is not None
 
 
 def checkpoint_to_go_on_from(flags: CheckpointConfig) -> Path | None:
@@ -112,39 +129,59 @@ def load_weights(source: ModelSource, model: PolicyModel, groups: ProcessGroups)
         load_hf_weights(model, source.hf_weights, source.arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
         return
     assert source.checkpoint is not None
-    load_checkpoint(source.checkpoint, model=model, optimizer=None, scheduler=None, load_rng=False, groups=groups)
+    load_checkpoint(
+        source.checkpoint,
+        model=model,
+        optimizer=None,
+        scheduler=None,
+        load_rng=False,
+        groups=groups,
+        iteration=source.iteration,
+        verify=not source.checked,
+    )
 
 
 def saved_train_state(source: ModelSource) -> dict[str, Any]:
     """The progress that a run saved with the checkpoint; empty for a Hugging Face model, a converted one, or a foreign one."""
     if source.checkpoint is None:
         return {}
-    record = read_record(find_checkpoint(source.checkpoint)[0])
+    record = read_record(source.checkpoint_path)
     return {} if record is None or record.iteration == "release" else dict(record.train_state)
 
 
 def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     """sha256 over the architecture and the contents of every weight file. All ranks call it together and share the reading.
 
-    The same weights in another form (Hugging Face, Megatron, other shards) have another fingerprint.
+    The same weights in another form (Hugging Face, Megatron, other shards) have another fingerprint. A checkpoint whose digests
+    were checked is not read again; of one whose digests were not, every file is, and compared with its digest.
+
+    Raises:
+        CheckpointError: a file of the checkpoint is damaged.
     """
     if source.hf_weights is not None:
-        files = sorted(source.hf_weights.glob("*.safetensors"))
+        directory, pattern = source.hf_weights, "*.safetensors"
+        sizes = {path.name: path.stat().st_size for path in directory.glob(pattern)}
+        digests: Mapping[str, str | None] = gather_digests(directory, sizes, groups.world)
+        names = sorted(digests)
     else:
-        assert source.checkpoint is not None
-        path, _ = find_checkpoint(source.checkpoint)
-        files = [path / ".metadata", *sorted(path.glob("*.distcp"))]
-    own = {number: _file_digest(path) for number, path in enumerate(files) if number % groups.world_size == groups.rank}
-    parts: list[Any] = [None] * groups.world_size
-    dist.all_gather_object(parts, own, group=groups.world)
-    digests = {number: digest for part in parts for number, digest in part.items()}
-    content = {"architecture": dataclasses.asdict(source.arch), "files": [digests[number] for number in sorted(digests)]}
+        digests = _checkpoint_digests(source, groups)
+        names = [".metadata", *sorted(name for name in digests if name.endswith(".distcp"))]
+    content = {"architecture": dataclasses.asdict(source.arch), "files": [digests[name] for name in names]}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _checkpoint_digests(source: ModelSource, groups: ProcessGroups) -> Mapping[str, str | None]:
+    path = source.checkpoint_path
+    record = read_record(path)
+    written = record.digests if record is not None else {}
+    if written and source.checked:
+        return written
+    weights = [".metadata", *(item.name for item in path.glob("*.distcp"))]
+    sizes = record.files if record is not None and written else {name: (path / name).stat().st_size for name in weights}
+    found = gather_digests(path, sizes, groups.world)
+    if damaged := [name for name, digest in written.items() if found[name] != digest]:
+        raise CheckpointError(f"{damage(path, damaged)}. Name another checkpoint.")
+    return found
 
 
 def check_tokenizer(store: PairStore, flag: str, source: ModelSource, fingerprint: str) -> None:

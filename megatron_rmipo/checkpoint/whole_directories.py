@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from megatron_rmipo.errors import ConversionError
 
+INCOMPLETE_SUFFIX = ".incomplete"
 
-def check_output_directory(directory: Path, flag: str, ignoring: str | None = None) -> None:
+
+def check_output_directory(directory: Path, flag: str, ignoring: tuple[str, ...] = ()) -> None:
     """Check that ``directory`` can be written as a new one: it is missing or empty.
 
     Args:
         directory: where a model is to go.
         flag: the flag that named it, for the message.
-        ignoring: ending of names that do not count.
+        ignoring: endings of names that do not count.
 
     Raises:
         ConversionError: it is a file, or holds something.
@@ -26,7 +34,7 @@ def check_output_directory(directory: Path, flag: str, ignoring: str | None = No
     if directory.exists() and not directory.is_dir():
         raise ConversionError(f"{flag} {given} is a file. Name a directory that does not exist yet.")
     names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    entries = [name for name in names if ignoring is None or not name.endswith(ignoring)]
+    entries = [name for name in names if not name.endswith(ignoring)]
     if entries:
         shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
         raise ConversionError(f"{flag} {given} exists and holds {shown}. Name another directory, or remove this one.")
@@ -41,7 +49,26 @@ def check_space(directory: Path, num_bytes: int) -> None:
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
-        raise OSError(f"{num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
+        raise OSError(f"no space left: {num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or the user's share of it, is full."""
+    # By its text, which is what is left of it when another process met it.
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def partial_path(path: Path) -> Path:
+    """Where to write what is to be called ``path`` when it is whole: a name that no other process takes."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{INCOMPLETE_SUFFIX}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes of this host that are no more had begun to write as ``path``."""
+    for partial in path.parent.glob(glob.escape(path.name) + ".*" + INCOMPLETE_SUFFIX):
+        writer = partial.name.removeprefix(path.name + ".").removesuffix(INCOMPLETE_SUFFIX).rsplit("-", 2)
+        if writer[0] == socket.gethostname() and writer[1].isdigit() and not psutil.pid_exists(int(writer[1])):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -52,12 +79,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
         directory: the final name; missing or empty.
 
     Yields:
-        ``NAME.incomplete`` beside it. A leftover of an interrupted attempt is replaced.
+        One beside it, of a name of its own. Leftovers of attempts that were killed are removed.
     """
     # Resolved, "." and "sub/.." have a name, and a link's target is replaced and not the link.
     directory = Path(directory).resolve()
-    partial = directory.with_name(directory.name + ".incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_leftovers(directory)
+    partial = partial_path(directory)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -170,6 +170,7 @@ class CheckpointConfig:
     finetune: bool = _option(False, "Take only the weights of --load and start at step 0.")
     no_load_optim: bool = _option(False, "Do not load the optimizer's state.")
     no_load_rng: bool = _option(False, "Do not load the random generators' states.")
+    no_verify_checkpoint: bool = _option(False, "Do not compare a checkpoint's files with their digests before it is loaded.")
     no_save_optim: bool = _option(False, "Do not save the optimizer's state; such a checkpoint cannot be resumed exactly.")
     ckpt_format: Literal["torch_dist"] = _option("torch_dist", "Format of checkpoints; any TP, PP and DP can load it.")
     keep_last: int | None = _option(None, "Keep only this many of the newest checkpoints; unset: all.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -33,6 +33,26 @@ def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _R
         raise kind(text)
     result: _Result = outcome[0]
     return result
+
+
+def on_every_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _Result:
+    """What ``action`` returned here, where it raised on no rank of ``group``, whose ranks call this together.
+
+    Raises:
+        RmipoError: on every rank, that of the first rank where it raised one; CheckpointError for an OSError.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except (OSError, RmipoError) as error:
+        failure = (type(error) if isinstance(error, RmipoError) else CheckpointError, str(error))
+    failures: list[Any] = [None] * group.size()
+    dist.all_gather_object(failures, failure, group=group)
+    for met in failures:
+        if met is not None:
+            kind, text = met
+            raise kind(text)
+    return cast(_Result, result)
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:

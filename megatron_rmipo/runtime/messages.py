@@ -25,3 +25,8 @@ def tell_stop(text: str) -> None:
     """Say on the first rank how a stopped command goes on."""
     if launch_for_messages().rank == 0:
         print(f"stopped: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Show a line on this rank that is neither a result nor an error."""
+    print(f"{rank_label()}warning: {text}", file=sys.stderr, flush=True)

@@ -207,7 +207,8 @@ def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, gr
     # In the dtype that its log-probs are kept under, whatever the policy is trained in.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None))
     model = build_model(source.arch, config, groups)
-    load_weights(source, model, groups)
+    # Its fingerprint was taken, and its files were compared with their digests on the way.
+    load_weights(dataclasses.replace(source, checked=True), model, groups)
     model.requires_grad_(False)
     model.eval()
     return model

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
+from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
 from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
@@ -55,7 +56,7 @@ class ScoringConfig:
 
 _FIELDS: dict[type, Sequence[str]] = {
     ScoringConfig: ("pairs", "mismatched"),
-    CheckpointConfig: ("load",),
+    CheckpointConfig: ("load", "no_verify_checkpoint"),
     ModelConfig: (
         "load_hf",
         "reference_cache",
@@ -118,6 +119,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     )
     least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
     memory = MemoryReport(config, source.arch, groups, None, least_tokens, latest_checkpoint=lambda: None)
+    source = settle_source(lambda: find_model(config), groups, verify=not config.checkpoint.no_verify_checkpoint)
     fingerprint = weights_fingerprint(source, groups)
     cache = config.model.reference_cache
     tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_rmipo.checkpoint.facts import told_facts
+from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
+from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
 from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
 from megatron_rmipo.config.schema import Config
@@ -14,23 +16,21 @@ from megatron_rmipo.data.batches.loader import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
-from megatron_rmipo.passes.layout import batch_layout
+from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
-from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import tell_stop
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
-from megatron_rmipo.scoring.reference import attach_scores, choose_reference, identify_reference, load_reference
-from megatron_rmipo.training.data import open_data
+from megatron_rmipo.scoring.reference import attach_scores, identify_reference, load_reference
 from megatron_rmipo.training.facts import run_facts
 from megatron_rmipo.training.loop import Run, train
 from megatron_rmipo.training.observers import build_profiler, build_throughput, open_reporter, say_what_runs
-from megatron_rmipo.training.outputs import check_outputs, save_hf, save_run, where_it_stands
-from megatron_rmipo.training.resume import starting_point
-from megatron_rmipo.training.setup import load_training_state
-from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
+from megatron_rmipo.training.outputs import check_outputs, own_save_directory, save_hf, save_run, where_it_stands
+from megatron_rmipo.training.plan import RunPlan, plan_run
+from megatron_rmipo.training.setup import TrainingState, load_training_state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,20 +66,9 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
     check_environment(wandb=config.logging.wandb_project is not None)
-    world_size = rendezvous.launch.world_size
-    source = find_model(config)
-    validate(config, source.arch, world_size)
-    objective = objective_of(config)
-    data = open_data(config, source, objective.needs)
-    start = starting_point(config, source, data, objective)
-    total_pairs, train_iters = data.run_length(config.training, start.progress)
-    refuse_profiling_beyond_the_end(config, train_iters)
-    recorded = start.progress.reference or None
-    reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded)
-    layout = partial(batch_layout, config, source.arch, objective.needs, bos_token_id=data.bos_token_id)
-    least_tokens = data.check_rows_fit(layout(dp_rank=0, dp_size=1))
-    check_outputs(config)
-    rendezvous.compare(run_facts(config, source, data, objective, start, reference))
+    plan = plan_run(config, find_model(config), rendezvous.launch.world_size)
+    check_outputs(config, plan.source)
+    rendezvous.compare(run_facts(plan))
 
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
@@ -89,41 +78,77 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         rendezvous=rendezvous,
     )
-    latest_checkpoint = partial(checkpoint_to_go_on_from, config.checkpoint)
-    memory = MemoryReport(config, source.arch, groups, config.log_directory, least_tokens, latest_checkpoint)
-    progress, stop = start.progress, StopRequest(groups)
-    if reference is not None:
-        progress.reference = identify_reference(reference, groups)
-        with memory.explaining("loading the reference", trains=False):
-            attach_scores(config, reference, progress.reference, data.collections, objective.needs, groups, memory, stop)
+    owner = own_save_directory(config, groups)
+    verify = not config.checkpoint.no_verify_checkpoint
+    source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner)
+    # Anew, for it may be another checkpoint than this rank had found.
+    plan = plan_run(config, source, groups.world_size)
+    memory = MemoryReport(
+        config,
+        source.arch,
+        groups,
+        config.log_directory,
+        plan.least_tokens,
+        latest_checkpoint=partial(checkpoint_to_go_on_from, config.checkpoint),
+    )
+    stop = StopRequest(groups)
+    _attach_reference_scores(plan, groups, memory, stop)
     with memory.explaining("loading the model"):
-        state = load_training_state(config, source, start.objective_state, groups, train_iters=train_iters)
-        if objective.needs.perturbation is not None:
-            assert reference is not None
-            state.reference = load_reference(config, reference, progress.reference, groups)
-    with open_reporter(config, groups, train_iters, progress) as reporter:
-        rank_layout = layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        run = Run(
-            config=config,
-            groups=groups,
-            state=state,
-            objective=objective,
-            progress=progress,
-            pairs=BatchBuilder(data.train, rank_layout),
-            order=PairOrder(len(data.train), config.training.seed),
-            train_iters=train_iters,
-            total_pairs=total_pairs,
-            held_out=BatchBuilder(data.held_out, rank_layout) if data.held_out is not None else None,
-            num_held_out=data.num_held_out,
-            reporter=reporter,
-            throughput=build_throughput(config, groups),
-            profiler=build_profiler(config, groups, progress, reporter),
-            memory=memory,
-            save=partial(save_run, config, source, state, progress, groups),
-            stop=stop,
-        )
-        say_what_runs(run, source, start)
+        state = _load_state(plan, groups)
+    with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
+        run = _assemble(plan, groups, state, reporter, memory, stop, owner)
+        say_what_runs(run, source, plan.start)
         if not train(run):
-            raise RunStopped(where_it_stands(config, progress))
-        save_hf(config, source, state, progress, groups, stop)
+            raise RunStopped(where_it_stands(config, run.progress))
+        save_hf(config, source, state, run.progress, groups, stop)
+    if owner is not None:
+        owner.release()
     shutdown_runtime()
+
+
+def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest) -> None:
+    if plan.reference is None:
+        return
+    fingerprint = plan.start.progress.reference = identify_reference(plan.reference, groups)
+    with memory.explaining("loading the reference", trains=False):
+        attach_scores(plan.config, plan.reference, fingerprint, plan.data.collections, plan.objective.needs, groups, memory, stop)
+
+
+def _load_state(plan: RunPlan, groups: ProcessGroups) -> TrainingState:
+    state = load_training_state(plan.config, plan.source, plan.start.objective_state, groups, train_iters=plan.train_iters)
+    if plan.objective.needs.perturbation is not None:
+        assert plan.reference is not None
+        state.reference = load_reference(plan.config, plan.reference, plan.start.progress.reference, groups)
+    return state
+
+
+def _assemble(
+    plan: RunPlan,
+    groups: ProcessGroups,
+    state: TrainingState,
+    reporter: Reporter,
+    memory: MemoryReport,
+    stop: StopRequest,
+    owner: DirectoryOwner | None,
+) -> Run:
+    config, data, progress = plan.config, plan.data, plan.start.progress
+    layout = plan.layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    return Run(
+        config=config,
+        groups=groups,
+        state=state,
+        objective=plan.objective,
+        progress=progress,
+        pairs=BatchBuilder(data.train, layout),
+        order=PairOrder(len(data.train), config.training.seed),
+        train_iters=plan.train_iters,
+        total_pairs=plan.total_pairs,
+        held_out=BatchBuilder(data.held_out, layout) if data.held_out is not None else None,
+        num_held_out=data.num_held_out,
+        reporter=reporter,
+        throughput=build_throughput(config, groups),
+        profiler=build_profiler(config, groups, progress, reporter),
+        memory=memory,
+        save=partial(save_run, config, plan.source, state, progress, groups, owner),
+        stop=stop,
+    )

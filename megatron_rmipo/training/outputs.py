@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf
+from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
@@ -21,11 +22,11 @@ from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 
 
-def check_outputs(config: Config) -> None:
+def check_outputs(config: Config, source: ModelSource) -> None:
     """Refuse output directories in which something would be lost.
 
     Raises:
-        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with.
+        ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with, or of another program.
         ConversionError: ``--save-hf`` holds something.
     """
     if config.checkpoint.save_hf is not None:
@@ -41,9 +42,46 @@ def check_outputs(config: Config) -> None:
             f"--save {save} holds checkpoints of another run. Go on with that run with --load {save} (without --finetune), or "
             "name another directory."
         )
+    if goes_on and source.is_foreign:
+        raise ConfigError(
+            f"--load {save}: {source.checkpoint_path.name} was written by another program; how far that had come is not known. "
+            f"Start a new run from its weights with --finetune, and with another directory for --save than {save}, where the "
+            "checkpoints of both would mix."
+        )
 
 
-def save_run(config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups) -> None:
+def own_save_directory(config: Config, groups: ProcessGroups) -> DirectoryOwner | None:
+    """Make sure that no other run saves where this one does. All ranks call it together.
+
+    Returns:
+        On the first rank the right to write there, if ``--save`` is given; None elsewhere.
+
+    Raises:
+        CheckpointError: on every rank: another run has it.
+        ConfigError: on every rank: it cannot be written.
+    """
+    owners: list[DirectoryOwner] = []
+
+    def own() -> None:
+        if config.checkpoint.save is None:
+            return
+        try:
+            owners.append(DirectoryOwner(Path(config.checkpoint.save)))
+        except OSError as error:
+            raise ConfigError(f"--save {config.checkpoint.save} cannot be written: {error}. Name another directory.") from error
+
+    on_first_rank(groups.world, own)
+    return owners[0] if owners else None
+
+
+def save_run(
+    config: Config,
+    source: ModelSource,
+    state: TrainingState,
+    progress: Progress,
+    groups: ProcessGroups,
+    owner: DirectoryOwner | None,
+) -> None:
     """Write a checkpoint of the run as it is, where ``--save`` names a place. All ranks call it together.
 
     Raises:
@@ -64,6 +102,7 @@ def save_run(config: Config, source: ModelSource, state: TrainingState, progress
         assets_dir=source.assets,
         groups=groups,
         keep_last=config.checkpoint.keep_last,
+        owner=owner,
     )
 
 

@@ -83,6 +83,8 @@ def load_training_state(
         scheduler=state.scheduler if with_optimizer else None,
         load_rng=not config.checkpoint.finetune and not config.checkpoint.no_load_rng,
         groups=groups,
+        iteration=source.iteration,
+        verify=not source.checked,
     )
     if not with_optimizer:
         # Its fp32 weights were taken from the model before the checkpoint was loaded into it.

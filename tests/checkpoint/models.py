@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
+from megatron_rmipo.checkpoint.megatron.commit import begin_checkpoint, commit_checkpoint
+from megatron_rmipo.checkpoint.megatron.directory import ASSETS_NAME, RANDOM_KEY
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
+from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, write_torch_dist
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -54,3 +62,30 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
                 parameter.uniform_(0.5, 1.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     return directory
+
+
+def write_checkpoint(directory: Path, iteration: int, hf: Path, *, seed: int = 0) -> Path:
+    """A checkpoint of a run as it looks from outside, with random tensors, written without a model or process groups."""
+    partial = begin_checkpoint(directory, iteration)
+    values = torch.randn((3, 5, 7), generator=torch.Generator().manual_seed(1000 * seed + iteration))
+    pieces = tuple(Piece((layer, 0, 0), (1, 5, 7), _filling(values[layer : layer + 1])) for layer in range(3))
+    objects = [f"{RANDOM_KEY}/shard_0_1"]
+    entries = [Entry("decoder.layers.weight", (3, 5, 7), torch.float32, pieces)]
+    digests = write_torch_dist(partial, entries, objects, {"iteration": iteration, "checkpoint_version": 3.0})
+    copy_hf_assets(hf, partial / ASSETS_NAME)
+    return commit_checkpoint(partial, CheckpointRecord(iteration, {"step": iteration}), digests)
+
+
+def _filling(values: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def fill(target: torch.Tensor) -> None:
+        target.copy_(values)
+
+    return fill
+
+
+def flip_bit(path: Path, seed: int = 0) -> None:
+    """Turn over one bit of a file."""
+    data = bytearray(path.read_bytes())
+    at = random.Random(seed).randrange(len(data))
+    data[at] ^= 1 << random.Random(seed + 1).randrange(8)
+    path.write_bytes(data)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron
 from megatron_rmipo.training import main as trainer
 from tests.harness import run_distributed
 from tests.integration.data import MODEL, write_pairs
@@ -139,6 +140,14 @@ def save_into_another_run(scene: Scene) -> None:
     (scene.save / "latest_checkpointed_iteration.txt").write_text("3")
 
 
+def go_on_with_another_programs_checkpoint(scene: Scene) -> None:
+    convert_hf_to_megatron(scene.model, scene.save)
+    (scene.save / "release").rename(scene.save / "iter_0000003")
+    (scene.save / "iter_0000003" / "rmipo.json").unlink()
+    (scene.save / "latest_checkpointed_iteration.txt").write_text("3")
+    scene.changes["load"] = scene.save
+
+
 def use_a_file_as_directory(scene: Scene) -> None:
     (scene.folder / "file").write_text("")
     scene.save = scene.folder / "file"
@@ -168,6 +177,7 @@ CASES: list[tuple[Callable[[Scene], None], list[str]]] = [
     (leave_half_a_checkpoint, ["Error", "half", "complete"]),
     (export_over_other_files, ["Error", "--save-hf", "mine", "thesis.tex"]),
     (save_into_another_run, ["ConfigError", "--save", "--load"]),
+    (go_on_with_another_programs_checkpoint, ["ConfigError", "iter_0000003 was written by another", "--finetune", "--save"]),
     (use_a_file_as_directory, ["Error", "file"]),
     (start_from_nothing, ["ConfigError", "--load-hf"]),
 ]

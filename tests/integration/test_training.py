@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
 from megatron_rmipo.training import loop, outputs
 from megatron_rmipo.training import main as trainer
+from tests.checkpoint.models import flip_bit
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs, write_unpaired
 
@@ -160,6 +161,22 @@ def test_a_resume_that_would_change_the_order_of_pairs_is_refused(prefix: Path, 
     assert code == 1
     assert "--global-batch-size was 6, is 5" in output
     assert "--finetune" in output
+
+
+@pytest.mark.dist
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(prefix: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    assert run_distributed(run, 2, flags(prefix, save, save_interval=2, exit_interval=4)) == [0, 0]
+    first = losses(save)
+    flip_bit(save / "iter_0000004" / "__1_0.distcp")
+    (_, told), (_, silent) = run_distributed(output_of, 2, run, flags(prefix, save, load=save, keep_last=1))
+    assert "iter_0000004 is damaged: __1_0.distcp does not hold what was written" in told
+    assert "from step 2" in told
+    assert "is damaged" not in silent
+    assert {step: loss for step, loss in losses(save).items() if step in first} == first
+    names = {path.name for path in save.iterdir()}
+    assert names == {"iter_0000002", "iter_0000004.set_aside", "iter_0000006", "latest_checkpointed_iteration.txt", "logs"}
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "6"
 
 
 @pytest.mark.dist

@@ -1,63 +1,53 @@
-"""A directory of checkpoints: names, what makes one complete, and which is the latest.
+"""A directory of checkpoints: names, what makes one complete, and which is the one to go on from.
 
 Layout::
 
-    DIR/latest_checkpointed_iteration.txt   names the newest, replaced in one step after it is whole
+    DIR/latest_checkpointed_iteration.txt   names the one to go on from
     DIR/iter_0000100/                       or DIR/release/ for a converted model
         *.distcp .metadata metadata.json common.pt    Megatron-Core's torch_dist format
         hf/                                 Hugging Face config and tokenizer
-        rmipo.json                          progress, configuration, and the size of every file above; written last
-    DIR/iter_0000200.incomplete/            being written, or left by a run that died
+        rmipo.json                          progress, configuration, size and digest of every file above; written last
+    DIR/iter_0000300.set_aside/             of a branch that was left, or damaged; never taken, never removed
+    DIR/iter_0000200.HOST-PID-RANDOM.incomplete/    being written, or left by a run that died
+    DIR/owner.json                          the run that writes here
 
-No module of Megatron-Core is needed to read or check any of it.
+No module of Megatron-Core is needed to read or check any of it. What writes is in :mod:`.commit`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_rmipo.checkpoint.whole_directories import sync_directory
+from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME, Iteration, NewerCheckpointError, read_record
+from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
+from megatron_rmipo.checkpoint.raw_files import file_digest
+from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX
 from megatron_rmipo.errors import CheckpointError
 
-Iteration = int | Literal["release"]
-
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-RECORD_NAME = "rmipo.json"
 ASSETS_NAME = "hf"
-INCOMPLETE_SUFFIX = ".incomplete"
-_FORMAT_VERSION = 1
+RANDOM_KEY = "rmipo_random_state"
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointRecord:
-    """What a checkpoint says about itself, in ``rmipo.json``.
+class Choice:
+    """The checkpoint to go on from.
 
     Attributes:
-        iteration: step it was written after, or ``release``.
-        train_state: progress of the run; empty for a converted model.
-        config: flags of the run by name; empty for a converted model.
-        layout: sizes ``tp``, ``pp``, ``dp`` of the run that wrote it.
-        optimizer: kind of optimizer state it holds, None for weights alone.
-        files: size in bytes of every other file, by path inside the checkpoint.
+        iteration: its step, ``release``, or None where there is none.
+        passed_over: why it is not the one that was to be expected, a line each.
     """
 
-    iteration: Iteration
-    train_state: dict[str, Any] = dataclasses.field(default_factory=dict)
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    layout: dict[str, int] = dataclasses.field(default_factory=dict)
-    optimizer: str | None = None
-    files: dict[str, int] = dataclasses.field(default_factory=dict)
+    iteration: Iteration | None
+    passed_over: tuple[str, ...] = ()
 
 
 def checkpoint_path(directory: Path, iteration: Iteration) -> Path:
@@ -80,83 +70,119 @@ def hf_assets_directory(directory: Path, iteration: Iteration) -> Path:
     return assets
 
 
-def write_record(path: Path, record: CheckpointRecord) -> None:
-    """Write ``rmipo.json`` into a checkpoint whose other files are all there. Their sizes are taken now."""
-    files = {name: size for name, size in _file_sizes(path) if name != RECORD_NAME}
-    content = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(dataclasses.replace(record, files=files))}
-    with (path / RECORD_NAME).open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def read_record(path: Path) -> CheckpointRecord | None:
-    """The record of a checkpoint, or None where it was written by another program.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        content = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
-        if content.pop("format_version") != _FORMAT_VERSION:
-            raise CheckpointError(f"{path / RECORD_NAME} is of a newer format. Update megatron_rmipo to read this checkpoint.")
-        return CheckpointRecord(**content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / RECORD_NAME} is damaged ({error!r}).") from error
-
-
 def read_metadata(path: Path) -> Metadata:
     """What torch's ``.metadata`` of a checkpoint says: tensors, their shapes and where their pieces lie.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or names what no checkpoint may hold.
     """
     try:
-        return FileSystemReader(path).read_metadata()
+        with restricted_unpickling():
+            return FileSystemReader(path).read_metadata()
     except Exception as error:
         # A truncated pickle raises whatever its bytes happen to say.
         raise CheckpointError(f"{path / '.metadata'} is missing or damaged ({error!r})") from error
 
 
+def check_common(path: Path) -> None:
+    """Check that ``common.pt`` of a checkpoint, where there is one, can be read. It is small.
+
+    Raises:
+        CheckpointError: it is damaged, or names what no checkpoint may hold.
+    """
+    common = path / "common.pt"
+    # megatron-core 0.19 writes none.
+    if not common.exists():
+        return
+    try:
+        with restricted_unpickling():
+            torch.load(common, weights_only=False, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{common} is damaged ({error!r})") from error
+
+
 def fault_of(path: Path) -> str | None:
-    """Why a checkpoint cannot be loaded, or None where it is complete: every file is there, in its full size."""
+    """Why a checkpoint cannot be loaded, or None where it is complete: all files in full size, the assets as they were written.
+
+    Raises:
+        NewerCheckpointError: a later version of this package wrote it.
+    """
     if not path.is_dir():
         return "it does not exist"
     try:
         record = read_record(path)
-        needed = _sizes_by_metadata(path) if record is None else record.files
+        if record is None:
+            return f"{RECORD_NAME} is missing" if _is_ours(path) else _size_fault(path, _sizes_by_metadata(path), exact=False)
+    except NewerCheckpointError:
+        raise
     except CheckpointError as error:
         return str(error)
-    for name, size in needed.items():
+    if checkpoint_path(path.parent, record.iteration).name != path.name:
+        return f"its {RECORD_NAME} is that of iteration {record.iteration}"
+    # The assets are small, and read before the ranks are connected, which then check the rest together.
+    assets = {name: digest for name, digest in record.digests.items() if name.startswith(f"{ASSETS_NAME}/")}
+    return _size_fault(path, record.files, exact=True) or _first_altered(path, assets)
+
+
+def _size_fault(path: Path, sizes: Mapping[str, int], *, exact: bool) -> str | None:
+    for name, size in sizes.items():
         try:
             found = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found < size or (record is not None and found != size):
+        if found < size or (exact and found != size):
             return f"{name} has {found} bytes instead of {size}"
     return None
 
 
-def latest_complete_iteration(directory: Path) -> Iteration | None:
-    """The checkpoint to go on from: the one the tracker file names if it is complete, else the newest complete one.
+def _first_altered(path: Path, digests: Mapping[str, str]) -> str | None:
+    for name, digest in digests.items():
+        try:
+            if file_digest(path / name) != digest:
+                return f"{name} does not hold what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
+
+
+def choose_checkpoint(directory: Path, before: Iteration | None = None) -> Choice:
+    """The checkpoint to go on from: the one the tracker file names if it is complete, else the newest complete one before it.
+
+    A later one than the tracker names is of a branch that was left, and is not taken. Where the tracker file says nothing, the
+    newest complete one is taken; ``release``, where there is no iteration or the tracker file names it.
 
     Args:
         directory: holds ``iter_*`` or ``release`` and the tracker file.
+        before: take only one from before this iteration, whatever the tracker file says.
 
-    Returns:
-        Its iteration, ``release`` for a converted model, or None where there is no complete checkpoint.
+    Raises:
+        NewerCheckpointError: a later version of this package wrote the one to go on from.
     """
     directory = Path(directory)
-    tracked = _read_tracker(directory)
-    if tracked is not None and fault_of(checkpoint_path(directory, tracked)) is None:
-        return tracked
-    for iteration in sorted(_iterations(directory), reverse=True):
-        if fault_of(checkpoint_path(directory, iteration)) is None:
-            return iteration
-    return "release" if fault_of(checkpoint_path(directory, "release")) is None else None
+    tracked: Iteration | None = read_tracker(directory) if before is None else before
+    steps, said = sorted(iterations_of(directory), reverse=True), []
+    candidates: list[Iteration] = [*steps]
+    if tracked == "release":
+        candidates = []
+    elif tracked is not None:
+        if before is None and steps and tracked not in steps:
+            said.append(f"{directory / TRACKER_NAME} names {tracked}, which is not there")
+        candidates = [step for step in steps if step < tracked or (before is None and step == tracked)]
+    elif steps:
+        said.append(f"{directory / TRACKER_NAME} is missing or says nothing, so the newest complete checkpoint is looked for")
+    if (directory / "release").is_dir() and before is None and (not steps or tracked == "release"):
+        candidates.append("release")
+    for iteration in candidates:
+        fault = fault_of(checkpoint_path(directory, iteration))
+        if fault is None:
+            return Choice(iteration, tuple(said))
+        said.append(f"{checkpoint_path(directory, iteration)} is passed over: {fault}")
+    return Choice(None, tuple(said))
+
+
+def latest_complete_iteration(directory: Path) -> Iteration | None:
+    """The checkpoint of :func:`choose_checkpoint`, or None where there is none."""
+    return choose_checkpoint(directory).iteration
 
 
 def find_checkpoint(directory: Path, iteration: Iteration | None = None) -> tuple[Path, Iteration]:
@@ -170,85 +196,63 @@ def find_checkpoint(directory: Path, iteration: Iteration | None = None) -> tupl
         iteration = latest_complete_iteration(directory)
         if iteration is not None:
             return checkpoint_path(directory, iteration), iteration
-        raise CheckpointError(_nothing_complete(directory))
+        raise CheckpointError(nothing_complete(directory))
     path = checkpoint_path(directory, iteration)
     if fault := fault_of(path):
-        there = [str(i) for i in sorted(_iterations(directory))] + (["release"] if (directory / "release").is_dir() else [])
+        there = [str(i) for i in sorted(iterations_of(directory))] + (["release"] if (directory / "release").is_dir() else [])
         raise CheckpointError(f"{path} cannot be loaded: {fault}. In {directory} there are: {', '.join(there) or 'none'}.")
     return path, iteration
 
 
-def begin_checkpoint(directory: Path, iteration: Iteration) -> Path:
-    """Make the folder to write a checkpoint in. What died runs left half written is removed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob("*" + INCOMPLETE_SUFFIX):
-        shutil.rmtree(leftover, ignore_errors=True)
-    path = checkpoint_path(directory, iteration)
-    partial = path.with_name(path.name + INCOMPLETE_SUFFIX)
-    partial.mkdir()
-    return partial
-
-
-def commit_checkpoint(directory: Path, iteration: Iteration, record: CheckpointRecord) -> Path:
-    """Give a folder of :func:`begin_checkpoint`, now filled, its name, and make it the latest."""
-    path = checkpoint_path(directory, iteration)
-    partial = path.with_name(path.name + INCOMPLETE_SUFFIX)
-    write_record(partial, record)
-    sync_directory(partial)
-    if path.exists():
-        # Written before, by a run that went on from an earlier step; out of the way only now that its successor is whole.
-        replaced = path.with_name(path.name + ".replaced" + INCOMPLETE_SUFFIX)
-        os.replace(path, replaced)
-        os.replace(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(partial, path)
-    sync_directory(directory)
-    tracker = directory / (TRACKER_NAME + ".tmp")
-    with tracker.open("w", encoding="utf-8") as stream:
-        stream.write(str(iteration))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(tracker, directory / TRACKER_NAME)
-    sync_directory(directory)
-    return path
-
-
-def abandon_checkpoint(directory: Path, iteration: Iteration) -> None:
-    """Remove what was written of a checkpoint that failed."""
-    path = checkpoint_path(directory, iteration)
-    shutil.rmtree(path.with_name(path.name + INCOMPLETE_SUFFIX), ignore_errors=True)
-
-
-def prune_checkpoints(directory: Path, keep_last: int, in_use: Path | None = None) -> None:
-    """Remove all but the newest ``keep_last`` iterations; never ``release``, nor the one ``in_use`` lies in."""
-    assert keep_last >= 1, keep_last
-    for iteration in sorted(_iterations(directory))[:-keep_last]:
-        path = checkpoint_path(directory, iteration)
-        if in_use is None or path.resolve() not in in_use.resolve().parents:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _iterations(directory: Path) -> Iterator[int]:
-    for path in directory.glob("iter_*"):
+def iterations_of(directory: Path) -> Iterator[int]:
+    """Steps of the checkpoints that are there, whole or damaged; not of those set aside or being written."""
+    for path in Path(directory).glob("iter_*"):
         if (match := _ITERATION_NAME.fullmatch(path.name)) and path.is_dir():
             yield int(match[1])
 
 
-def _read_tracker(directory: Path) -> Iteration | None:
+def read_tracker(directory: Path) -> Iteration | None:
+    """What the tracker file names, or None where it is missing or says nothing that could be a checkpoint."""
     try:
         text = (directory / TRACKER_NAME).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     if text == "release":
         return "release"
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _file_sizes(path: Path) -> Iterator[tuple[str, int]]:
-    for item in sorted(path.rglob("*")):
-        if item.is_file():
-            yield item.relative_to(path).as_posix(), item.stat().st_size
+def nothing_complete(directory: Path) -> str:
+    """Why :func:`choose_checkpoint` finds none, for a message."""
+    if not directory.is_dir():
+        return f"{directory} does not exist. Name a directory of checkpoints (with {TRACKER_NAME})."
+    if (directory / "metadata.json").exists():
+        return f"{directory} is one checkpoint, not a directory of them. Name its parent, {directory.parent}."
+    candidates: list[Iteration] = sorted(iterations_of(directory), reverse=True)
+    if (directory / "release").is_dir():
+        candidates.append("release")
+    faults = {i: fault_of(checkpoint_path(directory, i)) for i in candidates[:5]}
+    lines = [f"  {checkpoint_path(directory, i).name}: {fault}" for i, fault in faults.items() if fault is not None]
+    lines += [
+        f"  {path.name}: was being written when its run ended" for path in sorted(directory.glob("*" + INCOMPLETE_SUFFIX))[:5]
+    ]
+    whole = [str(i) for i, fault in faults.items() if fault is None]
+    if whole:
+        lines.append(f"{', '.join(whole)} can be loaded: to take one, write its name into {directory / TRACKER_NAME}.")
+    if not lines:
+        return f"{directory} holds no checkpoint (no iter_* and no release folder)."
+    return f"{directory} holds no complete checkpoint to go on from:\n" + "\n".join(lines)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a checkpoint without a record was written by this package all the same, by what lies in and around it."""
+    # Looked for as bytes: the file may be damaged, too. Its hf folder tells nothing: one is put into foreign checkpoints by hand.
+    try:
+        if RANDOM_KEY.encode() in (path / ".metadata").read_bytes():
+            return True
+    except OSError:
+        pass
+    return any((sibling / RECORD_NAME).is_file() for sibling in path.parent.glob("iter_*"))
 
 
 def _sizes_by_metadata(path: Path) -> Mapping[str, int]:
@@ -259,20 +263,3 @@ def _sizes_by_metadata(path: Path) -> Mapping[str, int]:
     for item in read_metadata(path).storage_data.values():
         sizes[item.relative_path] = max(sizes.get(item.relative_path, 0), item.offset + item.length)
     return sizes
-
-
-def _nothing_complete(directory: Path) -> str:
-    if not directory.is_dir():
-        return f"{directory} does not exist. Name a directory of checkpoints (with {TRACKER_NAME})."
-    if (directory / "metadata.json").exists():
-        return f"{directory} is one checkpoint, not a directory of them. Name its parent, {directory.parent}."
-    candidates: list[Iteration] = sorted(_iterations(directory), reverse=True)
-    if (directory / "release").is_dir():
-        candidates.append("release")
-    faults = [f"  {checkpoint_path(directory, i).name}: {fault_of(checkpoint_path(directory, i))}" for i in candidates[:5]]
-    faults += [
-        f"  {path.name}: was being written when its run ended" for path in sorted(directory.glob("*" + INCOMPLETE_SUFFIX))[:5]
-    ]
-    if not faults:
-        return f"{directory} holds no checkpoint (no iter_* and no release folder)."
-    return f"{directory} holds no complete checkpoint:\n" + "\n".join(faults)

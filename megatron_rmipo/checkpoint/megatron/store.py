@@ -5,8 +5,6 @@ Every public function that takes :class:`ProcessGroups` is called by all ranks t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +19,37 @@ from torch.nn import Module
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
 from megatron_rmipo.checkpoint.megatron.adam_state import load_optimizer, make_adam_state
-from megatron_rmipo.checkpoint.megatron.directory import (
-    ASSETS_NAME,
-    CheckpointRecord,
-    Iteration,
+from megatron_rmipo.checkpoint.megatron.commit import (
     abandon_checkpoint,
     begin_checkpoint,
     commit_checkpoint,
+    prune_checkpoints,
+)
+from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, damage
+from megatron_rmipo.checkpoint.megatron.directory import (
+    ASSETS_NAME,
+    RANDOM_KEY,
+    check_common,
     find_checkpoint,
     hf_assets_directory,
     latest_complete_iteration,
-    prune_checkpoints,
     read_metadata,
-    read_record,
 )
+from megatron_rmipo.checkpoint.megatron.hashed_writes import digests_of_writes
 from megatron_rmipo.checkpoint.megatron.matching import match_model
+from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_random_state
-from megatron_rmipo.checkpoint.whole_directories import check_space
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
+from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
+from megatron_rmipo.checkpoint.whole_directories import check_space, is_full
 from megatron_rmipo.errors import CheckpointError, RmipoError
-from megatron_rmipo.runtime.agreement import on_first_rank
+from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 __all__ = ["hf_assets_directory", "latest_complete_iteration", "load_checkpoint", "save_checkpoint"]
 
 # The one form of the distributed optimizer's state that another TP, PP or DP can load.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-_RANDOM_KEY = "rmipo_random_state"
 _WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
@@ -63,6 +66,7 @@ def save_checkpoint(
     groups: ProcessGroups,
     rng: bool = True,
     keep_last: int | None = None,
+    owner: DirectoryOwner | None = None,
 ) -> Path:
     """Write a checkpoint and make it the latest. Returns when it is on the disk.
 
@@ -81,37 +85,54 @@ def save_checkpoint(
         groups: the process groups of this rank.
         rng: save the random states of every rank.
         keep_last: afterwards remove all but this many of the newest iterations; None keeps all.
+        owner: on the first rank, the right to write there; None leaves it to the caller that nobody else does.
 
     Returns:
         The checkpoint's path.
 
     Raises:
-        CheckpointError: there is no space, or the file system refuses.
+        CheckpointError: there is no space, the file system refuses, or another run has taken the directory over.
     """
     directory = Path(directory)
     state = _sharded_state(model, optimizer, scheduler, groups, is_loading=False)
     state.update(iteration=iteration, checkpoint_version=3.0)
     if rng:
-        state[_RANDOM_KEY] = _random_object(groups, random_state())
+        state[RANDOM_KEY] = _random_object(groups, random_state())
     record = CheckpointRecord(iteration, train_state, config, _layout(groups), _optimizer_kind(optimizer))
     num_bytes = _bytes_to_write(state, groups)
 
+    partial: Path | None = None
+
     def begin() -> Path:
+        if owner is not None:
+            owner.check()
         check_space(directory, num_bytes)
         return begin_checkpoint(directory, iteration)
 
     def finish() -> Path:
+        assert partial is not None
         if assets_dir is not None:
             copy_hf_assets(Path(assets_dir), partial / ASSETS_NAME)
-        path = commit_checkpoint(directory, iteration, record)
+        if owner is not None:
+            owner.check()
+        path = commit_checkpoint(partial, record, digests)
         if keep_last is not None:
-            prune_checkpoints(directory, keep_last, in_use=assets_dir)
+            prune_checkpoints(directory, keep_last, iteration, in_use=assets_dir)
         return path
 
-    with _explained(directory, iteration, groups):
+    try:
         partial = on_first_rank(groups.world, begin)
-        dist_checkpointing.save(state, str(partial), content_metadata=dict(_SHARDING))
+        with digests_of_writes() as written:
+            dist_checkpointing.save(state, str(partial), content_metadata=dict(_SHARDING))
+        digests = _gather(written.digests, groups)
         return on_first_rank(groups.world, finish)
+    except (*_WRITE_ERRORS, RmipoError) as error:
+        if groups.rank == 0 and partial is not None:
+            abandon_checkpoint(partial)
+        raise CheckpointError(
+            f"--save {directory}: the checkpoint of step {iteration} was not written: {_first_cause(error)}. "
+            "Earlier checkpoints are untouched. Free some space, or mend its permissions, and go on from the latest."
+        ) from error
 
 
 def load_checkpoint(
@@ -123,6 +144,7 @@ def load_checkpoint(
     load_rng: bool,
     groups: ProcessGroups,
     iteration: Iteration | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Load the latest complete checkpoint, or the one asked for, written at any TP, PP and DP.
 
@@ -137,12 +159,14 @@ def load_checkpoint(
         load_rng: restore random states.
         groups: the process groups of this rank.
         iteration: None for the latest complete one.
+        verify: check the digests of its files first; False where that was done before.
 
     Returns:
         The ``train_state`` it was saved with; empty for a converted model or one of another program.
 
     Raises:
-        CheckpointError: no complete checkpoint, tensors of another model, or optimizer state of another kind or none.
+        CheckpointError: no complete checkpoint, damaged files, objects that no checkpoint may hold, tensors of another model, or
+            optimizer state of another kind or none.
     """
 
     def find() -> tuple[Path, CheckpointRecord]:
@@ -150,30 +174,41 @@ def load_checkpoint(
         return path, read_record(path) or CheckpointRecord("release")
 
     path, record = on_first_rank(groups.world, find)
+    if verify and (damaged := check_digests_together(path, record, groups.world)):
+        raise CheckpointError(f"{damage(path, damaged)}. Name another checkpoint.")
     weights_only = record.iteration == "release"
     if optimizer is not None and not weights_only:
         _check_optimizer(path, record, optimizer)
     with_optimizer = None if weights_only else optimizer
     state = _sharded_state(model, with_optimizer, None if weights_only else scheduler, groups, is_loading=True)
-    stored = read_metadata(path).state_dict_metadata
+    stored = on_every_rank(groups.world, lambda: read_metadata(path).state_dict_metadata)
+    on_every_rank(groups.world, lambda: check_common(path))
     match_model(state["model"], stored, path, groups.world)
     restores_random = load_rng and not weights_only and record.layout == _layout(groups)
-    if restores_random and any(name.startswith(_RANDOM_KEY) for name in stored):
-        state[_RANDOM_KEY] = _random_object(groups, None)
-    try:
-        loaded = dist_checkpointing.load(state, str(path))
-    except (*_WRITE_ERRORS, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}.") from error
-    _unwrap(model).load_state_dict(loaded["model"], strict=False)
-    if with_optimizer is not None:
-        load_optimizer(with_optimizer, loaded["optimizer"])
-    elif optimizer is not None:
-        optimizer.reload_model_params()
+    if restores_random and any(name.startswith(RANDOM_KEY) for name in stored):
+        state[RANDOM_KEY] = _random_object(groups, None)
+    with restricted_unpickling():
+        loaded = _read(path, state)
+        # Transformer Engine unpickles its state here.
+        _unwrap(model).load_state_dict(loaded["model"], strict=False)
+        if with_optimizer is not None:
+            load_optimizer(with_optimizer, loaded["optimizer"])
+        elif optimizer is not None:
+            optimizer.reload_model_params()
     if scheduler is not None and not weights_only:
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    if _RANDOM_KEY in loaded:
-        set_random_state(loaded[_RANDOM_KEY])
+    if RANDOM_KEY in loaded:
+        set_random_state(loaded[RANDOM_KEY])
     return dict(record.train_state)
+
+
+def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+    except (Exception, CheckpointException) as error:
+        # A damaged file raises whatever its bytes happen to say. What one rank meets while it reads, torch raises on all.
+        raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}.") from error
+    return loaded
 
 
 def _sharded_state(
@@ -192,7 +227,7 @@ def _sharded_state(
 
 def _random_object(groups: ProcessGroups, state: dict[str, Any] | None) -> ShardedObject:
     shape = (groups.pp_size, groups.tp_size, groups.dp_size)
-    return ShardedObject(_RANDOM_KEY, state, shape, (groups.pp_rank, groups.tp_rank, groups.dp_rank))
+    return ShardedObject(RANDOM_KEY, state, shape, (groups.pp_rank, groups.tp_rank, groups.dp_rank))
 
 
 def _check_optimizer(path: Path, record: CheckpointRecord, optimizer: Any) -> None:
@@ -242,17 +277,11 @@ def _device(groups: ProcessGroups) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-@contextlib.contextmanager
-def _explained(directory: Path, iteration: int, groups: ProcessGroups) -> Iterator[None]:
-    try:
-        yield
-    except (*_WRITE_ERRORS, RmipoError) as error:
-        if groups.rank == 0:
-            abandon_checkpoint(directory, iteration)
-        raise CheckpointError(
-            f"--save {directory}: the checkpoint of step {iteration} was not written: {_first_cause(error)}. "
-            "Earlier checkpoints are untouched. Free some space, or mend its permissions, and go on from the latest."
-        ) from error
+def _gather(digests: dict[str, str], groups: ProcessGroups) -> dict[str, str]:
+    """All ranks' digests on the first rank, nothing elsewhere."""
+    parts: list[dict[str, str]] | None = [{}] * groups.world_size if groups.rank == 0 else None
+    dist.gather_object(digests, parts, group=groups.world, group_dst=0)
+    return {name: digest for part in parts or [] for name, digest in part.items()}
 
 
 def _first_cause(error: BaseException) -> str:
@@ -261,5 +290,5 @@ def _first_cause(error: BaseException) -> str:
         failures = [failure[0] for failure in error.failures.values()]
         return _first_cause(failures[0]) if failures else "another rank failed"
     cause = error.__cause__ or (error.__context__ if isinstance(error.__context__, OSError) else None) or error
-    text = str(cause).rstrip(".") or type(cause).__name__
-    return text.splitlines()[0]
+    text = (str(cause).rstrip(".") or type(cause).__name__).splitlines()[0]
+    return f"the disk is full ({text})" if is_full(cause) else text

@@ -7,6 +7,7 @@ The files are those of ``dist_checkpointing.save`` of a GPTModel with equal laye
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rmipo.checkpoint.megatron.directory import read_metadata
+from megatron_rmipo.checkpoint.megatron.directory import check_common, read_metadata
 from megatron_rmipo.checkpoint.raw_files import open_output, read_into
 from megatron_rmipo.errors import CheckpointError
 
@@ -57,7 +58,7 @@ class Entry:
     pieces: tuple[Piece, ...]
 
 
-def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequence[str], common: dict[str, Any]) -> None:
+def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequence[str], common: dict[str, Any]) -> dict[str, str]:
     """Write a checkpoint in a folder that is there and empty.
 
     Args:
@@ -66,6 +67,9 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
         objects: keys of Megatron's per-layer objects to write as None.
         common: what ``common.pt`` holds.
 
+    Returns:
+        sha256 of each file of tensors by name, taken on its way to the disk.
+
     Raises:
         OSError: the file system refuses.
     """
@@ -73,15 +77,16 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
     files = list(_files_of(entries).values())
     paths = [directory / f"__0_{number}.distcp" for number in range(len(files))]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        storage = list(pool.map(_write_file, paths, files, [objects, *([()] * (len(files) - 1))]))
+        written = list(pool.map(_write_file, paths, files, [objects, *([()] * (len(files) - 1))]))
     described: dict[str, Any] = {entry.key: _describe(entry) for entry in entries}
     described.update({key: BytesStorageMetadata() for key in objects})
-    writer.finish(Metadata(state_dict_metadata=described), storage)
+    writer.finish(Metadata(state_dict_metadata=described), [storage for storage, _ in written])
     with (directory / "common.pt").open("wb") as stream:
         _save(common, stream)
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps({**backends, **versions}), encoding="utf-8")
+    return {path.name: digest for path, (_, digest) in zip(paths, written, strict=True)}
 
 
 def _files_of(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Piece]]]:
@@ -93,11 +98,12 @@ def _files_of(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Piece]]]:
     return files
 
 
-def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Sequence[str]) -> list[WriteResult]:
+def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Sequence[str]) -> tuple[list[WriteResult], str]:
     storage: list[WriteResult] = []
+    digest = hashlib.sha256()
     # One memory for all: threads that allocate and free each piece keep many of them.
     memory = bytearray(max(math.prod(piece.shape) * entry.dtype.itemsize for entry, piece in items))
-    with open_output(path) as stream:
+    with open_output(path, digest) as stream:
         for entry, piece in items:
             offset = stream.tell()
             tensor = torch.frombuffer(memory, dtype=entry.dtype, count=math.prod(piece.shape)).view(piece.shape)
@@ -107,7 +113,7 @@ def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Seque
         storage += _write_objects(stream, path.name, objects)
         stream.flush()
         os.fsync(stream.fileno())
-    return storage
+    return storage, digest.hexdigest()
 
 
 def _save(value: Any, stream: Any) -> None:
@@ -240,6 +246,31 @@ class TorchDistReader:
             read_into(rows, chunk.path, self._data_positions[chunk] + first * row_bytes)
         except (OSError, zipfile.BadZipFile, StopIteration) as error:
             raise CheckpointError(f"{chunk.path} cannot be read where {key} lies: {error!r}.") from error
+
+
+def check_archives(directory: Path) -> None:
+    """Check that each piece of a checkpoint, and ``common.pt``, can be read and has the checksums torch wrote with it.
+
+    Raises:
+        CheckpointError: naming the file and what lies there; also where one names what no checkpoint may hold.
+    """
+    for index, info in read_metadata(directory).storage_data.items():
+        _check_archive(directory / info.relative_path, info.offset, info.length, index.fqn)
+    common = directory / "common.pt"
+    # Checkpoints of megatron-core 0.19 have none.
+    if common.exists():
+        _check_archive(common, 0, common.stat().st_size, "the common state")
+    check_common(directory)
+
+
+def _check_archive(path: Path, start: int, length: int, name: str) -> None:
+    try:
+        with path.open("rb") as stream, zipfile.ZipFile(_Window(stream, start, length)) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} cannot be read where {name} lies: {error!r}.") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged where {name} lies: {damaged} does not have its checksum.")
 
 
 class _Window(io.RawIOBase):

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rmipo.checkpoint.megatron.commit import begin_checkpoint, commit_checkpoint
 from megatron_rmipo.checkpoint.megatron.directory import (
+    RANDOM_KEY,
     TRACKER_NAME,
-    CheckpointRecord,
-    begin_checkpoint,
     checkpoint_path,
-    commit_checkpoint,
     fault_of,
     find_checkpoint,
     latest_complete_iteration,
-    prune_checkpoints,
-    read_record,
 )
+from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record
 from megatron_rmipo.errors import CheckpointError
+from tests.checkpoint.models import write_checkpoint, write_hf_model
 
 
 def write(directory: Path, iteration: int, content: str = "weights") -> Path:
     partial = begin_checkpoint(directory, iteration)
     (partial / "__0_0.distcp").write_text(content)
-    return commit_checkpoint(directory, iteration, CheckpointRecord(iteration, {"step": iteration}))
+    return commit_checkpoint(partial, CheckpointRecord(iteration, {"step": iteration}))
 
 
 def test_latest_is_the_tracked_one(tmp_path: Path) -> None:
@@ -62,7 +62,8 @@ def test_run_that_died_while_writing(tmp_path: Path) -> None:
     write(tmp_path, 5)
     (begin_checkpoint(tmp_path, 12) / "__0_0.distcp").write_text("wei")
     assert latest_complete_iteration(tmp_path) == 5
-    write(tmp_path, 13)
+    with DirectoryOwner(tmp_path):
+        write(tmp_path, 13)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000005", "iter_0000013", TRACKER_NAME]
 
 
@@ -77,15 +78,23 @@ def test_nothing_complete_is_explained(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
     begin_checkpoint(tmp_path, 3)
-    with pytest.raises(CheckpointError, match=r"iter_0000003\.incomplete: was being written"):
+    with pytest.raises(CheckpointError, match=r"iter_0000003\..*\.incomplete: was being written"):
         find_checkpoint(tmp_path)
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(CheckpointError, match="Name its parent"):
         find_checkpoint(tmp_path)
 
 
-def test_pruning_keeps_the_newest_and_the_one_in_use(tmp_path: Path) -> None:
-    for iteration in (1, 2, 3, 4):
-        write(tmp_path, iteration)
-    prune_checkpoints(tmp_path, 2, in_use=checkpoint_path(tmp_path, 1) / "hf")
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000003", "iter_0000004"]
+def test_ours_without_a_record_is_incomplete_and_a_foreign_one_is_not(tmp_path: Path) -> None:
+    sibling = write(tmp_path / "run", 3)
+    path = write_checkpoint(tmp_path / "run", 4, write_hf_model(tmp_path / "hf", "llama32_tied"))
+    kept = (sibling / "rmipo.json").rename(tmp_path / "kept")
+    (path / "rmipo.json").unlink()
+    assert fault_of(path) == "rmipo.json is missing"
+    # Nor does it need its own traces where others of the run lie beside it.
+    metadata = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(metadata.replace(RANDOM_KEY.encode(), b"x" * len(RANDOM_KEY)))
+    assert fault_of(path) is None
+    kept.rename(sibling / "rmipo.json")
+    assert fault_of(path) == "rmipo.json is missing"
+    assert latest_complete_iteration(tmp_path / "run") == 3

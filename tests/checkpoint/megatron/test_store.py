@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from safetensors.torch import load_file
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_rmipo.checkpoint.hf import assets
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
+from megatron_rmipo.checkpoint.megatron import hashed_writes, store
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record, write_record
 from megatron_rmipo.checkpoint.megatron.store import latest_complete_iteration, load_checkpoint, save_checkpoint
+from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
@@ -98,7 +103,8 @@ def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: s
     assert_agrees(agreement)
 
 
-def save_without_space(hf: Path, checkpoints: Path) -> str:
+def save_without_space(hf: Path, checkpoints: Path) -> list[str]:
+    """What is said where the disk is too small from the start, and where it fills up under rank 1's writers."""
     model, groups = start(hf, 2, 1)
     load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
 
@@ -115,28 +121,95 @@ def save_without_space(hf: Path, checkpoints: Path) -> str:
             groups=groups,
         )
 
+    def refusal(iteration: int) -> str:
+        with pytest.raises(CheckpointError) as failure:
+            save(iteration)
+        return str(failure.value)
+
     save(1)
     usage = assets.shutil.disk_usage
     assets.shutil.disk_usage = lambda path: SimpleNamespace(free=1000)  # type: ignore[assignment]
-    try:
-        save(2)
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        assets.shutil.disk_usage = usage
-    return "saved"
+    refused = [refusal(2)]
+    assets.shutil.disk_usage = usage
+    # The kernel's own device that is always full.
+    original = hashed_writes._HashingFile.__init__
+    to_full_disk = lambda self, path, send: original(self, "/dev/full", send)  # noqa: E731
+    hashed_writes._HashingFile.__init__ = to_full_disk if groups.rank == 1 else original  # type: ignore[method-assign]
+    return [*refused, refusal(3)]
 
 
-def test_full_disk_is_told_on_every_rank_and_spares_earlier_checkpoints(tmp_path: Path) -> None:
+def test_full_disk_is_told_and_spares_earlier_checkpoints(tmp_path: Path) -> None:
     hf = write_hf_model(tmp_path / "hf", "llama32_tied")
-    for message in run_distributed(save_without_space, 2, hf, tmp_path / "checkpoints"):
-        assert "step 2 was not written" in message
-        assert "MiB are needed" in message
+    results = run_distributed(save_without_space, 2, hf, tmp_path / "checkpoints")
+    for early, late in results:
+        assert "step 2 was not written: no space left: " in early
+        assert "MiB are needed" in early
+        assert "step 3 was not written" in late
+    assert "the disk is full" in results[0][1]
+    assert "No space left on device" in results[0][1]
     assert latest_complete_iteration(tmp_path / "checkpoints") == 1
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "iter_0000001",
         "latest_checkpointed_iteration.txt",
     ]
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def load_what_is_wrong(hf: Path, folder: Path) -> dict[str, str]:
+    """What loading says of checkpoints that would run code, and of damage that no digest was there to find."""
+    model, groups = start(hf, 2, 1)
+    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+
+    def save(name: str, **changes: Any) -> Path:
+        arguments: dict[str, Any] = {"model": model, "optimizer": None, "scheduler": None, "train_state": {}, "config": {}}
+        return save_checkpoint(folder / name, 1, **{**arguments, **changes}, assets_dir=hf, groups=groups)
+
+    def refusal(name: str, *, verify: bool = False) -> str:
+        with pytest.raises(CheckpointError) as failure:
+            load_checkpoint(
+                folder / name, model=model, optimizer=None, scheduler=None, load_rng=True, groups=groups, verify=verify
+            )
+        return str(failure.value)
+
+    honest, store.random_state = store.random_state, lambda: {"python": Evil(folder / "ran")}  # type: ignore[assignment]
+    save("object")
+    store.random_state = honest
+    common = save("common")
+    damaged = save("damaged")
+    record = read_record(damaged)
+    assert record is not None
+    if groups.rank == 0:
+        torch.save({"iteration": Evil(folder / "ran")}, common / "common.pt")
+        write_record(common, CheckpointRecord(1, layout=record.layout), {})
+        data = bytearray((damaged / "__1_0.distcp").read_bytes())
+        data[: len(data) // 2] = bytes(len(data) // 2)
+        (damaged / "__1_0.distcp").write_bytes(data)
+    groups.world.barrier().wait()
+    outcomes = {name: refusal(name) for name in ("object", "common", "damaged")}
+    outcomes["verified"] = refusal("damaged", verify=True)
+    written = {name: file_digest(damaged / name) for name in record.digests if name != "__1_0.distcp"}
+    assert written.items() <= record.digests.items(), "the digests of writers are those of the files"
+    shutdown_runtime()
+    return outcomes
+
+
+def test_code_in_a_checkpoint_and_damage_met_while_reading_are_refused_on_every_rank(tmp_path: Path) -> None:
+    hf = write_hf_model(tmp_path / "hf", "llama32_tied")
+    for outcomes in run_distributed(load_what_is_wrong, 2, hf, tmp_path):
+        for name in ("object", "common"):
+            assert "mkdir" in outcomes[name], outcomes[name]
+        assert "iter_0000001 cannot be loaded: " in outcomes["damaged"]
+        assert "__1_0.distcp does not hold what was written" in outcomes["verified"]
+    assert not (tmp_path / "ran").exists()
 
 
 def load_into_another(hf: Path, checkpoints: Path) -> str:

@@ -1,0 +1,105 @@
+"""Writing into a directory of checkpoints: one appears whole or not at all, and none is lost to another branch of the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_rmipo.checkpoint.megatron.directory import TRACKER_NAME, checkpoint_path, iterations_of, read_tracker
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, write_record
+from megatron_rmipo.checkpoint.whole_directories import partial_path, sync_directory
+from megatron_rmipo.runtime.messages import warn
+
+_SET_ASIDE_SUFFIX = ".set_aside"
+
+
+def begin_checkpoint(directory: Path, iteration: Iteration) -> Path:
+    """Make the folder to write a checkpoint in, under a name that no other process takes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(checkpoint_path(directory, iteration))
+    partial.mkdir()
+    return partial
+
+
+def commit_checkpoint(partial: Path, record: CheckpointRecord, digests: Mapping[str, str] | None = None) -> Path:
+    """Give a folder of :func:`begin_checkpoint`, now filled, its name, and make it the one to go on from.
+
+    Iterations beyond the one that the tracker file named until now are of a branch that was left, or damaged. They are set aside
+    under another name, and that is said.
+
+    Args:
+        partial: the folder.
+        record: of the checkpoint.
+        digests: as :func:`megatron_rmipo.checkpoint.megatron.record.write_record` takes them.
+
+    Returns:
+        The checkpoint's path.
+    """
+    directory, iteration = partial.parent, record.iteration
+    path = checkpoint_path(directory, iteration)
+    write_record(partial, record, digests or {})
+    sync_directory(partial)
+    _set_branch_aside(directory, iteration)
+    # Before the checkpoint has its name: a run that dies in between finds none of this name and takes the one before. The other
+    # way round, the tracker file would name an older one that is there, as it does when a user goes back to it.
+    write_tracker(directory, iteration)
+    if path.exists():
+        # Written before by this same run; out of the way only now that its successor is whole.
+        replaced = partial.with_name("replaced." + partial.name)
+        os.replace(path, replaced)
+        os.replace(partial, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.replace(partial, path)
+    sync_directory(directory)
+    return path
+
+
+def write_tracker(directory: Path, iteration: Iteration) -> None:
+    """Name the checkpoint to go on from. The file is replaced in one step."""
+    tracker = directory / (TRACKER_NAME + ".tmp")
+    with tracker.open("w", encoding="utf-8") as stream:
+        stream.write(str(iteration))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(tracker, directory / TRACKER_NAME)
+    sync_directory(directory)
+
+
+def abandon_checkpoint(partial: Path) -> None:
+    """Remove what was written of a checkpoint that failed."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def prune_checkpoints(directory: Path, keep_last: int, newest: int, in_use: Path | None = None) -> None:
+    """Remove older iterations, so that ``newest`` and those before it are ``keep_last``.
+
+    Args:
+        directory: the directory of checkpoints.
+        keep_last: how many to keep.
+        newest: the one just committed, which is never removed, nor is ``release``.
+        in_use: a path; the iteration it lies in stays, too.
+    """
+    assert keep_last >= 1, keep_last
+    older = sorted(iteration for iteration in iterations_of(directory) if iteration < newest)
+    for iteration in older[: max(0, len(older) - keep_last + 1)]:
+        path = checkpoint_path(directory, iteration)
+        if in_use is None or path.resolve() not in in_use.resolve().parents:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_branch_aside(directory: Path, iteration: Iteration) -> None:
+    tracked = read_tracker(directory)
+    if iteration == "release":
+        return
+    head = 0 if tracked == "release" else iteration if tracked is None else min(tracked, iteration)
+    for other in sorted(iterations_of(directory)):
+        if other > head:
+            path = checkpoint_path(directory, other)
+            aside, number = path.with_name(path.name + _SET_ASIDE_SUFFIX), 2
+            while aside.exists():
+                aside, number = path.with_name(f"{path.name}{_SET_ASIDE_SUFFIX}_{number}"), number + 1
+            os.replace(path, aside)
+            warn(f"{path} is set aside as {aside.name}: this run went on from step {head}. Remove it if it is not wanted.")

@@ -1,0 +1,101 @@
+"""Whether a checkpoint's files hold what was written: compared with the digests of its record, by all ranks together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
+from megatron_rmipo.checkpoint.raw_files import file_digest
+from megatron_rmipo.errors import CheckpointError
+
+_NUM_THREADS = min(4, os.cpu_count() or 1)
+# A shared file system may show another host's files late.
+_SEEN_WITHIN_SECONDS = 60.0
+
+
+def check_digests(path: Path, record: CheckpointRecord) -> list[str]:
+    """Names of a checkpoint's files whose contents are not what was written, in one process. Nothing is checked in format 1."""
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        found = dict(zip(record.digests, pool.map(lambda name: _digest_or_none(path / name), record.digests), strict=True))
+    return [name for name, digest in record.digests.items() if found[name] != digest]
+
+
+def check_digests_together(path: Path, record: CheckpointRecord, group: dist.ProcessGroup) -> list[str]:
+    """As :func:`check_digests`, the files shared out over the ranks of ``group``, which call it together with the same record.
+
+    Returns:
+        Names of damaged files, the same on every rank.
+
+    Raises:
+        CheckpointError: on every rank: one does not see a file that the first rank has seen.
+    """
+    if not record.digests:
+        return []
+    found = gather_digests(path, record.files, group)
+    return [name for name, digest in record.digests.items() if found.get(name) != digest]
+
+
+def gather_digests(path: Path, sizes: Mapping[str, int], group: dist.ProcessGroup) -> dict[str, str | None]:
+    """sha256 of files by name, None where one cannot be read. All ranks of ``group`` call it together and share the reading.
+
+    Args:
+        path: the folder they lie in, which every rank sees.
+        sizes: bytes to read by name, the same on every rank.
+        group: the ranks.
+
+    Raises:
+        CheckpointError: on every rank: one does not see a file.
+    """
+    own, unseen = {}, []
+    for name in share_out(sizes, group.size())[group.rank()]:
+        if _is_seen(path / name):
+            own[name] = _digest_or_none(path / name)
+        else:
+            unseen.append(f"rank {group.rank()} on {socket.gethostname()} does not see {path / name}")
+    parts: list[tuple[dict[str, str | None], list[str]]] = [({}, [])] * group.size()
+    dist.all_gather_object(parts, (own, unseen), group=group)
+    if missing := [line for _, lines in parts for line in lines]:
+        raise CheckpointError(
+            f"{missing[0]}, which the first rank sees. A checkpoint must lie on a file system that all hosts share."
+        )
+    return {name: digest for digests, _ in parts for name, digest in digests.items()}
+
+
+def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
+    """Names for each rank, so that all have about as much to read: the largest first, each to who has least."""
+    shares: list[list[str]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        shares[rank].append(name)
+        loads[rank] += sizes[name]
+    return shares
+
+
+def damage(path: Path, names: Sequence[str]) -> str:
+    """How a checkpoint's damage is told."""
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"{path} is damaged: {shown} {'does' if len(names) == 1 else 'do'} not hold what was written"
+
+
+def _is_seen(path: Path) -> bool:
+    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
+
+
+def _digest_or_none(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except OSError:
+        return None

@@ -1,0 +1,73 @@
+"""Digests of what Megatron-Core's writers write, taken from the bytes on their way to the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+
+class _HashingFile(io.FileIO):
+    """A file that is hashed while it is written, and sends name and digest when it is closed without an error.
+
+    A failed write is raised again at the end of the ``with`` block: torch's archive answers it with complaints of its own length.
+    """
+
+    def __init__(self, path: str, send: Callable[[tuple[str, str]], None]) -> None:
+        super().__init__(path, "wb")
+        self._path, self._send, self._digest = path, send, hashlib.sha256()
+        self._failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            # The caller expects of a file that all of it is taken at once.
+            while done < len(view):
+                done += super().write(view[done:])
+        except OSError as error:
+            self._failure = error
+            raise
+        self._digest.update(view)
+        return done
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if self._failure is not None:
+            raise self._failure from None
+        if error is None:
+            self._send((os.path.basename(self._path), self._digest.hexdigest()))
+
+
+@dataclasses.dataclass
+class WrittenDigests:
+    """sha256 by name of the files that this rank's writers have written; filled when the block ends."""
+
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def digests_of_writes() -> Iterator[WrittenDigests]:
+    """Hash what Megatron-Core's writer processes of this rank write within the block.
+
+    They are forked within it, so that they open their files as this process would, and hand the digests back through a pipe.
+    """
+    written, pipe = WrittenDigests(), multiprocessing.get_context("fork").SimpleQueue()
+    module: Any = filesystem_async
+    # Its own name for the builtin, which it would look up next.
+    module.open = lambda path, mode: _HashingFile(path, pipe.put)
+    try:
+        yield written
+        while not pipe.empty():
+            name, digest = pipe.get()
+            written.digests[name] = digest
+    finally:
+        del module.open
+        pipe.close()
