@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "command": {"errors"},
     "torchrun": {"errors"},
     "config": {"errors", "torchrun"},
-    "runtime": {"errors", "torchrun"},
+    "runtime": {"errors", "command", "torchrun"},
     "objectives": {"errors", "config"},
     "data": {"errors", "command", "runtime"},
     "embedded": {"errors", "command"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rmipo.command import FAULT_OF_OURS, FAULT_OF_USER
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
 
@@ -35,22 +36,24 @@ def first_failure() -> str | None:
     return None
 
 
-def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> None:
-    """Say on this rank why a command ends, if it has something to say.
+def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> int:
+    """Say on this rank why a command ends, if it has something to say; returns the exit code.
 
     Args:
         error: a fault the user can mend, or a collective that lost a rank: why is that rank's to tell.
         debug: show tracebacks instead.
 
     Raises:
-        RuntimeError: ``error``, where no rank told of a failure, or with ``debug``.
+        RuntimeError: ``error``, where it is no loss of a rank and none told of a failure, or with ``debug``.
     """
     if isinstance(error, RuntimeError):
         cause = first_failure()
-        if cause is None or debug:
+        if debug or (cause is None and not _lost_a_rank(error)):
             raise error
-        print(f"{rank_label()}stopped, since {cause}", file=sys.stderr, flush=True)
-        return
+        gone = "another rank is gone, or did not answer within --distributed-timeout-minutes; its output may say why"
+        text = f"{gone} ({str(error).splitlines()[0]})" if cause is None else cause
+        print(f"{rank_label()}stopped, since {text}", file=sys.stderr, flush=True)
+        return FAULT_OF_OURS if cause is None else FAULT_OF_USER
     # A rank that loses this one, perhaps on another node, says so, too.
     claim_first_failure(f"{rank_label()}{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     if debug:
@@ -60,6 +63,12 @@ def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> None:
     else:
         # torchrun ends the ranks of a host once one has left: after the one that tells.
         time.sleep(_SILENT_SECONDS)
+    return FAULT_OF_USER
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    # gloo has no error type of its own; NCCL's and the store's are of torch.distributed's.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _store() -> Any:

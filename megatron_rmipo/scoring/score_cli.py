@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
-from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
+from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
 from megatron_rmipo.data.batches.sizes import check_capacity
@@ -165,8 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             lines = score(config, sections[ScoringConfig], rendezvous)
     except (RmipoError, RuntimeError) as error:
-        tell_failure(error, debug="--debug" in arguments)
-        return FAULT_OF_USER
+        return tell_failure(error, debug="--debug" in arguments)
     except RunStopped as stopped:
         shutdown_runtime()
         tell_stop(str(stopped))

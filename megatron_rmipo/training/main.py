@@ -10,7 +10,7 @@ from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
-from megatron_rmipo.command import DONE, FAULT_OF_USER, STOPPED
+from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shows_tracebacks = config.logging.debug
             run_training(config, rendezvous)
     except (RmipoError, RuntimeError) as error:
-        tell_failure(error, debug=shows_tracebacks)
-        return FAULT_OF_USER
+        return tell_failure(error, debug=shows_tracebacks)
     except RunStopped as stopped:
         shutdown_runtime()
         tell_stop(str(stopped))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_rmipo.command import FAULT_OF_OURS
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.runtime import first_failure as first_failure_module
 from megatron_rmipo.runtime.first_failure import claim_first_failure, first_failure, tell_failure
@@ -61,6 +62,18 @@ def test_a_command_whose_peer_failed_says_so_and_other_faults_are_raised(
     for flags in ([], ["--debug"]):
         with pytest.raises(RuntimeError, match="closed by peer"):
             run([*arguments, *flags])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), dist.DistError("x")]
+)
+def test_a_rank_that_is_lost_and_told_nothing_is_said_to_be_gone(error: RuntimeError, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tell_failure(error, debug=False) == FAULT_OF_OURS
+    told = capsys.readouterr().err
+    assert told.startswith("stopped, since another rank is gone, or did not answer within --distributed-timeout-minutes")
+    assert str(error) in told
+    with pytest.raises(RuntimeError):
+        tell_failure(error, debug=True)
 
 
 def test_a_fault_of_the_user_is_left_for_the_ranks_that_lose_this_one(
