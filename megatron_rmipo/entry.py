@@ -17,13 +17,11 @@ from pathlib import Path
 
 from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
 from megatron_rmipo.errors import RmipoError
-from megatron_rmipo.torchrun import launch_for_messages
+from megatron_rmipo.torchrun import ENDS_VARIABLE, launch_for_messages
 
 OLDEST_PYTHON = (3, 11)
 # What a command cannot do without, imported as.
 NEEDED = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "psutil", "numpy", "yaml")
-# A directory in which each rank leaves how it ended, made by megatron_rmipo.launch.
-ENDS_VARIABLE = "MEGATRON_RMIPO_ENDS"
 
 
 def start(module: str, *, on_ranks: bool = False) -> int:
@@ -116,7 +114,7 @@ def main() -> int:
 train = functools.partial(start, "megatron_rmipo.training.main", on_ranks=True)
 score_pairs = functools.partial(start, "megatron_rmipo.scoring.score_cli", on_ranks=True)
 verify_conversion = functools.partial(start, "megatron_rmipo.checkpoint.verify_cli", on_ranks=True)
-launch = functools.partial(start, "megatron_rmipo.launch")
+launch = functools.partial(start, "megatron_rmipo.runtime.launcher")
 preprocess_preferences = functools.partial(start, "megatron_rmipo.data.preparing.preprocess_cli")
 inspect_pairs = functools.partial(start, "megatron_rmipo.data.preparing.inspect_cli")
 verify_checkpoint = functools.partial(start, "megatron_rmipo.checkpoint.verify_checkpoint_cli")

@@ -11,6 +11,8 @@ from megatron_rmipo.errors import ConfigError
 # Each of these says that the process is one of several. A MASTER_ADDR alone does not: people export it for launchers.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _NEEDED = (*_PLACE, "MASTER_ADDR", "MASTER_PORT")
+# A directory in which each rank leaves how it ended, made by megatron_rmipo.launch.
+ENDS_VARIABLE = "MEGATRON_RMIPO_ENDS"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.entry import ENDS_VARIABLE
+from megatron_rmipo.torchrun import ENDS_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 SIGNALLED = "import os, signal\nos.kill(os.getpid(), signal.{})"

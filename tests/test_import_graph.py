@@ -32,7 +32,7 @@ MAY_IMPORT = {
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun"},
-    "launch": {"command", "entry"},
+    "launch": {"entry"},
     "stage_record": {"errors", "command", "entry"},
     "train": {"entry"},
 }

@@ -10,7 +10,7 @@ import time
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_rmipo.launch import how_it_ended
+from megatron_rmipo.runtime.launcher import how_it_ended
 
 NOW = 1_000_000.5
 
