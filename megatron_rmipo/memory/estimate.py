@@ -218,5 +218,4 @@ def _head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, back
     chunk = logits * (FP32_BYTES + (element if half else 0))
     # In bf16 what is added to fp32 gradients, of the hidden states or of the weight, is a tensor of its own.
     product = max(pack.num_scored, rows) * arch.hidden_size * (FP32_BYTES + rounded) if half else 0
-    # Autograd is handed a tensor of the weight's size, though DDP has the gradient already.
-    return max(forward, states + chunk + max(product, shard * arch.hidden_size * element))
+    return max(forward, states + chunk + product)

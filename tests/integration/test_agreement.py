@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_rmipo.checkpoint.megatron.record import read_record, write_record
+from megatron_rmipo.command import STOPPED
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.runtime import first_failure
@@ -44,10 +46,11 @@ class OtherHost:
         shutil.rmtree(self.folder / "run")
 
     def change_progress(self) -> None:
-        path = self.folder / "run" / "iter_0000002" / "rmipo.json"
-        record = json.loads(path.read_text())
-        record["train_state"]["skipped_steps"] = 1
-        path.write_text(json.dumps(record))
+        path = self.folder / "run" / "iter_0000002"
+        record = read_record(path)
+        assert record is not None
+        record.train_state["skipped_steps"] = 1
+        write_record(path, record, record.digests)
 
     def change_architecture(self) -> None:
         path = self.folder / "model" / "config.json"
@@ -117,7 +120,7 @@ def told_of_all(folder: str) -> tuple[dict[str, str], tuple[int, str]]:
     first, second = Path(folder) / "first", os.environ["RANK"] == "1"
     os.chdir(first)
     first_failure._SILENT_SECONDS = 0.0
-    assert trainer.main([*ARGUMENTS[:-2], "--num-workers", "0", "--save-interval", "1", "--exit-interval", "2"]) == 0
+    assert trainer.main([*ARGUMENTS[:-2], "--num-workers", "0", "--save-interval", "1", "--exit-interval", "2"]) == STOPPED
     real_version, texts = importlib.metadata.version, {}
     for name, (extra, environment, change, _) in CASES.items():
         arguments = [argument for argument in ARGUMENTS if name not in FROM_HF or argument not in ("--load", "--save", "run")]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -105,7 +107,7 @@ def test_the_reference_is_computed_without_fp8(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(reference, "build_model", build)
     monkeypatch.setattr(reference, "load_weights", lambda *args: None)
-    choice: Any = SimpleNamespace(source=SimpleNamespace(arch=ARCH))
+    choice: Any = SimpleNamespace(source=ModelSource(ARCH, Path(), Path(), None))
     reference.load_reference(config_of("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--bf16"), choice, "", None)  # type: ignore[arg-type]
     (config,) = built
     assert (config.model.fp8_format, config.model.fp8_recipe, config.model.bf16) == (None, None, True)

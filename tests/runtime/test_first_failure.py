@@ -28,7 +28,10 @@ def fail_in_turn() -> tuple[str | None, bool, bool, str | None]:
         # The other one is given the time to be first.
         while first_failure() is None:
             time.sleep(0.01)
-    return before, claim_first_failure(f"rank {rank}"), claim_first_failure(f"rank {rank}"), first_failure()
+    found = before, claim_first_failure(f"rank {rank}"), claim_first_failure(f"rank {rank}"), first_failure()
+    # The first rank keeps the store.
+    dist.barrier()
+    return found
 
 
 @pytest.mark.dist
