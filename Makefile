@@ -45,6 +45,7 @@ venv: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml
 	@if [ -z "$(PY_VERSION)" ]; then echo "make: '$(PYTHON)' does not run; set PYTHON to a Python 3.11 or later" >&2; exit 1; fi
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then echo "make: '$(PYTHON)' is Python $(PY_VERSION); set PYTHON to a Python 3.11 or later" >&2; exit 1; fi
 	@echo "Installing into $(VENV) (Python $(PY_VERSION), $(TORCH)); the first time this takes some minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --upgrade 'pip>=24' 'setuptools>=77' wheel

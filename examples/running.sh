@@ -28,10 +28,10 @@ is_dry() {
 # handle_signals: hand signals on to the command that runs; on the first node, leave a note for the others when the script fails.
 handle_signals() {
     if is_dry; then return; fi
-    trap 'on_signal TERM 143' TERM
-    trap 'on_signal INT 130' INT
+    trap 'on_signal TERM' TERM
+    trap 'on_signal INT' INT
     # The trainer saves at TERM and knows nothing of HUP.
-    trap 'on_signal TERM 129' HUP
+    trap 'on_signal TERM' HUP
     if ((NODE_RANK == 0)); then
         mkdir -p "$WORK_DIR/.stages"
         rm -f "$WORK_DIR/.stages/ended"
@@ -41,7 +41,7 @@ handle_signals() {
 
 on_signal() {
     HEARD=$((HEARD + 1))
-    if [[ -z "$CHILD" ]]; then exit "$2"; fi
+    if [[ -z "$CHILD" ]]; then stop_here "stopped by a signal"; fi
     if [[ "$CHILD" != starting ]]; then hand_on "$1"; fi
 }
 
@@ -86,7 +86,7 @@ run() {
         if ((HEARD == heard)); then break; fi
     done
     CHILD=""
-    # With these a command ends that a signal ended; others are faults.
+    # Exit codes of a command that a signal ended; others are faults.
     if ((HEARD > 0)); then
         case $status in
             0 | "$EX_TEMPFAIL" | 129 | 130 | 143) stop_here "stopped by a signal" ;;
@@ -95,7 +95,7 @@ run() {
     return "$status"
 }
 
-# record_path NAME: where the command that made a stage's result is kept.
+# record_path NAME: where it is noted what a stage's result was made from.
 record_path() {
     echo "$WORK_DIR/.stages/${1//[ \/]/-}.json"
 }

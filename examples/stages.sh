@@ -74,13 +74,23 @@ preprocess() {
 what_trains() {
     local settings=()
     while (($#)); do
-        case $1 in
-            --debug) ;;
+        case ${1%%=*} in
+            --debug | --no-verify-checkpoint | --profile | --record-memory-history) ;;
             --exit-interval | --log-interval | --save-interval | --keep-last | --eval-interval | --num-workers | --log-dir | \
-                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --reference-cache) shift ;;
-            --exit-interval=* | --log-interval=* | --save-interval=* | --keep-last=* | --eval-interval=* | --num-workers=* | \
-                --log-dir=* | --tensorboard-dir=* | --wandb-project=* | --wandb-exp-name=* | --distributed-timeout-minutes=* | \
-                --reference-cache=*) ;;
+                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --reference-cache | \
+                --profile-step-start | --profile-step-end | --tokens-per-microbatch | --logprob-chunk-size | \
+                --recompute-granularity | --recompute-method | --recompute-num-layers)
+                if [[ $1 != *=* ]]; then shift; fi
+                ;;
+            --config | --reference-hf | --reference-load)
+                # Known by its contents.
+                if [[ $1 == *=* ]]; then
+                    MADE_FROM+=("--input=${1%%=*}=${1#*=}")
+                else
+                    MADE_FROM+=("--input=$1=${2:-}")
+                    shift
+                fi
+                ;;
             --*) settings+=("$1") ;;
             *) settings[-1]+=" $1" ;;
         esac
@@ -237,7 +247,7 @@ set_layout() {
         --master-addr "$MASTER_ADDR"
         --master-port "$MASTER_PORT"
     )
-    # torchrun comes with torch, as python may not.
+    # A torchrun beside it means that python has torch.
     if ! command -v torchrun >/dev/null && [[ -x "$ROOT/.venv/bin/torchrun" ]]; then
         PATH="$ROOT/.venv/bin:$PATH"
     fi

@@ -43,9 +43,15 @@ def start(module: str, *, on_ranks: bool = False) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:
         # As Ctrl-C: what is half done is removed.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _as_interrupt)
     code = _run(module)
     return _leave_end(code) if on_ranks else code
+
+
+def _as_interrupt(number: int, frame: object) -> None:
+    # Slurm and a script may both send it: the second one must not break the clean-up off.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run(module: str) -> int:

@@ -27,5 +27,9 @@ class CheckpointError(RmipoError):
     """A Megatron checkpoint is missing, incomplete or made for something else."""
 
 
+class DirectoryTakenError(CheckpointError):
+    """Another run writes, or has begun to write, checkpoints where this one does."""
+
+
 class OutOfMemoryError(RmipoError):
     """A device, or the host without one, has no memory left for what a run asks of it. The first line stands for itself."""

@@ -1,7 +1,7 @@
 """What a stage of the example scripts was made from: its settings, the contents of its inputs, the stages before it.
 
 python -m megatron_rmipo.stage_record RECORD --name STAGE [--made RESULT --remedy COMMAND] [--setting LINE ...]
-    [--input NAME=PATH ...] [--upstream STAGE=RECORD ...]
+    [--input NAME=PATH ...] [--tokenizer NAME=PATH ...] [--upstream STAGE=RECORD ...] [--read-only]
 
 A file counts as the same where size and time are those noted, or else the digest is.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.command import run_command
+from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 
 # Files of a Hugging Face model directory that hold weights; a tokenizer does not depend on them.
@@ -144,14 +144,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=PATH", help="without weights")
     parser.add_argument("--upstream", action="append", default=[], metavar="STAGE=RECORD")
     parser.add_argument("--read-only", action="store_true", help="compare alone, as nodes beside the first do")
+    add_debug_flag(parser)
     flags = parser.parse_args(argv)
 
     def run() -> None:
+        try:
+            compare()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{flags.name}: {error}. It cannot be known what the stage is made from; mend that file."
+            ) from error
+
+    def compare() -> None:
         known = json.loads(flags.record.read_text(encoding="utf-8"))["inputs"] if flags.record.is_file() else {}
         inputs = {}
         for given, weights in ((flags.input, True), (flags.tokenizer, False)):
             for name, _, path in (text.partition("=") for text in given):
-                inputs[name] = describe_input(Path(path), known.get(name, {}), weights=weights)
+                inputs[name] = describe_input(Path(path).expanduser(), known.get(name, {}), weights=weights)
         upstream = {
             stage: json.loads(Path(path).read_text(encoding="utf-8"))
             for stage, _, path in (text.partition("=") for text in flags.upstream)
@@ -160,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         now = {"settings": flags.setting, "inputs": inputs, "from": upstream}
         check(flags.record, now, name=flags.name, made=flags.made, remedy=flags.remedy, writes=not flags.read_only)
 
-    return run_command(run)
+    return run_command(run, debug=flags.debug)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def told_facts(flags: Mapping[str, Any], local_rank: int) -> dict[str, Any]:
 def read_facts(config: Config, source: ModelSource, stores: Sequence[PairStore]) -> dict[str, Any]:
     """What a rank found on its host: the model it starts from, how that will be computed here, and the data it reads."""
     facts: dict[str, Any] = {"the model to start from": str(source.directory)}
-    facts |= _weight_facts(source)
+    facts |= weight_facts(source)
     facts |= {f"the model's {name}": value for name, value in dataclasses.asdict(source.arch).items()}
     facts["attention backend"] = choose_backend(config.model.attention_backend, source.arch.kv_channels)
     facts["Transformer Engine with a GPU"] = transformer_engine_available()
@@ -47,7 +47,7 @@ def read_facts(config: Config, source: ModelSource, stores: Sequence[PairStore])
     return facts
 
 
-def _weight_facts(source: ModelSource) -> dict[str, Any]:
+def weight_facts(source: ModelSource) -> dict[str, Any]:
     """Which weights lie there, as this host sees them: the checkpoint, what it says of itself, samples of its files."""
     if source.hf_weights is not None:
         files = sorted(source.hf_weights.glob("*.safetensors"))

@@ -41,7 +41,7 @@ def settle_source(
             to name it, so that the next save knows which iterations are of a branch that was left.
 
     Returns:
-        The same on every rank, ``checked``.
+        The same on every rank, ``checked`` where that was asked for.
 
     Raises:
         CheckpointError: on every rank: no whole checkpoint is left, or a rank does not see it.
@@ -57,10 +57,14 @@ def settle_source(
         assert hf_weights is not None
         return on_every_rank(groups.world, partial(hf_source, hf_weights))
     iteration = _settle_iteration(directory, groups, verify=verify)
-    if groups.rank == 0 and owner is not None and owner.directory.resolve() == directory.resolve():
-        _follow(directory, iteration)
+
+    def follow() -> None:
+        if owner is not None and owner.directory.resolve() == directory.resolve() and read_tracker(directory) != iteration:
+            write_tracker(directory, iteration)
+
+    on_first_rank(groups.world, follow)
     settled = on_every_rank(groups.world, partial(checkpoint_source, directory, iteration))
-    return dataclasses.replace(settled, checked=True)
+    return dataclasses.replace(settled, checked=verify)
 
 
 def _settle_iteration(directory: Path, groups: ProcessGroups, *, verify: bool) -> Iteration:
@@ -88,8 +92,3 @@ def _choose(directory: Path, before: Iteration | None) -> tuple[Iteration, Check
         others = "" if before is None else f"{checkpoint_path(directory, before)} is damaged, and none before it is whole. "
         raise CheckpointError(others + nothing_complete(directory))
     return choice.iteration, read_record(checkpoint_path(directory, choice.iteration))
-
-
-def _follow(directory: Path, iteration: Iteration) -> None:
-    if read_tracker(directory) != iteration:
-        write_tracker(directory, iteration)

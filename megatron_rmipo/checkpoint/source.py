@@ -39,7 +39,7 @@ class ModelSource:
         hf_weights: directory of safetensors, or None where a checkpoint is loaded.
         checkpoint: directory of Megatron checkpoints, or None.
         iteration: which of them; None without any.
-        checked: whether its files were compared with their digests, or are not to be; they are not read for it again.
+        checked: whether its files were compared with their digests; they are not read for it again.
     """
 
     arch: ModelArchitecture

@@ -189,7 +189,7 @@ class LoggingConfig:
     tensorboard_dir: str | None = _option(None, "Also write TensorBoard events to this directory.", "DIR")
     wandb_project: str | None = _option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
     wandb_exp_name: str | None = _option(None, "Name of the Weights & Biases run.")
-    debug: bool = _option(False, "Show tracebacks of errors a user can mend, too.")
+    debug: bool = _option(False, "Show tracebacks of errors a user can mend, and warnings of other packages.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.command import run_command
+from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.comparison import VIEWS, Table, compare_runs, read_run, write_csv
 from megatron_rmipo.reports.comparison_picture import draw_picture
@@ -31,13 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="PREFIX", help="also write PREFIX.md and PREFIX.csv (all columns)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the runs (needs the plots extra)")
+    add_debug_flag(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print and write the tables; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _compare(arguments.runs, _parse_tables(arguments), arguments))
+    return run_command(lambda: _compare(arguments.runs, _parse_tables(arguments), arguments), debug=arguments.debug)
 
 
 def _compare(directory: Path, tables: Sequence[Table], arguments: argparse.Namespace) -> None:

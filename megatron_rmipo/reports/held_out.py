@@ -98,10 +98,9 @@ def mean_change(before: Sequence[Record], after: Sequence[Record], name: str) ->
 
 
 def difference(first: Figure, second: Figure) -> Figure:
-    """``first - second`` of two independent groups of pairs, standing on the smaller one."""
+    """``first - second`` of two independent groups of pairs."""
     error = math.hypot(first.error or 0.0, second.error or 0.0)
-    numbers = [figure.num_pairs for figure in (first, second) if figure.num_pairs is not None]
-    return Figure(first.value - second.value, min(numbers, default=None), error or None)
+    return Figure(first.value - second.value, None, error or None)
 
 
 def recorded(record: Record, name: str) -> Figure | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rmipo.command import run_command
+from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.held_out import (
     FEWEST_PAIRS,
@@ -274,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'"
     )
+    add_debug_flag(parser)
     arguments = parser.parse_args(argv)
 
     def show() -> None:
@@ -281,4 +282,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.model is not None:
             print(f"The trained model, in Hugging Face form: {arguments.model}")
 
-    return run_command(show)
+    return run_command(show, debug=arguments.debug)

@@ -107,7 +107,8 @@ def numeric_environment(local_rank: int) -> dict[str, Any]:
         **{f"version of {name}": _version(name) for name in _DISTRIBUTIONS},
     }
     if torch.cuda.is_available():
-        facts["device"] = torch.cuda.get_device_name(local_rank)
+        # More ranks than devices are refused later.
+        facts["device"] = torch.cuda.get_device_name(local_rank % torch.cuda.device_count())
     else:
         facts["device"] = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         facts["number of threads (OMP_NUM_THREADS)"] = torch.get_num_threads()

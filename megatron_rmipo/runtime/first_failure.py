@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_rmipo.command import FAULT_OF_OURS, FAULT_OF_USER
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.runtime.messages import rank_label, speaks_for_its_node
+from megatron_rmipo.torchrun import launch_for_messages
 
 _KEY = "megatron_rmipo/first_failure"
 _SILENT_SECONDS = 1.0
@@ -48,17 +49,21 @@ def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> int:
     """
     if isinstance(error, RuntimeError):
         cause = first_failure()
-        if debug or (cause is None and not _lost_a_rank(error)):
+        if debug or (cause is None and not lost_a_rank(error)):
             raise error
         gone = "another rank is gone, or did not answer within --distributed-timeout-minutes; its output may say why"
         text = f"{gone} ({str(error).splitlines()[0]})" if cause is None else cause
         print(f"{rank_label()}stopped, since {text}", file=sys.stderr, flush=True)
         return FAULT_OF_OURS if cause is None else FAULT_OF_USER
     # A rank that loses this one, perhaps on another node, says so, too.
-    claim_first_failure(f"{rank_label()}{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    own = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    claim_first_failure(f"{rank_label()}{own}")
+    first = first_failure()
+    # A fault that all ranks meet alike is told once a node.
+    is_told = first is not None and first.endswith(own) and first != f"{rank_label()}{own}"
     if debug:
         traceback.print_exception(error)
-    elif speaks_for_its_node():
+    elif speaks_for_its_node() and not (is_told and launch_for_messages().local_rank != 0):
         print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     else:
         # torchrun ends the ranks of a host once one has left: after the one that tells.
@@ -66,9 +71,10 @@ def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> int:
     return FAULT_OF_USER
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether this is what a collective raises where another rank is gone or did not answer."""
     # gloo has no error type of its own; NCCL's and the store's are of torch.distributed's.
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
 def _store() -> Any:

@@ -139,12 +139,14 @@ def initialize_runtime(
             f"{pipeline_model_parallel_size} needs a number of ranks that is a multiple of {model_ranks}, but there are "
             f"{world_size}. Start {model_ranks * max(1, world_size // model_ranks)} ranks with torchrun --nproc-per-node."
         )
+    # From here on a rank that fails does so in a collective, for the others too.
+    store = rendezvous.connect()
     if not on_cpu:
         torch.cuda.set_device(launch.local_rank)
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = backend or ("gloo" if on_cpu else "nccl")
-        dist.init_process_group(backend, timeout=timeout, store=rendezvous.connect(), rank=launch.rank, world_size=world_size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=launch.rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,

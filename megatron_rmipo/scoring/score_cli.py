@@ -128,7 +128,8 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
         stop = StopRequest(groups)
         with memory.explaining("loading the model", trains=False):
             model = build_model(source.arch, config, groups)
-            load_weights(source, model, groups)
+            # The fingerprint has read and compared every file.
+            load_weights(dataclasses.replace(source, checked=True), model, groups)
         layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
             score_rows(model, task, layout, groups, memory, stop)

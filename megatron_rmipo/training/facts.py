@@ -8,7 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.facts import read_facts
+from megatron_rmipo.checkpoint.facts import read_facts, weight_facts
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.training.plan import RunPlan
 
@@ -21,6 +21,8 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     if plan.reference is not None:
         known = plan.reference.source
         facts["the reference"] = str(known.directory) if known is not None else "that of the checkpoint"
+        if known is not None:
+            facts |= {f"the reference's {name}": value for name, value in weight_facts(known).items()}
     facts |= {f"the run's {name}": value for name, value in dataclasses.asdict(plan.start.progress).items()}
     facts |= {f"the objective's {name}": value for name, value in plan.start.objective_state.items()}
     return facts

@@ -87,8 +87,8 @@ def train(run: Run) -> bool:
                 run.save()
                 saved_at = step
             if settings.eval_interval and step % settings.eval_interval == 0:
-                evaluate(run)
-                evaluated_at = step
+                # One that a signal cuts short is owed.
+                evaluated_at = step if evaluate(run) is not None else evaluated_at
             if run.stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
                 break
         run.profiler.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.runtime.agreement import on_every_rank
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
@@ -80,8 +82,10 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     owner = own_save_directory(config, groups)
     verify = not config.checkpoint.no_verify_checkpoint
     source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner)
-    # Anew, for it may be another checkpoint than this rank had found.
-    plan = plan_run(config, source, groups.world_size)
+    # Anew, for it may be another checkpoint than this rank had found, or another run may have saved meanwhile.
+    plan = on_every_rank(groups.world, partial(plan_run, config, source, groups.world_size, plan.data))
+    on_every_rank(groups.world, partial(check_outputs, config, source))
+    plan = _with_reference_settled(plan, groups, verify=verify)
     memory = MemoryReport(
         config,
         source.arch,
@@ -103,6 +107,16 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     if owner is not None:
         owner.release()
     shutdown_runtime()
+
+
+def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: bool) -> RunPlan:
+    """The plan with the one reference that all ranks take, where it is another model than the run starts from."""
+    reference = plan.reference
+    if reference is None or reference.source is None or reference.source.directory == plan.source.directory:
+        return plan
+    found = reference.source
+    settled = settle_source(lambda: found, groups, verify=verify)
+    return dataclasses.replace(plan, reference=dataclasses.replace(reference, source=settled))
 
 
 def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest) -> None:

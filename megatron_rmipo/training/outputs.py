@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf
-from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
+from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
+from megatron_rmipo.checkpoint.megatron.owner import DEAD_SECONDS, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
-from megatron_rmipo.checkpoint.source import ModelSource, holds_checkpoints
+from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
@@ -66,7 +67,9 @@ def own_save_directory(config: Config, groups: ProcessGroups) -> DirectoryOwner 
         if config.checkpoint.save is None:
             return
         try:
-            owners.append(DirectoryOwner(Path(config.checkpoint.save)))
+            # The others wait in a collective.
+            wait_seconds = 0.8 * 60 * config.parallel.distributed_timeout_minutes
+            owners.append(DirectoryOwner(Path(config.checkpoint.save), wait_seconds=min(DEAD_SECONDS, wait_seconds)))
         except OSError as error:
             raise ConfigError(f"--save {config.checkpoint.save} cannot be written: {error}. Name another directory.") from error
 
@@ -144,11 +147,10 @@ def save_hf(
 
 def where_it_stands(config: Config, progress: Progress) -> str:
     """What is kept of a run that stops, and how it goes on."""
-    save = config.checkpoint.save
     if progress.step == 0:
         return "No step was taken yet; start again."
-    if save is None:
-        return f"Step {progress.step} is lost: --save names no directory."
-    return f"Step {progress.step} is saved; go on with --load {save}" + (
-        " and without --finetune." if config.checkpoint.finetune else "."
-    )
+    kept = checkpoint_to_go_on_from(config.checkpoint)
+    without = " and without --finetune." if config.checkpoint.finetune else "."
+    if kept is not None and kept == checkpoint_path(kept.parent, progress.step):
+        return f"Step {progress.step} is saved; go on with --load {kept.parent}{without}"
+    return f"Step {progress.step} is lost: --save names no directory."

@@ -46,20 +46,21 @@ class RunPlan:
         return _layout(self.config, self.source, self.objective, self.data, dp_rank=dp_rank, dp_size=dp_size)
 
 
-def plan_run(config: Config, source: ModelSource, world_size: int) -> RunPlan:
+def plan_run(config: Config, source: ModelSource, world_size: int, data: RunData | None = None) -> RunPlan:
     """Put a run together and refuse one that cannot work.
 
     Args:
         config: the run's configuration.
         source: the model that it starts from.
         world_size: number of ranks.
+        data: of the run, where they are open already.
 
     Raises:
         RmipoError: a fault the user can mend.
     """
     validate(config, source.arch, world_size)
     objective = objective_of(config)
-    data = open_data(config, source, objective.needs)
+    data = data or open_data(config, source, objective.needs)
     start = starting_point(config, source, data, objective)
     total_pairs, train_iters = data.run_length(config.training, start.progress)
     refuse_profiling_beyond_the_end(config, train_iters)

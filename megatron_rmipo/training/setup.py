@@ -84,7 +84,7 @@ def load_training_state(
         load_rng=not config.checkpoint.finetune and not config.checkpoint.no_load_rng,
         groups=groups,
         iteration=source.iteration,
-        verify=not source.checked,
+        verify=not (source.checked or config.checkpoint.no_verify_checkpoint),
     )
     if not with_optimizer:
         # Its fp32 weights were taken from the model before the checkpoint was loaded into it.

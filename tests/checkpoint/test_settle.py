@@ -129,7 +129,7 @@ def settle_together(directory: Path) -> tuple[Any, ...]:
             return str(error)
 
     taken = settled()
-    seen, digests._is_seen = digests._is_seen, lambda path: groups.rank == 0
+    seen, digests._is_seen = digests._is_seen, lambda path, deadline: groups.rank == 0
     unseen = settled()
     digests._is_seen = seen
     if groups.rank == 0:

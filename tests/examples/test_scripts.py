@@ -352,7 +352,7 @@ def test_the_number_of_workers_changes_no_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "expected"), [("75", 75), ("143", 75), ("3", 3)])
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_torchrun_and_its_status_comes_back(
+def test_a_signal_reaches_the_launcher_and_its_status_comes_back(
     tmp_path: Path, sent: signal.Signals, status: str, expected: int
 ) -> None:
     script = start_script(environment(tmp_path, **own_inputs(tmp_path), HANGS="megatron_rmipo.train", STATUS=status))

@@ -45,21 +45,14 @@ def commit_checkpoint(partial: Path, record: CheckpointRecord, digests: Mapping[
     # Before the checkpoint has its name: a run that dies in between finds none of this name and takes the one before. The other
     # way round, the tracker file would name an older one that is there, as it does when a user goes back to it.
     write_tracker(directory, iteration)
-    if path.exists():
-        # Written before by this same run; out of the way only now that its successor is whole.
-        replaced = partial.with_name("replaced." + partial.name)
-        os.replace(path, replaced)
-        os.replace(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(partial, path)
+    os.replace(partial, path)
     sync_directory(directory)
     return path
 
 
 def write_tracker(directory: Path, iteration: Iteration) -> None:
     """Name the checkpoint to go on from. The file is replaced in one step."""
-    tracker = directory / (TRACKER_NAME + ".tmp")
+    tracker = partial_path(directory / TRACKER_NAME)
     with tracker.open("w", encoding="utf-8") as stream:
         stream.write(str(iteration))
         stream.flush()
@@ -96,7 +89,7 @@ def _set_branch_aside(directory: Path, iteration: Iteration) -> None:
         return
     head = 0 if tracked == "release" else iteration if tracked is None else min(tracked, iteration)
     for other in sorted(iterations_of(directory)):
-        if other > head:
+        if other > head or other == iteration:
             path = checkpoint_path(directory, other)
             aside, number = path.with_name(path.name + _SET_ASIDE_SUFFIX), 2
             while aside.exists():

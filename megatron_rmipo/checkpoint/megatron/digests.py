@@ -54,8 +54,9 @@ def gather_digests(path: Path, sizes: Mapping[str, int], group: dist.ProcessGrou
         CheckpointError: on every rank: one does not see a file.
     """
     own, unseen = {}, []
+    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
     for name in share_out(sizes, group.size())[group.rank()]:
-        if _is_seen(path / name):
+        if _is_seen(path / name, deadline):
             own[name] = _digest_or_none(path / name)
         else:
             unseen.append(f"rank {group.rank()} on {socket.gethostname()} does not see {path / name}")
@@ -85,8 +86,7 @@ def damage(path: Path, names: Sequence[str]) -> str:
     return f"{path} is damaged: {shown} {'does' if len(names) == 1 else 'do'} not hold what was written"
 
 
-def _is_seen(path: Path) -> bool:
-    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
+def _is_seen(path: Path, deadline: float) -> bool:
     while not path.exists():
         if time.monotonic() > deadline:
             return False

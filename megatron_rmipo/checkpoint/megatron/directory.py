@@ -257,7 +257,8 @@ def _is_ours(path: Path) -> bool:
 
 def _sizes_by_metadata(path: Path) -> Mapping[str, int]:
     """Least sizes of the files of a checkpoint of another program, by what torch's metadata says lies in them."""
-    sizes = dict.fromkeys(("metadata.json", "common.pt", ".metadata"), 1)
+    # Newer versions of megatron-core write no common.pt.
+    sizes = dict.fromkeys(("metadata.json", ".metadata"), 1)
     if not (path / ".metadata").is_file():
         return sizes
     for item in read_metadata(path).storage_data.values():

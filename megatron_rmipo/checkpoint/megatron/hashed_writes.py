@@ -13,6 +13,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_rmipo.runtime.worker_process import end_with_parent
+
 
 class _HashingFile(io.FileIO):
     """A file that is hashed while it is written, and sends name and digest when it is closed without an error.
@@ -62,7 +64,14 @@ def digests_of_writes() -> Iterator[WrittenDigests]:
     written, pipe = WrittenDigests(), multiprocessing.get_context("fork").SimpleQueue()
     module: Any = filesystem_async
     # Its own name for the builtin, which it would look up next.
-    module.open = lambda path, mode: _HashingFile(path, pipe.put)
+    rank = os.getpid()
+
+    def open_hashing(path: str, mode: str) -> _HashingFile:
+        if os.getpid() != rank:
+            end_with_parent()
+        return _HashingFile(path, pipe.put)
+
+    module.open = open_hashing
     try:
         yield written
         while not pipe.empty():

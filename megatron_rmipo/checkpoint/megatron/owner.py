@@ -18,7 +18,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, partial_path
-from megatron_rmipo.errors import CheckpointError
+from megatron_rmipo.errors import DirectoryTakenError
 from megatron_rmipo.runtime.messages import warn
 
 OWNER_NAME = "owner.json"
@@ -60,14 +60,16 @@ class DirectoryOwner:
 
     Args:
         directory: made if missing.
+        wait_seconds: how long at most to look whether an owner on another host lives.
 
     Raises:
-        CheckpointError: another run writes there.
+        DirectoryTakenError: another run writes there, or it could not be seen in time whether it lives.
         OSError: the file system refuses.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, wait_seconds: float = DEAD_SECONDS) -> None:
         self.directory = Path(directory)
+        self._wait_seconds = wait_seconds
         self.directory.mkdir(parents=True, exist_ok=True)
         self._path = self.directory / OWNER_NAME
         self._identity = _own_identity()
@@ -93,11 +95,11 @@ class DirectoryOwner:
         """Make sure that nobody has taken the directory over, as happens to a process that stood still for long.
 
         Raises:
-            CheckpointError: somebody has.
+            DirectoryTakenError: somebody has.
         """
         found = _read(self._path)
         if found is None or found.token != self._identity.token:
-            raise CheckpointError(
+            raise DirectoryTakenError(
                 f"{self.directory} now belongs to {found or 'nobody'}: this run gave no sign of life for {DEAD_SECONDS:.0f} "
                 f"seconds, or {self._path} was removed. It writes nothing more there."
             )
@@ -118,8 +120,8 @@ class DirectoryOwner:
         draft.write_text(content, encoding="utf-8")
         try:
             other = _read(self._path)
-            if _lives(other, self._path, draft):
-                raise CheckpointError(
+            if _lives(other, self._path, draft, self._wait_seconds):
+                raise DirectoryTakenError(
                     f"{self.directory}: {other or 'another run'} writes checkpoints there. Wait for its end or end it, or give "
                     f"this run a directory of its own. (Should it be gone for good, remove {self._path}.)"
                 )
@@ -133,6 +135,8 @@ class DirectoryOwner:
     def _remove_leftovers(self) -> None:
         # Nobody else is writing here now.
         for path in self.directory.glob("*" + INCOMPLETE_SUFFIX):
+            if path.name.startswith(OWNER_NAME):  # of another that comes to take it over
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -169,12 +173,12 @@ def _read(path: Path) -> _Identity | None:
         return None
 
 
-def _lives(owner: _Identity | None, path: Path, just_written: Path) -> bool:
+def _lives(owner: _Identity | None, path: Path, just_written: Path, wait_seconds: float) -> bool:
     """Whether the owner of ``path`` lives; ``just_written`` tells the file system's own time."""
     here = _own_identity()
     if owner is not None and (owner.host, owner.namespace) == (here.host, here.namespace):
         return owner.pid != here.pid and _process_lives(owner)
-    return _beats(path, just_written.stat().st_mtime, f"{owner or 'another run'}, which owns {path.parent},")
+    return _beats(path, just_written.stat().st_mtime, f"{owner or 'another run'}, which owns {path.parent},", wait_seconds)
 
 
 def _process_lives(owner: _Identity) -> bool:
@@ -185,17 +189,23 @@ def _process_lives(owner: _Identity) -> bool:
         return False
 
 
-def _beats(path: Path, now: float, name: str) -> bool:
+def _beats(path: Path, now: float, name: str, wait_seconds: float) -> bool:
     try:
         first = path.stat().st_mtime
         if now - first > DEAD_SECONDS:
             return False
-        warn(f"waiting for up to {DEAD_SECONDS:.0f} seconds to see whether {name} lives")
-        deadline = time.monotonic() + DEAD_SECONDS - max(0.0, now - first)
+        needed = DEAD_SECONDS - max(0.0, now - first)
+        warn(f"waiting for up to {min(needed, wait_seconds):.0f} seconds to see whether {name} lives")
+        deadline = time.monotonic() + min(needed, wait_seconds)
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_SECONDS / 2))
             if path.stat().st_mtime != first:
                 return True
+        if needed > wait_seconds:
+            raise DirectoryTakenError(
+                f"{name} gave a sign of life less than {DEAD_SECONDS:.0f} seconds ago and may still live. Start again "
+                "after that, or give this run a directory of its own."
+            )
     except FileNotFoundError:
         # It has ended meanwhile, and released what it owned.
         pass

@@ -31,8 +31,6 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     RANDOM_KEY,
     check_common,
     find_checkpoint,
-    hf_assets_directory,
-    latest_complete_iteration,
     read_metadata,
 )
 from megatron_rmipo.checkpoint.megatron.hashed_writes import digests_of_writes
@@ -42,11 +40,10 @@ from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_ra
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
 from megatron_rmipo.checkpoint.whole_directories import check_space, is_full
-from megatron_rmipo.errors import CheckpointError, RmipoError
+from megatron_rmipo.errors import CheckpointError, DirectoryTakenError, RmipoError
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
+from megatron_rmipo.runtime.first_failure import lost_a_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
-
-__all__ = ["hf_assets_directory", "latest_complete_iteration", "load_checkpoint", "save_checkpoint"]
 
 # The one form of the distributed optimizer's state that another TP, PP or DP can load.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -64,7 +61,6 @@ def save_checkpoint(
     config: dict[str, Any],
     assets_dir: Path | None,
     groups: ProcessGroups,
-    rng: bool = True,
     keep_last: int | None = None,
     owner: DirectoryOwner | None = None,
 ) -> Path:
@@ -83,7 +79,6 @@ def save_checkpoint(
         config: flags of the run by name, plain values.
         assets_dir: directory of the model's Hugging Face config and tokenizer, copied in; None leaves them out.
         groups: the process groups of this rank.
-        rng: save the random states of every rank.
         keep_last: afterwards remove all but this many of the newest iterations; None keeps all.
         owner: on the first rank, the right to write there; None leaves it to the caller that nobody else does.
 
@@ -96,8 +91,7 @@ def save_checkpoint(
     directory = Path(directory)
     state = _sharded_state(model, optimizer, scheduler, groups, is_loading=False)
     state.update(iteration=iteration, checkpoint_version=3.0)
-    if rng:
-        state[RANDOM_KEY] = _random_object(groups, random_state())
+    state[RANDOM_KEY] = _random_object(groups, random_state())
     record = CheckpointRecord(iteration, train_state, config, _layout(groups), _optimizer_kind(optimizer))
     num_bytes = _bytes_to_write(state, groups)
 
@@ -129,6 +123,8 @@ def save_checkpoint(
     except (*_WRITE_ERRORS, RmipoError) as error:
         if groups.rank == 0 and partial is not None:
             abandon_checkpoint(partial)
+        if lost_a_rank(error) or isinstance(error, DirectoryTakenError):
+            raise
         raise CheckpointError(
             f"--save {directory}: the checkpoint of step {iteration} was not written: {_first_cause(error)}. "
             "Earlier checkpoints are untouched. Free some space, or mend its permissions, and go on from the latest."
@@ -206,6 +202,8 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:
+        if lost_a_rank(error):
+            raise
         # A damaged file raises whatever its bytes happen to say. What one rank meets while it reads, torch raises on all.
         raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}.") from error
     return loaded

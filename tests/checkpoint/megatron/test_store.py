@@ -15,8 +15,9 @@ from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_me
 from megatron_rmipo.checkpoint.hf import assets
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.checkpoint.megatron import hashed_writes, store
+from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iteration
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record, write_record
-from megatron_rmipo.checkpoint.megatron.store import latest_complete_iteration, load_checkpoint, save_checkpoint
+from megatron_rmipo.checkpoint.megatron.store import load_checkpoint, save_checkpoint
 from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.errors import CheckpointError, ConversionError
