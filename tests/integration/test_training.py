@@ -274,7 +274,8 @@ def run_with_a_signal(arguments: list[str], where: str, call: int) -> int:
 @pytest.mark.slow
 def test_a_signal_within_an_evaluation_or_the_export_loses_nothing(prefix: Path, tmp_path: Path) -> None:
     save, exported = tmp_path / "run", tmp_path / "exported"
-    arguments = flags(prefix, save, load=save, save_hf=exported, eval_interval=3)
+    plain = flags(prefix, save, load=save, eval_interval=3)
+    arguments = [*plain, "--save-hf", str(exported)]
     # An evaluation has two batches of 6 pairs: at the start, after step 3, after the last step. Then the export.
     for where, call, saved, evaluations in (
         ("evaluation", 1, None, []),
@@ -282,7 +283,8 @@ def test_a_signal_within_an_evaluation_or_the_export_loses_nothing(prefix: Path,
         ("evaluation", 3, 6, [0, 3]),
         ("export", 1, 6, [0, 3, 6]),
     ):
-        assert run_distributed(run_with_a_signal, 2, arguments, where, call) == [STOPPED, STOPPED]
+        given = arguments if where == "export" else plain
+        assert run_distributed(run_with_a_signal, 2, given, where, call) == [STOPPED, STOPPED]
         assert [record["step"] for record in records(save, "eval")] == evaluations
         assert (save / f"iter_{saved or 0:07d}").exists() == (saved is not None)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("exported")]
