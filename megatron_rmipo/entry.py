@@ -39,6 +39,8 @@ def start(module: str, *, on_ranks: bool = False) -> int:
     if "--debug" not in sys.argv and not sys.warnoptions:
         warnings.simplefilter("ignore")
         os.environ["PYTHONWARNINGS"] = "ignore"  # for the processes it starts
+        # Of torch's C++ side: pages of frames for every retry of a connection.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if on_ranks:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:

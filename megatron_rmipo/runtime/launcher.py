@@ -17,16 +17,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+import torch.distributed as dist
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.torchrun import ENDS_VARIABLE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start ranks and wait for them; returns the exit code, see docs/training.md."""
     arguments = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
+    if not (arguments.module or arguments.no_python or Path(arguments.training_script).is_file()):
+        raise ConfigError(f"{arguments.training_script} is no file. Name the program to start, or -m and a module.")
     # Of the others it would end ranks after a timeout, and itself with a traceback.
     arguments.signals_to_handle = "SIGQUIT"
     if "--debug" not in arguments.training_script_args:
@@ -40,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             torchrun.run(arguments)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             failures = error.failures
+        except ValueError as error:
+            raise ConfigError(
+                f"the ranks cannot be started: {error}. Look at --nproc-per-node, --nnodes and --node-rank (whole numbers)."
+            ) from error
+        except (dist.DistError, RendezvousError) as error:
+            where = f"--master-addr {arguments.master_addr} --master-port {arguments.master_port}"
+            raise ConfigError(
+                f"the nodes did not meet at {where}: {str(error).splitlines()[0]}. It must be an address of node 0 that this one "
+                "reaches, and the port free there."
+            ) from error
         told = [(float(when), int(code)) for when, code in (path.read_text().split() for path in Path(ends).iterdir())]
     code, message = how_it_ended(told, failures, signalled=relay.signalled)
     if message:

@@ -56,3 +56,17 @@ def test_a_signal_ends_a_wait_for_other_nodes() -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "ended by a signal before a rank was started\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nproc-per-node", "two", "-m", "json.tool"], ["the ranks cannot be started", "--nproc-per-node"]),
+        (["--nproc-per-node", "1", "nowhere.py"], ["nowhere.py is no file"]),
+    ],
+)
+def test_what_cannot_be_started_is_said(arguments: list[str], words: list[str]) -> None:
+    command = [sys.executable, "-m", "megatron_rmipo.launch", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert all(word in done.stderr for word in words)
