@@ -17,12 +17,12 @@ from megatron_rmipo.runtime.worker_process import end_with_parent
 
 
 class _HashingFile(io.FileIO):
-    """A file that is hashed while it is written, and sends name and digest when it is closed without an error.
+    """A file that is hashed while it is written, and sends name and digest when it is closed without an error, else the error.
 
     A failed write is raised again at the end of the ``with`` block: torch's archive answers it with complaints of its own length.
     """
 
-    def __init__(self, path: str, send: Callable[[tuple[str, str]], None]) -> None:
+    def __init__(self, path: str, send: Callable[[tuple[str, str | OSError]], None]) -> None:
         super().__init__(path, "wb")
         self._path, self._send, self._digest = path, send, hashlib.sha256()
         self._failure: OSError | None = None
@@ -43,6 +43,8 @@ class _HashingFile(io.FileIO):
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
         if self._failure is not None:
+            # Megatron-Core may hand on no more than its type.
+            self._send((os.path.basename(self._path), self._failure))
             raise self._failure from None
         if error is None:
             self._send((os.path.basename(self._path), self._digest.hexdigest()))
@@ -50,9 +52,10 @@ class _HashingFile(io.FileIO):
 
 @dataclasses.dataclass
 class WrittenDigests:
-    """sha256 by name of the files that this rank's writers have written; filled when the block ends."""
+    """sha256 by name of the files that this rank's writers have written, and why one failed; filled when the block ends."""
 
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    failure: OSError | None = None
 
 
 @contextlib.contextmanager
@@ -74,9 +77,12 @@ def digests_of_writes() -> Iterator[WrittenDigests]:
     module.open = open_hashing
     try:
         yield written
-        while not pipe.empty():
-            name, digest = pipe.get()
-            written.digests[name] = digest
     finally:
         del module.open
+        while not pipe.empty():
+            name, outcome = pipe.get()
+            if isinstance(outcome, OSError):
+                written.failure = outcome
+            else:
+                written.digests[name] = outcome
         pipe.close()

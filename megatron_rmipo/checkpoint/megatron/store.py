@@ -33,7 +33,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     find_checkpoint,
     read_metadata,
 )
-from megatron_rmipo.checkpoint.megatron.hashed_writes import digests_of_writes
+from megatron_rmipo.checkpoint.megatron.hashed_writes import WrittenDigests, digests_of_writes
 from megatron_rmipo.checkpoint.megatron.matching import match_model
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_random_state
@@ -96,6 +96,7 @@ def save_checkpoint(
     num_bytes = _bytes_to_write(state, groups)
 
     partial: Path | None = None
+    written = WrittenDigests()
 
     def begin() -> Path:
         if owner is not None:
@@ -126,7 +127,7 @@ def save_checkpoint(
         if lost_a_rank(error) or isinstance(error, DirectoryTakenError):
             raise
         raise CheckpointError(
-            f"--save {directory}: the checkpoint of step {iteration} was not written: {_first_cause(error)}. "
+            f"--save {directory}: the checkpoint of step {iteration} was not written: {_first_cause(written.failure or error)}. "
             "Earlier checkpoints are untouched. Free some space, or mend its permissions, and go on from the latest."
         ) from error
 
@@ -184,7 +185,8 @@ def load_checkpoint(
     if restores_random and any(name.startswith(RANDOM_KEY) for name in stored):
         state[RANDOM_KEY] = _random_object(groups, None)
     with restricted_unpickling():
-        loaded = _read(path, state)
+        # What one rank meets while it reads, not every version of torch raises on all.
+        loaded = on_every_rank(groups.world, lambda: _read(path, state))
         # Transformer Engine unpickles its state here.
         _unwrap(model).load_state_dict(loaded["model"], strict=False)
         if with_optimizer is not None:
@@ -204,7 +206,7 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:
         if lost_a_rank(error):
             raise
-        # A damaged file raises whatever its bytes happen to say. What one rank meets while it reads, torch raises on all.
+        # A damaged file raises whatever its bytes happen to say.
         raise CheckpointError(f"{path} cannot be loaded: {_first_cause(error)}.") from error
     return loaded
 
