@@ -30,8 +30,8 @@ def settle_source(
 ) -> ModelSource:
     """Decide which model is loaded. All ranks call it together.
 
-    The first rank looks and chooses, whatever the others see. Where a file of the choice is damaged, the one before is taken, and
-    the file is named.
+    The first rank looks and chooses; a run whose ranks had found different checkpoints was refused before. Where a file of the
+    choice is damaged, the one before is taken, and the file is named.
 
     Args:
         find: what the flags name, looked for anew: a run that was waited for may have saved meanwhile.

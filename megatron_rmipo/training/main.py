@@ -19,7 +19,7 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
-from megatron_rmipo.runtime.agreement import on_every_rank
+from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
@@ -102,7 +102,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
         run = _assemble(plan, groups, state, reporter, memory, stop, owner)
         say_what_runs(run, source, plan.start)
         if not train(run):
-            raise RunStopped(where_it_stands(config, run.progress))
+            raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
         save_hf(config, source, state, run.progress, groups, stop)
     if owner is not None:
         owner.release()

@@ -121,11 +121,10 @@ def save_hf(
     if config.checkpoint.save_hf is None:
         return
     state.gather_parameters()
-    stopped = ""
+    stopped = False
     with stop:
         try:
             if groups.dp_rank == 0:
-                text = f"before the export to {config.checkpoint.save_hf} was complete. {where_it_stands(config, progress)}"
                 is_kept = config.checkpoint.save is not None
                 export_hf(
                     state.policy,
@@ -135,18 +134,23 @@ def save_hf(
                     dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
                     tp_group=groups.tp,
                     pp_group=groups.pp,
-                    before_each=partial(stop.check, text, groups.mp) if is_kept else lambda: None,
+                    before_each=partial(stop.check, "", groups.mp) if is_kept else lambda: None,
                 )
-        except RunStopped as error:
-            stopped = str(error)
+        except RunStopped:
+            stopped = True
+
+        def end() -> str:
+            name = config.checkpoint.save_hf
+            return f"before the export to {name} was complete. {where_it_stands(config, progress)}" if stopped else ""
+
         # The other replicas wait for it here.
-        stopped = on_first_rank(groups.world, lambda: stopped)
-    if stopped:
-        raise RunStopped(stopped)
+        text = on_first_rank(groups.world, end)
+    if text:
+        raise RunStopped(text)
 
 
 def where_it_stands(config: Config, progress: Progress) -> str:
-    """What is kept of a run that stops, and how it goes on."""
+    """What is kept of a run that stops, and how it goes on. It looks at the disk: a matter of one rank."""
     if progress.step == 0:
         return "No step was taken yet; start again."
     kept = checkpoint_to_go_on_from(config.checkpoint)

@@ -54,8 +54,8 @@ def write_record(path: Path, record: CheckpointRecord, digests: Mapping[str, str
     Args:
         path: the checkpoint.
         record: its sizes and digests are filled in here.
-        digests: sha256 of large files by name, taken from the bytes on their way to the disk. Files that are not among them were
-            written by this process a moment ago, and are hashed out of the page cache.
+        digests: sha256 of large files by name, taken from the bytes on their way to the disk. Files that are not among them,
+            the small ones as a rule, are hashed as they lie there now.
 
     Raises:
         OSError: a file cannot be read, or the record not written.
