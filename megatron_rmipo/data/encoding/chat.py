@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_rmipo.data.encoding.templates import ANSWER_FORMS, BUILT_IN_TEMPLATES, NEEDED_TOKENS, AnswerForm
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
-from megatron_rmipo.data.reading.rows import RowFault, Turn
+from megatron_rmipo.data.reading.rows import NOTHING, RowFault, Turn, answer
 from megatron_rmipo.errors import DataError
 
 _PROBE = "qzj"  # letters no template writes itself
@@ -92,39 +92,43 @@ class ChatTemplate:
         """Whether texts are rendered already, so that special tokens in them are meant."""
         return self.name == "none"
 
-    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+    def render(self, turns: Sequence[Turn], variables: Mapping[str, Any] = NOTHING, *, add_generation_prompt: bool) -> str:
         """The conversation as text.
+
+        Args:
+            turns: its messages.
+            variables: what the template is given beside them, such as ``tools``.
+            add_generation_prompt: whether to write what stands before an answer.
 
         Raises:
             RowFault: the template refuses it.
         """
-        return self._render(_messages(turns), add_generation_prompt)
+        return self._render(_messages(turns), variables, add_generation_prompt)
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
+        given = {"tools": None, "documents": None, **self.special_tokens, **variables}
         try:
             return _compiled(self.source, self.answer is not None)(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.special_tokens,
+                **given, messages=messages, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise RowFault("template", "prompt", f"the chat template {self.name} refuses the conversation: {error}") from None
 
-    def render_pair(self, prompt: Sequence[Turn], responses: Sequence[str]) -> tuple[str, list[str]]:
+    def render_pair(
+        self, prompt: Sequence[Turn], responses: Sequence[Turn], variables: Mapping[str, Any] = NOTHING
+    ) -> tuple[str, list[str]]:
         """The prompt up to where the answer starts, and the text each response adds to it.
 
         Raises:
             RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
         """
         messages = _messages(prompt)
-        prompt_text = self._render(messages, True)
+        prompt_text = self._render(messages, variables, True)
         if self.answer is not None:
-            return prompt_text, [self.answer.render(response, self.special_tokens) for response in responses]
+            return prompt_text, [self.answer.render(response.content, self.special_tokens) for response in responses]
         response_texts = []
         for response in responses:
-            whole = self._render([*messages, {"role": "assistant", "content": response}], False)
+            whole = self._render([*messages, *_messages((response,))], variables, False)
             if not whole.startswith(prompt_text):
                 raise RowFault(
                     "template",
@@ -137,12 +141,12 @@ class ChatTemplate:
     @functools.cached_property
     def closing(self) -> str:
         """What the template writes behind an answer."""
-        _, (text,) = self.render_pair((Turn("user", "x"),), (_PROBE,))
+        _, (text,) = self.render_pair((Turn("user", "x"),), (answer(_PROBE),))
         return text.rpartition(_PROBE)[2]
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in turns]
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
 
 
 def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTemplate:
@@ -193,8 +197,8 @@ def _read_template(choice: str) -> str:
 
 def _check(template: ChatTemplate) -> None:
     try:
-        _, (answer,) = template.render_pair((Turn("user", "x"),), (_PROBE,))
+        _, (rendered,) = template.render_pair((Turn("user", "x"),), (answer(_PROBE),))
     except RowFault as fault:
         raise DataError(f"--chat-template {template.name}: cannot render a plain question and answer. {fault.message}.") from None
-    if _PROBE not in answer:
-        raise DataError(f"--chat-template {template.name}: leaves out the assistant's answer (it wrote {answer!r}).")
+    if _PROBE not in rendered:
+        raise DataError(f"--chat-template {template.name}: leaves out the assistant's answer (it wrote {rendered!r}).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megatron_rmipo.data.encoding.chat import ChatTemplate
@@ -117,7 +117,7 @@ class PairEncoder:
         """Prompt and response texts, to be encoded with other pairs'; a pair with written special tokens is encoded at once."""
         if not self._template.verbatim and self._written.in_pair(pair):
             return self._encode_with_stand_ins(pair)
-        return self._template.render_pair(pair.prompt, tuple(pair.responses.values()))
+        return self._template.render_pair(pair.prompt, tuple(pair.responses.values()), pair.variables)
 
     def _encode_official(self, pair: PreferencePair) -> EncodedPair:
         assert self._policy.max_prompt_length is not None
@@ -152,7 +152,7 @@ class PairEncoder:
         """The special token with which the template ends an answer."""
         return next((i for i in self._backend.continuation([self._template.closing])[0] if i in self._special_ids), None)
 
-    def _ended(self, ids: list[int], field: str, text: str) -> list[int]:
+    def _ended(self, ids: list[int], field: str, response: Turn) -> list[int]:
         """The response with its end-of-turn token (the template's, else EOS) at its end, exactly once."""
         if self._template.verbatim:
             ids = self._verbatim_ended(ids, field)
@@ -164,8 +164,8 @@ class PairEncoder:
                 del ids[ids.index(self._stop) + 1 :]
             except ValueError:
                 raise RowFault("template", field, f"the chat template {self._template.name} did not end this answer") from None
-        if len(ids) <= _FEW_TOKENS and (len(ids) == 1 or not self._backend.plain([text.strip()])[0]):
-            raise RowFault("empty_response", field, f"the response encodes to no tokens: {text[:40]!r}")
+        if len(ids) <= _FEW_TOKENS and (len(ids) == 1 or not self._backend.plain([response.content.strip()])[0]):
+            raise RowFault("empty_response", field, f"the response encodes to no tokens: {response.content[:40]!r}")
         return ids
 
     def _verbatim_ended(self, ids: list[int], field: str) -> list[int]:
@@ -185,7 +185,7 @@ class PairEncoder:
             num_bos = int(self._bos is not None)
             shorter = prompt[:num_bos] + prompt[num_bos - room :] if room > num_bos else None
         else:
-            shorter = shorten_prompt(pair.prompt, room, self._encode_prompt)
+            shorter = shorten_prompt(pair.prompt, room, lambda turns: self._encode_prompt(turns, pair.variables))
         if shorter is None:
             raise RowFault(
                 "response_too_long",
@@ -195,24 +195,25 @@ class PairEncoder:
             )
         return shorter
 
-    def _encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
+    def _encode_prompt(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> list[int]:
         if not self._written.in_turns(turns):
-            ids = self._backend.first([self._template.render(turns, add_generation_prompt=True)])[0]
+            ids = self._backend.first([self._template.render(turns, variables, add_generation_prompt=True)])[0]
         else:
             base = self._written.free_base(turn.content for turn in turns)
-            text = self._template.render(self._written.hide_turns(turns, base), add_generation_prompt=True)
+            text = self._template.render(self._written.hide_turns(turns, base), variables, add_generation_prompt=True)
             ids = self._written.encode(text, base, first=True)
         return with_one_bos(ids, self._bos)
 
     def _encode_with_stand_ins(self, pair: PreferencePair) -> EncodedPair:
         """Encode a pair in which users wrote special tokens; an end that stands behind a response already is dropped."""
         ends = {token for token in (self._eos, self._stop) if token is not None}
-        texts = [self._written.without_trailing(text, ends) for text in pair.responses.values()]
-        base = self._written.free_base([*(turn.content for turn in pair.prompt), *texts])
+        answers = [turn._replace(content=self._written.without_trailing(turn.content, ends)) for turn in pair.responses.values()]
+        base = self._written.free_base(turn.content for turn in (*pair.prompt, *answers))
         hidden = self._written.hide_turns(pair.prompt, base)
-        prompt, responses = self._template.render_pair(hidden, [self._written.hide(text, base) for text in texts])
+        prompt, responses = self._template.render_pair(hidden, self._written.hide_turns(answers, base), pair.variables)
         ids = [self._written.encode(text, base, first=False) for text in responses]
-        pair = PreferencePair(pair.prompt, *pair.in_place(texts))
+        chosen, rejected = pair.in_place(answers)
+        pair = pair._replace(chosen=chosen, rejected=rejected)
         return self._finish(pair, self._written.encode(prompt, base, first=True), ids)
 
 

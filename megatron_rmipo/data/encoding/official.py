@@ -26,9 +26,9 @@ def render_official(template: ChatTemplate, pair: PreferencePair) -> tuple[str, 
     prompt = pair.prompt
     if prompt[0].role != "system" and ("system" in template.source or "<|im_start|>" in template.source):
         prompt = (Turn("system", ""), *prompt)
-    answers = [template.render((Turn("assistant", text),), add_generation_prompt=False) for text in pair.responses.values()]
+    answers = [template.render((turn,), pair.variables, add_generation_prompt=False) for turn in pair.responses.values()]
     bos = template.special_tokens.get("bos_token", "")
-    return template.render(prompt, add_generation_prompt=False), *(answer.removeprefix(bos) for answer in answers)
+    return template.render(prompt, pair.variables, add_generation_prompt=False), *(answer.removeprefix(bos) for answer in answers)
 
 
 def encode_official(

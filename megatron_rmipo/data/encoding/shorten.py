@@ -43,7 +43,7 @@ def shorten_prompt(prompt: tuple[Turn, ...], room: int, encode: EncodePrompt) ->
 
 def _cut_text(system: tuple[Turn, ...], turns: tuple[Turn, ...], room: int, encode: EncodePrompt) -> list[int] | None:
     """Keep as many of the last characters of the first turn's text as fit, found by interpolation and bisection."""
-    role, text = turns[0]
+    text = turns[0].content
     fits, too_many = 0, len(text)  # characters kept
     best: list[int] | None = None
     whole = len(encode((*system, *turns)))
@@ -53,7 +53,7 @@ def _cut_text(system: tuple[Turn, ...], turns: tuple[Turn, ...], room: int, enco
             keep = (fits + too_many) // 2
             if keep == fits:
                 break
-        ids = encode((*system, Turn(role, text[len(text) - keep :]), *turns[1:]))
+        ids = encode((*system, turns[0]._replace(content=text[len(text) - keep :]), *turns[1:]))
         if len(ids) <= room:
             best, fits = ids, keep
             if len(ids) >= room - _SLACK_TOKENS:

@@ -25,7 +25,7 @@ class WrittenSpecials:
 
     def in_pair(self, pair: PreferencePair) -> bool:
         """Whether any text of the pair holds one."""
-        return self.in_turns(pair.prompt) or any(map(self._pattern.search, pair.responses.values()))
+        return self.in_turns(pair.prompt) or self.in_turns(pair.responses.values())
 
     def in_turns(self, turns: Iterable[Turn]) -> bool:
         """Whether any turn holds one."""
@@ -49,7 +49,7 @@ class WrittenSpecials:
 
     def hide_turns(self, turns: Iterable[Turn], base: int) -> tuple[Turn, ...]:
         """The turns with stand-ins."""
-        return tuple(Turn(turn.role, self.hide(turn.content, base)) for turn in turns)
+        return tuple(turn._replace(content=self.hide(turn.content, base)) for turn in turns)
 
     def encode(self, text: str, base: int, *, first: bool) -> list[int]:
         """Ids of a rendered text with stand-ins; ``first``: it starts a sequence."""

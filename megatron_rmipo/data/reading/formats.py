@@ -11,7 +11,7 @@ import collections
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron_rmipo.data.reading.rows import PreferencePair, Row, RowFault, Turn, shown, text_of, value_of
+from megatron_rmipo.data.reading.rows import PreferencePair, Row, RowFault, Turn, answer, shown, text_of, value_of
 from megatron_rmipo.errors import DataError
 
 ROLES = {
@@ -57,16 +57,16 @@ def _turns(value: object, field: str) -> tuple[Turn, ...]:
     return tuple(_turn(message, field) for message in value)
 
 
-def _answer(value: object, field: str) -> tuple[tuple[Turn, ...], str]:
-    """Split a response given as text, one message, or messages whose last is the assistant's, into (turns before, text)."""
+def _answer(value: object, field: str) -> tuple[tuple[Turn, ...], Turn]:
+    """Split a response given as text, one message, or messages whose last is the assistant's, into (turns before, answer)."""
     if isinstance(value, str):
-        return (), value
+        return (), answer(value)
     turns = (_turn(value, field),) if isinstance(value, dict) else _turns(value, field)
     if not turns:
         raise RowFault("empty_response", field, "an empty list of messages")
     if turns[-1].role != "assistant":
         raise RowFault("bad_turns", field, f"the last message is the {turns[-1].role}'s, not the assistant's")
-    return turns[:-1], turns[-1].content
+    return turns[:-1], turns[-1]
 
 
 def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -79,7 +79,8 @@ def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 def parse_strings(row: Row) -> PreferencePair:
     """Columns prompt, chosen and rejected as text; the prompt is one user turn."""
     prompt = text_of(row, "prompt")
-    return PreferencePair(_with_system(row, (Turn("user", prompt),)), text_of(row, "chosen"), text_of(row, "rejected"))
+    chosen, rejected = answer(text_of(row, "chosen")), answer(text_of(row, "rejected"))
+    return PreferencePair(_with_system(row, (Turn("user", prompt),)), chosen, rejected)
 
 
 def parse_messages(row: Row) -> PreferencePair:
@@ -113,10 +114,10 @@ def parse_supervised(row: Row) -> PreferencePair:
     Only the last answer of a conversation is one to learn; earlier ones belong to the prompt.
     """
     field = next((name for name in _ANSWER_COLUMNS if row.get(name) is not None), "messages")
-    answer = value_of(row, field)
-    if field == "messages" and not isinstance(answer, list):
-        raise RowFault("not_text", field, f"a list of messages expected, found {shown(answer)}")
-    before, response = _answer(answer, field)
+    given = value_of(row, field)
+    if field == "messages" and not isinstance(given, list):
+        raise RowFault("not_text", field, f"a list of messages expected, found {shown(given)}")
+    before, response = _answer(given, field)
     return PreferencePair(_with_system(row, _whole_prompt(row, before)), response, None)
 
 
@@ -149,19 +150,19 @@ def parse_hh(row: Row) -> PreferencePair:
         prompt = transcript_turns(text_of(row, "prompt"), "prompt")
         if prompt[-1] == Turn("assistant", ""):  # the transcript ends with the mark that the answer follows
             prompt = prompt[:-1]
-        return PreferencePair(prompt, text_of(row, "chosen").strip(), text_of(row, "rejected").strip())
+        return PreferencePair(prompt, answer(text_of(row, "chosen").strip()), answer(text_of(row, "rejected").strip()))
     chosen_text = text_of(row, "chosen")
     chosen = transcript_turns(chosen_text, "chosen")
     rejected_text = text_of(row, "rejected")
     same = chosen_text[: chosen_text.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)]
     if chosen[-1].role == "assistant" and rejected_text.startswith(same) and not _MARKS.search(rejected_text, len(same)):
-        return PreferencePair(chosen[:-1], chosen[-1].content, rejected_text[len(same) :].strip())
+        return PreferencePair(chosen[:-1], chosen[-1], answer(rejected_text[len(same) :].strip()))
     rejected = transcript_turns(rejected_text, "rejected")
     for field, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1].role != "assistant":
             raise RowFault("bad_turns", field, "the transcript ends with a Human turn, there is no answer")
     _require_same_prompt(chosen[:-1], rejected[:-1])
-    return PreferencePair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+    return PreferencePair(chosen[:-1], chosen[-1], rejected[-1])
 
 
 def transcript_turns(text: str, field: str) -> tuple[Turn, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,11 +75,27 @@ class RowFault(Exception):
         self.reason, self.field, self.message = reason, field, message
 
 
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class Turn(NamedTuple):
-    """One message: ``role`` is ``system``, ``user``, ``assistant`` or ``tool``."""
+    """One message.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        content: its text.
+        fields: what else of it a chat template may render, under the names templates know, such as ``tool_calls``, ``name``,
+            ``reasoning_content``.
+    """
 
     role: str
     content: str
+    fields: Mapping[str, Any] = NOTHING
+
+
+def answer(text: str) -> Turn:
+    """The assistant's turn that holds a text and nothing else."""
+    return Turn("assistant", text)
 
 
 class PreferencePair(NamedTuple):
@@ -86,20 +103,29 @@ class PreferencePair(NamedTuple):
 
     A supervised row and an unpaired row with the label true have a chosen answer alone, one with the label false a rejected one
     alone.
+
+    Attributes:
+        prompt: the turns before the answer.
+        chosen, rejected: the assistant's turn that answers.
+        variables: what the chat template is given beside the messages, such as ``tools``, ``documents`` and those of
+            ``chat_template_kwargs``.
+        values: numbers of this pair for objectives that read them: ``margin``, ``beta``, ``weight``.
     """
 
     prompt: tuple[Turn, ...]
-    chosen: str | None
-    rejected: str | None
+    chosen: Turn | None
+    rejected: Turn | None
+    variables: Mapping[str, Any] = NOTHING
+    values: Mapping[str, float] = NOTHING
 
     @property
-    def responses(self) -> dict[str, str]:
+    def responses(self) -> dict[str, Turn]:
         """The answers there are, in the order chosen, rejected, by the field to name in messages."""
         if self.chosen is not None and self.rejected is not None:
             return {"chosen": self.chosen, "rejected": self.rejected}
-        answer = self.rejected if self.chosen is None else self.chosen
-        assert answer is not None, "a row without an answer"
-        return {"response": answer}
+        only = self.rejected if self.chosen is None else self.chosen
+        assert only is not None, "a row without an answer"
+        return {"response": only}
 
     def in_place(self, values: Sequence[_Value]) -> tuple[_Value | None, _Value | None]:
         """What belongs to each of :attr:`responses`, in their order, as (chosen, rejected), None for the answer there is not."""
@@ -202,23 +228,28 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bo
     if not keep_ties:
         _refuse_tie(row)
     pair = parse(row)
-    if "system" in [role for role, _ in pair.prompt]:
+    if "system" in [turn.role for turn in pair.prompt]:
         pair = pair._replace(prompt=tuple(turn for turn in pair.prompt if turn.role != "system" or turn.content.strip()))
     _check_turns(pair.prompt)
     responses = pair.responses
     for field, response in responses.items():
-        if not response.strip():
+        if not response.content.strip():
             raise RowFault("empty_response", field, "the response has no text")
-    if pair.chosen is not None and pair.rejected is not None and pair.chosen.strip() == pair.rejected.strip():
+    if pair.chosen is not None and pair.rejected is not None and _stripped(pair.chosen) == _stripped(pair.rejected):
         raise RowFault("identical", "rejected", "the same text as chosen")
-    _require_encodable([*(("prompt", content) for _, content in pair.prompt), *responses.items()])
+    texts = [*(("prompt", turn.content) for turn in pair.prompt), *((field, turn.content) for field, turn in responses.items())]
+    _require_encodable(texts)
     return pair
 
 
+def _stripped(turn: Turn) -> Turn:
+    return turn._replace(content=turn.content.strip())
+
+
 def _check_turns(turns: Sequence[Turn]) -> None:
-    if not any(map(str.strip, [content for role, content in turns if role != "system"])):
+    if not any(map(str.strip, [turn.content for turn in turns if turn.role != "system"])):
         raise RowFault("empty_prompt", "prompt", "the prompt has no text")
-    roles = [role for role, _ in turns]
+    roles = [turn.role for turn in turns]
     if roles[-1] not in ("user", "tool"):
         raise RowFault("bad_turns", "prompt", f"the prompt ends with a turn of the {roles[-1]}, not of the user")
     if "system" in roles[1:]:

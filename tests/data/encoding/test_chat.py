@@ -8,7 +8,7 @@ import pytest
 from megatron_rmipo.data.encoding.chat import ChatTemplate, load_template
 from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
-from megatron_rmipo.data.reading.rows import RowFault, Turn
+from megatron_rmipo.data.reading.rows import RowFault, Turn, answer
 from megatron_rmipo.errors import DataError
 
 CHAT = (Turn("system", "Be brief. "), Turn("user", " Hi"), Turn("assistant", "Hello."), Turn("user", "Why? "))
@@ -40,24 +40,24 @@ def built_in(name: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_built_in_templates(name: str) -> None:
-    prompt, (answer,) = built_in(name).render_pair(CHAT, [" So. "])
-    assert (prompt, answer) == RENDERED[name]
+    prompt, (response,) = built_in(name).render_pair(CHAT, [answer(" So. ")])
+    assert (prompt, response) == RENDERED[name]
 
 
 @pytest.mark.parametrize("name", BUILT_IN_TEMPLATES)
-@pytest.mark.parametrize("answer", ["So.", "  So.\n\n", "a\nb ", "</s>"])
-def test_the_short_way_to_an_answer_equals_rendering_the_whole_conversation(name: str, answer: str) -> None:
+@pytest.mark.parametrize("text", ["So.", "  So.\n\n", "a\nb ", "</s>"])
+def test_the_short_way_to_an_answer_equals_rendering_the_whole_conversation(name: str, text: str) -> None:
     turns = CHAT[1:2] if name == "none" else CHAT
     quick = built_in(name)
     whole = dataclasses.replace(quick, answer=None)
-    assert quick.render_pair(turns, [answer]) == whole.render_pair(turns, [answer])
+    assert quick.render_pair(turns, [answer(text)]) == whole.render_pair(turns, [answer(text)])
     assert quick.closing == whole.closing
 
 
 def test_none_takes_the_text_as_it_is_and_one_turn_alone() -> None:
-    assert built_in("none").render_pair((Turn("user", " <s>x "),), [" y "]) == (" <s>x ", [" y "])
+    assert built_in("none").render_pair((Turn("user", " <s>x "),), [answer(" y ")]) == (" <s>x ", [" y "])
     with pytest.raises(RowFault, match="several turns or a system turn"):
-        built_in("none").render_pair(CHAT, ["y"])
+        built_in("none").render_pair(CHAT, [answer("y")])
 
 
 def test_what_a_template_refuses_is_a_fault() -> None:
@@ -70,7 +70,7 @@ def test_what_a_template_refuses_is_a_fault() -> None:
 def test_a_prompt_that_changes_once_answered_has_no_boundary() -> None:
     source = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(RowFault, match="renders the prompt differently"):
-        ChatTemplate("t", source, {}).render_pair(CHAT, ["x"])
+        ChatTemplate("t", source, {}).render_pair(CHAT, [answer("x")])
 
 
 def test_templates_get_what_they_are_written_for_and_no_more() -> None:
@@ -90,11 +90,11 @@ def test_templates_get_what_they_are_written_for_and_no_more() -> None:
 def test_the_template_is_the_tokenizers_own_unless_another_is_chosen(byte_bpe: PreferenceTokenizer, tmp_path: Path) -> None:
     own = load_template(None, byte_bpe)
     assert (own.name, own.source) == ("tokenizer", byte_bpe.chat_template)
-    assert load_template("llama3", byte_bpe).render_pair(CHAT, ["So."]) == own.render_pair(CHAT, ["So."])
+    assert load_template("llama3", byte_bpe).render_pair(CHAT, [answer("So.")]) == own.render_pair(CHAT, [answer("So.")])
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     mine = load_template(str(file), byte_bpe)
-    assert mine.render_pair(CHAT[:1], ["b"]) == ("<Be brief. >", ["<b>"])
+    assert mine.render_pair(CHAT[:1], [answer("b")]) == ("<Be brief. >", ["<b>"])
     assert len({own.digest, mine.digest}) == 2
 
 

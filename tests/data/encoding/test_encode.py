@@ -10,10 +10,12 @@ from megatron_rmipo.data.encoding.encode import EncodedPair, LengthPolicy, PairE
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, Turn
 from megatron_rmipo.errors import DataError
+from tests.data.pairs import pair_of
 from tests.data.tokenizers import save_byte_bpe
 
 WIDE = LengthPolicy(4096)
-PAIR = PreferencePair((Turn("user", "Why?"),), "Because the sea does not fill.", "Read it again.")
+CHOSEN, REJECTED = "Because the sea does not fill.", "Read it again."
+PAIR = pair_of((Turn("user", "Why?"),), CHOSEN, REJECTED)
 TEMPLATES = {"byte_bpe": (None, "zephyr", "hh", "none"), "pieces": ("mistral", "zephyr", "hh", "none")}
 KINDS = [(kind, template) for kind, templates in TEMPLATES.items() for template in templates]
 
@@ -39,7 +41,7 @@ def test_bos_and_the_end_stand_exactly_once(kind: str, template: str | None, req
     bos = tokenizer.info.bos_token_id
     assert bos is not None
     assert (pair.prompt[0], pair.prompt.count(bos)) == (bos, 1)
-    for ids, text in ((pair.chosen, PAIR.chosen), (pair.rejected, PAIR.rejected)):
+    for ids, text in ((pair.chosen, CHOSEN), (pair.rejected, REJECTED)):
         assert bos not in ids
         assert ids[-1] == end
         assert ids.count(ids[-1]) == 1
@@ -51,7 +53,7 @@ def test_bos_and_the_end_stand_exactly_once(kind: str, template: str | None, req
 def test_special_tokens_that_users_wrote_stay_text(kind: str, template: str | None, request: pytest.FixtureRequest) -> None:
     tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
     words = "a " + " b ".join(tokenizer.backend.special_ids) + " c"
-    hostile = PreferencePair((Turn("user", words),), f"x {words}", f"y {words}")
+    hostile = pair_of((Turn("user", words),), f"x {words}", f"y {words}")
     pair, plain = encoder(tokenizer, template).encode([hostile, PAIR])
     assert isinstance(pair, EncodedPair)
     assert isinstance(plain, EncodedPair)
@@ -68,9 +70,9 @@ def test_a_special_token_is_seen_wherever_it_was_written(kind: str, where: str, 
     tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
     texts = {name: f"The {name} text" + (" </s> <|eot_id|> on" if name == where else "") for name in ("system", "user")}
     answers = {name: f"The {name} text" + (" </s> <|eot_id|> on" if name == where else "") for name in ("chosen", "rejected")}
-    written = PreferencePair(tuple(Turn(role, text) for role, text in texts.items()), **answers)
+    written = pair_of(tuple(Turn(role, text) for role, text in texts.items()), **answers)
     pair = encode_one(tokenizer, "zephyr", written)
-    plain = encode_one(tokenizer, "zephyr", PreferencePair((Turn("system", "a"), Turn("user", "b")), "c", "d"))
+    plain = encode_one(tokenizer, "zephyr", pair_of((Turn("system", "a"), Turn("user", "b")), "c", "d"))
     special = set(tokenizer.backend.special_ids.values())
     for ids, expected in ((pair.prompt, plain.prompt), (pair.chosen, plain.chosen), (pair.rejected, plain.rejected)):
         assert [token for token in ids if token in special] == [token for token in expected if token in special]
@@ -87,7 +89,7 @@ def test_an_answer_alone_has_the_ids_it_has_in_a_pair(
     kind: str, template: str | None, written: str, num_cut: int, request: pytest.FixtureRequest
 ) -> None:
     tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
-    whole = PreferencePair((Turn("user", "Why? " + "the river runs to the sea " * 9 + written),), "So it is." + written, "So.")
+    whole = pair_of((Turn("user", "Why? " + "the river runs to the sea " * 9 + written),), "So it is." + written, "So.")
     policy = LengthPolicy(encode_one(tokenizer, template, whole).num_tokens - num_cut)
     pair = encode_one(tokenizer, template, whole, policy)
     assert pair.truncated == (num_cut > 0)
@@ -107,13 +109,13 @@ def test_the_official_policy_takes_an_answer_alone(limits: tuple[int, int], piec
 
 
 def test_an_end_written_behind_a_response_is_not_doubled(byte_bpe: PreferenceTokenizer) -> None:
-    written = PreferencePair(PAIR.prompt, PAIR.chosen + "<|eot_id|>\n", PAIR.rejected + " <|end_of_text|><|eot_id|>")
+    written = pair_of(PAIR.prompt, CHOSEN + "<|eot_id|>\n", REJECTED + " <|end_of_text|><|eot_id|>")
     assert encode_one(byte_bpe, None, written) == encode_one(byte_bpe, None, PAIR)
 
 
 def test_rendered_texts_keep_their_special_tokens(byte_bpe: PreferenceTokenizer) -> None:
     prompt = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-    rendered = PreferencePair((Turn("user", prompt),), "a<|eot_id|>\n", "b")
+    rendered = pair_of((Turn("user", prompt),), "a<|eot_id|>\n", "b")
     pair = encode_one(byte_bpe, "none", rendered)
     special = byte_bpe.backend.special_ids
     assert pair.prompt[:2] == [special["<|begin_of_text|>"], special["<|start_header_id|>"]]
@@ -121,12 +123,12 @@ def test_rendered_texts_keep_their_special_tokens(byte_bpe: PreferenceTokenizer)
     assert pair.rejected == [*byte_bpe.encode("b"), special["<|end_of_text|>"]]
     for response in ("a<|eot_id|>b", "<|begin_of_text|>a"):
         with pytest.raises(RowFault) as fault:
-            encode_one(byte_bpe, "none", PreferencePair(rendered.prompt, response, "b"))
+            encode_one(byte_bpe, "none", pair_of(rendered.prompt, response, "b"))
         assert (fault.value.reason, fault.value.field) == ("special_token", "chosen")
 
 
 def test_one_bad_pair_spoils_no_other(pieces: PreferenceTokenizer) -> None:
-    tool = PreferencePair((Turn("tool", "x"),), "a", "b")
+    tool = pair_of((Turn("tool", "x"),), "a", "b")
     results = encoder(pieces, "mistral").encode([PAIR, tool, PAIR])
     assert results[0] == results[2] == encode_one(pieces, "mistral", PAIR)
     assert isinstance(results[1], RowFault)
@@ -135,7 +137,7 @@ def test_one_bad_pair_spoils_no_other(pieces: PreferenceTokenizer) -> None:
 
 def test_responses_with_the_same_tokens_are_identical(pieces: PreferenceTokenizer) -> None:
     with pytest.raises(RowFault) as fault:
-        encode_one(pieces, "mistral", PreferencePair(PAIR.prompt, "same", "same</s>"))
+        encode_one(pieces, "mistral", pair_of(PAIR.prompt, "same", "same</s>"))
     assert fault.value.reason == "identical"
 
 
@@ -147,7 +149,7 @@ def test_without_any_end_there_is_no_training(tmp_path: Path) -> None:
 
 
 LONG_TEXT = "first words " + "the river runs to the sea " * 30 + "last words"
-CHAT = PreferencePair(
+CHAT = pair_of(
     (
         Turn("system", "Be brief."),
         Turn("user", "One " + LONG_TEXT),
@@ -156,8 +158,8 @@ CHAT = PreferencePair(
         Turn("assistant", "Four."),
         Turn("user", "Five, why?"),
     ),
-    PAIR.chosen,
-    PAIR.rejected,
+    CHOSEN,
+    REJECTED,
 )
 
 
@@ -187,7 +189,7 @@ def test_a_single_turn_loses_its_beginning(
     kind: str, template: str | None, written: str, share: float, request: pytest.FixtureRequest
 ) -> None:
     tokenizer: PreferenceTokenizer = request.getfixturevalue(kind)
-    single = PreferencePair((Turn("system", "Be brief."), Turn("user", LONG_TEXT + written)), PAIR.chosen, PAIR.rejected)
+    single = pair_of((Turn("system", "Be brief."), Turn("user", LONG_TEXT + written)), CHOSEN, REJECTED)
     whole = encode_one(tokenizer, template, single)
     limit = whole.num_tokens - 1 - int(share * len(whole.prompt))
     pair = encode_one(tokenizer, template, single, LengthPolicy(limit))
@@ -202,7 +204,7 @@ def test_a_single_turn_loses_its_beginning(
 
 
 def test_a_rendered_prompt_is_cut_by_tokens_and_keeps_bos(pieces: PreferenceTokenizer) -> None:
-    single = PreferencePair((Turn("user", LONG_TEXT),), PAIR.chosen, PAIR.rejected)
+    single = pair_of((Turn("user", LONG_TEXT),), CHOSEN, REJECTED)
     whole = encode_one(pieces, "none", single)
     pair = encode_one(pieces, "none", single, LengthPolicy(whole.num_tokens - 50))
     assert pair.prompt == [1, *whole.prompt[51:]]

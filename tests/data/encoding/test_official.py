@@ -10,8 +10,9 @@ from megatron_rmipo.data.encoding.encode import EncodedPair, LengthPolicy, PairE
 from megatron_rmipo.data.encoding.official import encode_official, render_official
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.reading.formats import FORMATS
-from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, Turn
+from megatron_rmipo.data.reading.rows import RowFault, Turn
 from megatron_rmipo.errors import DataError
+from tests.data.pairs import pair_of
 from tests.data.tokenizers import save_byte_bpe, shared_data
 
 PROMPT, CHOSEN, REJECTED = "[INST] Why? [/INST]", " Because the sea does not fill. </s>", " No idea, read it again. </s>"
@@ -57,7 +58,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
 
 def test_answers_are_rendered_alone_without_bos(byte_bpe: PreferenceTokenizer) -> None:
     template = load_template("llama3", byte_bpe)
-    prompt, chosen, _ = render_official(template, PreferencePair((Turn("user", "Why?"),), "So.", "No."))
+    prompt, chosen, _ = render_official(template, pair_of((Turn("user", "Why?"),), "So.", "No."))
     assert prompt == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
     assert chosen == "<|start_header_id|>assistant<|end_header_id|>\n\nSo.<|eot_id|>"
 

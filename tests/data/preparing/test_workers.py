@@ -12,9 +12,10 @@ from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.preparing.workers import BatchEncoder, RowOptions, encode_batches
-from megatron_rmipo.data.reading.rows import PreferencePair, Turn
+from megatron_rmipo.data.reading.rows import Turn
 from megatron_rmipo.data.reading.sources import SourceRow
 from tests.data.orphans import count_files, workers_left_by
+from tests.data.pairs import pair_of
 
 
 def encoder(tokenizer: PreferenceTokenizer) -> BatchEncoder:
@@ -34,7 +35,7 @@ def test_a_batch_holds_the_ids_of_its_pairs_one_behind_the_other(kind: str, requ
     single = PairEncoder(tokenizer, load_template("hh", tokenizer), LengthPolicy(4096))
     expected: list[int] = []
     for n, lengths in zip((1, 2, 4, 5), batch.lengths.tolist(), strict=True):
-        (pair,) = single.encode([PreferencePair((Turn("user", f"Why {n}?" * n),), f"So {n}.", "No.")])
+        (pair,) = single.encode([pair_of((Turn("user", f"Why {n}?" * n),), f"So {n}.", "No.")])
         assert lengths == [len(pair.prompt), len(pair.chosen), len(pair.rejected)]  # type: ignore[union-attr]
         expected += [*pair.prompt, *pair.chosen, *pair.rejected]  # type: ignore[union-attr]
     assert batch.tokens.dtype == batch.lengths.dtype == np.int32

@@ -9,12 +9,11 @@ import pytest
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format, refuse_mixed, transcript_turns
 from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, Turn
 from megatron_rmipo.errors import DataError
+from tests.data.pairs import pair_of
 
 USER = Turn("user", "Why?")
-PAIR = PreferencePair((USER,), "Because.", "No idea.")
-LONG = PreferencePair(
-    (Turn("system", "Be brief."), USER, Turn("assistant", "What?"), Turn("user", "That.")), "Because.", "No idea."
-)
+PAIR = pair_of((USER,), "Because.", "No idea.")
+LONG = pair_of((Turn("system", "Be brief."), USER, Turn("assistant", "What?"), Turn("user", "That.")), "Because.", "No idea.")
 
 
 def messages(*turns: Turn) -> list[dict[str, str]]:
@@ -36,7 +35,7 @@ ROWS: list[tuple[str, dict[str, Any], PreferencePair]] = [
     (
         "strings",
         {"system": "Be brief.", "prompt": "Why?", "chosen": "a", "rejected": "b"},
-        PreferencePair((LONG.prompt[0], USER), "a", "b"),
+        pair_of((LONG.prompt[0], USER), "a", "b"),
     ),
     ("messages", {"chosen": messages(USER, answer("Because.")), "rejected": messages(USER, answer("No idea."))}, PAIR),
     (  # UltraFeedback-binarized: the text prompt repeats the first turn
@@ -94,7 +93,7 @@ def test_every_shape_is_recognised_and_read(name: str, row: dict[str, Any], pair
 )
 def test_every_supervised_shape_is_recognised_and_read(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
     assert recognise_format([row]) == "supervised"
-    assert FORMATS["supervised"](row) == PreferencePair(prompt, "Because.", None)
+    assert FORMATS["supervised"](row) == pair_of(prompt, "Because.", None)
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -110,7 +109,7 @@ def test_every_supervised_shape_is_recognised_and_read(row: dict[str, Any], prom
 )
 def test_every_unpaired_shape_is_recognised_and_its_answer_placed_by_the_label(row: dict[str, Any], label: bool) -> None:
     assert recognise_format([{**row, "label": label}]) == "unpaired"
-    expected = PreferencePair((USER,), "Because.", None) if label else PreferencePair((USER,), None, "Because.")
+    expected = pair_of((USER,), "Because.", None) if label else pair_of((USER,), None, "Because.")
     assert FORMATS["unpaired"]({**row, "label": label}) == expected
     assert FORMATS["unpaired"]({**row, "label": int(label)}) == expected
 
@@ -265,4 +264,4 @@ def test_a_transcript_that_repeats_the_other_is_read_as_by_itself(start: str, ch
         return
     pair = FORMATS["hh"](row)
     assert pair.prompt == expected[0][:-1] == expected[1][:-1]
-    assert (pair.chosen, pair.rejected) == (expected[0][-1].content, expected[1][-1].content)
+    assert (pair.chosen, pair.rejected) == (expected[0][-1], expected[1][-1])

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.data.reading.formats import parse_strings, parse_unpaired
-from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, Turn, excerpt, parse_columns, parse_row, rename_columns
+from megatron_rmipo.data.reading.rows import RowFault, Turn, answer, excerpt, parse_columns, parse_row, rename_columns
 from megatron_rmipo.errors import DataError
+from tests.data.pairs import pair_of
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 
@@ -40,17 +41,17 @@ def test_the_one_answer_of_an_unpaired_row_is_checked(text: str, reason: str, la
 
 
 def test_what_belongs_to_the_responses_finds_its_place() -> None:
-    pair = PreferencePair((Turn("user", "Why?"),), "a", "b")
-    assert pair.responses == {"chosen": "a", "rejected": "b"}
+    pair = pair_of((Turn("user", "Why?"),), "a", "b")
+    assert pair.responses == {"chosen": answer("a"), "rejected": answer("b")}
     assert pair.in_place([1, 2]) == (1, 2)
-    assert pair._replace(rejected=None).responses == {"response": "a"}
+    assert pair._replace(rejected=None).responses == {"response": answer("a")}
     assert pair._replace(rejected=None).in_place([1]) == (1, None)
-    assert pair._replace(chosen=None).responses == {"response": "b"}
+    assert pair._replace(chosen=None).responses == {"response": answer("b")}
     assert pair._replace(chosen=None).in_place([2]) == (None, 2)
 
 
 def test_ties_can_be_kept_and_other_scores_do_not_matter() -> None:
-    pair = PreferencePair((Turn("user", "Why?"),), "Because.", "No idea.")
+    pair = pair_of((Turn("user", "Why?"),), "Because.", "No idea.")
     assert parse_row({**GOOD, "chosen_score": 3, "rejected_score": 3}, parse_strings, keep_ties=True) == pair
     assert parse_row({**GOOD, "chosen_score": None, "rejected_score": None}, parse_strings) == pair
     assert parse_row({**GOOD, "chosen_score": 1, "rejected_score": 3}, parse_strings) == pair
@@ -66,12 +67,12 @@ def test_ties_can_be_kept_and_other_scores_do_not_matter() -> None:
 )
 def test_impossible_turns_are_refused(turns: tuple[Turn, ...], reason: str) -> None:
     with pytest.raises(RowFault) as fault:
-        parse_row({}, lambda _row: PreferencePair(turns, "x", "y"))
+        parse_row({}, lambda _row: pair_of(turns, "x", "y"))
     assert fault.value.reason == reason
 
 
 def test_an_empty_system_turn_is_left_out() -> None:
-    pair = parse_row({}, lambda _row: PreferencePair((Turn("system", " "), Turn("user", "a")), "x", "y"))
+    pair = parse_row({}, lambda _row: pair_of((Turn("system", " "), Turn("user", "a")), "x", "y"))
     assert pair.prompt == (Turn("user", "a"),)
 
 
