@@ -1,4 +1,4 @@
-"""Mean and spread of the gaps of a global batch, and their moving averages from step to step.
+"""Log-ratios of a global batch, mean and spread of its gaps, and their moving averages from step to step.
 
 Everything here sees whole global batches, in their order and in float64, the same on every rank: no result depends on how a batch
 is cut. Shape letter: P pairs of the global batch.
@@ -25,16 +25,23 @@ SUM_SPREAD_FLOOR = 0.1
 MEAN_SPREAD_FLOOR = 1e-3
 
 
-def reference_gaps(batch: BatchLogps, *, per_token: bool = False) -> Tensor:
-    """``(Lw - Rw) - (Ll - Rl)`` of every pair, float64 ``[P]``; each ``L`` and ``R`` over its scored tokens if ``per_token``."""
+def batch_log_ratios(batch: BatchLogps) -> tuple[Tensor, Tensor]:
+    """``(Lw - Rw, Ll - Rl)`` of every pair, float64 ``[P]`` each, without gradient."""
     pairs = batch.pairs
     assert pairs is not None
     assert pairs.ref_chosen_logps is not None
     assert pairs.ref_rejected_logps is not None
     chosen = pairs.chosen_logps.detach().double() - pairs.ref_chosen_logps.double()
     rejected = pairs.rejected_logps.detach().double() - pairs.ref_rejected_logps.double()
+    return chosen, rejected
+
+
+def reference_gaps(batch: BatchLogps, *, per_token: bool = False) -> Tensor:
+    """``(Lw - Rw) - (Ll - Rl)`` of every pair, float64 ``[P]``; each ``L`` and ``R`` over its scored tokens if ``per_token``."""
+    chosen, rejected = batch_log_ratios(batch)
     if per_token:
-        return chosen / pairs.chosen_lengths.double() - rejected / pairs.rejected_lengths.double()
+        assert batch.pairs is not None
+        return chosen / batch.pairs.chosen_lengths.double() - rejected / batch.pairs.rejected_lengths.double()
     return chosen - rejected
 
 

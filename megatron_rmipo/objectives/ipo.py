@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps, reward_metrics
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
 from megatron_rmipo.objectives.metrics import likelihood_metrics
-from megatron_rmipo.objectives.options import check_choice, check_number
+from megatron_rmipo.objectives.options import LOG_RATIO_NORMALIZATION_HELP, check_choice, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class IpoConfig:
         default=0.1, metadata={"help": "the log-ratios of a pair are to differ by 1 / (2 tau); TRL calls it beta"}
     )
     log_ratio_normalization: Literal["sum", "mean"] = dataclasses.field(
-        default="sum", metadata={"help": "log-ratio of a whole response, sum (the paper), or per token, mean (TRL, HALOs)"}
+        default="sum", metadata={"help": LOG_RATIO_NORMALIZATION_HELP}
     )
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class Ipo(Objective):
 
     With ``log_ratio_normalization`` ``mean`` each ``L - R`` is divided by the response's number of scored tokens.
 
-    Rewards: ``tau (L - R)`` in the normalization chosen, as TRL logs them: the loss draws their difference to 1/2.
+    Rewards: ``tau (L - R)`` in the normalization chosen: the loss draws their difference to 1/2.
 
     Source: IPO (Azar et al. 2024), equation 17; ``mean``: TRL and HALOs, which its authors confirmed.
     """
@@ -56,9 +56,7 @@ class Ipo(Objective):
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Loss and metrics per pair."""
         tau = self.config.tau
-        chosen, rejected = reference_log_ratios(logps)
-        if self.config.log_ratio_normalization == "mean":
-            chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
+        chosen, rejected = reference_log_ratios(logps, self.config.log_ratio_normalization)
         losses = (chosen - rejected - 1.0 / (2.0 * tau)).square()
         metrics = reward_metrics(tau * chosen, tau * rejected) | likelihood_metrics(logps)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

@@ -13,6 +13,7 @@ BETA_HELP = "scale of the reward"
 LABEL_SMOOTHING_HELP = "assumed share of pairs labelled the wrong way round, 0 to 0.5"
 LENGTH_NORMALIZATION_HELP = "reward = beta * mean log-probability per token; off: beta * sum"
 GAMMA_BETA_RATIO_HELP = "margin the rewards must differ by, in units of beta: gamma = beta * ratio"
+LOG_RATIO_NORMALIZATION_HELP = "log-ratio with the reference of a whole response, sum, or per scored token, mean"
 SFT_WEIGHT_HELP = "weight of the token-mean negative log-likelihood of the chosen responses"
 
 

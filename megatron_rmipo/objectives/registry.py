@@ -11,21 +11,29 @@ from typing import Any
 from megatron_rmipo.config.values import field_types
 from megatron_rmipo.objectives.alpha_dpo import AlphaDpo
 from megatron_rmipo.objectives.alpha_po import AlphaPo
+from megatron_rmipo.objectives.aot_pair import AotPair
+from megatron_rmipo.objectives.apo_down import ApoDown
+from megatron_rmipo.objectives.apo_zero import ApoZero
 from megatron_rmipo.objectives.base import LogpNeeds, Objective
+from megatron_rmipo.objectives.bco_pair import BcoPair
 from megatron_rmipo.objectives.beta_dpo import BetaDpo
 from megatron_rmipo.objectives.cpo import Cpo
 from megatron_rmipo.objectives.dpo import Dpo
 from megatron_rmipo.objectives.epsilon_dpo import EpsilonDpo
+from megatron_rmipo.objectives.exo_pair import ExoPair
 from megatron_rmipo.objectives.hinge import Hinge
 from megatron_rmipo.objectives.infopo import Infopo
 from megatron_rmipo.objectives.ipo import Ipo
 from megatron_rmipo.objectives.kto import Kto
+from megatron_rmipo.objectives.nca_pair import NcaPair
 from megatron_rmipo.objectives.orpo import Orpo
 from megatron_rmipo.objectives.rmipo import Rmipo
+from megatron_rmipo.objectives.robust import Robust
 from megatron_rmipo.objectives.sft import Sft
 from megatron_rmipo.objectives.simper import Simper
 from megatron_rmipo.objectives.simpo import Simpo
 from megatron_rmipo.objectives.slic import Slic
+from megatron_rmipo.objectives.sppo_hard import SppoHard
 
 _CLASSES: tuple[type[Objective], ...] = (
     Rmipo,
@@ -43,6 +51,14 @@ _CLASSES: tuple[type[Objective], ...] = (
     Infopo,
     Orpo,
     AlphaPo,
+    Robust,
+    ApoZero,
+    ApoDown,
+    NcaPair,
+    BcoPair,
+    ExoPair,
+    SppoHard,
+    AotPair,
     Sft,
 )
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _CLASSES}

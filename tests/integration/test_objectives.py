@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"epsilon_dpo": {"epsilon": 0.2}}
 FORMS = {
     "alpha_dpo": {"preset": "official"},
     "beta_dpo": {"filter_pairs": False, "ema_bias_correction": False},
+    "dpo": {"log_ratio_normalization": "mean"},
     "ipo": {"log_ratio_normalization": "mean"},
     "simper": {"length_normalization": False},
 }
@@ -68,6 +69,8 @@ PASSES = {
     "kto": (2, 0),
     "alpha_dpo": (2, 0),
     "beta_dpo": (2, 0),
+    "bco_pair": (2, 0),
+    "aot_pair": (2, 0),
     "epsilon_dpo": (1, 1),
 }
 

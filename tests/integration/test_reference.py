@@ -140,6 +140,7 @@ def test_scoring_goes_on_after_a_signal_and_a_kill_at_another_layout(prefix: Pat
         ("kto", {}),
         ("alpha_dpo", {"preset": "official"}),
         ("beta_dpo", {}),
+        ("bco_pair", {}),
         ("epsilon_dpo", {"epsilon": 0.05}),
     ],
 )
@@ -163,7 +164,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     if objective == "epsilon_dpo":
         assert state["beta"] != 0.01, "no step moved beta"
     else:
-        assert state.get("num_batches") == (STEPS if objective in ("alpha_dpo", "beta_dpo") else None)
+        assert state.get("num_batches") == (STEPS if objective in ("alpha_dpo", "beta_dpo", "bco_pair") else None)
 
 
 @pytest.mark.dist

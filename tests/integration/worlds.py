@@ -108,21 +108,38 @@ def score_all(case: Case, reference: PolicyModel, pairs: PairCollection, groups:
     return [from_last_stage(scores, groups)[:, :, 0].numpy()]
 
 
-def loss_and_gradients(
-    case: Case, hf_dir: str, reference_dir: str, pairs: PairCollection, groups: ProcessGroups
-) -> dict[str, Any] | None:
+class ReferenceScores:
+    """Log-probs under the reference, computed once at a layout for all the cases that read them.
+
+    Args:
+        reference_dir: the reference.
+        groups: of the layout.
+    """
+
+    def __init__(self, reference_dir: str, groups: ProcessGroups) -> None:
+        self.reference_dir, self.groups = Path(reference_dir), groups
+        self.scores: dict[str, list[Any]] = {}
+
+    def of(self, name: str, case: Case, pairs: PairCollection) -> list[Any]:
+        """The scores of the pairs that go by this name; collective where they are not there yet."""
+        if name not in self.scores:
+            reference = build_reference(case, self.reference_dir, self.groups)
+            self.scores[name] = score_all(case, reference, pairs, self.groups)
+        return self.scores[name]
+
+
+def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: ReferenceScores) -> dict[str, Any] | None:
     """The global batch's loss, metrics and gradients by Hugging Face name; None except on the rank that has them all."""
-    objective = build_objective(case.objective, case.options)
+    objective, groups = build_objective(case.objective, case.options), scores.groups
     needs, reference = objective.needs, None
-    if needs.reference or needs.perturbation is not None:
-        reference = build_reference(case, Path(reference_dir), groups)
+    if needs.perturbation is not None:
+        reference = build_reference(case, scores.reference_dir, groups)
     if needs.reference:
-        assert reference is not None
-        pairs.reference_scores = score_all(case, reference, pairs, groups)
+        pairs.reference_scores = scores.of("pairs", case, pairs)
         if needs.mismatched:
             pairs.match_anew()
             assert pairs.mismatched is not None
-            pairs.mismatched.reference_scores = score_all(case, reference, pairs.mismatched, groups)
+            pairs.mismatched.reference_scores = scores.of("mismatched", case, pairs.mismatched)
     state = build_state(case, Path(hf_dir), groups)
     batch = build_batches(case, pairs, state.policy, groups).build(np.arange(len(pairs)))
     pairs.reference_scores = pairs.mismatched = None
@@ -173,8 +190,8 @@ def run_cases(cases: list[Case], hf_dir: str, reference_dir: str, pairs: PairCol
     layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
     # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
     for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
-        groups = initialize_runtime(*layout)
+        scores = ReferenceScores(reference_dir, initialize_runtime(*layout))
         for number in numbers:
-            results[number] = loss_and_gradients(cases[number], hf_dir, reference_dir, pairs, groups)
+            results[number] = loss_and_gradients(cases[number], hf_dir, pairs, scores)
         end_case()
     return results
