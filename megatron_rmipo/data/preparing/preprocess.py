@@ -17,8 +17,8 @@ from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_toke
 from megatron_rmipo.data.preparing.rejects import RejectsFile
 from megatron_rmipo.data.preparing.row_progress import RowProgress
 from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
+from megatron_rmipo.data.reading.columns import parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
-from megatron_rmipo.data.reading.rows import parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.reading.sources import Source, first_rows, open_source
 from megatron_rmipo.data.store.pair_store import Manifest, PairStoreWriter, check_output_prefix
 from megatron_rmipo.errors import DataError

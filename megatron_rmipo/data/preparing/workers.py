@@ -20,8 +20,9 @@ from megatron_rmipo.data.encoding.chat import ChatTemplate
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, TokenizerSpec
 from megatron_rmipo.data.preparing.rejects import Reject
+from megatron_rmipo.data.reading.columns import rename_columns
 from megatron_rmipo.data.reading.formats import FORMATS, refuse_mixed
-from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row, rename_columns
+from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row
 from megatron_rmipo.data.reading.sources import SourceRow, load_payload
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.runtime.worker_process import end_with_parent
