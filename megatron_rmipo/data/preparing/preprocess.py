@@ -19,7 +19,7 @@ from megatron_rmipo.data.preparing.row_progress import RowProgress
 from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
 from megatron_rmipo.data.reading.columns import parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
-from megatron_rmipo.data.reading.sources import Source, first_rows, open_source
+from megatron_rmipo.data.reading.sources import Source, first_rows, open_sources
 from megatron_rmipo.data.store.pair_store import Manifest, PairStoreWriter, check_output_prefix
 from megatron_rmipo.errors import DataError
 
@@ -65,10 +65,10 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     policy = LengthPolicy(options.seq_length, options.overlong, options.max_prompt_length)
     columns = parse_columns(options.columns)
     check_output_prefix(options.output_prefix, overwrite=options.overwrite)
-    sources = [open_source(name, options.split) for name in options.input]
+    sources = [source for name in options.input for source in open_sources(name, options.split)]
     for note in filter(None, (source.note for source in sources)):
         print(f"note: {note}", file=sys.stderr)
-    peeked = list(first_rows(sources))
+    peeked = first_rows(sources)
     require_columns(peeked, columns)
     row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
@@ -84,7 +84,7 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         overlong=policy.overlong,
         max_prompt_length=policy.max_prompt_length,
         format=row_format,
-        sources=[{"name": source.name, "bytes": source.size_bytes} for source in sources],
+        sources=[source.describe() for source in sources],
     )
     with (
         PairStoreWriter(

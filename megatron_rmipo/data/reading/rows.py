@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 REASONS = {
     "malformed": "not readable as a row of this format",
+    "not_utf8": "the line or cell is not in UTF-8, as the rest of its file is",
     "missing_field": "a column is absent or null",
     "not_text": "a value that should be text is something else",
     "not_encodable": "the text holds half of a surrogate pair, which is no character",
