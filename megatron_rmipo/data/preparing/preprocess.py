@@ -97,9 +97,8 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         counts = _write_all(sources, batches, writer, rejects, options)
         _check_outcome(len(writer), rejects, options)
         rejects.complete()
-        finished = writer.finalize(dataclasses.replace(manifest, counts=counts))
-        rejects.keep()  # after the data set: where that fails, the earlier one keeps its list
-        return finished
+        # The list goes with the files, which are all on the disk then: where that fails, the earlier data set keeps its own.
+        return writer.finalize(dataclasses.replace(manifest, counts=counts), rejects.keep)
 
 
 def _write_all(
