@@ -128,8 +128,6 @@ def _write_all(
 def _check_outcome(num_kept: int, rejects: RejectsFile, options: PreprocessOptions) -> None:
     if num_kept and not (rejects.total and options.strict):
         return
-    if not rejects.total:
-        raise DataError(f"{', '.join(options.input)}: no rows.")
     rejects.keep_failed()
     problem = "--strict: " if num_kept else "no row could be used: "
     by_reason = ", ".join(f"{count} {reason}" for reason, count in rejects.counts.most_common())

@@ -229,7 +229,7 @@ def first_rows(sources: Sequence[Source], limit: int = 200) -> list[Mapping[str,
     """The readable ones of the first rows, for recognising their format.
 
     Raises:
-        DataError: there are rows, and not one of them is readable.
+        DataError: there are none.
     """
     rows, faults = [], []
     for source_row in itertools.islice(itertools.chain.from_iterable(sources), limit):
@@ -237,6 +237,8 @@ def first_rows(sources: Sequence[Source], limit: int = 200) -> list[Mapping[str,
             rows.append(load_payload(source_row.payload))
         except RowFault as fault:
             faults.append(f"{source_row.source}: {source_row.unit} {source_row.number}: {fault.message}")
-    if faults and not rows:
+    if not rows and not faults:
+        raise DataError(f"{', '.join(source.name for source in sources[:3])}: no rows.")
+    if not rows:
         raise DataError(f"none of the first {len(faults)} rows is readable; the first of them:\n  {faults[0]}")
     return rows

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.preparing.inspect_cli import describe_store
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
 from megatron_rmipo.data.store.manifest import Manifest
-from megatron_rmipo.data.store.pair_store import PairStoreWriter
+from megatron_rmipo.data.store.pair_store import PairStore, PairStoreWriter
 from tests.data.reading.files import KINDS, write
 
 ENDINGS = ("bin", "idx", "json", "rejects.jsonl")
@@ -83,6 +84,7 @@ def test_a_part_of_a_split_is_prepared_and_recorded(pieces: PreferenceTokenizer,
         ("train-00000-of-00002.csv", [9, 11]),
         ("train-00001-of-00002.parquet", [0, 2]),
     ]
+    assert "train-00000-of-00002.csv[9, 11], " in describe_store(PairStore(tmp_path / "out"))
 
 
 def killed(function: Callable[[], object], owner: Any, name: str, call: int) -> int:

@@ -237,6 +237,8 @@ def test_first_rows_of_which_none_is_readable_are_an_error(tmp_path: Path) -> No
     bad = open_source(str(write(tmp_path / "b.jsonl", "{\n7\n")))
     with pytest.raises(DataError, match=r"none of the first 2 rows is readable.*\n.*b\.jsonl: line 1: not a JSON object"):
         first_rows([bad])
+    with pytest.raises(DataError, match=r"c\.csv: no rows"):
+        first_rows([open_source(str(write(tmp_path / "c.csv", "prompt,chosen,rejected\n")))])
 
 
 def test_a_line_that_is_no_object_is_a_fault() -> None:

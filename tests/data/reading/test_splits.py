@@ -81,6 +81,15 @@ def test_a_part_of_files_goes_through_them_in_order(text: str, numbers: list[int
     assert all("rows" in source.describe() for source in sources)
 
 
+def test_a_part_of_a_named_data_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {name: datasets.Dataset.from_dict({"n": list(range(10))}) for name in ("train", "test")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda _name: datasets.DatasetDict(splits))
+    (source,) = open_sources("somebody/pairs", "train[:20%]")
+    assert [row.payload["n"] for row in source] == [0, 1]
+    assert source.describe() == {"name": "somebody/pairs[train]", "bytes": None, "rows": [0, 2]}
+
+
 def test_a_part_of_a_file_or_saved_data_set_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     path = str(write(tmp_path, "a.jsonl"))
