@@ -17,7 +17,7 @@ from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_toke
 from megatron_rmipo.data.preparing.rejects import RejectsFile
 from megatron_rmipo.data.preparing.row_progress import RowProgress
 from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
-from megatron_rmipo.data.reading.columns import parse_columns, rename_columns, require_columns
+from megatron_rmipo.data.reading.columns import column_names, parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
 from megatron_rmipo.data.reading.sources import Source, first_rows, open_sources
 from megatron_rmipo.data.store.pair_store import Manifest, PairStoreWriter, check_output_prefix
@@ -65,8 +65,8 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     policy = LengthPolicy(options.seq_length, options.overlong, options.max_prompt_length)
     columns = parse_columns(options.columns)
     check_output_prefix(options.output_prefix, overwrite=options.overwrite)
-    sources = [source for name in options.input for source in open_sources(name, options.split)]
-    for note in filter(None, (source.note for source in sources)):
+    sources = [source for name in options.input for source in open_sources(name, options.split, column_names(columns))]
+    for note in itertools.chain.from_iterable(source.notes for source in sources):
         print(f"note: {note}", file=sys.stderr)
     peeked = first_rows(sources)
     require_columns(peeked, columns)

@@ -75,6 +75,11 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return columns
 
 
+def column_names(columns: Mapping[str, str]) -> frozenset[str]:
+    """The columns of a row that ``--columns`` reads, whole or in part."""
+    return frozenset(columns.values()) | {_steps(theirs)[0] for theirs in columns.values()}
+
+
 def require_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     """Check that each column of ``--columns`` is in at least one of the first rows.
 

@@ -53,28 +53,37 @@ def _first_object_spans_lines(file: TextFile) -> bool:
     return False
 
 
-def document_rows(file: TextFile) -> list[Any]:
+def document_rows(file: TextFile, columns: frozenset[str] = frozenset()) -> tuple[list[Any], list[str]]:
     """The rows of a JSON document, or of objects that follow each other.
 
     A document is a list of rows, an object that holds one such list, or a single row.
+
+    Args:
+        file: the file.
+        columns: names that the user gave for columns: an object with one of them, or of ours, is a row.
+
+    Returns:
+        The rows, and what an object holds beside its list of rows.
 
     Raises:
         DataError: it cannot be read, is no JSON, or holds no rows.
     """
     values = _values(file.read(), file.name)
     if len(values) > 1:
-        return values
+        return values, []
     document = values[0]
     if isinstance(document, list):
-        return document
+        return document, []
     if not isinstance(document, dict):
         raise DataError(f"{file.name}: a list of rows is expected, or an object; found {type(document).__name__}.")
-    if _ROW_COLUMNS & document.keys():
-        return [document]
+    if (_ROW_COLUMNS | columns) & document.keys():
+        return [document], []
     lists = {key: value for key, value in document.items() if _holds_rows(value)}
     if len(lists) > 1:
         raise DataError(f"{file.name}: several lists of rows: {', '.join(lists)}. Keep each in a file of its own.")
-    return next(iter(lists.values()), [document])
+    if not lists:
+        return [document], []
+    return next(iter(lists.values())), [key for key in document if key not in lists]
 
 
 def _holds_rows(value: Any) -> bool:

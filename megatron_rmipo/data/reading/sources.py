@@ -64,7 +64,7 @@ class Source:
         name: as given, or the file of a directory.
         num_rows: None where only reading everything would tell.
         size_bytes: size of a file, else None.
-        note: what its user should know of how it is read, or None.
+        notes: what its user should know of how it is read.
         part: (first row, the one behind the last) of those that are asked for; None for all.
     """
 
@@ -72,7 +72,7 @@ class Source:
     num_rows: int | None
     size_bytes: int | None
     _rows: Callable[[], Iterator[Any]] = dataclasses.field(repr=False, compare=False)
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     part: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[SourceRow]:
@@ -86,12 +86,13 @@ class Source:
         return {"name": self.name, "bytes": self.size_bytes, **rows}
 
 
-def open_sources(name: str, split: str | None = None) -> list[Source]:
+def open_sources(name: str, split: str | None = None, columns: frozenset[str] = frozenset()) -> list[Source]:
     """Open a file, a directory, a pattern for files or a Hugging Face data set.
 
     Args:
         name: path, pattern or data set name. Of a directory every data file is read, in sorted order.
         split: what ``--split`` says: which split of it, which part of its rows.
+        columns: names that the user gave for columns, which tell a row of JSON from a list of rows.
 
     Returns:
         The files in order, or one data set; at least one row of each is asked for.
@@ -104,16 +105,16 @@ def open_sources(name: str, split: str | None = None) -> list[Source]:
     if path.is_file():
         if wanted.name is not None and not wanted.is_part:
             raise DataError(f"--split {split}: {name} is a file and has no splits. Leave --split out.")
-        sources = _open_files([path], path.parent, name, wanted)
+        sources = _open_files([path], path.parent, name, wanted, columns)
     elif path.is_dir() and is_saved_data_set(path):
         sources = [_open_data_set(name, wanted, is_saved=True)]
     elif path.is_dir() or is_pattern(name):
         found = find_files(name, FILE_SUFFIXES)
-        sources = _open_files(found.files, found.root, name, wanted)
+        sources = _open_files(found.files, found.root, name, wanted, columns)
         note = f"{name}: {len(sources)} of {len(found.files)} data files"
         if found.left_out:
             note += f"; no data: {', '.join(found.left_out)}"
-        sources[0] = dataclasses.replace(sources[0], note="\nnote: ".join(filter(None, (note, sources[0].note))))
+        sources[0] = dataclasses.replace(sources[0], notes=(note, *sources[0].notes))
     else:
         looks_like_file = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
         if looks_like_file or kind_of(name) in FILE_SUFFIXES:
@@ -122,12 +123,12 @@ def open_sources(name: str, split: str | None = None) -> list[Source]:
     return _part_of(sources, wanted, name) if wanted.is_part else sources
 
 
-def _open_files(paths: Sequence[Path], root: Path, name: str, wanted: Split) -> list[Source]:
+def _open_files(paths: Sequence[Path], root: Path, name: str, wanted: Split, columns: frozenset[str]) -> list[Source]:
     chosen = files_of_split([path.relative_to(root) for path in paths], wanted.name, name)
-    return [_open_file(path, name if path == Path(name) else str(path)) for path in map(paths.__getitem__, chosen)]
+    return [_open_file(path, name if path == Path(name) else str(path), columns) for path in map(paths.__getitem__, chosen)]
 
 
-def _open_file(path: Path, name: str) -> Source:
+def _open_file(path: Path, name: str, columns: frozenset[str]) -> Source:
     with damage_named(name):
         size = path.stat().st_size
     if size == 0:
@@ -151,9 +152,13 @@ def _open_file(path: Path, name: str) -> Source:
     is_named_document = suffix == ".json"
     if holds_lines(file, is_named_document=is_named_document):
         return Source(name, file.count_lines(), size, file.lines)
-    rows = document_rows(file)
-    note = f"{name}: not one object a line, as its name says; read as a JSON document of {len(rows)} rows"
-    return Source(name, len(rows), size, rows.__iter__, None if is_named_document else note)
+    rows, beside = document_rows(file, columns)
+    notes = []
+    if not is_named_document:
+        notes.append(f"{name}: not one object a line, as its name says; read as a JSON document of {len(rows)} rows")
+    if beside:
+        notes.append(f"{name}: its one list of objects holds the rows; beside it, and not read: {', '.join(beside)}")
+    return Source(name, len(rows), size, rows.__iter__, tuple(notes))
 
 
 def _open_data_set(name: str, wanted: Split, *, is_saved: bool) -> Source:

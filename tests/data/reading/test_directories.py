@@ -35,8 +35,7 @@ def test_all_kinds_below_a_directory_are_read_in_sorted_order(tmp_path: Path) ->
     for source in sources:
         assert [load_payload(row.payload) for row in source] == ROWS, source.name
     note = f"{tmp_path}: {len(names)} of {len(names)} data files; no data: README.md, below/LICENSE, dataset_infos.json"
-    assert sources[0].note is not None
-    assert sources[0].note.startswith(note)
+    assert sources[0].notes == (note,)
 
 
 def test_what_preparing_leaves_is_no_data(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rmipo.data.reading.columns import column_names
 from megatron_rmipo.data.reading.rows import RowFault
 from megatron_rmipo.data.reading.sources import Source, first_rows, load_payload, open_sources
 from megatron_rmipo.errors import DataError
@@ -100,14 +101,14 @@ def test_lines_by_name_alone_are_read_with_a_note(make: Any, text: str, tmp_path
     source = open_source(str(make(tmp_path / "a.jsonl", text)))
     assert read(source) == read(source) == ROWS
     assert source.num_rows == 7
-    assert source.note is not None
-    assert "a.jsonl: not one object a line, as its name says; read as a JSON document of 7 rows" in source.note
+    (note,) = source.notes
+    assert "a.jsonl: not one object a line, as its name says; read as a JSON document of 7 rows" in note
 
 
 @pytest.mark.parametrize("first", ['{"prompt": "p", "cho', '{"prompt": "p",', "{", "prompt", '{"a": ' * 100_000, "[1]", "null"])
 def test_a_damaged_first_line_is_one_row_of_its_file(first: str, tmp_path: Path) -> None:
     source = open_source(str(write(tmp_path / "a.jsonl", first + "\n" + LINES)))
-    assert source.note is None
+    assert source.notes == ()
     damaged, *others = list(source)
     assert [load_payload(row.payload) for row in others] == ROWS
     with pytest.raises(RowFault):
@@ -138,6 +139,17 @@ def test_every_value_of_a_list_is_a_row(tmp_path: Path) -> None:
 )
 def test_an_object_that_holds_no_list_of_rows_is_one_row(row: dict[str, Any], tmp_path: Path) -> None:
     assert read(open_source(str(write(tmp_path / "a.json", json.dumps(row))))) == [row]
+
+
+def test_an_object_with_a_column_that_the_user_names_is_one_row(tmp_path: Path) -> None:
+    row = {"q": "x", "completions": [{"text": "y"}, {"text": "z"}]}
+    path = str(write(tmp_path / "a.json", json.dumps(row)))
+    source = open_source(path)
+    assert read(source) == row["completions"]
+    assert source.notes == (f"{path}: its one list of objects holds the rows; beside it, and not read: q",)
+    names = column_names({"prompt": "q", "chosen": "completions[0].text"})
+    assert names >= {"q", "completions"}
+    assert read(open_sources(path, columns=names)[0]) == [row]
 
 
 def test_a_saved_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
