@@ -8,7 +8,7 @@ choose_inputs() {
     if [[ -z "${HF_MODEL:-}" && -z "${DATA:-}" ]]; then
         use_embedded_example
     elif [[ -z "${HF_MODEL:-}" || -z "${DATA:-}" ]]; then
-        die "HF_MODEL (a Hugging Face model directory) and DATA (a file or data set name) go together; set both or neither"
+        die "HF_MODEL (a Hugging Face model directory) and DATA (preference data) go together; set both or neither"
     else
         WORK_DIR=${WORK_DIR:-work/$1}
         PRECISION_ARGS=(--bf16)

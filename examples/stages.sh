@@ -2,7 +2,7 @@
 # The stages from a Hugging Face model and preference data to a trained Hugging Face model. The scripts beside this file set the
 # argument arrays and call run_stages, or prepare_start and train_stage for several trainings from one start.
 #
-#   HF_MODEL        model directory to start from            DATA        preference data: a file or a Hugging Face data set name
+#   HF_MODEL        model directory to start from            DATA        preference data: what --input takes (docs/data.md)
 #   VALID_DATA      held-out preference data (else 1 % of DATA)          DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets
 #   SFT_DATA        fine-tune on these first (the Base setting of the paper): supervised rows (messages, or prompt and completion), or
 #                   preference data, of which the chosen responses count

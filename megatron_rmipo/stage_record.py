@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import glob
 import hashlib
 import json
 import os
@@ -29,21 +30,30 @@ _SHOWN = 8
 
 
 def describe_input(path: Path, known: dict[str, Any], *, weights: bool = True) -> dict[str, Any]:
-    """Size, time and digest of a file, or of each file of a directory; the name alone where there is nothing of that name.
+    """Size, time and digest of a file, or of each file of a directory or pattern; the name alone where there is no such file.
 
     Args:
-        path: a file, a directory, or the name of a data set that is elsewhere.
+        path: a file, a directory, a pattern for files, or the name of a data set that is elsewhere.
         known: what was noted of it before. A file whose size and time are those noted is not read.
         weights: whether files of weights count.
     """
-    if not path.exists():
+    files = _files_of(path)
+    if not files:
         return {"name": str(path)}
-    files = {"": path} if path.is_file() else dict(_files(path))
     if not weights:
         files = {name: file for name, file in files.items() if not name.endswith(_WEIGHT_SUFFIXES)}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _describe_file(files[name], known.get("files", {}).get(name)), files)
         return {"name": str(path), "files": dict(zip(files, found, strict=True))}
+
+
+def _files_of(path: Path) -> dict[str, Path]:
+    if path.is_file():
+        return {"": path}
+    if path.is_dir():
+        return dict(_files(path))
+    matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+    return {str(match / name): file for match in matches for name, file in _files_of(match).items()}
 
 
 def _files(directory: Path) -> Iterator[tuple[str, Path]]:

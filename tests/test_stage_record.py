@@ -85,3 +85,17 @@ def test_a_change_before_is_told_as_such(tmp_path: Path, data: Path, capsys: pyt
         made = [] if code == 0 else ["--made=result"]
         assert record(tmp_path, f"--upstream=first={first}", *made) == code
     assert f"  now:  from first: data {data}: 3 bytes" in capsys.readouterr().err
+
+
+def test_every_file_of_a_pattern_is_looked_at(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.csv", "deep/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def files(pattern: str) -> list[str]:
+        return [os.path.relpath(name, tmp_path) for name in stage_record.describe_input(tmp_path / pattern, {}).get("files", {})]
+
+    assert files("*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert files("**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/d.jsonl"]
+    assert files("d*") == ["deep/d.jsonl"]
+    assert stage_record.describe_input(tmp_path / "*.parquet", {}) == {"name": str(tmp_path / "*.parquet")}

@@ -24,9 +24,10 @@ def parse_blend(values: Sequence[str], flag: str = "--data-path") -> list[tuple[
         weights = [float(weight) for weight in values[::2]]
     except ValueError:
         raise ConfigError(form) from None
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ConfigError(f"{flag} {' '.join(values)}: every weight must be greater than 0")
-    return [(weight / sum(weights), prefix) for weight, prefix in zip(weights, values[1::2], strict=True)]
+    total = sum(weights)
+    if not (0 < total < math.inf and all(weight / total > 0 for weight in weights)):
+        raise ConfigError(f"{flag} {' '.join(values)}: every weight must be greater than 0, also as a share of their sum")
+    return [(weight / total, prefix) for weight, prefix in zip(weights, values[1::2], strict=True)]
 
 
 def parse_split(split: str) -> tuple[float, float]:

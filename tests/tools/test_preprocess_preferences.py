@@ -90,9 +90,9 @@ def test_one_json_document_named_lines_is_read_with_a_note(
     captured = capsys.readouterr()
     assert f"note: {source}: not one object a line" in captured.err
     assert "7 pairs" in captured.out
-    source.write_bytes(source.read_text().encode("utf-16"))
+    source.write_bytes(source.read_text().encode("utf-16-le"))
     assert run(tmp_path, model, source, "--overwrite") == 1
-    assert f"error: {source}: the file is not UTF-8 but UTF-16" in capsys.readouterr().err
+    assert f"error: {source}: the file is not UTF-8 but UTF-16LE" in capsys.readouterr().err
     assert len(PairStore(tmp_path / "out")) == 7
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from megatron_rmipo.errors import DataError
 
 BOUNDARY = "\u27e8|\u27e9"
 _HISTOGRAM_BINS, _BAR_WIDTH = 12, 40
+_SOURCES_SHOWN = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,9 +121,10 @@ def describe_store(store: PairStore) -> str:
     """Where the data set comes from, what was left out, and histograms of its lengths."""
     manifest = store.manifest
     counts = ", ".join(f"{name} {count}" for name, count in manifest.counts.items())
+    more = f" and {len(manifest.sources) - _SOURCES_SHOWN} more" if len(manifest.sources) > _SOURCES_SHOWN else ""
     lines = [
         f"{store.prefix}: {len(store)} {manifest.kind}, {manifest.num_tokens} tokens",
-        f"  from {', '.join(str(source['name']) for source in manifest.sources)} (format {manifest.format})",
+        f"  from {', '.join(map(_describe_source, manifest.sources[:_SOURCES_SHOWN]))}{more} (format {manifest.format})",
         f"  rows: {counts}",
         f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {manifest.template_name}",
         f"  at most {manifest.seq_length} tokens, longer ones: {manifest.overlong}",
@@ -136,6 +139,10 @@ def describe_store(store: PairStore) -> str:
             histogram(column),
         ]
     return "\n".join(lines)
+
+
+def _describe_source(source: dict[str, Any]) -> str:
+    return f"{source['name']}{source.get('rows', '')}"
 
 
 def histogram(values: npt.NDArray[np.int32]) -> str:

@@ -17,9 +17,9 @@ from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_toke
 from megatron_rmipo.data.preparing.rejects import RejectsFile
 from megatron_rmipo.data.preparing.row_progress import RowProgress
 from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
+from megatron_rmipo.data.reading.columns import column_names, parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
-from megatron_rmipo.data.reading.rows import parse_columns, rename_columns, require_columns
-from megatron_rmipo.data.reading.sources import Source, first_rows, open_source
+from megatron_rmipo.data.reading.sources import Source, first_rows, open_sources
 from megatron_rmipo.data.store.pair_store import Manifest, PairStoreWriter, check_output_prefix
 from megatron_rmipo.errors import DataError
 
@@ -65,10 +65,10 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     policy = LengthPolicy(options.seq_length, options.overlong, options.max_prompt_length)
     columns = parse_columns(options.columns)
     check_output_prefix(options.output_prefix, overwrite=options.overwrite)
-    sources = [open_source(name, options.split) for name in options.input]
-    for note in filter(None, (source.note for source in sources)):
+    sources = [source for name in options.input for source in open_sources(name, options.split, column_names(columns))]
+    for note in itertools.chain.from_iterable(source.notes for source in sources):
         print(f"note: {note}", file=sys.stderr)
-    peeked = list(first_rows(sources))
+    peeked = first_rows(sources)
     require_columns(peeked, columns)
     row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
@@ -84,7 +84,7 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         overlong=policy.overlong,
         max_prompt_length=policy.max_prompt_length,
         format=row_format,
-        sources=[{"name": source.name, "bytes": source.size_bytes} for source in sources],
+        sources=[source.describe() for source in sources],
     )
     with (
         PairStoreWriter(
@@ -97,9 +97,8 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         counts = _write_all(sources, batches, writer, rejects, options)
         _check_outcome(len(writer), rejects, options)
         rejects.complete()
-        finished = writer.finalize(dataclasses.replace(manifest, counts=counts))
-        rejects.keep()  # after the data set: where that fails, the earlier one keeps its list
-        return finished
+        # The list goes with the files, which are all on the disk then: where that fails, the earlier data set keeps its own.
+        return writer.finalize(dataclasses.replace(manifest, counts=counts), rejects.keep)
 
 
 def _write_all(
@@ -129,8 +128,6 @@ def _write_all(
 def _check_outcome(num_kept: int, rejects: RejectsFile, options: PreprocessOptions) -> None:
     if num_kept and not (rejects.total and options.strict):
         return
-    if not rejects.total:
-        raise DataError(f"{', '.join(options.input)}: no rows.")
     rejects.keep_failed()
     problem = "--strict: " if num_kept else "no row could be used: "
     by_reason = ", ".join(f"{count} {reason}" for reason, count in rejects.counts.most_common())

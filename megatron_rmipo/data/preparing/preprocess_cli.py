@@ -25,13 +25,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--input",
         required=True,
         nargs="+",
-        metavar="FILE|NAME",
-        help="jsonl, json (also .gz), parquet or arrow files, directories, or Hugging Face data set names",
+        metavar="FILE|DIR|PATTERN|NAME",
+        help="jsonl, json, csv or tsv (also .gz or .zst), parquet or arrow files; directories, with all the data files in them; "
+        "quoted patterns such as 'dir/*.jsonl.gz'; Hugging Face data set names",
     )
-    group.add_argument("--split", help="split of a directory or named data set")
+    group.add_argument(
+        "--split",
+        help="split of each input, and part of its rows: train, train[:1000], train[10%%:20%%], [-100:] "
+        "(default: all of the only one)",
+    )
     group.add_argument("--format", choices=tuple(FORMATS), help="format of the rows (default: recognised)")
     group.add_argument(
-        "--columns", metavar="NAME=COLUMN,...", help="column names, such as prompt=question,chosen=good,rejected=bad"
+        "--columns",
+        metavar="NAME=COLUMN,...",
+        help="column names, or paths to nested values, such as prompt=question,chosen=answers[0].text,rejected=answers.-1.text",
     )
     group.add_argument("--keep-ties", action="store_true", help="keep pairs whose two scores are equal")
     group.add_argument("--strict", action="store_true", help="rejected rows are an error, nothing is written")

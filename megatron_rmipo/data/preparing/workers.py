@@ -20,8 +20,10 @@ from megatron_rmipo.data.encoding.chat import ChatTemplate
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, TokenizerSpec
 from megatron_rmipo.data.preparing.rejects import Reject
+from megatron_rmipo.data.reading.columns import rename_columns
+from megatron_rmipo.data.reading.csv_files import BadRecord
 from megatron_rmipo.data.reading.formats import FORMATS, refuse_mixed
-from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row, rename_columns
+from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row
 from megatron_rmipo.data.reading.sources import SourceRow, load_payload
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.runtime.worker_process import end_with_parent
@@ -98,8 +100,6 @@ class BatchEncoder:
             return parse_row(columns, FORMATS[self._options.format], keep_ties=self._options.keep_ties)
         except RowFault as fault:
             return fault
-        except ValueError as error:
-            return RowFault("malformed", "", f"not a JSON object: {error}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +112,9 @@ class RowOptions:
 
 
 def _reject(row: SourceRow, fault: RowFault) -> Reject:
-    is_line = isinstance(row.payload, bytes)
-    payload = row.payload.decode("utf-8", errors="replace") if isinstance(row.payload, bytes) else row.payload
-    return Reject(
-        row.source, "line" if is_line else "row", row.number, fault.reason, fault.field, fault.message, excerpt(payload)
-    )
+    payload = row.payload.cells if isinstance(row.payload, BadRecord) else row.payload
+    payload = payload.decode("utf-8", errors="replace") if isinstance(payload, bytes) else payload
+    return Reject(row.source, row.unit, row.number, fault.reason, fault.field, fault.message, excerpt(payload))
 
 
 _worker_encoder: BatchEncoder | None = None

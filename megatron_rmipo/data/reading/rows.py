@@ -12,10 +12,9 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from megatron_rmipo.errors import DataError
-
 REASONS = {
     "malformed": "not readable as a row of this format",
+    "not_utf8": "the line or cell is not in UTF-8, as the rest of its file is",
     "missing_field": "a column is absent or null",
     "not_text": "a value that should be text is something else",
     "not_encodable": "the text holds half of a surrogate pair, which is no character",
@@ -166,52 +165,6 @@ def shown(value: object) -> str:
     """A value's type and beginning, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
-
-
-def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with the columns of ``--columns`` under our names; a dotted name reaches into nested values."""
-    if not columns:
-        return row
-    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
-    for ours, theirs in columns.items():
-        value: Any = row.get(theirs)
-        if theirs not in row and "." in theirs:
-            value = row
-            for part in theirs.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            renamed[ours] = value
-    return renamed
-
-
-def parse_columns(text: str | None) -> dict[str, str]:
-    """``prompt=instruction,chosen=good`` -> ours to theirs.
-
-    Raises:
-        DataError: not of that form, or an unknown name on the left.
-    """
-    columns: dict[str, str] = {}
-    for item in (text or "").split(","):
-        if not item.strip():
-            continue
-        ours, equals, theirs = (part.strip() for part in item.partition("="))
-        if not (ours and equals and theirs) or ours not in COLUMN_NAMES:
-            raise DataError(f"--columns: {item.strip()!r} is not NAME=COLUMN with NAME one of {', '.join(COLUMN_NAMES)}.")
-        if ours in columns:
-            raise DataError(f"--columns: {ours} is given twice.")
-        columns[ours] = theirs
-    return columns
-
-
-def require_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Check that each column of ``--columns`` is in at least one of the first rows.
-
-    Raises:
-        DataError: naming the columns there are.
-    """
-    for ours, theirs in columns.items():
-        if rows and not any(ours in rename_columns(row, {ours: theirs}) for row in rows):
-            raise DataError(f"--columns {ours}={theirs}: no such column. The rows have: {', '.join(rows[0])}.")
 
 
 def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bool = False) -> PreferencePair:

@@ -14,6 +14,7 @@ import importlib
 import os
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,8 +141,12 @@ class PairStoreWriter:
         assert tokens.min() >= 0, tokens.min()
         assert tokens.max() < self._vocab_size, (tokens.max(), self._vocab_size)
 
-    def finalize(self, manifest: Manifest) -> Manifest:
-        """Write the index, rename all files into place and write the manifest last.
+    def finalize(self, manifest: Manifest, keep_beside: Callable[[], None] | None = None) -> Manifest:
+        """Write the index, rename all files into place and the manifest last.
+
+        Args:
+            manifest: what is known of the data set.
+            keep_beside: puts into place what stands beside the files, before the manifest says that all is there.
 
         Returns:
             The manifest as written, with counts, lengths and file sizes.
@@ -172,8 +177,11 @@ class PairStoreWriter:
                 for path in self._partial.values():
                     _flush_to_disk(path)
                 self._paths["json"].unlink(missing_ok=True)  # an interrupted replacement must not pass for the earlier data set
-                for kind in ("bin", "idx", "json"):
+                for kind in ("bin", "idx"):
                     os.replace(self._partial[kind], self._paths[kind])
+                if keep_beside is not None:
+                    keep_beside()
+                os.replace(self._partial["json"], self._paths["json"])
         except DataError:
             self.abandon()
             raise
@@ -193,14 +201,18 @@ class PairStoreWriter:
 def check_output_prefix(prefix: str, *, overwrite: bool) -> None:
     """Refuse a prefix that names no file, or at which files stand already, unless they may be replaced.
 
+    What a run that was killed while it renamed its files left there may be: its manifest waits under its temporary name.
+
     Raises:
         DataError: naming the files found.
     """
     if os.path.basename(prefix) in ("", ".", ".."):
         example = os.path.join(prefix, "pairs")
         raise DataError(f"--output-prefix {prefix!r}: a folder, not the beginning of file names. Give one such as {example}.")
-    found = [path for path in store_paths(prefix).values() if path.exists()]
-    if found and not overwrite:
+    paths = store_paths(prefix)
+    found = [path for path in paths.values() if path.exists()]
+    was_interrupted = not paths["json"].exists() and store_paths(f"{prefix}.incomplete")["json"].exists()
+    if found and not overwrite and not was_interrupted:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{prefix}: {names} already there. Pass --overwrite to replace them, or choose another --output-prefix.")
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.data.reading.formats import parse_strings, parse_unpaired
-from megatron_rmipo.data.reading.rows import RowFault, Turn, answer, excerpt, parse_columns, parse_row, rename_columns
-from megatron_rmipo.errors import DataError
+from megatron_rmipo.data.reading.rows import RowFault, Turn, answer, excerpt, parse_row
 from tests.data.pairs import pair_of
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -74,19 +73,6 @@ def test_impossible_turns_are_refused(turns: tuple[Turn, ...], reason: str) -> N
 def test_an_empty_system_turn_is_left_out() -> None:
     pair = parse_row({}, lambda _row: pair_of((Turn("system", " "), Turn("user", "a")), "x", "y"))
     assert pair.prompt == (Turn("user", "a"),)
-
-
-def test_columns_are_renamed_and_may_be_nested() -> None:
-    columns = parse_columns("prompt=q, chosen=answers.good,rejected=answers.bad")
-    row = rename_columns({"q": "Why?", "answers": {"good": "g", "bad": "b"}, "chosen": "stale"}, columns)
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("Why?", "g", "b")
-    assert "chosen" not in rename_columns({"chosen": "stale"}, {"chosen": "absent"})
-
-
-@pytest.mark.parametrize("text", ["prompt", "prompt=", "=x", "promt=x", "prompt=a,prompt=b"])
-def test_a_wrong_columns_flag_is_an_error(text: str) -> None:
-    with pytest.raises(DataError, match="--columns"):
-        parse_columns(text)
 
 
 def test_an_excerpt_is_short_whatever_the_row() -> None:

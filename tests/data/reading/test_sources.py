@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.data.reading.sources import Source, load_payload, open_source
+from megatron_rmipo.data.reading.columns import column_names
+from megatron_rmipo.data.reading.rows import RowFault
+from megatron_rmipo.data.reading.sources import Source, first_rows, load_payload, open_sources
 from megatron_rmipo.errors import DataError
+from tests.data.reading import files
+from tests.data.reading.files import KINDS
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(7)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 PRETTY = "\n\n" + "\n".join(json.dumps(row, indent=2) for row in ROWS)
+
+
+def open_source(name: str, split: str | None = None) -> Source:
+    (source,) = open_sources(name, split)
+    return source
 
 
 def read(source: Source) -> list[Any]:
@@ -55,28 +64,25 @@ def write_arrow(path: Path, *, streaming: bool) -> Path:
     return path
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_rows_twice(kind: str, tmp_path: Path) -> None:
+    source = open_source(str(files.write(tmp_path, kind)))
+    assert source.num_rows == (7 if kind in ("a.jsonl", "a.json", "a.json.zst", "a.parquet", "utf-32.json") else None)
+    assert read(source) == read(source) == files.ROWS
+
+
 @pytest.mark.parametrize(
-    ("make", "num_rows"),
+    "make",
     [
-        pytest.param(lambda d: write(d / "a.jsonl", LINES), 7, id="jsonl"),
-        pytest.param(lambda d: write(d / "a.jsonl", LINES.rstrip("\n")), 7, id="jsonl without a last newline"),
-        pytest.param(lambda d: write(d / "a.jsonl", "\ufeff" + LINES), 7, id="jsonl with a byte order mark"),
-        pytest.param(lambda d: write_gzip(d / "a.jsonl.gz", LINES), None, id="jsonl.gz"),
-        pytest.param(lambda d: write(d / "a.json", LINES), 7, id="json lines named json"),
-        pytest.param(lambda d: write(d / "a.json", json.dumps(ROWS, indent=2)), 7, id="json list"),
-        pytest.param(lambda d: write(d / "a.json", json.dumps({"train": ROWS})), 7, id="json object with a list"),
-        pytest.param(lambda d: write(d / "a.json", PRETTY), 7, id="objects over several lines, named json"),
-        pytest.param(lambda d: write_gzip(d / "a.json.gz", json.dumps(ROWS)), 7, id="json.gz"),
-        pytest.param(lambda d: write_parquet(d / "a.parquet"), 7, id="parquet"),
-        pytest.param(lambda d: write_arrow(d / "a.arrow", streaming=True), None, id="arrow stream"),
-        pytest.param(lambda d: write_arrow(d / "a.arrow", streaming=False), None, id="arrow file"),
+        pytest.param(lambda d: write(d / "a.jsonl", LINES.rstrip("\n")), id="jsonl without a last newline"),
+        pytest.param(lambda d: write(d / "a.jsonl", "\ufeff" + LINES), id="jsonl with a byte order mark"),
+        pytest.param(lambda d: write(d / "a.json", LINES), id="json lines named json"),
+        pytest.param(lambda d: write(d / "a.json", PRETTY), id="objects over several lines, named json"),
+        pytest.param(lambda d: write_arrow(d / "a.arrow", streaming=False), id="arrow file"),
     ],
 )
-def test_every_kind_of_file_gives_the_same_rows_twice(make: Any, num_rows: int | None, tmp_path: Path) -> None:
-    source = open_source(str(make(tmp_path)))
-    assert source.num_rows == num_rows
-    assert read(source) == ROWS
-    assert read(source) == ROWS
+def test_the_form_of_a_kind_does_not_matter(make: Any, tmp_path: Path) -> None:
+    assert read(open_source(str(make(tmp_path)))) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -95,17 +101,17 @@ def test_lines_by_name_alone_are_read_with_a_note(make: Any, text: str, tmp_path
     source = open_source(str(make(tmp_path / "a.jsonl", text)))
     assert read(source) == read(source) == ROWS
     assert source.num_rows == 7
-    assert source.note is not None
-    assert "a.jsonl: not one object a line, as its name says; read as a JSON document of 7 rows" in source.note
+    (note,) = source.notes
+    assert "a.jsonl: not one object a line, as its name says; read as a JSON document of 7 rows" in note
 
 
 @pytest.mark.parametrize("first", ['{"prompt": "p", "cho', '{"prompt": "p",', "{", "prompt", '{"a": ' * 100_000, "[1]", "null"])
 def test_a_damaged_first_line_is_one_row_of_its_file(first: str, tmp_path: Path) -> None:
     source = open_source(str(write(tmp_path / "a.jsonl", first + "\n" + LINES)))
-    assert source.note is None
+    assert source.notes == ()
     damaged, *others = list(source)
     assert [load_payload(row.payload) for row in others] == ROWS
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(RowFault):
         load_payload(damaged.payload)
     # The only row of a file is one, too, whatever its columns.
     assert read(open_source(str(write(tmp_path / "b.jsonl", '{"question": "x"}')))) == [{"question": "x"}]
@@ -122,9 +128,28 @@ def test_every_value_of_a_list_is_a_row(tmp_path: Path) -> None:
     assert [(row.number, row.payload) for row in source] == [(1, None), (2, {"a": 1}), (3, 5), (4, None), (5, "")]
 
 
-@pytest.mark.parametrize("row", [{"messages": []}, {"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}])
-def test_an_object_with_our_columns_is_one_row(row: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": []},
+        {"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]},
+        {"question": "x", "good": "y", "bad": "z"},
+        {"talk": [{"from": "human", "value": "x"}], "good": "y", "tags": ["a", "b"]},
+    ],
+)
+def test_an_object_that_holds_no_list_of_rows_is_one_row(row: dict[str, Any], tmp_path: Path) -> None:
     assert read(open_source(str(write(tmp_path / "a.json", json.dumps(row))))) == [row]
+
+
+def test_an_object_with_a_column_that_the_user_names_is_one_row(tmp_path: Path) -> None:
+    row = {"q": "x", "completions": [{"text": "y"}, {"text": "z"}]}
+    path = str(write(tmp_path / "a.json", json.dumps(row)))
+    source = open_source(path)
+    assert read(source) == row["completions"]
+    assert source.notes == (f"{path}: its one list of objects holds the rows; beside it, and not read: q",)
+    names = column_names({"prompt": "q", "chosen": "completions[0].text"})
+    assert names >= {"q", "completions"}
+    assert read(open_sources(path, columns=names)[0]) == [row]
 
 
 def test_a_saved_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +161,6 @@ def test_a_saved_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.M
         open_source(str(tmp_path / "saved"))
     with pytest.raises(DataError, match="--split tset: no such split"):
         open_source(str(tmp_path / "saved"), "tset")
-
-
-def test_a_folder_of_files_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "folder").mkdir()
-    write(tmp_path / "folder" / "train.jsonl", LINES)
-    assert read(open_source(str(tmp_path / "folder"))) == ROWS
 
 
 def test_a_name_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,20 +182,16 @@ def test_a_name_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatc
         (lambda d: write(d / "a.jsonl", " \n\n"), "the file is empty but for blank lines"),
         (lambda d: write_gzip(d / "a.jsonl.gz", ""), "the file is empty"),
         (lambda d: write(d / "a.jsonl", "[\n" + LINES), "line 3: not valid JSON"),
-        (
-            lambda d: write_bytes(d / "a.jsonl", LINES.encode("utf-16")),
-            "UTF-16 or UTF-32. Convert it, as with iconv",
-        ),
-        (lambda d: write_bytes(d / "a.json", LINES.encode("utf-16-le")), "is not UTF-8 but UTF-16"),
-        (lambda d: write_bytes(d / "a.jsonl", LINES.encode("utf-32-be")), "is not UTF-8 but UTF-16"),
         (lambda d: write_bytes(d / "a.jsonl", b"PK\x03\x04..."), "is a zip archive"),
-        (lambda d: write_bytes(d / "a.jsonl.gz", b"\x28\xb5\x2f\xfd..."), "is compressed by zstd"),
+        (lambda d: write_bytes(d / "a.jsonl.gz", b"BZh9..."), "is compressed by bzip2"),
+        (lambda d: write_parquet(d / "a.parquet").rename(d / "a.parquet.gz"), "compressed within themselves"),
         (lambda d: write_parquet(d / "a.parquet").rename(d / "a.jsonl"), "is a parquet file. Name it .parquet"),
         (lambda d: write(d / "a.jsonl", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
         (lambda d: write(d / "a.jsonl", "<!DOCTYPE html>\n<html>"), "is HTML or XML"),
-        (lambda d: write(d / "a.csv", "a,b\n"), r"\.csv is not a known kind of file"),
+        (lambda d: write(d / "a.txt", "a,b\n"), r"\.txt is not a known kind of file"),
         (lambda d: write(d / "a.json", "[1, 2"), "line 1: not valid JSON"),
-        (lambda d: write(d / "a.json", '{"a": [1], "b": [2]}'), "a list of rows is expected"),
+        (lambda d: write(d / "a.json", "7"), "a list of rows is expected, or an object; found int"),
+        (lambda d: write(d / "a.json", '{"a": [{"x": 1}], "b": [{"x": 2}]}'), "several lists of rows: a, b"),
         (lambda d: write(d / "a.parquet", "not parquet at all"), "not a readable parquet file"),
     ],
 )
@@ -226,17 +239,22 @@ def test_nesting_beyond_the_reader_is_an_error(tmp_path: Path) -> None:
     deep = "[" * 100_000
     with pytest.raises(DataError, match="nested too deeply"):
         open_source(str(write(tmp_path / "a.json", deep)))
-    with pytest.raises(ValueError, match="nested too deeply"):
+    with pytest.raises(RowFault, match="nested too deeply"):
         load_payload(deep.encode())
 
 
-def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--split train: .* is a file"):
-        open_source(str(write(tmp_path / "a.jsonl", LINES)), "train")
+def test_first_rows_of_which_none_is_readable_are_an_error(tmp_path: Path) -> None:
+    good = open_source(str(write(tmp_path / "a.jsonl", "{\n7\n" + LINES)))
+    assert first_rows([good]) == ROWS
+    bad = open_source(str(write(tmp_path / "b.jsonl", "{\n7\n")))
+    with pytest.raises(DataError, match=r"none of the first 2 rows is readable.*\n.*b\.jsonl: line 1: not a JSON object"):
+        first_rows([bad])
+    with pytest.raises(DataError, match=r"c\.csv: no rows"):
+        first_rows([open_source(str(write(tmp_path / "c.csv", "prompt,chosen,rejected\n")))])
 
 
-def test_a_line_that_is_no_object_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="found list"):
+def test_a_line_that_is_no_object_is_a_fault() -> None:
+    with pytest.raises(RowFault, match="found list"):
         load_payload(b"[1]")
 
 
@@ -263,15 +281,19 @@ ODD_LINES = [
 
 
 @pytest.mark.parametrize("line", ODD_LINES)
-def test_a_line_is_read_as_the_json_module_reads_it(line: bytes) -> None:
+def test_a_line_is_read_as_the_json_module_reads_it_as_utf_8(line: bytes) -> None:
     try:
-        expected: object = json.loads(line)
+        expected: object = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        with pytest.raises(RowFault, match=f"^byte {error.start + 1} of the line is 0x{line[error.start]:02x}") as fault:
+            load_payload(line)
+        assert fault.value.reason == "not_utf8"
     except ValueError as error:
-        with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+        with pytest.raises(RowFault, match=f"^not a JSON object: {re.escape(str(error))}$"):
             load_payload(line)
     else:
         if isinstance(expected, dict):
             assert repr(load_payload(line)) == repr(expected)
         else:
-            with pytest.raises(ValueError, match="an object with columns expected"):
+            with pytest.raises(RowFault, match="an object with columns expected"):
                 load_payload(line)
