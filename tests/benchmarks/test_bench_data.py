@@ -17,9 +17,9 @@ from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.layouts.formats import FORMATS, recognise_format
+from megatron_rmipo.data.layouts.reader import parse_row
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
-from megatron_rmipo.data.reading.rows import parse_row
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import DataError
 
