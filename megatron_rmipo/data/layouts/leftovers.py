@@ -29,15 +29,15 @@ def is_meaningful(name: str) -> bool:
     return re.sub("[^a-z]", "", name.lower()) in _MEANINGFUL
 
 
-def unread_columns(row: Row, expected: frozenset[str], pair: PreferencePair | None) -> list[str]:
+def unread_columns(row: Row, expected: frozenset[str], pair: PreferencePair) -> list[str]:
     """The columns of a row that are not expected and say something that the pair does not hold.
 
     Args:
         row: columns under our names.
         expected: those that are read, or known to be left out.
-        pair: what was read of the row, None where nothing was. A text that is one of its turns was read.
+        pair: what was read of the row. A text that is one of its turns was read.
     """
-    texts = {turn.content.strip() for turn in (*pair.prompt, *pair.responses.values())} if pair else set()
+    texts = {turn.content.strip() for turn in (*pair.prompt, *pair.responses.values())}
     return [
         name
         for name in row

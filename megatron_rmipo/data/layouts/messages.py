@@ -104,12 +104,12 @@ def turn_of(message: object, field: str) -> Turn:
     Raises:
         RowFault: a role that is not known, content other than text, or a field that cannot be used.
     """
+    if type(message) is dict and len(message) == 2:  # most are nothing else
+        role, content = message.get("role"), message.get("content")
+        if type(content) is str and type(role) is str and role in ROLES:
+            return Turn(ROLES[role], content)
     if not isinstance(message, dict):
         raise RowFault("not_text", field, f"a message with role and content expected, found {shown(message)}")
-    if len(message) == 2:
-        role, content = message.get("role"), message.get("content")
-        if isinstance(role, str) and isinstance(content, str) and role in ROLES:
-            return Turn(ROLES[role], content)
     return _full_turn(message, field)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from megatron_rmipo.data.layouts.conversations import with_system
@@ -19,6 +21,7 @@ from megatron_rmipo.data.reading.rows import NOTHING, PreferencePair, Row, RowFa
 
 _BESIDE = frozenset({"system", *VARIABLE_COLUMNS, *VALUE_COLUMNS})
 _SCORE_HOLDERS = SCORE_NAMES | {"metadata"}
+_fields_of = operator.attrgetter("fields")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,30 +71,35 @@ class RowReader:
             RowFault: the row cannot be used.
         """
         row = own_columns(row, self._options.columns, self._options.ignored)
+        pair = self._read(row)
+        if not row.keys() <= self._expected:
+            self._count_unread(row, pair)
+        return pair
+
+    def unread(self, rows: Iterable[Row]) -> dict[str, object]:
+        """The columns that nobody reads of those rows that can be used, each with its first value."""
+        found: dict[str, object] = {}
+        for row in (own_columns(row, self._options.columns, self._options.ignored) for row in rows):
+            with contextlib.suppress(RowFault):
+                for name in unread_columns(row, self._expected, self._read(row)):
+                    found.setdefault(name, row[name])
+        self.counts.clear()
+        return found
+
+    def _read(self, row: Row) -> PreferencePair:
+        difference, scores = 1.0, ""
         if self._has_one_answer:
             refuse_mixed(row, self._options.format)
+        elif not _SCORE_HOLDERS.isdisjoint(row):
+            difference, scores = compare_scores(row)
+            if difference == 0 and not self._options.keep_ties:
+                raise RowFault("tied", "rejected", scores)
         try:
             pair = parse_row(row, self._parse)
         except RowFault:  # a row of one answer among pairs never parses, so that pairs need not be looked at twice
             refuse_mixed(row, self._options.format)
             raise
-        if not row.keys() <= self._expected:
-            self._count_unread(row, pair)
-        if not _SCORE_HOLDERS.isdisjoint(row) and pair.chosen is not None and pair.rejected is not None:
-            pair = self._set_right(row, pair)
-        return pair
-
-    def unread(self, rows: Iterable[Row]) -> dict[str, object]:
-        """The columns of rows that nobody reads, each with its first value."""
-        found: dict[str, object] = {}
-        for row in (own_columns(row, self._options.columns, self._options.ignored) for row in rows):
-            try:
-                pair = parse_row(row, self._parse)
-            except RowFault:
-                pair = None
-            for name in unread_columns(row, self._expected, pair):
-                found.setdefault(name, row[name])
-        return found
+        return pair if difference >= 0 else self._set_right(pair, scores)
 
     def _count_unread(self, row: Row, pair: PreferencePair) -> None:
         for name in unread_columns(row, self._expected, pair):
@@ -99,13 +107,8 @@ class RowReader:
                 raise RowFault("unread", name, f"{shown(row[name])} would change what is learned; see --ignore-columns")
             self.counts[f"unread/{name}"] += 1
 
-    def _set_right(self, row: Row, pair: PreferencePair) -> PreferencePair:
-        """The pair, unless its scores are equal; as ``on_inverted`` has it where the chosen answer scores lower."""
-        difference, scores = compare_scores(row)
-        if difference > 0 or (difference == 0 and self._options.keep_ties):
-            return pair
-        if difference == 0:
-            raise RowFault("tied", "rejected", scores)
+    def _set_right(self, pair: PreferencePair, scores: str) -> PreferencePair:
+        """A pair whose chosen answer scores lower, as ``on_inverted`` has it."""
         if self._options.on_inverted in ("drop", "error"):
             raise RowFault("inverted", "chosen", scores)
         self.counts["inverted"] += 1
@@ -152,7 +155,7 @@ def parse_row(row: Row, parse: Callable[[Row], PreferencePair]) -> PreferencePai
     if pair.chosen is not None and pair.rejected is not None and _stripped(pair.chosen) == _stripped(pair.rejected):
         raise RowFault("identical", "rejected", "the same text as chosen")
     texts = [*(("prompt", turn.content) for turn in pair.prompt), *((field, turn.content) for field, turn in responses.items())]
-    if pair.variables or any(turn.fields for turn in (*pair.prompt, *responses.values())):
+    if pair.variables or any(map(_fields_of, (*pair.prompt, *responses.values()))):
         pair = _with_fields_settled(pair)
         texts += _texts_of_fields(pair)
     _require_encodable(texts)

@@ -57,8 +57,8 @@ def settle_reading(
 def unread_note(names: Collection[str], form: str) -> str:
     """What to say of columns that nobody reads."""
     return (
-        f"the columns {', '.join(sorted(names))} are not read (format {form}). --columns NAME=COLUMN would use one, such as "
-        "margin=COLUMN; --ignore-columns says that they are meant to be left out"
+        f"not read by format {form}: {', '.join(sorted(names))}. --columns NAME=COLUMN would use one, such as margin=COLUMN; "
+        "--ignore-columns says that they are meant to be left out"
     )
 
 
