@@ -26,14 +26,12 @@ _ONE_AND_TWO: Mapping[object, Verdict] = types.MappingProxyType({1: "first", 2: 
 
 def plain_value(value: object) -> object:
     """A value as tables of values have it: a number in any writing (true is 1), or text in small letters."""
-    if isinstance(value, bool | int | float):
-        return float(value)
-    if not isinstance(value, str):
+    text = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(text, str | int | float):
         return None
-    text = value.strip().lower()
     try:
         return float(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return text
 
 

@@ -70,17 +70,20 @@ class RowReader:
         Raises:
             RowFault: the row cannot be used.
         """
-        row = own_columns(row, self._options.columns, self._options.ignored)
-        pair = self._read(row)
-        if not row.keys() <= self._expected:
-            self._count_unread(row, pair)
+        try:
+            row = own_columns(row, self._options.columns, self._options.ignored)
+            pair = self._read(row)
+            if not row.keys() <= self._expected:
+                self._count_unread(row, pair)
+        except RecursionError:
+            raise RowFault("malformed", "", "nested too deeply") from None
         return pair
 
     def unread(self, rows: Iterable[Row]) -> dict[str, object]:
         """The columns that nobody reads of those rows that can be used, each with its first value."""
         found: dict[str, object] = {}
         for row in (own_columns(row, self._options.columns, self._options.ignored) for row in rows):
-            with contextlib.suppress(RowFault):
+            with contextlib.suppress(RowFault, RecursionError):
                 for name in unread_columns(row, self._expected, self._read(row)):
                     found.setdefault(name, row[name])
         self.counts.clear()
