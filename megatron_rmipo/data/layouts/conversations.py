@@ -13,12 +13,14 @@ A telling that starts with the user's next turn goes on where another ends with 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from megatron_rmipo.data.layouts.messages import holds_messages, is_empty, turn_of, written_messages
 from megatron_rmipo.data.reading.rows import Row, RowFault, Turn, answer, shown, text_of, value_of
 
 Turns = tuple[Turn, ...]
+_MARKS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
 INSTRUCTIONS = ("instruction", "question", "query", "input")
 
 
@@ -52,9 +54,15 @@ def answer_of(value: object, field: str) -> tuple[Turns, Turn]:
 
 
 def prompt_of(value: object, field: str) -> Turns:
-    """A prompt given as text, which is one turn of the user, or as messages."""
+    """A prompt given as text, which is one turn of the user (or several, with HelpSteer's marks between them), or as messages."""
     value = written_messages(value, field)
-    return (Turn("user", value),) if isinstance(value, str) else turns_of([value] if isinstance(value, dict) else value, field)
+    if not isinstance(value, str):
+        return turns_of([value] if isinstance(value, dict) else value, field)
+    if "<extra_id_1>" not in value:
+        return (Turn("user", value),)
+    first, *marked = _MARKS.split(value)
+    later = zip(marked[::2], marked[1::2], strict=True)
+    return (Turn("user", first), *(Turn(name.lower(), text) for name, text in later))
 
 
 def history_of(value: object, field: str) -> Turns:
@@ -81,7 +89,7 @@ def prompt_given(row: Row, names: Sequence[str]) -> tuple[str, Turns]:
     """
     there = [name for name in names if not is_empty(row.get(name))]
     name = there[0] if there else next((name for name in names if row.get(name) is not None), names[0])
-    if second := next((other for other in there[1:] if other != "input"), None):
+    if second := next((other for other in there[1:] if other != "input" and row[other] != row[name]), None):
         raise RowFault("unread", second, f"the row has a prompt in {name} and another in {second}")
     given = value_of(row, name)
     more = "input" if name != "input" and not is_empty(row.get("input")) else None
@@ -91,7 +99,7 @@ def prompt_given(row: Row, names: Sequence[str]) -> tuple[str, Turns]:
         return name, prompt_of(given, name)
     text = text_of(row, name)
     before = () if row.get("history") is None else history_of(row["history"], "history")
-    return name, (*before, Turn("user", f"{text}\n{text_of(row, more)}" if more else text))
+    return name, (*before, *prompt_of(f"{text}\n{text_of(row, more)}" if more else text, name))
 
 
 def one_prompt(chosen: Turns, rejected: Turns) -> Turns:

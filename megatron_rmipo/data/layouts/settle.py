@@ -37,7 +37,7 @@ def settle_reading(
         DataError: a flag does nothing or contradicts another, the format is not recognised, a column that would change what is
             learned is not read, or the values of a label's or winner's column have no clear meaning.
     """
-    ignored = _ignored(ignore_columns, rows, columns)
+    ignored = _ignored(ignore_columns, columns)
     ours = [own_columns(row, columns, ignored) for row in rows]
     form = form or recognise_format(ours)
     _refuse_idle_flags(form, columns, winner_values, keep_ties=keep_ties, on_inverted=on_inverted)
@@ -62,11 +62,10 @@ def unread_note(names: Collection[str], form: str) -> str:
     )
 
 
-def _ignored(text: str | None, rows: Sequence[Row], columns: Mapping[str, str]) -> frozenset[str]:
+def _ignored(text: str | None, columns: Mapping[str, str]) -> frozenset[str]:
+    """The columns of the flag; they need not be in the first rows, and a misspelt one is named where its column is."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     for name in names:
-        if rows and not any(name in row for row in rows):
-            raise DataError(f"--ignore-columns {name}: no such column. The rows have: {', '.join(rows[0])}.")
         if name in columns.values():
             raise DataError(f"--ignore-columns {name}: --columns reads it. Leave it out of one of them.")
     return frozenset(names)

@@ -159,6 +159,11 @@ def test_who_won_is_read(name: str, row: dict[str, Any], column: str, first: Any
             assert "--winner-values" in str(fault.value)
 
 
+def test_turns_within_a_helpsteer_prompt_are_turns() -> None:
+    prompt = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nWhy?"
+    assert read({**WON[3][1], "prompt": prompt, "preference_strength": -1})[1].prompt == (*ROUNDS, *PAIR.prompt)
+
+
 def test_most_annotators_decide() -> None:
     row = WON[2][1]
     for votes, chosen in (((1, 2, 1), "good"), ((2, 2, 0), "bad"), ((1, 2, 0), None), ((2, None, None), "bad")):

@@ -157,7 +157,6 @@ def test_other_columns_that_nobody_reads_are_named() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"ignore_columns": "absent"}, "--ignore-columns absent: no such column"),
         ({"columns": {"prompt": "q"}, "ignore_columns": "q"}, "--ignore-columns q: --columns reads it"),
         ({"columns": {"label": "q"}}, "--columns label=q: format strings reads no label"),
         ({"winner_values": "first=1,second=2"}, "--winner-values: format strings has no winner"),
