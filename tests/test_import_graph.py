@@ -40,9 +40,10 @@ MAY_IMPORT = {
 INNER_ROOMS = {
     "data": {
         "reading": set(),
+        "layouts": {"reading"},
         "store": set(),
         "encoding": {"reading", "store"},
-        "preparing": {"reading", "store", "encoding"},
+        "preparing": {"reading", "layouts", "store", "encoding"},
         "batches": {"store"},
     },
     "checkpoint": {"hf": {"whole_directories", "raw_files"}, "megatron": {"hf", "whole_directories", "raw_files"}},

@@ -17,9 +17,9 @@ from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.layouts.formats import FORMATS, recognise_format
+from megatron_rmipo.data.layouts.reader import parse_row
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
-from megatron_rmipo.data.reading.rows import parse_row
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import DataError
 
@@ -52,7 +52,7 @@ def test_made_rows_are_rows_of_about_the_recorded_length(source: str, form: str,
     for row in rows:
         pair = parse_row(row, FORMATS[form])
         prompt = sum(len(tokenizer.encode(turn.content)) for turn in pair.prompt)
-        made.append([prompt, *(len(tokenizer.encode(text)) for text in pair.responses.values())])
+        made.append([prompt, *(len(tokenizer.encode(turn.content)) for turn in pair.responses.values())])
     ratios = np.array(made).sum(axis=0) / sizes.sum(axis=0)
     assert ((ratios > 0.6) & (ratios < 1.5)).all(), ratios
     if form == "hh":

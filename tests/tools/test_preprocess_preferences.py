@@ -255,7 +255,7 @@ def test_unpaired_rows_are_pairs_without_one_response(
         (22, "bad_label", "label"),
         (23, "empty_response", "response"),
     ]
-    assert rejects[2]["message"] == "true or false expected (or 1 or 0), found str 'bad'"
+    assert rejects[2]["message"] == "true/false, yes/no, 1/0 or 1/-1 expected, found str 'bad'"
 
 
 def test_the_column_of_labels_is_named(tmp_path: Path, model: Path) -> None:
@@ -285,6 +285,37 @@ def test_a_supervised_row_among_pairs_is_rejected(tmp_path: Path, model: Path) -
     assert run(tmp_path, model, source) == 0
     store = PairStore(tmp_path / "out")
     assert (len(store), store.manifest.has_rejected, store.manifest.counts["rejected/mixed"]) == (2, True, 1)
+
+
+def test_unread_columns_and_inverted_pairs_are_told(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = [
+        {"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No.", "chosen_score": i, "rejected_score": 2} for i in range(5)
+    ]
+    source = write_rows(
+        tmp_path / "rows.jsonl", [{**row, "id": 7, "seen": None} for row in content] * 50 + [{**content[4], "late": 1}]
+    )
+    for workers in ("1", "2"):
+        assert run(tmp_path, model, source, "--workers", workers, prefix=f"w{workers}") == 0
+        told, noted = capsys.readouterr()
+        manifest = PairStore(tmp_path / f"w{workers}").manifest
+        assert (manifest.counts["inverted"], manifest.counts["rejected/tied"], manifest.unread_columns) == (
+            100,
+            50,
+            ["id", "late"],
+        )
+        assert "100 with a chosen answer that scores lower than the rejected one: kept" in told
+        assert "  not read: id, late" in told
+        notes = [line.partition(". ")[0] for line in noted.splitlines() if line.startswith("note: ")]
+        assert notes == ["note: not read by format strings: id", "note: not read by format strings: late"]
+    swapped = ("--on-inverted", "swap", "--ignore-columns", "id")
+    assert run(tmp_path, model, source, *swapped, prefix="swapped") == 0
+    assert "answers swapped" in capsys.readouterr().out
+    kept, other = (PairStore(tmp_path / name) for name in ("w1", "swapped"))
+    assert (kept[0].chosen.tolist(), kept[0].rejected.tolist()) == (other[0].rejected.tolist(), other[0].chosen.tolist())
+    assert run(tmp_path, model, source, "--on-inverted", "error", prefix="stopped") == 1
+    assert "chosen_score is 0, rejected_score 2 [inverted]" in capsys.readouterr().err
+    assert run(tmp_path, model, write_rows(tmp_path / "more.jsonl", [{**content[4], "input": "x"}]), prefix="more") == 1
+    assert "--ignore-columns input" in capsys.readouterr().err
 
 
 def test_what_is_no_object_is_rejected_by_its_number(tmp_path: Path, model: Path) -> None:

@@ -6,6 +6,7 @@ worker takes which batch does not show in the result.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import sys
@@ -14,11 +15,14 @@ from collections.abc import Iterable, Sequence
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
-from megatron_rmipo.data.preparing.rejects import RejectsFile
+from megatron_rmipo.data.layouts.formats import FORMATS
+from megatron_rmipo.data.layouts.reader import RowOptions
+from megatron_rmipo.data.layouts.scores import ON_INVERTED
+from megatron_rmipo.data.layouts.settle import settle_reading, unread_note
+from megatron_rmipo.data.preparing.rejects import Reject, RejectsFile
 from megatron_rmipo.data.preparing.row_progress import RowProgress
-from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
-from megatron_rmipo.data.reading.columns import column_names, parse_columns, rename_columns, require_columns
-from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
+from megatron_rmipo.data.preparing.workers import EncodedBatch, encode_batches
+from megatron_rmipo.data.reading.columns import column_names, parse_columns, require_columns
 from megatron_rmipo.data.reading.sources import Source, first_rows, open_sources
 from megatron_rmipo.data.store.pair_store import Manifest, PairStoreWriter, check_output_prefix
 from megatron_rmipo.errors import DataError
@@ -38,7 +42,10 @@ class PreprocessOptions:
     seq_length: int = 2048
     overlong: str = "left-truncate-prompt"
     max_prompt_length: int | None = None
+    ignore_columns: str | None = None
+    winner_values: str | None = None
     keep_ties: bool = False
+    on_inverted: str = "keep"
     strict: bool = False
     overwrite: bool = False
     workers: int = 1
@@ -60,8 +67,9 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     """
     if options.workers < 1:
         raise DataError(f"--workers {options.workers}: at least 1.")
-    if options.format is not None and options.format not in FORMATS:
-        raise DataError(f"--format {options.format}: unknown; known: {', '.join(FORMATS)}.")
+    for flag, value, known in (("format", options.format, FORMATS), ("on-inverted", options.on_inverted, ON_INVERTED)):
+        if value is not None and value not in known:
+            raise DataError(f"--{flag} {value}: unknown; known: {', '.join(known)}.")
     policy = LengthPolicy(options.seq_length, options.overlong, options.max_prompt_length)
     columns = parse_columns(options.columns)
     check_output_prefix(options.output_prefix, overwrite=options.overwrite)
@@ -70,11 +78,20 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         print(f"note: {note}", file=sys.stderr)
     peeked = first_rows(sources)
     require_columns(peeked, columns)
-    row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)
+    rows = settle_reading(
+        peeked,
+        columns,
+        form=options.format,
+        ignore_columns=options.ignore_columns,
+        winner_values=options.winner_values,
+        keep_ties=options.keep_ties,
+        on_inverted=options.on_inverted,
+    )
+    if rows.unread:
+        print(f"note: {unread_note(rows.unread, rows.format)}", file=sys.stderr)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
     template = load_template(options.chat_template, tokenizer)
     PairEncoder(tokenizer, template, policy)  # refuses before any work what cannot work
-    rows = RowOptions(row_format, columns, options.keep_ties)
     manifest = Manifest(
         tokenizer=tokenizer.info,
         tokenizer_name=options.tokenizer_model,
@@ -83,22 +100,24 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         seq_length=policy.seq_length,
         overlong=policy.overlong,
         max_prompt_length=policy.max_prompt_length,
-        format=row_format,
+        format=rows.format,
+        on_inverted=rows.on_inverted,
         sources=[source.describe() for source in sources],
     )
     with (
         PairStoreWriter(
-            options.output_prefix, tokenizer.info.vocab_size, unpaired=row_format == "unpaired", overwrite=options.overwrite
+            options.output_prefix, tokenizer.info.vocab_size, unpaired=rows.format == "unpaired", overwrite=options.overwrite
         ) as writer,
         RejectsFile(options.output_prefix) as rejects,
     ):
         all_rows = itertools.chain.from_iterable(sources)
         batches = encode_batches(all_rows, tokenizer, template, policy, rows, options.workers)
         counts = _write_all(sources, batches, writer, rejects, options)
+        unread = _name_unread(counts, rows)
         _check_outcome(len(writer), rejects, options)
         rejects.complete()
         # The list goes with the files, which are all on the disk then: where that fails, the earlier data set keeps its own.
-        return writer.finalize(dataclasses.replace(manifest, counts=counts), rejects.keep)
+        return writer.finalize(dataclasses.replace(manifest, counts=counts, unread_columns=unread), rejects.keep)
 
 
 def _write_all(
@@ -111,18 +130,37 @@ def _write_all(
     """Write every batch as it comes; counts by what happened to the rows."""
     totals = [source.num_rows for source in sources]
     num_rows = num_truncated = 0
+    of_rows: collections.Counter[str] = collections.Counter()
     with RowProgress(None if None in totals else sum(filter(None, totals)), options.log_interval) as progress:
         for batch in batches:
             num_rows += batch.num_rows
             num_truncated += batch.num_truncated
+            of_rows += batch.counts
             for reject in batch.rejects:
                 rejects.add(reject)
-                if reject.reason == "too_long" and options.overlong == "error":
-                    raise DataError(f"{reject}\nRaise --seq-length, or choose --overlong left-truncate-prompt or drop.")
+                _refuse_reject(reject, options)
             writer.add_all(batch.tokens, batch.lengths)
             progress.advance(batch.num_rows, len(writer), rejects.total)
     by_reason = {f"rejected/{reason}": count for reason, count in sorted(rejects.counts.items())}
-    return {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, "rejected": rejects.total, **by_reason}
+    return {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, "rejected": rejects.total, **by_reason, **of_rows}
+
+
+def _refuse_reject(reject: Reject, options: PreprocessOptions) -> None:
+    """Stop at a row where the options say that such a row is an error."""
+    if reject.reason == "too_long" and options.overlong == "error":
+        raise DataError(f"{reject}\nRaise --seq-length, or choose --overlong left-truncate-prompt or drop.")
+    if reject.reason == "inverted" and options.on_inverted == "error":
+        raise DataError(f"{reject}\nCorrect the row, or choose --on-inverted keep, drop or swap.")
+
+
+def _name_unread(counts: dict[str, int], rows: RowOptions) -> list[str]:
+    """Move the columns that nobody read out of the counts: all of them, those that the first rows did not show named now."""
+    later = [name.removeprefix("unread/") for name in counts if name.startswith("unread/")]
+    for name in later:
+        del counts[f"unread/{name}"]
+    if later:
+        print(f"note: {unread_note(later, rows.format)}", file=sys.stderr)
+    return sorted({*rows.unread, *later})
 
 
 def _check_outcome(num_kept: int, rejects: RejectsFile, options: PreprocessOptions) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.data.encoding.encode import OVERLONG_POLICIES
 from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES
+from megatron_rmipo.data.layouts.formats import FORMATS
+from megatron_rmipo.data.layouts.scores import ON_INVERTED
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.reading.formats import FORMATS
 from megatron_rmipo.data.store.pair_store import Manifest
 
 _DESCRIPTION = """\
@@ -38,9 +39,26 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--columns",
         metavar="NAME=COLUMN,...",
-        help="column names, or paths to nested values, such as prompt=question,chosen=answers[0].text,rejected=answers.-1.text",
+        help="column names, or paths to nested values, such as prompt=question,chosen=answers[0].text,rejected=answers.-1.text "
+        "or first=a,second=b,winner=c",
+    )
+    group.add_argument(
+        "--ignore-columns",
+        metavar="COLUMN,...",
+        help="leave these columns out; one that would change what is learned is an error",
+    )
+    group.add_argument(
+        "--winner-values",
+        metavar="first=VALUE,...",
+        help="what the values of the winner's column mean, such as first=1,second=2,tie=0",
     )
     group.add_argument("--keep-ties", action="store_true", help="keep pairs whose two scores are equal")
+    group.add_argument(
+        "--on-inverted",
+        choices=ON_INVERTED,
+        default=ON_INVERTED[0],
+        help="pairs whose chosen answer scores lower: keep and count, drop, swap the answers, or stop (default: %(default)s)",
+    )
     group.add_argument("--strict", action="store_true", help="rejected rows are an error, nothing is written")
     group = parser.add_argument_group("tokenizer")
     group.add_argument(
@@ -87,6 +105,11 @@ def summary(manifest: Manifest, prefix: str) -> str:
     rejected = [f"{count} {name.removeprefix('rejected/')}" for name, count in counts.items() if name.startswith("rejected/")]
     if rejected:
         lines.append(f"  rejected {counts['rejected']}: {', '.join(rejected)}; listed in {prefix}.rejects.jsonl")
+    if counts.get("inverted"):
+        done = "answers swapped" if manifest.on_inverted == "swap" else "kept (see --on-inverted)"
+        lines.append(f"  {counts['inverted']} with a chosen answer that scores lower than the rejected one: {done}")
+    if manifest.unread_columns:
+        lines.append(f"  not read: {', '.join(manifest.unread_columns)}")
     if counts["truncated"]:
         lines.append(f"  {counts['truncated']} longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})")
     for name, values in manifest.lengths.items():

@@ -19,11 +19,10 @@ import numpy.typing as npt
 from megatron_rmipo.data.encoding.chat import ChatTemplate
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, TokenizerSpec
+from megatron_rmipo.data.layouts.reader import RowOptions, RowReader
 from megatron_rmipo.data.preparing.rejects import Reject
-from megatron_rmipo.data.reading.columns import rename_columns
 from megatron_rmipo.data.reading.csv_files import BadRecord
-from megatron_rmipo.data.reading.formats import FORMATS, refuse_mixed
-from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row
+from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt
 from megatron_rmipo.data.reading.sources import SourceRow, load_payload
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.runtime.worker_process import end_with_parent
@@ -42,6 +41,7 @@ class EncodedBatch:
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.
         rejects: rows left out.
+        counts: what happened to rows that were read, see :class:`RowReader`.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -49,6 +49,7 @@ class EncodedBatch:
     num_rows: int
     num_truncated: int
     rejects: list[Reject]
+    counts: collections.Counter[str]
 
 
 class BatchEncoder:
@@ -56,7 +57,7 @@ class BatchEncoder:
 
     def __init__(self, tokenizer: PreferenceTokenizer, template: ChatTemplate, policy: LengthPolicy, options: RowOptions) -> None:
         self._encoder = PairEncoder(tokenizer, template, policy)
-        self._options = options
+        self._reader = RowReader(options)
 
     def __call__(self, rows: Sequence[SourceRow]) -> EncodedBatch:
         """Parse and encode rows, in order."""
@@ -70,7 +71,9 @@ class BatchEncoder:
                 gc.enable()
 
     def _encode(self, rows: Sequence[SourceRow]) -> EncodedBatch:
+        self._reader.counts.clear()
         parsed = [self._parse(row) for row in rows]
+        counts = self._reader.counts.copy()
         encoded = iter(self._encoder.encode([pair for pair in parsed if isinstance(pair, PreferencePair)]))
         tokens = array.array("I")  # takes a list of integers several times faster than NumPy does
         lengths: list[tuple[int, int, int]] = []
@@ -91,24 +94,14 @@ class BatchEncoder:
             len(rows),
             num_truncated,
             rejects,
+            counts,
         )
 
     def _parse(self, row: SourceRow) -> PreferencePair | RowFault:
         try:
-            columns = rename_columns(load_payload(row.payload), self._options.columns)
-            refuse_mixed(columns, self._options.format)
-            return parse_row(columns, FORMATS[self._options.format], keep_ties=self._options.keep_ties)
+            return self._reader(load_payload(row.payload))
         except RowFault as fault:
             return fault
-
-
-@dataclasses.dataclass(frozen=True)
-class RowOptions:
-    """How rows are read: a key of ``FORMATS``, our column names -> theirs, and whether tied pairs stay."""
-
-    format: str
-    columns: dict[str, str]
-    keep_ties: bool = False
 
 
 def _reject(row: SourceRow, fault: RowFault) -> Reject:

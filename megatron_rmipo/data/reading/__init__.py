@@ -1,1 +1,1 @@
-"""Other people's files: rows of any format to turns of a preference pair."""
+"""Other people's files: rows of any kind of file."""

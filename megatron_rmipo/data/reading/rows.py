@@ -1,15 +1,14 @@
 """A preference pair or a row with one answer, the columns it comes from, and the reasons why a row cannot be used.
 
 A row that cannot be used raises :class:`RowFault` with a reason from :data:`REASONS`, which the caller counts and lists. How the
-columns make a pair is the business of :mod:`megatron_rmipo.data.reading.formats`.
+columns make a pair is the business of :mod:`megatron_rmipo.data.layouts`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 REASONS = {
@@ -22,7 +21,10 @@ REASONS = {
     "empty_prompt": "the prompt has no text",
     "empty_response": "a response has no text, or no tokens",
     "identical": "both responses are the same",
-    "bad_label": "the label of an unpaired row is neither true nor false",
+    "bad_label": "a label says neither true nor false, or not which answer won",
+    "not_number": "a score, margin, beta or weight is not a number that can be one",
+    "inverted": "the chosen response scores lower than the rejected one (with --on-inverted drop or error)",
+    "unread": "a column or a message's field would change what is learned, and nobody reads it",
     "mixed": "a row of another kind than the data set's: a pair, an unpaired row or a supervised one",
     "tied": "both responses have the same score",
     "prompt_mismatch": "chosen and rejected answer different prompts",
@@ -33,15 +35,6 @@ REASONS = {
     "boundary": "the vocabulary merges text across the boundary differently for the two responses (with --overlong official)",
 }
 
-# Where public data sets keep the two scores; a tie between them says that nobody preferred anything.
-SCORE_COLUMNS = (
-    ("chosen_score", "rejected_score"),
-    ("score_chosen", "score_rejected"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-    ("rating_chosen", "rating_rejected"),
-)
-_SCORE_NAMES = frozenset(itertools.chain.from_iterable(SCORE_COLUMNS))
 COLUMN_NAMES = (
     "prompt",
     "chosen",
@@ -54,6 +47,18 @@ COLUMN_NAMES = (
     "label",
     "chosen_score",
     "rejected_score",
+    "instruction",
+    "input",
+    "history",
+    "first",
+    "second",
+    "winner",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
+    "margin",
+    "beta",
+    "weight",
 )
 Row = Mapping[str, Any]
 _Value = TypeVar("_Value")
@@ -165,77 +170,6 @@ def shown(value: object) -> str:
     """A value's type and beginning, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
-
-
-def parse_row(row: Row, parse: Callable[[Row], PreferencePair], *, keep_ties: bool = False) -> PreferencePair:
-    """Parse one row and check the pair.
-
-    Args:
-        row: columns under our names.
-        parse: one of ``formats.FORMATS``.
-        keep_ties: accept pairs whose two scores are equal.
-
-    Raises:
-        RowFault: the row cannot be used.
-    """
-    if not keep_ties:
-        _refuse_tie(row)
-    pair = parse(row)
-    if "system" in [turn.role for turn in pair.prompt]:
-        pair = pair._replace(prompt=tuple(turn for turn in pair.prompt if turn.role != "system" or turn.content.strip()))
-    _check_turns(pair.prompt)
-    responses = pair.responses
-    for field, response in responses.items():
-        if not response.content.strip():
-            raise RowFault("empty_response", field, "the response has no text")
-    if pair.chosen is not None and pair.rejected is not None and _stripped(pair.chosen) == _stripped(pair.rejected):
-        raise RowFault("identical", "rejected", "the same text as chosen")
-    texts = [*(("prompt", turn.content) for turn in pair.prompt), *((field, turn.content) for field, turn in responses.items())]
-    _require_encodable(texts)
-    return pair
-
-
-def _stripped(turn: Turn) -> Turn:
-    return turn._replace(content=turn.content.strip())
-
-
-def _check_turns(turns: Sequence[Turn]) -> None:
-    if not any(map(str.strip, [turn.content for turn in turns if turn.role != "system"])):
-        raise RowFault("empty_prompt", "prompt", "the prompt has no text")
-    roles = [turn.role for turn in turns]
-    if roles[-1] not in ("user", "tool"):
-        raise RowFault("bad_turns", "prompt", f"the prompt ends with a turn of the {roles[-1]}, not of the user")
-    if "system" in roles[1:]:
-        raise RowFault("bad_turns", "prompt", "a system turn stands behind the first turn")
-
-
-def _require_encodable(texts: Sequence[tuple[str, str]]) -> None:
-    """Refuse (field, text) that UTF-8 cannot write: JSON can spell half of a surrogate pair, and the tokenizers stop at it."""
-    try:
-        "".join([text for _, text in texts]).encode()
-    except UnicodeEncodeError:
-        for field, text in texts:
-            _name_half_pair(field, text)
-
-
-def _name_half_pair(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        around = shown(text[max(0, error.start - 10) : error.start + 10])
-        message = f"character {error.start + 1} is half of a surrogate pair, near {around}"
-        raise RowFault("not_encodable", field, message) from None
-
-
-def _refuse_tie(row: Row) -> None:
-    metadata = row.get("metadata")
-    for holder in (row, metadata if isinstance(metadata, dict) else {}):
-        if _SCORE_NAMES.isdisjoint(holder):
-            continue
-        for chosen, rejected in SCORE_COLUMNS:
-            high, low = holder.get(chosen), holder.get(rejected)
-            if isinstance(high, int | float) and isinstance(low, int | float) and high == low:
-                raise RowFault("tied", rejected, f"{chosen} and {rejected} are both {high}")
 
 
 def excerpt(row: object, limit: int = 400) -> str:

@@ -48,9 +48,11 @@ class Manifest:
         overlong: what was done with longer pairs.
         max_prompt_length: the prompt's limit of ``--overlong official``.
         format: the format of the rows.
+        on_inverted: what was done with pairs whose chosen answer scores lower.
         sources: per input: its name, and its size in bytes where it is a file.
         counts: rows read, kept, truncated, and rejected by reason (``rejected/REASON``); in unpaired data also rows kept by
-            label: ``desirable`` (chosen) and ``undesirable`` (rejected).
+            label: ``desirable`` (chosen) and ``undesirable`` (rejected); ``inverted``: rows whose chosen answer scores lower.
+        unread_columns: columns of the rows that were not read.
         has_rejected: False for supervised data, whose rejected sequences are all empty; manifests without the field hold pairs.
         unpaired: True for unpaired data, whose rows have a chosen or a rejected response each, not both (``has_rejected`` is True
             then, even if no row has the label false); manifests without the field hold other data.
@@ -67,8 +69,10 @@ class Manifest:
     overlong: str = ""
     max_prompt_length: int | None = None
     format: str = ""
+    on_inverted: str = "keep"
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    unread_columns: list[str] = dataclasses.field(default_factory=list)
     has_rejected: bool = True
     unpaired: bool = False
     num_pairs: int = 0

@@ -9,7 +9,7 @@ from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import EncodedPair, LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.official import encode_official, render_official
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
-from megatron_rmipo.data.reading.formats import FORMATS
+from megatron_rmipo.data.layouts.formats import FORMATS
 from megatron_rmipo.data.reading.rows import RowFault, Turn
 from megatron_rmipo.errors import DataError
 from tests.data.pairs import pair_of

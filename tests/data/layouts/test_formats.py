@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.data.reading.formats import FORMATS, recognise_format, refuse_mixed, transcript_turns
+from megatron_rmipo.data.layouts.formats import FORMATS, recognise_format, refuse_mixed
+from megatron_rmipo.data.layouts.reader import parse_row
+from megatron_rmipo.data.layouts.transcripts import transcript_turns
 from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, Turn
 from megatron_rmipo.errors import DataError
 from tests.data.pairs import pair_of
@@ -77,7 +79,7 @@ ROWS: list[tuple[str, dict[str, Any], PreferencePair]] = [
 @pytest.mark.parametrize(("name", "row", "pair"), ROWS)
 def test_every_shape_is_recognised_and_read(name: str, row: dict[str, Any], pair: PreferencePair) -> None:
     assert recognise_format([row]) == name
-    assert FORMATS[name](row) == pair
+    assert parse_row(row, FORMATS[name]) == pair
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_every_shape_is_recognised_and_read(name: str, row: dict[str, Any], pair
 )
 def test_every_supervised_shape_is_recognised_and_read(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
     assert recognise_format([row]) == "supervised"
-    assert FORMATS["supervised"](row) == pair_of(prompt, "Because.", None)
+    assert parse_row(row, FORMATS["supervised"]) == pair_of(prompt, "Because.", None)
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -114,21 +116,31 @@ def test_every_unpaired_shape_is_recognised_and_its_answer_placed_by_the_label(r
     assert FORMATS["unpaired"]({**row, "label": int(label)}) == expected
 
 
-@pytest.mark.parametrize("label", [None, 0, 1, 7, "good"])
-def test_no_other_label_makes_a_row_unpaired(label: object) -> None:
-    assert recognise_format([{"prompt": "Why?", "completion": "Because.", "label": label}]) == "supervised"
+@pytest.mark.parametrize("label", [False, 0, 1, -1, 0.0, "no", 7, "good"])
+def test_any_label_but_null_makes_a_row_unpaired(label: object) -> None:
+    row = {"prompt": "Why?", "completion": "Because.", "label": label}
+    assert recognise_format([row]) == "unpaired"
+    assert recognise_format([{**row, "label": None}]) == "supervised"
+    with pytest.raises(RowFault) as fault:
+        refuse_mixed(row, "supervised")
+    assert (fault.value.reason, fault.value.field) == ("mixed", "label")
 
 
-def test_a_label_beside_a_pair_changes_nothing() -> None:
-    row = {**ROWS[0][1], "label": False}
-    assert recognise_format([row]) == "strings"
-    refuse_mixed(row, "strings")
-    assert FORMATS["strings"](row) == PAIR
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    ("yes", "no"), [(1, 0), (1, -1), (1.0, 0.0), ("true", "False"), ("YES", "no"), ("1", "-1"), ("1.0", "0"), (True, False)]
+)
+def test_a_label_is_read_in_every_writing(yes: object, no: object, column: str) -> None:
+    good, bad = ({"prompt": "Why?", "completion": "Because.", column: label} for label in (yes, no))
+    assert recognise_format([good, bad]) == "unpaired"
+    assert FORMATS["unpaired"](good) == pair_of((USER,), "Because.", None)
+    assert FORMATS["unpaired"](bad) == pair_of((USER,), None, "Because.")
 
 
-@pytest.mark.parametrize("label", ["good", "true", 2, -1, 1.0, [True]])
+@pytest.mark.parametrize("label", ["good", "truly", 2, -2, 0.5, [True], {"a": 1}])
 def test_a_label_that_is_neither_true_nor_false_is_named(label: object) -> None:
-    with pytest.raises(RowFault, match=re.escape(f"true or false expected (or 1 or 0), found {type(label).__name__} ")) as fault:
+    expected = f"true/false, yes/no, 1/0 or 1/-1 expected, found {type(label).__name__} "
+    with pytest.raises(RowFault, match=re.escape(expected)) as fault:
         FORMATS["unpaired"]({"prompt": "Why?", "completion": "Because.", "label": label})
     assert (fault.value.reason, fault.value.field) == ("bad_label", "label")
     assert repr(label) in fault.value.message
@@ -178,7 +190,7 @@ def test_the_other_kind_of_row_is_refused(name: str) -> None:
 
 def test_a_row_of_another_kind_is_told_the_remedy() -> None:
     with pytest.raises(
-        RowFault, match="an answer labelled False in supervised data; use --format unpaired, or remove the column"
+        RowFault, match="an answer labelled False in supervised data; use --format unpaired, or --ignore-columns label"
     ):
         refuse_mixed({"prompt": "Why?", "response": "x", "label": False}, "supervised")
     with pytest.raises(RowFault, match=r"a pair in unpaired data; name its format with --format$"):
@@ -216,7 +228,12 @@ def test_an_unknown_format_names_the_columns_and_the_flags() -> None:
         ("unpaired", {"messages": messages(USER), "label": False}, "bad_turns", "messages"),
         ("messages", {"chosen": messages(USER), "rejected": messages(USER)}, "bad_turns", "chosen"),
         ("messages", {"chosen": [], "rejected": []}, "empty_response", "chosen"),
-        ("messages", {"chosen": messages(USER, answer("a")), "rejected": messages(answer("b"))}, "prompt_mismatch", "rejected"),
+        (
+            "messages",
+            {"chosen": messages(USER, answer("a")), "rejected": messages(Turn("user", "Who?"), answer("b"))},
+            "prompt_mismatch",
+            "rejected",
+        ),
         ("messages", {"chosen": [{"role": "narrator", "content": "x"}], "rejected": []}, "malformed", "chosen"),
         ("messages", {"chosen": [{"role": "user", "content": 1}], "rejected": []}, "not_text", "chosen"),
         ("messages", {"chosen": [{"role": "user", "content": [{"type": "image"}]}], "rejected": []}, "not_text", "chosen"),

@@ -1,0 +1,1 @@
+"""Rows of any layout -> the turns of a preference pair."""

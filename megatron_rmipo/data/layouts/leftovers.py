@@ -1,0 +1,74 @@
+"""Columns that a format does not read: those that would change what is learned are refused, the others are named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from megatron_rmipo.data.layouts.formats import FORMATS
+from megatron_rmipo.data.layouts.messages import is_empty
+from megatron_rmipo.data.layouts.scores import SCORE_NAMES
+from megatron_rmipo.data.reading.rows import PreferencePair, Row, shown
+from megatron_rmipo.errors import DataError
+
+# Without capitals, and without what stands between words.
+_MEANINGFUL = frozenset(
+    {
+        *("prompt", "instruction", "instructions", "question", "query", "input", "inputs", "context", "history"),
+        *("system", "systemprompt", "systemmessage", "conversation", "conversations", "messages"),
+        *("tools", "functions", "toolcalls", "documents", "thinking", "reasoning", "reasoningcontent", "chattemplatekwargs"),
+        *("image", "images", "video", "videos", "audio", "audios", "chosenimages", "rejectedimages"),
+        *("label", "labels", "ktotag", "winner", "preference", "preferencestrength", "overallpreference"),
+        *("rejectedresponse", "rejectedmessages"),
+    }
+)
+
+
+def is_meaningful(name: str) -> bool:
+    """Whether a column of that name would change what is learned, were it read."""
+    return re.sub("[^a-z]", "", name.lower()) in _MEANINGFUL
+
+
+def unread_columns(row: Row, expected: frozenset[str], pair: PreferencePair) -> list[str]:
+    """The columns of a row that are not expected and say something that the pair does not hold.
+
+    Args:
+        row: columns under our names.
+        expected: those that are read, or known to be left out.
+        pair: what was read of the row. A text that is one of its turns was read.
+    """
+    texts = {turn.content.strip() for turn in (*pair.prompt, *pair.responses.values())}
+    return [
+        name
+        for name in row
+        if name not in expected
+        and not is_empty(value := row[name])
+        and not (isinstance(value, str) and value.strip() in texts)
+        and not (name == "metadata" and isinstance(value, Mapping) and not SCORE_NAMES.isdisjoint(value))
+    ]
+
+
+def refuse_meaningful(unread: Mapping[str, object], form: str) -> None:
+    """Refuse columns that change what is learned.
+
+    Args:
+        unread: names of columns nobody reads, each with a value of it.
+        form: the data set's format.
+
+    Raises:
+        DataError: naming them, the formats that read them, and how to leave them out.
+    """
+    found = [name for name in unread if is_meaningful(name)]
+    if not found:
+        return
+    lines = [f"  {name}, such as {shown(unread[name])}{_read_by(name)}" for name in found]
+    raise DataError(
+        f"format {form} does not read these columns, which would change what is learned:\n"
+        + "\n".join(lines)
+        + f"\nUse them with --format or --columns, or say --ignore-columns {','.join(found)}."
+    )
+
+
+def _read_by(name: str) -> str:
+    readers = [form for form, made in FORMATS.items() if name in made.reads]
+    return f" (read by --format {' or '.join(readers)})" if readers else ""
