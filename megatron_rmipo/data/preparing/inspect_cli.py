@@ -119,11 +119,12 @@ def describe_store(store: PairStore) -> str:
     """Where the data set comes from, what was left out, and histograms of its lengths."""
     manifest = store.manifest
     counts = ", ".join(f"{name} {count}" for name, count in manifest.counts.items())
+    template = manifest.template_name + (f" as of {manifest.template_date}" if manifest.template_date else "")
     lines = [
         f"{store.prefix}: {len(store)} {manifest.kind}, {manifest.num_tokens} tokens",
         f"  from {', '.join(str(source['name']) for source in manifest.sources)} (format {manifest.format})",
         f"  rows: {counts}",
-        f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {manifest.template_name}",
+        f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {template}",
         f"  at most {manifest.seq_length} tokens, longer ones: {manifest.overlong}",
     ]
     of_pairs = manifest.has_rejected and not manifest.unpaired

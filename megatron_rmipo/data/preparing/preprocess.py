@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
-from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
+from megatron_rmipo.data.encoding.tokenize import BOS_POLICIES, PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.preparing.rejects import RejectsFile
 from megatron_rmipo.data.preparing.row_progress import RowProgress
 from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
@@ -35,6 +35,8 @@ class PreprocessOptions:
     format: str | None = None
     columns: str | None = None
     chat_template: str | None = None
+    bos: str = BOS_POLICIES[0]
+    template_date: str | None = None
     seq_length: int = 2048
     overlong: str = "left-truncate-prompt"
     max_prompt_length: int | None = None
@@ -72,7 +74,9 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     require_columns(peeked, columns)
     row_format = options.format or recognise_format(rename_columns(row, columns) for row in peeked)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
-    template = load_template(options.chat_template, tokenizer)
+    template = load_template(options.chat_template, tokenizer, bos=options.bos, date=options.template_date)
+    for note in template.notes:
+        print(f"note: {note}", file=sys.stderr)
     PairEncoder(tokenizer, template, policy)  # refuses before any work what cannot work
     rows = RowOptions(row_format, columns, options.keep_ties)
     manifest = Manifest(
@@ -80,6 +84,8 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         tokenizer_name=options.tokenizer_model,
         template_name=template.name,
         template_hash=template.digest,
+        template_date=template.date_written,
+        bos=template.bos,
         seq_length=policy.seq_length,
         overlong=policy.overlong,
         max_prompt_length=policy.max_prompt_length,
@@ -111,11 +117,12 @@ def _write_all(
 ) -> dict[str, int]:
     """Write every batch as it comes; counts by what happened to the rows."""
     totals = [source.num_rows for source in sources]
-    num_rows = num_truncated = 0
+    num_rows = num_truncated = num_left_out = 0
     with RowProgress(None if None in totals else sum(filter(None, totals)), options.log_interval) as progress:
         for batch in batches:
             num_rows += batch.num_rows
             num_truncated += batch.num_truncated
+            num_left_out += batch.num_left_out
             for reject in batch.rejects:
                 rejects.add(reject)
                 if reject.reason == "too_long" and options.overlong == "error":
@@ -123,7 +130,9 @@ def _write_all(
             writer.add_all(batch.tokens, batch.lengths)
             progress.advance(batch.num_rows, len(writer), rejects.total)
     by_reason = {f"rejected/{reason}": count for reason, count in sorted(rejects.counts.items())}
-    return {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, "rejected": rejects.total, **by_reason}
+    left_out = {"left_out": num_left_out} if num_left_out else {}
+    counts = {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, **left_out, "rejected": rejects.total}
+    return counts | by_reason
 
 
 def _check_outcome(num_kept: int, rejects: RejectsFile, options: PreprocessOptions) -> None:

@@ -39,6 +39,7 @@ class EncodedBatch:
         lengths: ``[pairs, 3]``.
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.
+        num_left_out: pairs of which the template wrote less than they hold, see :class:`EncodedPair`.
         rejects: rows left out.
     """
 
@@ -46,6 +47,7 @@ class EncodedBatch:
     lengths: npt.NDArray[np.int32]
     num_rows: int
     num_truncated: int
+    num_left_out: int
     rejects: list[Reject]
 
 
@@ -73,7 +75,7 @@ class BatchEncoder:
         tokens = array.array("I")  # takes a list of integers several times faster than NumPy does
         lengths: list[tuple[int, int, int]] = []
         rejects: list[Reject] = []
-        num_truncated = 0
+        num_truncated = num_left_out = 0
         for row, pair in zip(rows, parsed, strict=True):
             result = next(encoded) if isinstance(pair, PreferencePair) else pair
             if isinstance(result, RowFault):
@@ -83,11 +85,13 @@ class BatchEncoder:
                 tokens.fromlist(part)
             lengths.append((len(result.prompt), len(result.chosen), len(result.rejected)))
             num_truncated += result.truncated
+            num_left_out += result.left_out
         return EncodedBatch(
             np.array(tokens, dtype=np.int32),
             np.array(lengths, dtype=np.int32).reshape(-1, 3),
             len(rows),
             num_truncated,
+            num_left_out,
             rejects,
         )
 
