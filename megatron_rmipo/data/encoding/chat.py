@@ -104,10 +104,9 @@ class ChatTemplate:
             if self.tool_source is not None and variables.get("tools") is not None:
                 source = self.tool_source
         given = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return compiled(source, self.date, self.answer is not None)(
-                **given, messages=messages, add_generation_prompt=add_generation_prompt
-            )
+            return compiled(source, self.date, self.answer is not None)(given)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RowFault("template", "prompt", f"the chat template {self.name} refuses the conversation: {error}") from None
 
@@ -148,7 +147,7 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any], text: str, *, renew: bool = False
     ) -> Boundary:
         """Where the prompt ends; known from earlier rows whose last role and switches were the same, unless ``renew``."""
-        key = (messages[-1]["role"], *sorted(switches(variables)))
+        key = (messages[-1]["role"], *(sorted(switches(variables)) if variables else ()))
         known = self._boundaries.get(key)
         if known is None or renew or not text.endswith(known.cut):
             known = self._boundaries[key] = self._find_boundary(messages, variables, text)

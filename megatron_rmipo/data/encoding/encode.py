@@ -145,7 +145,8 @@ class PairEncoder:
         """Set BOS and ends, check, and apply the length policy. The lists are changed."""
         left_out = self._shown.check(pair) or not _holds_all(pair, *texts, hidden)
         checked = self._checked_prompt(prompt)
-        ended = [self._ended(ids, *named) for ids, named in zip(responses, pair.responses.items(), strict=True)]
+        named = pair.responses.items()
+        ended = [self._ended(ids, *name) for ids, name in zip(responses, named, strict=True)]
         chosen, rejected = pair.in_place(ended)
         encoded = EncodedPair(checked, chosen or [], rejected or [], left_out=left_out)
         if encoded.chosen == encoded.rejected:

@@ -50,13 +50,12 @@ class EndOfTurn:
         Raises:
             RowFault: the template wrote no end, or text behind it.
         """
-        ends = [ids.index(token) for token in self.tokens if token in ids]
-        if not ends:
+        end = min([ids.index(token) for token in self.tokens if token in ids], default=None)
+        if end is None:
             if self._of_template is not None:
                 raise RowFault("template", field, f"the chat template {self._name} did not end this answer")
             ids.append(self.token)
             return ids
-        end = min(ends)
         behind = ids[end + 1 :]
         if behind and behind != self._behind and self._decode([t for t in behind if t not in self.tokens]).strip():
             raise RowFault("template", field, f"the chat template {self._name} writes text behind the end of this answer")

@@ -50,8 +50,8 @@ def _environment(trusted: bool) -> Environment:
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(source: str, date: str, trusted: bool) -> Callable[..., str]:
-    """A function that renders a template, its variables as keywords.
+def compiled(source: str, date: str, trusted: bool) -> Callable[[dict[str, object]], str]:
+    """A function that renders a template with variables by name.
 
     Args:
         source: the template's text.
@@ -65,7 +65,7 @@ def compiled(source: str, date: str, trusted: bool) -> Callable[..., str]:
     # Template.render would gather the globals anew each time, and that takes longer than to render a short conversation.
     shared, template.globals = {**template.globals, "strftime_now": datetime.date.fromisoformat(date).strftime}, {}
 
-    def render(**variables: object) -> str:
+    def render(variables: dict[str, object]) -> str:
         return "".join(template.root_render_func(template.new_context({**shared, **variables}, shared=True)))
 
     return render

@@ -53,6 +53,7 @@ class ShownCheck:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._source = template.source + (template.tool_source or "")
+        self._shown_whole: set[tuple[str, ...]] = set()  # roles of prompts of plain text, which are shown whole
         self._known: dict[object, frozenset[_Place]] = {}
 
     def check(self, pair: PreferencePair) -> bool:
@@ -66,7 +67,11 @@ class ShownCheck:
             RowFault: the template leaves out something else.
         """
         missing: set[_Place] = set()
-        for field, response in pair.responses.items():
+        responses = pair.responses
+        plain = not pair.variables and not any(turn.fields or not turn.content for turn in (*pair.prompt, *responses.values()))
+        if plain and (roles := tuple([turn.role for turn in pair.prompt])) in self._shown_whole:
+            return False
+        for field, response in responses.items():
             turns = (*pair.prompt, response)
             self._refuse_unnamed(turns, pair.variables, field)
             if self._template.answer is not None:
@@ -82,6 +87,8 @@ class ShownCheck:
             for place in missing:
                 if place.turn == len(pair.prompt) or not self._shows_reasoning(place.what):
                     raise self._fault(place, len(pair.prompt), field)
+        if plain and len(self._shown_whole) < _MOST_FORMS:
+            self._shown_whole.add(roles)
         return bool(missing)
 
     def _left_out(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> frozenset[_Place]:

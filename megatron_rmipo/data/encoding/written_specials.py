@@ -63,10 +63,11 @@ class WrittenSpecials:
 
     def in_turns(self, turns: Iterable[Turn]) -> bool:
         """Whether any turn holds one."""
-        return any(
-            pattern.search(turn.content) or (turn.fields and any(map(pattern.search, strings_in(turn.fields))))
-            for turn, pattern in ((turn, self._in_answers if turn.role == "assistant" else self._any) for turn in turns)
-        )
+        for role, content, fields in turns:
+            pattern = self._in_answers if role == "assistant" else self._any
+            if pattern.search(content) or (fields and any(map(pattern.search, strings_in(fields)))):
+                return True
+        return False
 
     def stand_ins(self, pair: PreferencePair) -> StandIns:
         """What hides the control tokens of a pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,3 +242,28 @@ def test_a_date_is_told_once_and_only_to_templates_that_write_one(tmp_path: Path
         load_template(None, made["chatml"], date="2025-01-02")
     with pytest.raises(DataError, match="--template-date 2025-13-02: not a date"):
         load_template(None, made["smollm3"], date="2025-13-02")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_token_that_the_template_acts_upon_is_left_to_it_unless_it_bounds_turns(special: bool, tmp_path: Path) -> None:
+    shown = "m.content.split('</think>')[-1]"
+    source = STYLES["r1-distill"].source.replace(shown, shown + ".split('<|eos|>')[0]")
+    thinks = ("<think>", "</think>")
+    style = dataclasses.replace(
+        STYLES["r1-distill"],
+        source=source,
+        special=thinks if special else (),
+        ordinary=("<|User|>", *(() if special else thinks)),
+    )
+    save_style(style, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    encoder = PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(4096))
+    pair = PreferencePair((Turn("user", "Why <|User|>?"),), answer("<think>so</think>yes"), answer("no"))
+    result = _encode(encoder, pair)
+    assert isinstance(result, EncodedPair)
+    assert result.left_out
+    assert tokenizer.decode(result.chosen) == "yes<|eos|>"
+    assert result.prompt.count(tokenizer.backend.added_ids["<|User|>"]) == 1
+    fault = _encode(encoder, pair._replace(chosen=answer("so <|eos|> yes")))
+    assert isinstance(fault, RowFault)
+    assert (fault.reason, fault.message) == ("special_token", "the chat template tokenizer acts upon <|eos|> in the row's text")
