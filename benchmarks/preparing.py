@@ -20,7 +20,7 @@ class Recorder:
     """A backend that keeps the texts of every call, and their ids."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend, self.special_ids = backend, backend.special_ids
+        self._backend, self.special_ids, self.added_ids = backend, backend.special_ids, backend.added_ids
         self.calls: list[tuple[str, list[str], list[list[int]]]] = []
         self.decode, self.vocabulary = backend.decode, backend.vocabulary
         self.first, self.continuation, self.plain = (

@@ -52,7 +52,7 @@ def test_made_rows_are_rows_of_about_the_recorded_length(source: str, form: str,
     for row in rows:
         pair = parse_row(row, FORMATS[form])
         prompt = sum(len(tokenizer.encode(turn.content)) for turn in pair.prompt)
-        made.append([prompt, *(len(tokenizer.encode(turn.content)) for turn in pair.responses.values())])
+        made.append([prompt, *(len(tokenizer.encode(response.content)) for response in pair.responses.values())])
     ratios = np.array(made).sum(axis=0) / sizes.sum(axis=0)
     assert ((ratios > 0.6) & (ratios < 1.5)).all(), ratios
     if form == "hh":

@@ -4,7 +4,7 @@ A backend encodes a text in three ways:
 
 - ``first``: as the start of a sequence, special tokens in the text recognised;
 - ``continuation``: as what follows other text: the same, but without the space that many tokenizers put before a sequence;
-- ``plain``: a continuation whose special tokens are ordinary text, for what users wrote.
+- ``plain``: a continuation whose special and other added tokens are ordinary text, for what users wrote.
 
 Encoding prompt and response apart, the response as a continuation, makes the boundary between them exact whatever the vocabulary
 would merge across it. Backends import neither torch nor transformers: each worker process builds one.
@@ -26,6 +26,7 @@ class Backend(Protocol):
     """What :class:`megatron_rmipo.data.encoding.tokenize.PreferenceTokenizer` needs of a tokenizer."""
 
     special_ids: dict[str, int]
+    added_ids: dict[str, int]  # those and what else of the vocabulary is found in a text before it is cut into pieces
 
     def first(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts as starts of sequences. BOS and EOS are not added."""
@@ -34,7 +35,7 @@ class Backend(Protocol):
         """Encode texts as what follows other text."""
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts as what follows other text, special tokens in them being ordinary text."""
+        """Encode texts as what follows other text, added tokens in them being ordinary text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens shown."""
@@ -55,9 +56,9 @@ class HfBackend:
         self._first = Tokenizer.from_str(json.dumps(spec))
         # One and the same where it can be: each keeps its own cache of words.
         self._continuation = self._first if without_prefix == spec else Tokenizer.from_str(json.dumps(without_prefix))
-        self._plain = Tokenizer.from_str(json.dumps(without_prefix))
-        self._plain.encode_special_tokens = True
+        self._plain = Tokenizer.from_str(json.dumps({**without_prefix, "added_tokens": []}))
         added = self._first.get_added_tokens_decoder()
+        self.added_ids = {token.content: index for index, token in added.items()}
         self.special_ids = {token.content: index for index, token in added.items() if token.special}
 
     def first(self, texts: Sequence[str]) -> list[list[int]]:
@@ -124,6 +125,7 @@ class SentencePieceBackend:
         processor = self._with_prefix
         self._pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
         self.special_ids = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
+        self.added_ids = self.special_ids
         self._special = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")") if self.special_ids else None
         # A model that removes extra spaces would also drop the one between prompt and response; its dummy prefix puts that back.
         self._drops_leading_space = not self._without_prefix.normalize(" a").startswith("\u2581")

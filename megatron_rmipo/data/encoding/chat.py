@@ -3,97 +3,88 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
+from megatron_rmipo.data.encoding.jinja import DEFAULT_DATE, compiled, variables_read
 from megatron_rmipo.data.encoding.templates import ANSWER_FORMS, BUILT_IN_TEMPLATES, NEEDED_TOKENS, AnswerForm
-from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
-from megatron_rmipo.data.reading.rows import NOTHING, RowFault, Turn, answer
+from megatron_rmipo.data.encoding.tokenize import BOS_POLICIES, PreferenceTokenizer
+from megatron_rmipo.data.reading.rows import NOTHING, PreferencePair, RowFault, Turn, answer
 from megatron_rmipo.errors import DataError
 
-_PROBE = "qzj"  # letters no template writes itself
+_PROBES = ("qzj", "xkv")  # letters no template writes itself
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_OURS = ("messages", "add_generation_prompt")  # not for a row to set
 
 
-class _GenerationBlock(Extension):
-    """``{% generation %}`` marks the assistant's text in some templates; rendering passes it through."""
+class Boundary(NamedTuple):
+    """Where a template's prompt ends, beside the end of what it renders with a generation prompt.
 
-    tags = {"generation"}  # noqa: RUF012 - the name and form jinja2 asks for
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-@functools.cache
-def _environment(trusted: bool) -> Environment:
-    """The environment chat templates are written for; sandboxed unless trusted, since a template comes with a downloaded model.
-
-    ``strftime_now`` is left out on purpose: templates then write a fixed date, and the same data gives the same ids tomorrow.
+    Attributes:
+        cut: the end of the generation prompt that no finished conversation holds, such as an opened ``<think>``.
+        added: the header of an answer, where a template writes none as a generation prompt.
     """
-    kind = Environment if trusted else ImmutableSandboxedEnvironment
-    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+    cut: str = ""
+    added: str = ""
 
-    def tojson(value: object, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = tojson
-    return environment
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str, trusted: bool) -> Callable[..., str]:
-    template = _environment(trusted).from_string(source)
-    # Template.render would gather the globals anew each time, and that takes longer than to render a short conversation.
-    shared, template.globals = dict(template.globals), {}
-
-    def render(**variables: object) -> str:
-        return "".join(template.root_render_func(template.new_context({**shared, **variables}, shared=True)))
-
-    return render
+    def apply(self, text: str) -> str:
+        """The prompt, from its rendering with a generation prompt."""
+        return text.removesuffix(self.cut) + self.added
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template with the special tokens it may write.
+    """A chat template with what it is given in every conversation.
 
     Attributes:
         name: ``tokenizer``, a built-in name, or a file's name.
         source: its Jinja text.
-        special_tokens: variables such as ``bos_token``.
+        special_tokens: variables of every conversation: ``bos_token`` and the like, ``date_string`` where a date was given.
         answer: how a built-in template writes an answer; None for others, whose conversations are rendered whole to see it.
+        tool_source: the text that is used where a row has tools; None where that is ``source``, too.
+        date: today, for templates that ask (YYYY-MM-DD).
+        bos: one of ``BOS_POLICIES``: whether the prompt starts with BOS.
     """
 
     name: str
     source: str
     special_tokens: dict[str, str]
     answer: AnswerForm | None = None
+    tool_source: str | None = None
+    date: str = DEFAULT_DATE
+    bos: str = BOS_POLICIES[0]
+    _boundaries: dict[object, Boundary] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
         """sha256 of the template's text."""
-        return hashlib.sha256(self.source.encode()).hexdigest()
+        return hashlib.sha256((self.source + (self.tool_source or "")).encode()).hexdigest()
 
     @property
     def verbatim(self) -> bool:
         """Whether texts are rendered already, so that special tokens in them are meant."""
         return self.name == "none"
 
+    @functools.cached_property
+    def variables_read(self) -> frozenset[str]:
+        """Names of the variables it reads."""
+        return variables_read(self.source) | variables_read(self.tool_source or "")
+
+    @property
+    def date_written(self) -> str:
+        """The date that a conversation may show, empty where the template asks for none."""
+        return self.date if "strftime_now" in self.variables_read or "date_string" in self.special_tokens else ""
+
     def render(self, turns: Sequence[Turn], variables: Mapping[str, Any] = NOTHING, *, add_generation_prompt: bool) -> str:
-        """The conversation as text.
+        """The conversation as text, as ``apply_chat_template`` of transformers gives it.
 
         Args:
             turns: its messages.
@@ -103,16 +94,31 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses it.
         """
-        return self._render(_messages(turns), variables, add_generation_prompt)
+        return self._render(messages_of(turns), variables, add_generation_prompt)
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
+        source = self.source
+        if variables:
+            if taken := [name for name in _OURS if name in variables]:
+                raise RowFault("template", "", f"{taken[0]} is not for a row to set; leave it out of chat_template_kwargs")
+            if self.tool_source is not None and variables.get("tools") is not None:
+                source = self.tool_source
         given = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return _compiled(self.source, self.answer is not None)(
-                **given, messages=messages, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return compiled(source, self.date, self.answer is not None)(given)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RowFault("template", "prompt", f"the chat template {self.name} refuses the conversation: {error}") from None
+
+    def render_prompt(self, prompt: Sequence[Turn], variables: Mapping[str, Any] = NOTHING) -> str:
+        """The prompt up to where an answer starts.
+
+        Raises:
+            RowFault: the template refuses the conversation, or has no boundary.
+        """
+        messages = messages_of(prompt)
+        text = self._render(messages, variables, True)
+        return text if self.answer is not None else self._boundary(messages, variables, text).apply(text)
 
     def render_pair(
         self, prompt: Sequence[Turn], responses: Sequence[Turn], variables: Mapping[str, Any] = NOTHING
@@ -122,38 +128,122 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
         """
-        messages = _messages(prompt)
-        prompt_text = self._render(messages, variables, True)
+        messages = messages_of(prompt)
+        text = self._render(messages, variables, True)
         if self.answer is not None:
-            return prompt_text, [self.answer.render(response.content, self.special_tokens) for response in responses]
-        response_texts = []
-        for response in responses:
-            whole = self._render([*messages, *_messages((response,))], variables, False)
-            if not whole.startswith(prompt_text):
-                raise RowFault(
-                    "template",
-                    "prompt",
-                    f"the chat template {self.name} renders the prompt differently once an answer follows: there is no boundary",
-                )
-            response_texts.append(whole[len(prompt_text) :])
-        return prompt_text, response_texts
+            return text, [self.answer.render(response.content, self.special_tokens) for response in responses]
+        wholes = [self._render([*messages, *messages_of((response,))], variables, False) for response in responses]
+        for renew in (False, True):  # a boundary known from earlier rows may depend on what this one says
+            prompt_text = self._boundary(messages, variables, text, renew=renew).apply(text)
+            if all(whole.startswith(prompt_text) for whole in wholes):
+                return prompt_text, [whole[len(prompt_text) :] for whole in wholes]
+        raise self._no_boundary()
+
+    def render_row(self, pair: PreferencePair) -> tuple[str, list[str]]:
+        """:meth:`render_pair` of a row."""
+        return self.render_pair(pair.prompt, tuple(pair.responses.values()), pair.variables)
+
+    def _boundary(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any], text: str, *, renew: bool = False
+    ) -> Boundary:
+        """Where the prompt ends; known from earlier rows whose last role and switches were the same, unless ``renew``."""
+        key = (messages[-1]["role"], *(sorted(switches(variables)) if variables else ()))
+        known = self._boundaries.get(key)
+        if known is None or renew or not text.endswith(known.cut):
+            known = self._boundaries[key] = self._find_boundary(messages, variables, text)
+        return known
+
+    def _find_boundary(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], text: str) -> Boundary:
+        """The longest common beginning of the prompt with its generation prompt and of the conversation with any answer."""
+        bare = self._render(messages, variables, False)
+        wholes = [self._render([*messages, *messages_of((answer(probe),))], variables, False) for probe in _PROBES]
+        finished = _common_beginning(*wholes)
+        if finished.startswith(text):
+            header = finished[len(text) :].rstrip(" ")  # a space is the answer's: tokens join it to the first word
+            return Boundary(added=header if text == bare and header.strip() else "")
+        shared = _common_beginning(text, finished)
+        if len(shared) < len(_common_beginning(text, bare)):
+            raise self._no_boundary()
+        return Boundary(cut=text[len(shared) :])
+
+    def _no_boundary(self) -> RowFault:
+        return RowFault(
+            "template",
+            "prompt",
+            f"the chat template {self.name} renders the prompt differently once an answer follows: there is no boundary",
+        )
+
+    @functools.cached_property
+    def plain_boundary(self) -> Boundary:
+        """That of a plain question."""
+        if self.answer is not None:
+            return Boundary()
+        messages = messages_of((Turn("user", "x"),))
+        return self._boundary(messages, NOTHING, self._render(messages, NOTHING, True))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know who did not write it, a sentence each."""
+        notes = []
+        cut, added = self.plain_boundary
+        if self.date_written:
+            notes.append(f"the chat template writes today's date; these data have {self.date_written} (--template-date)")
+        if cut:
+            notes.append(
+                f"the generation prompt ends with {cut!r}, which no finished answer holds: the prompt ends before it, and "
+                "what is trained is the answer as the template writes it in a conversation"
+            )
+        if added:
+            notes.append(
+                f"the chat template has no generation prompt: {added!r} belongs to the prompt, and has to be put behind it at "
+                "inference, too"
+            )
+        return notes
 
     @functools.cached_property
     def closing(self) -> str:
         """What the template writes behind an answer."""
-        _, (text,) = self.render_pair((Turn("user", "x"),), (answer(_PROBE),))
-        return text.rpartition(_PROBE)[2]
+        _, (text,) = self.render_pair((Turn("user", "x"),), (answer(_PROBES[0]),))
+        return text.rpartition(_PROBES[0])[2]
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
+def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as templates read them; reasoning under each of its names, as transformers hands it over."""
+    messages = []
+    for turn in turns:
+        message = {"role": turn.role, "content": turn.content}
+        if turn.fields:
+            message |= {name: value for name, value in turn.fields.items() if value is not None}
+            reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
+            if reasoning is not None:
+                message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        messages.append(message)
+    return messages
 
 
-def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTemplate:
+def _common_beginning(one: str, other: str) -> str:
+    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))]
+
+
+def switches(variables: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What may change the form of a conversation: which variables there are, and the values of yes, no and numbers."""
+    return [(name, repr(value) if isinstance(value, bool | int) else "") for name, value in variables.items()]
+
+
+def load_template(
+    choice: str | None, tokenizer: PreferenceTokenizer, *, bos: str = BOS_POLICIES[0], date: str | None = None
+) -> ChatTemplate:
     """The template of ``--chat-template``: None for the tokenizer's own, a built-in name, or a file.
 
+    Args:
+        choice: which.
+        tokenizer: whose special tokens it may write.
+        bos: one of ``BOS_POLICIES``.
+        date: that of ``--template-date``; None for the default.
+
     Raises:
-        DataError: there is none, it cannot be parsed, cannot render a plain question and answer, or does not fit the tokenizer.
+        DataError: there is none, it cannot be parsed, cannot render a plain question and answer, or does not fit the tokenizer;
+            the date is none, or the template writes none.
     """
     special_tokens = tokenizer.spec.special_tokens
     if choice is None:
@@ -162,10 +252,11 @@ def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTem
                 f"{tokenizer.spec.name}: the tokenizer has no chat template.\n"
                 f"Choose one with --chat-template: {', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file."
             )
-        template = ChatTemplate("tokenizer", tokenizer.chat_template, special_tokens)
+        tool_source = tokenizer.spec.tool_template
+        template = ChatTemplate("tokenizer", tokenizer.chat_template, special_tokens, tool_source=tool_source, bos=bos)
     elif choice in BUILT_IN_TEMPLATES:
         special_tokens = {"bos_token": "", "eos_token": "", **special_tokens}
-        template = ChatTemplate(choice, BUILT_IN_TEMPLATES[choice], special_tokens, ANSWER_FORMS[choice])
+        template = ChatTemplate(choice, BUILT_IN_TEMPLATES[choice], special_tokens, ANSWER_FORMS[choice], bos=bos)
         missing = [token for token in NEEDED_TOKENS.get(choice, ()) if token not in tokenizer.backend.special_ids]
         if missing:
             raise DataError(
@@ -173,9 +264,23 @@ def load_template(choice: str | None, tokenizer: PreferenceTokenizer) -> ChatTem
                 "it would break them into pieces. Choose the template your model was made with."
             )
     else:
-        template = ChatTemplate(Path(choice).name, _read_template(choice), special_tokens)
+        template = ChatTemplate(Path(choice).name, _read_template(choice), special_tokens, bos=bos)
     _check(template)
-    return template
+    return template if date is None else _dated(template, date)
+
+
+def _dated(template: ChatTemplate, date: str) -> ChatTemplate:
+    """The template on another day: told to those that ask, and as ``date_string`` to those that have a day of their own."""
+    try:
+        day = datetime.date.fromisoformat(date)
+    except ValueError:
+        raise DataError(f"--template-date {date}: not a date of the form {DEFAULT_DATE}.") from None
+    if "date_string" in template.variables_read:
+        tokens = {**template.special_tokens, "date_string": day.strftime("%d %b %Y")}
+        template = dataclasses.replace(template, special_tokens=tokens)
+    elif "strftime_now" not in template.variables_read:
+        raise DataError(f"--template-date {date}: the chat template {template.name} writes no date. Leave the flag out.")
+    return dataclasses.replace(template, date=day.isoformat())
 
 
 def _read_template(choice: str) -> str:
@@ -197,8 +302,8 @@ def _read_template(choice: str) -> str:
 
 def _check(template: ChatTemplate) -> None:
     try:
-        _, (rendered,) = template.render_pair((Turn("user", "x"),), (answer(_PROBE),))
+        _, (rendered,) = template.render_pair((Turn("user", "x"),), (answer(_PROBES[0]),))
     except RowFault as fault:
         raise DataError(f"--chat-template {template.name}: cannot render a plain question and answer. {fault.message}.") from None
-    if _PROBE not in rendered:
+    if _PROBES[0] not in rendered:
         raise DataError(f"--chat-template {template.name}: leaves out the assistant's answer (it wrote {rendered!r}).")

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megatron_rmipo.data.encoding.chat import ChatTemplate
+from megatron_rmipo.data.encoding.ends import EndOfTurn
 from megatron_rmipo.data.encoding.official import encode_official, render_official
 from megatron_rmipo.data.encoding.shorten import shorten_prompt
-from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, with_one_bos
-from megatron_rmipo.data.encoding.written_specials import WrittenSpecials
+from megatron_rmipo.data.encoding.shown import ShownCheck
+from megatron_rmipo.data.encoding.tokenize import BOS_POLICIES, PreferenceTokenizer, with_one_bos, without_bos
+from megatron_rmipo.data.encoding.written_specials import StandIns, WrittenSpecials
 from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, Turn
 from megatron_rmipo.errors import DataError
 
@@ -24,13 +26,18 @@ _FEW_TOKENS = 4  # a response this short may be markup alone
 class EncodedPair:
     """Token ids of a pair; a response that the row does not have is empty.
 
-    ``truncated`` says that the prompt (or, by the official policy, a response) was cut.
+    Attributes:
+        prompt, chosen, rejected: the ids.
+        truncated: the prompt (or, by the official policy, a response) was cut.
+        left_out: the template left out reasoning of earlier turns, or wrote an assistant's text otherwise than it is, as those do
+            that drop what stands before ``</think>``.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     truncated: bool = False
+    left_out: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +83,7 @@ class LengthPolicy:
 class PairEncoder:
     """Encodes pairs with one tokenizer, template and length policy.
 
-    Special tokens that users wrote into a turn are encoded as ordinary text: nothing but the template can end a response. Not so
+    Control tokens that users wrote into a row are encoded as ordinary text: nothing but the template can end a response. Not so
     with the ``none`` template, whose texts are rendered already, nor by the official policy.
 
     Raises:
@@ -86,15 +93,14 @@ class PairEncoder:
     def __init__(self, tokenizer: PreferenceTokenizer, template: ChatTemplate, policy: LengthPolicy) -> None:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend
         self._template, self._policy = template, policy
-        self._bos, self._eos = tokenizer.info.bos_token_id, tokenizer.info.eos_token_id
-        self._written = WrittenSpecials(self._backend)
+        self._bos = tokenizer.info.bos_token_id
         self._special_ids = frozenset(self._backend.special_ids.values())
-        self._stop = self._closing_token()
-        if self._stop is None and self._eos is None:
-            raise DataError(
-                f"{tokenizer.spec.name}: the tokenizer has no EOS token and the chat template {template.name} ends answers with "
-                "no special token, so a response would have no end. Choose a template with an end-of-turn token."
-            )
+        self._end = EndOfTurn(tokenizer, template)
+        ends = [token for token, index in self._backend.added_ids.items() if index in self._end.tokens]
+        self._written = WrittenSpecials(self._backend, template, (*tokenizer.spec.control_tokens, *ends))
+        self._shown = ShownCheck(template)
+        if policy.overlong == "official" and template.bos != BOS_POLICIES[0]:
+            raise DataError(f"--bos {template.bos}: --overlong official puts BOS as the authors do. Leave one of the two out.")
 
     def encode(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair | RowFault]:
         """Encode pairs, in order; a pair that cannot be used gives its fault."""
@@ -108,31 +114,41 @@ class PairEncoder:
         for pair, result in zip(pairs, rendered, strict=True):
             if isinstance(result, tuple):
                 answers = list(itertools.islice(responses, len(result[1])))
-                results.append(_fault_or(self._finish, pair, next(prompts), answers))
+                results.append(_fault_or(self._finish, pair, result, next(prompts), answers))
             else:
                 results.append(result)
         return results
 
     def _render(self, pair: PreferencePair) -> tuple[str, list[str]] | EncodedPair:
-        """Prompt and response texts, to be encoded with other pairs'; a pair with written special tokens is encoded at once."""
+        """Prompt and response texts, to be encoded with other pairs'; a pair with written control tokens is encoded at once."""
         if not self._template.verbatim and self._written.in_pair(pair):
             return self._encode_with_stand_ins(pair)
-        return self._template.render_pair(pair.prompt, tuple(pair.responses.values()), pair.variables)
+        return self._template.render_row(pair)
 
     def _encode_official(self, pair: PreferencePair) -> EncodedPair:
         assert self._policy.max_prompt_length is not None
+        left_out = self._shown.check(pair)
         prompt, *responses = render_official(self._template, pair)
         limits = self._policy.seq_length, self._policy.max_prompt_length
         ids, ended, truncated = encode_official(self._tokenizer, prompt, responses, *limits)
         chosen, rejected = pair.in_place(ended)
-        return EncodedPair(ids, chosen or [], rejected or [], truncated)
+        return EncodedPair(ids, chosen or [], rejected or [], truncated, left_out)
 
-    def _finish(self, pair: PreferencePair, prompt: list[int], responses: Sequence[list[int]]) -> EncodedPair:
+    def _finish(
+        self,
+        pair: PreferencePair,
+        texts: tuple[str, list[str]],
+        prompt: list[int],
+        responses: Sequence[list[int]],
+        hidden: StandIns | None = None,
+    ) -> EncodedPair:
         """Set BOS and ends, check, and apply the length policy. The lists are changed."""
+        left_out = self._shown.check(pair) or not _holds_all(pair, *texts, hidden)
         checked = self._checked_prompt(prompt)
-        ended = [self._ended(ids, *named) for ids, named in zip(responses, pair.responses.items(), strict=True)]
+        named = pair.responses.items()
+        ended = [self._ended(ids, *name) for ids, name in zip(responses, named, strict=True)]
         chosen, rejected = pair.in_place(ended)
-        encoded = EncodedPair(checked, chosen or [], rejected or [])
+        encoded = EncodedPair(checked, chosen or [], rejected or [], left_out=left_out)
         if encoded.chosen == encoded.rejected:
             raise RowFault("identical", "rejected", "both responses have the same tokens")
         if encoded.num_tokens <= self._policy.seq_length:
@@ -140,31 +156,26 @@ class PairEncoder:
         if self._policy.overlong != "left-truncate-prompt":
             raise RowFault("too_long", "", f"{encoded.num_tokens} tokens, --seq-length is {self._policy.seq_length}")
         room = self._policy.seq_length - (encoded.num_tokens - len(encoded.prompt))
-        return dataclasses.replace(encoded, prompt=self._shortened(pair, encoded.prompt, room), truncated=True)
+        return dataclasses.replace(encoded, prompt=self._shortened(pair, encoded.prompt, room, hidden), truncated=True)
 
     def _checked_prompt(self, ids: list[int]) -> list[int]:
-        prompt = with_one_bos(ids, self._bos)
+        prompt = self._with_bos(ids)
         if not prompt or prompt == [self._bos]:
             raise RowFault("empty_prompt", "prompt", "the prompt encodes to no tokens")
         return prompt
 
-    def _closing_token(self) -> int | None:
-        """The special token with which the template ends an answer."""
-        return next((i for i in self._backend.continuation([self._template.closing])[0] if i in self._special_ids), None)
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """The prompt as ``--bos`` has it; the built-in templates leave BOS to us."""
+        if self._template.bos == "never":
+            return without_bos(ids, self._bos)
+        as_rendered = self._template.bos == "template" and self._template.answer is None
+        return ids if as_rendered else with_one_bos(ids, self._bos)
 
     def _ended(self, ids: list[int], field: str, response: Turn) -> list[int]:
-        """The response with its end-of-turn token (the template's, else EOS) at its end, exactly once."""
-        if self._template.verbatim:
-            ids = self._verbatim_ended(ids, field)
-        elif self._stop is None:
-            assert self._eos is not None
-            ids.append(self._eos)
-        else:
-            try:
-                del ids[ids.index(self._stop) + 1 :]
-            except ValueError:
-                raise RowFault("template", field, f"the chat template {self._template.name} did not end this answer") from None
-        if len(ids) <= _FEW_TOKENS and (len(ids) == 1 or not self._backend.plain([response.content.strip()])[0]):
+        """The response with its end of turn at its end, exactly once."""
+        ids = self._verbatim_ended(ids, field) if self._template.verbatim else self._end.close(ids, field)
+        bare = len(ids) <= _FEW_TOKENS and not response.fields
+        if bare and (len(ids) == 1 or not self._backend.plain([response.content.strip()])[0]):
             raise RowFault("empty_response", field, f"the response encodes to no tokens: {response.content[:40]!r}")
         return ids
 
@@ -172,20 +183,19 @@ class PairEncoder:
         """A rendered response up to and with its first special token, behind which only white space may stand, else with EOS."""
         special = self._special_ids
         start = next((i for i, token in enumerate(ids) if token in special), len(ids))
-        opens = start < len(ids) and ids[start] == self._bos != self._eos
+        opens = start < len(ids) and ids[start] == self._bos != self._tokenizer.info.eos_token_id
         rest = [token for token in ids[start + 1 :] if token not in special]
         if opens or self._tokenizer.decode(rest).strip():
             raise RowFault("special_token", field, "a special token stands inside the response, with text behind it")
-        assert self._eos is not None
-        return ids[: start + 1] if start < len(ids) else [*ids, self._eos]
+        return ids[: start + 1] if start < len(ids) else [*ids, self._end.token]
 
-    def _shortened(self, pair: PreferencePair, prompt: list[int], room: int) -> list[int]:
+    def _shortened(self, pair: PreferencePair, prompt: list[int], room: int, hidden: StandIns | None) -> list[int]:
         """The prompt in at most ``room`` tokens: by turns and text where there is a template, else by tokens, BOS staying."""
         if self._template.verbatim:
-            num_bos = int(self._bos is not None)
+            num_bos = int(prompt[0] == self._bos)
             shorter = prompt[:num_bos] + prompt[num_bos - room :] if room > num_bos else None
         else:
-            shorter = shorten_prompt(pair.prompt, room, lambda turns: self._encode_prompt(turns, pair.variables))
+            shorter = shorten_prompt(pair.prompt, room, lambda turns: self._encode_prompt(turns, pair.variables, hidden))
         if shorter is None:
             raise RowFault(
                 "response_too_long",
@@ -195,26 +205,31 @@ class PairEncoder:
             )
         return shorter
 
-    def _encode_prompt(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> list[int]:
-        if not self._written.in_turns(turns):
-            ids = self._backend.first([self._template.render(turns, variables, add_generation_prompt=True)])[0]
-        else:
-            base = self._written.free_base(turn.content for turn in turns)
-            text = self._template.render(self._written.hide_turns(turns, base), variables, add_generation_prompt=True)
-            ids = self._written.encode(text, base, first=True)
-        return with_one_bos(ids, self._bos)
+    def _encode_prompt(self, turns: Sequence[Turn], variables: Mapping[str, Any], hidden: StandIns | None) -> list[int]:
+        if hidden is None:
+            return self._with_bos(self._backend.first([self._template.render_prompt(turns, variables)])[0])
+        text = self._template.render_prompt(hidden.hide_turns(turns), hidden.hide_variables(variables))
+        return self._with_bos(hidden.encode(text, first=True))
 
     def _encode_with_stand_ins(self, pair: PreferencePair) -> EncodedPair:
-        """Encode a pair in which users wrote special tokens; an end that stands behind a response already is dropped."""
-        ends = {token for token in (self._eos, self._stop) if token is not None}
+        """Encode a pair in which users wrote control tokens; an end that stands behind a response already is dropped."""
+        ends = self._end.tokens
         answers = [turn._replace(content=self._written.without_trailing(turn.content, ends)) for turn in pair.responses.values()]
-        base = self._written.free_base(turn.content for turn in (*pair.prompt, *answers))
-        hidden = self._written.hide_turns(pair.prompt, base)
-        prompt, responses = self._template.render_pair(hidden, self._written.hide_turns(answers, base), pair.variables)
-        ids = [self._written.encode(text, base, first=False) for text in responses]
         chosen, rejected = pair.in_place(answers)
         pair = pair._replace(chosen=chosen, rejected=rejected)
-        return self._finish(pair, self._written.encode(prompt, base, first=True), ids)
+        hidden = self._written.stand_ins(pair)
+        prompt, responses = self._template.render_row(hidden.hide_pair(pair))
+        ids = [hidden.encode(text, first=False) for text in responses]
+        return self._finish(pair, (prompt, responses), hidden.encode(prompt, first=True), ids, hidden)
+
+
+def _holds_all(pair: PreferencePair, prompt: str, answers: Sequence[str], hidden: StandIns | None) -> bool:
+    """Whether rendered texts hold what each turn of the assistant says."""
+    if hidden is not None:
+        prompt, answers = hidden.show(prompt), [hidden.show(text) for text in answers]
+    return all(response.content.strip() in text for response, text in zip(pair.responses.values(), answers, strict=True)) and all(
+        turn.content.strip() in prompt for turn in pair.prompt if turn.role == "assistant"
+    )
 
 
 def _fault_or(function: Callable[..., _Result], *arguments: Any) -> _Result | RowFault:

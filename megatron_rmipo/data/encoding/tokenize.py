@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_rmipo.data.encoding.backends import Backend, HfBackend, SentencePi
 from megatron_rmipo.data.store.pair_store import TokenizerInfo
 from megatron_rmipo.errors import DataError
 
+BOS_POLICIES = ("template", "always", "never")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -47,6 +49,9 @@ class TokenizerSpec:
         special_tokens: ``bos_token``, ``eos_token`` and the like -> token, as chat templates see them.
         bos_token_id, eos_token_id: None where there is none.
         chat_template: the tokenizer's own Jinja template.
+        tool_template: another one of its own, for conversations with tools; None where it has none.
+        end_token_ids: with which the model may end its turn, by its generation config.
+        control_tokens: added tokens, special or not, that its config says no user may write.
     """
 
     name: str
@@ -55,6 +60,9 @@ class TokenizerSpec:
     bos_token_id: int | None
     eos_token_id: int | None
     chat_template: str | None
+    tool_template: str | None = None
+    end_token_ids: tuple[int, ...] = ()
+    control_tokens: tuple[str, ...] = ()
 
 
 class PreferenceTokenizer:
@@ -129,6 +137,11 @@ def with_one_bos(prompt_ids: Sequence[int], bos_token_id: int | None) -> list[in
     return list(prompt_ids) if start == 1 else [bos_token_id, *prompt_ids[start:]]
 
 
+def without_bos(prompt_ids: Sequence[int], bos_token_id: int | None) -> list[int]:
+    """The prompt without any BOS at its head."""
+    return list(itertools.dropwhile(lambda token: token == bos_token_id, prompt_ids))
+
+
 def load_tokenizer(path_or_name: str) -> PreferenceTokenizer:
     """Load a Hugging Face tokenizer (a directory or a hub name) or a bare sentencepiece ``.model`` file.
 
@@ -192,6 +205,7 @@ def _load_hf(source: str, name: str) -> PreferenceTokenizer:
             f"{name}: {type(tokenizer).__name__} has no fast form (tokenizer.json).\n"
             "Give its sentencepiece .model file instead, or save it once with a fast tokenizer."
         )
+    default, for_tools = _own_templates(tokenizer.chat_template, name)
     return PreferenceTokenizer(
         TokenizerSpec(
             name=name,
@@ -199,16 +213,44 @@ def _load_hf(source: str, name: str) -> PreferenceTokenizer:
             special_tokens={key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            chat_template=_own_template(tokenizer.chat_template, name),
+            chat_template=default,
+            tool_template=for_tools,
+            end_token_ids=_end_token_ids(source),
+            control_tokens=tuple(getattr(tokenizer, "chat_control_tokens", None) or ()),
         )
     )
 
 
-def _own_template(template: str | dict[str, str] | None, name: str) -> str | None:
+def _own_templates(template: str | dict[str, str] | None, name: str) -> tuple[str | None, str | None]:
+    """(the tokenizer's template, that for conversations with tools where it is another)."""
     if not isinstance(template, dict):
-        return template
+        return template, None
     if "default" not in template:
         raise DataError(
             f"{name}: has the chat templates {', '.join(sorted(template))} and none named default. Pass --chat-template FILE."
         )
-    return template["default"]
+    return template["default"], template.get("tool_use")
+
+
+def _end_token_ids(source: str) -> tuple[int, ...]:
+    """``eos_token_id`` of the model's ``generation_config.json``; empty where there is none.
+
+    Raises:
+        DataError: the file cannot be read, or says something else than token ids.
+    """
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:  # a hub name whose other files are at hand, and this one out of reach
+        path = None
+    if path is None:
+        return ()
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise DataError(f"{path}: not a readable generation config ({error}).") from None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(index, int) for index in ids):
+        raise DataError(f"{path}: eos_token_id is {ids}, not one token id or a list of them.")
+    return tuple(ids)

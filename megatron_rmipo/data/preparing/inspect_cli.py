@@ -122,11 +122,12 @@ def describe_store(store: PairStore) -> str:
     manifest = store.manifest
     counts = ", ".join(f"{name} {count}" for name, count in manifest.counts.items())
     more = f" and {len(manifest.sources) - _SOURCES_SHOWN} more" if len(manifest.sources) > _SOURCES_SHOWN else ""
+    template = manifest.template_name + (f" as of {manifest.template_date}" if manifest.template_date else "")
     lines = [
         f"{store.prefix}: {len(store)} {manifest.kind}, {manifest.num_tokens} tokens",
         f"  from {', '.join(map(_describe_source, manifest.sources[:_SOURCES_SHOWN]))}{more} (format {manifest.format})",
         f"  rows: {counts}",
-        f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {manifest.template_name}",
+        f"  tokenizer {manifest.tokenizer_name} ({manifest.tokenizer.vocab_size} tokens), template {template}",
         f"  at most {manifest.seq_length} tokens, longer ones: {manifest.overlong}",
     ]
     of_pairs = manifest.has_rejected and not manifest.unpaired

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
-from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
+from megatron_rmipo.data.encoding.tokenize import BOS_POLICIES, PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.layouts.formats import FORMATS
 from megatron_rmipo.data.layouts.reader import RowOptions
 from megatron_rmipo.data.layouts.scores import ON_INVERTED
@@ -39,6 +39,8 @@ class PreprocessOptions:
     format: str | None = None
     columns: str | None = None
     chat_template: str | None = None
+    bos: str = BOS_POLICIES[0]
+    template_date: str | None = None
     seq_length: int = 2048
     overlong: str = "left-truncate-prompt"
     max_prompt_length: int | None = None
@@ -90,13 +92,17 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     if rows.unread:
         print(f"note: {unread_note(rows.unread, rows.format)}", file=sys.stderr)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
-    template = load_template(options.chat_template, tokenizer)
+    template = load_template(options.chat_template, tokenizer, bos=options.bos, date=options.template_date)
+    for note in template.notes:
+        print(f"note: {note}", file=sys.stderr)
     PairEncoder(tokenizer, template, policy)  # refuses before any work what cannot work
     manifest = Manifest(
         tokenizer=tokenizer.info,
         tokenizer_name=options.tokenizer_model,
         template_name=template.name,
         template_hash=template.digest,
+        template_date=template.date_written,
+        bos=template.bos,
         seq_length=policy.seq_length,
         overlong=policy.overlong,
         max_prompt_length=policy.max_prompt_length,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.data.encoding.encode import OVERLONG_POLICIES
+from megatron_rmipo.data.encoding.jinja import DEFAULT_DATE
 from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES
+from megatron_rmipo.data.encoding.tokenize import BOS_POLICIES
 from megatron_rmipo.data.layouts.formats import FORMATS
 from megatron_rmipo.data.layouts.scores import ON_INVERTED
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
@@ -69,6 +71,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE",
         help=f"{', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file (default: the tokenizer's own)",
     )
+    group.add_argument(
+        "--bos",
+        choices=BOS_POLICIES,
+        default=BOS_POLICIES[0],
+        help="BOS at the prompt's head: as the template has it (built-in ones: once), once, or never (default: %(default)s)",
+    )
+    group.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help=f"the date that a template is told which writes today's (default: {DEFAULT_DATE})",
+    )
     group = parser.add_argument_group("length")
     group.add_argument(
         "--seq-length", type=int, default=2048, help="most tokens of a prompt with its longer response (default: %(default)s)"
@@ -112,6 +125,10 @@ def summary(manifest: Manifest, prefix: str) -> str:
         lines.append(f"  not read: {', '.join(manifest.unread_columns)}")
     if counts["truncated"]:
         lines.append(f"  {counts['truncated']} longer than {manifest.seq_length} tokens were shortened ({manifest.overlong})")
+    if left_out := counts.get("left_out"):
+        lines.append(
+            f"  of {left_out} the template left out something an assistant's turn holds, such as reasoning; see docs/data.md"
+        )
     for name, values in manifest.lengths.items():
         shown = ", ".join(f"{key} {values[key]:g}" for key in ("mean", "p50", "p95", "max"))
         lines.append(f"  {name + ' tokens:':<17} {shown}")

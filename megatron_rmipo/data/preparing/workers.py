@@ -41,7 +41,7 @@ class EncodedBatch:
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.
         rejects: rows left out.
-        counts: what happened to rows that were read, see :class:`RowReader`.
+        counts: what else happened to rows: see :class:`RowReader`; ``left_out`` of :class:`EncodedPair`.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -88,13 +88,14 @@ class BatchEncoder:
                 tokens.fromlist(part)
             lengths.append((len(result.prompt), len(result.chosen), len(result.rejected)))
             num_truncated += result.truncated
+            counts["left_out"] += result.left_out
         return EncodedBatch(
             np.array(tokens, dtype=np.int32),
             np.array(lengths, dtype=np.int32).reshape(-1, 3),
             len(rows),
             num_truncated,
             rejects,
-            counts,
+            +counts,
         )
 
     def _parse(self, row: SourceRow) -> PreferencePair | RowFault:

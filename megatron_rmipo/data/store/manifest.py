@@ -44,6 +44,9 @@ class Manifest:
         tokenizer_name: the path or name given for it.
         template_name: ``tokenizer``, a built-in template's name, or the template file's name.
         template_hash: sha256 of the template's text.
+        template_date: the date that a template was told which asks for it, empty for others; manifests without the field hold
+            data of templates that were told none.
+        bos: the ``--bos`` of these data; manifests without the field hold data with BOS, as ``always``.
         seq_length: most tokens of a prompt with its longer response.
         overlong: what was done with longer pairs.
         max_prompt_length: the prompt's limit of ``--overlong official``.
@@ -65,6 +68,8 @@ class Manifest:
     tokenizer_name: str = ""
     template_name: str = ""
     template_hash: str = ""
+    template_date: str = ""
+    bos: str = "always"
     seq_length: int = 0
     overlong: str = ""
     max_prompt_length: int | None = None

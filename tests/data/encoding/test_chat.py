@@ -75,7 +75,7 @@ def test_a_prompt_that_changes_once_answered_has_no_boundary() -> None:
 
 def test_templates_get_what_they_are_written_for_and_no_more() -> None:
     source = (
-        "{%- if strftime_now is defined %}today{% endif %}{% if tools is none %}no tools {% endif %}"
+        "{% if tools is none %}no tools {% endif %}"
         "{% for m in messages %}\n{% if loop.index > 1 %}{% break %}{% endif %}\n"
         "{% generation %}{{ m['content'] | tojson }}{% endgeneration %}{% endfor %}"
     )
@@ -94,7 +94,10 @@ def test_the_template_is_the_tokenizers_own_unless_another_is_chosen(byte_bpe: P
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     mine = load_template(str(file), byte_bpe)
-    assert mine.render_pair(CHAT[:1], [answer("b")]) == ("<Be brief. >", ["<b>"])
+    assert mine.render_pair(CHAT[:1], [answer("b")]) == (
+        "<Be brief. ><",
+        ["b>"],
+    )  # without a generation prompt the header is the prompt's
     assert len({own.digest, mine.digest}) == 2
 
 
