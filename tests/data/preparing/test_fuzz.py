@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
+from megatron_rmipo.data.layouts.formats import FORMATS
 from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
-from megatron_rmipo.data.reading.formats import FORMATS
 from megatron_rmipo.errors import DataError
 
 NUM_ROWS = int(os.environ.get("RMIPO_FUZZ_ROWS", "1200"))
