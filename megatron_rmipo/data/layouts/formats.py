@@ -29,10 +29,11 @@ from megatron_rmipo.data.layouts.messages import holds_messages, is_empty
 from megatron_rmipo.data.layouts.ranked import RANKED_COLUMNS, has_ranks, parse_ranked
 from megatron_rmipo.data.layouts.transcripts import is_transcript, parse_hh
 from megatron_rmipo.data.layouts.which_won import WHICH_WON
-from megatron_rmipo.data.reading.rows import PreferencePair, Row, RowFault, Turn, answer, text_of, value_of
+from megatron_rmipo.data.reading.rows import NOTHING, PreferencePair, Row, RowFault, Turn, answer, text_of, value_of
 from megatron_rmipo.errors import DataError
 
 _CONVERSATIONS = ("conversations", "conversation", "messages")
+_TOLD = frozenset(_CONVERSATIONS)
 _ONE_ANSWER = ("messages", "conversations", "conversation", "completion", "response", "output")
 _PROMPTS = ("prompt", *INSTRUCTIONS)
 
@@ -72,7 +73,10 @@ def parse_conversations(row: Row) -> PreferencePair:
     """
     before_chosen, chosen = answer_of(value_of(row, "chosen"), "chosen")
     before_rejected, rejected = answer_of(value_of(row, "rejected"), "rejected")
-    return PreferencePair(_whole_prompt(row, one_prompt(before_chosen, before_rejected), chosen), chosen, rejected)
+    before = one_prompt(before_chosen, before_rejected)
+    if not (before and before[0] == ("user", row.get("prompt"), NOTHING) and _TOLD.isdisjoint(row)):  # mostly it is that turn
+        before = _whole_prompt(row, before, chosen)
+    return PreferencePair(before, chosen, rejected)
 
 
 def _whole_prompt(
