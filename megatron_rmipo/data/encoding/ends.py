@@ -42,7 +42,7 @@ class EndOfTurn:
         self.token: int = end
         # A generation config may name an ordinary token, such as a line break: it ends nothing that is only text.
         self.tokens = {token for token in (end, *of_model) if token in backend.added_ids.values()}
-        self._usual = end if end in self.tokens else None
+        self._usual = end if end in self.tokens else -1
         self._behind = closing[closing.index(end) + 1 :] if end in closing else []
 
     def close(self, ids: list[int], field: str) -> list[int]:
