@@ -42,6 +42,7 @@ class EndOfTurn:
         self.token: int = end
         # A generation config may name an ordinary token, such as a line break: it ends nothing that is only text.
         self.tokens = {token for token in (end, *of_model) if token in backend.added_ids.values()}
+        self._usual = end if end in self.tokens else -1
         self._behind = closing[closing.index(end) + 1 :] if end in closing else []
 
     def close(self, ids: list[int], field: str) -> list[int]:
@@ -50,10 +51,13 @@ class EndOfTurn:
         Raises:
             RowFault: the template wrote no end, or text behind it.
         """
-        end = min([ids.index(token) for token in self.tokens if token in ids], default=None)
-        if end is None:
+        try:
+            end = ids.index(self._usual)
+        except ValueError:
+            end = min([ids.index(token) for token in self.tokens if token in ids], default=-1)
+        if end < 0:
             if self._of_template is not None:
-                raise RowFault("template", field, f"the chat template {self._name} did not end this answer")
+                raise RowFault("template", field, f"the chat template {self._name} did not end this answer") from None
             ids.append(self.token)
             return ids
         behind = ids[end + 1 :]
