@@ -33,6 +33,7 @@ def parse_config(
     objectives: Mapping[str, type],
     load_options: Callable[[str], type],
     prog: str = "python -m megatron_rmipo.train",
+    defaults_of: Callable[[str], Mapping[str, object]] = lambda name: {},
 ) -> Config:
     """Read a run's configuration from the command line and the YAML file it may name.
 
@@ -41,6 +42,7 @@ def parse_config(
         objectives: name of an objective -> dataclass of its options; each field may have ``metadata={"help": ...}``.
         load_options: the dataclass for any other name, of types that flags can have; ValueError: it names no objective.
         prog: how the program was started, for ``--help``.
+        defaults_of: name of an objective -> flags of the trainer with the values they have where nothing is given.
 
     Raises:
         ConfigError: an unknown flag or key (named with the nearest), a value of the wrong type, an option of another objective.
@@ -59,10 +61,11 @@ def parse_config(
 
     line, problems = read_line(_build_parser(prog, objectives, flags), tokens, flags)
     options_of = lambda old: field_types(_options_class(old, objectives, load_options))  # noqa: E731
-    given = without_what_gives_way(given, line, options_of, tell_once)
+    given = without_what_gives_way(given, line, options_of, defaults_of, tell_once)
     problems += [describe_unknown_key(given[key].source, key, flags) for key in given if key not in flags]
     _refuse(problems)
-    return _assemble({**given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
+    own = {key: Given(value, f"--objective {name}") for key, value in defaults_of(name).items()}
+    return _assemble({**own, **given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
 
 
 def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:

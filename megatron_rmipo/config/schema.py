@@ -131,7 +131,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam"] = _option("adam", "Optimizer; adam is AdamW (decoupled weight decay).")
-    lr: float = _option(6e-7, "Peak learning rate.")
+    lr: float = _option(6e-7, "Peak learning rate; the default is the objective's own, and another with: sft 2e-5.")
     min_lr: float = _option(0.0, "Learning rate at the end of the decay.")
     lr_decay_style: Literal["constant", "linear", "cosine"] = _option("cosine", "Shape of the decay after the warm-up.")
     lr_warmup_fraction: float | None = _option(None, "Share of all iterations with linear warm-up, e.g. 0.1.")

@@ -22,7 +22,12 @@ def parse_arguments(argv: Sequence[str]) -> Config:
         SystemExit: after ``--help``.
     """
     options = {name: objective.Config for name, objective in OBJECTIVES.items()}
-    return parse_config(argv, options, load_options=lambda name: find_objective(name).Config)
+    return parse_config(
+        argv,
+        options,
+        load_options=lambda name: find_objective(name).Config,
+        defaults_of=lambda name: {"lr": find_objective(name).default_lr},
+    )
 
 
 def objective_of(config: Config) -> Objective:

@@ -136,10 +136,16 @@ class Objective(ABC):
     One that depends on statistics of the batch, or on what earlier batches were like, overrides :meth:`prepare`, and for the
     latter :meth:`initial_state` and :meth:`advance`. All three are pure: the trainer keeps the state, in memory and in
     checkpoints, and advances it after an optimizer step and at no other time.
+
+    Attributes:
+        name: how it is called in messages.
+        Config: the dataclass of its options.
+        default_lr: the peak learning rate of a run that is given none.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    default_lr: ClassVar[float] = 6e-7
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

@@ -20,6 +20,7 @@ from megatron_rmipo.objectives.hinge import Hinge
 from megatron_rmipo.objectives.infopo import Infopo
 from megatron_rmipo.objectives.ipo import Ipo
 from megatron_rmipo.objectives.kto import Kto
+from megatron_rmipo.objectives.options import check_number
 from megatron_rmipo.objectives.orpo import Orpo
 from megatron_rmipo.objectives.rmipo import Rmipo
 from megatron_rmipo.objectives.sft import Sft
@@ -119,6 +120,10 @@ def _checked(name: str, found: Any) -> type[Objective]:
     try:
         field_types(config)
     except (TypeError, NameError) as error:
+        raise ValueError(f"objective {name!r}: {error}") from error
+    try:
+        check_number("default_lr", found.default_lr, low=0.0, low_is_valid=False)
+    except ValueError as error:
         raise ValueError(f"objective {name!r}: {error}") from error
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
