@@ -146,7 +146,7 @@ def _build_parser(prog: str, objectives: Mapping[str, type], flags: Mapping[str,
     )
     general = parser.add_argument_group("General")
     general.add_argument("--config", metavar="FILE", help="YAML file of flag names and values, flat.")
-    names = [name for name in objectives if ":" not in name]
+    names = [name for name in objectives if name.isidentifier()]
     for section in _sections():
         _add_section(parser, section, list(field_types(section)), flags, names)
     group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
@@ -230,7 +230,10 @@ def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, ty
 
 def _unused_option(given: Given, key: str, name: str, objectives: Mapping[str, type]) -> str:
     users = ", ".join(sorted(other for other, options in objectives.items() if key in field_types(options)))
-    own = ", ".join(flag_of(option) for option in field_types(objectives[name])) or "none"
+    options = field_types(objectives[name])
+    if of_members := [flag_of(option) for option in options if option.endswith(f"_{key}")]:
+        return f"{given.source}: --objective {name} has it more than once; say which is meant: {' or '.join(of_members)}"
+    own = ", ".join(map(flag_of, options)) or "none"
     return f"{given.source}: --objective {name} has no such option (it is one of: {users}). Options of {name}: {own}"
 
 

@@ -118,11 +118,15 @@ class ObjectiveConfig:
     """Objective: which loss, and its options.
 
     Attributes:
-        objective: a name of the registry, or ``package.module:Class``.
+        objective: a name of the registry, ``package.module:Class``, or several of either with weights: ``dpo:0.8,sft:0.2``.
         options: every option of that objective with its value, defaults included.
     """
 
-    objective: str = _option("rmipo", "The loss: {objectives}, or package.module:Class for one of your own.", "NAME")
+    objective: str = _option(
+        "rmipo",
+        "The loss: {objectives}, or package.module:Class for one of your own; several with weights as dpo:0.8,sft:0.2.",
+        "NAME",
+    )
     options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"flag": False})
 
 

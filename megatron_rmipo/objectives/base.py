@@ -155,6 +155,11 @@ class Objective(ABC):
         """The log-probabilities this objective reads, given its options."""
         return LogpNeeds()
 
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        """The objectives that this one is made of: itself, where it is made of no others."""
+        return (self,)
+
     def initial_state(self) -> State:
         """What is carried from step to step, as it is before the first one: name -> number. Empty for most objectives."""
         return {}

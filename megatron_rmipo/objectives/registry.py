@@ -20,6 +20,7 @@ from megatron_rmipo.objectives.hinge import Hinge
 from megatron_rmipo.objectives.infopo import Infopo
 from megatron_rmipo.objectives.ipo import Ipo
 from megatron_rmipo.objectives.kto import Kto
+from megatron_rmipo.objectives.mixture import mixture_of, split_members
 from megatron_rmipo.objectives.options import check_number
 from megatron_rmipo.objectives.orpo import Orpo
 from megatron_rmipo.objectives.rmipo import Rmipo
@@ -50,13 +51,19 @@ OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objectiv
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The class of an objective: a name in :data:`OBJECTIVES`, or ``package.module:Class`` for one of your own.
+    """The class of an objective.
+
+    Args:
+        name: a name in :data:`OBJECTIVES`, ``package.module:Class`` for one of your own, or several of either with weights:
+            ``dpo:0.8,sft:0.2``.
 
     Raises:
         ValueError: the name is unknown (naming the nearest), the class cannot be imported, or it is no complete objective.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    if (members := split_members(name)) is not None:
+        return mixture_of(name, [(find_objective(member), weight) for member, weight in members])
     module_name, _, class_name = name.partition(":")
     if ":" not in name:
         raise ValueError(f"unknown objective {name!r}{_nearest(name)} Known: {', '.join(OBJECTIVES)}, or package.module:Class")
@@ -79,7 +86,7 @@ def build_objective(name: str, options: Mapping[str, object]) -> Objective:
     """Build an objective; an option that is None counts as not given.
 
     Args:
-        name: a name in :data:`OBJECTIVES`, or ``package.module:Class``.
+        name: as :func:`find_objective` takes it.
         options: option name -> value.
 
     Raises:
@@ -93,7 +100,8 @@ def build_objective(name: str, options: Mapping[str, object]) -> Objective:
         if key not in known:
             raise ValueError(f"objective {name!r} has no option {key}; it has {', '.join(known) or 'none'}")
     objective = found(found.Config(**given))
-    _check_needs(name, objective)
+    for part in (*objective.parts, objective):
+        _check_needs(name, part)
     return objective
 
 

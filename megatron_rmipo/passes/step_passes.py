@@ -21,7 +21,7 @@ from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
-from megatron_rmipo.passes.contract import check_output, check_prepared
+from megatron_rmipo.objectives.contract import check_output, check_prepared
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, response_sums, run_rows, score_responses
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 from megatron_rmipo.runtime.tracing import trace_range
@@ -216,8 +216,8 @@ def _pair_losses(row: PackedRow, logprobs: Tensor, *, objective: Objective, know
             rejected_logps=policy[:, 1] if branches == 2 else absent,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1] if branches == 2 else absent + 1,
-            **known.of_pairs(numbers),
-            **_resident_fields(others),
+            # A reference in memory, where there is one, says the same as what was kept of it.
+            **{**known.of_pairs(numbers), **_resident_fields(others)},
         )
     )
     check_output(objective, output, numbers.numel())

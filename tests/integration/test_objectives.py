@@ -25,6 +25,9 @@ FORMS = {
     "beta_dpo": {"filter_pairs": False, "ema_bias_correction": False},
     "ipo": {"log_ratio_normalization": "mean"},
     "simper": {"length_normalization": False},
+    # Several at once: every kind of pass, and a reference in memory for one that reads kept log-probs when it is alone.
+    "rmipo:0.7,kto:2,beta_dpo:0.5": {},
+    "sft:0.2,dpo,epsilon_dpo:0.5": {"epsilon": 0.2},
 }
 LAYOUTS = {
     1: [{"tokens_per_microbatch": 48}, {"tokens_per_microbatch": 200}],
