@@ -127,6 +127,7 @@ class ObjectiveConfig:
         "The loss: {objectives}, or package.module:Class for one of your own; several with weights as dpo:0.8,sft:0.2.",
         "NAME",
     )
+    pair_weight: bool = _option(False, "Multiply each pair's loss by its weight, from the data's column of that name.")
     options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"flag": False})
 
 

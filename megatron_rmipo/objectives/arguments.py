@@ -8,6 +8,7 @@ from megatron_rmipo.config.parsing import parse_config
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.pair_weight import PairWeighted
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective, find_objective
 
 
@@ -37,6 +38,7 @@ def objective_of(config: Config) -> Objective:
         ConfigError: it is not known here, or an option has a value that it does not take.
     """
     try:
-        return build_objective(config.objective.objective, config.objective.options)
+        objective = build_objective(config.objective.objective, config.objective.options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return PairWeighted(objective) if config.objective.pair_weight else objective

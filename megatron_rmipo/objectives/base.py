@@ -37,6 +37,7 @@ class PairLogps:
         extrapolated_chosen_logps, extrapolated_rejected_logps: the sum under ``softmax((1 + e) f - e r)`` of the logits f of the
             policy and r of the reference, e being ``LogpNeeds.perturbation``; None unless declared.
         interpolated_chosen_logps, interpolated_rejected_logps: the same under ``softmax((1 - e) f + e r)``.
+        columns: numbers that stand beside each pair in the data, by name, as far as they are declared.
         batch: what :meth:`Objective.prepare` gave: scalars, or ``[P]`` values of these pairs.
     """
 
@@ -55,6 +56,7 @@ class PairLogps:
     extrapolated_rejected_logps: Tensor | None = None
     interpolated_chosen_logps: Tensor | None = None
     interpolated_rejected_logps: Tensor | None = None
+    columns: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     batch: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ class LogpNeeds:
         batch: log-probabilities of the whole global batch before its losses (a forward-only pass before the gradient pass).
         perturbation: e > 0: the reference stays in memory, and each response is scored under the logits mixed with its own.
         unpaired: whether rows of one response with a label will do.
+        columns: numbers beside each pair in the data that are read, such as ``margin``.
 
     Raises:
         ValueError: there is no such unconditional context, or the perturbation is not above 0.
@@ -103,6 +106,7 @@ class LogpNeeds:
     batch: bool = False
     perturbation: float | None = None
     unpaired: bool = False
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unconditional is not None:

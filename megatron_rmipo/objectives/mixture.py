@@ -172,6 +172,7 @@ class Mixture(Objective):
             batch=batch,
             perturbation=perturbation,
             unpaired=all(one.unpaired for one in needs.values()),
+            columns=tuple(dict.fromkeys(column for one in needs.values() for column in one.columns)),
         )
 
     def initial_state(self) -> State:

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"epsilon_dpo": {"epsilon": 0.2}}
 FORMS = {
     "alpha_dpo": {"preset": "official"},
     "beta_dpo": {"filter_pairs": False, "ema_bias_correction": False},
+    "dpo": {"pair_margin": True, "pair_beta": True},
     "ipo": {"log_ratio_normalization": "mean"},
     "simper": {"length_normalization": False},
     # Several at once: every kind of pass, and a reference in memory for one that reads kept log-probs when it is alone.

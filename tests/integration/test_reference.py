@@ -227,6 +227,26 @@ def test_every_data_set_of_a_blend_has_its_own_scores(prefix: Path, tmp_path: Pa
 
 
 @pytest.mark.dist
+def test_numbers_beside_the_pairs_reach_the_loss(tmp_path: Path) -> None:
+    # While policy and reference are one, a pair's loss is its weight times log(1 + exp(its margin)).
+    number = np.arange(48)
+    values = {"beta": [0.1] * 48, "margin": (0.5 * (number % 5) - 1.0).tolist(), "weight": (0.5 * (number % 4)).tolist()}
+    prefix = write_pairs(tmp_path / "pairs", values=values)
+    objective = {"objective": "dpo", "pair_margin": True, "pair_weight": True}
+    arguments = flags(prefix, tmp_path / "run", train_iters=1, lr_warmup_iters=None, **objective)
+    code, output = run_distributed(output_of, 2, run, arguments)[0]
+    assert code == 0, output
+    assert "losses times each pair's weight" in output
+    assert "note: the data have a beta beside their pairs, which is not read; --pair-beta of --objective dpo or simpo" in output
+    margins, weights = (np.array(values[name][40:]) for name in ("margin", "weight"))
+    losses_of_pairs = weights * np.log1p(np.exp(margins))
+    first = records(tmp_path / "run", "eval")[0]
+    assert first["loss"] == pytest.approx(losses_of_pairs.mean(), abs=1e-6)
+    pairs = (tmp_path / "run" / "logs" / "held_out_pairs.first.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in pairs] == pytest.approx(losses_of_pairs.tolist(), abs=1e-6)
+
+
+@pytest.mark.dist
 def test_z_of_kto_is_that_of_the_mismatched_scores(prefix: Path, tmp_path: Path) -> None:
     # The whole data set as one batch, so that the numbers of policy and reference can be read from their files.
     settings = {"train_iters": 1, "lr_warmup_iters": None, "split": None, "global_batch_size": 48}

@@ -211,4 +211,4 @@ def test_the_program_explains_a_mixture(capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     assert text.startswith("dpo:0.8,hinge:0.1,sft:0.2: L = sum over the members of weight * L_member.")
     assert "needs: reference (log-probs computed once)" in text
-    assert re.search(r"^--dpo-beta +0.1 +scale of the reward$", text, re.MULTILINE)
+    assert re.search(r"^--dpo-beta +0.1 +scale of the reward \(default 0.1\)$", text, re.MULTILINE)

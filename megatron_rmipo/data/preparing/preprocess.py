@@ -16,7 +16,7 @@ from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.preparing.rejects import RejectsFile
 from megatron_rmipo.data.preparing.row_progress import RowProgress
-from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches
+from megatron_rmipo.data.preparing.workers import EncodedBatch, RowOptions, encode_batches, value_columns
 from megatron_rmipo.data.reading.formats import FORMATS, recognise_format
 from megatron_rmipo.data.reading.rows import parse_columns, rename_columns, require_columns
 from megatron_rmipo.data.reading.sources import Source, first_rows, open_source
@@ -75,6 +75,7 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     template = load_template(options.chat_template, tokenizer)
     PairEncoder(tokenizer, template, policy)  # refuses before any work what cannot work
     rows = RowOptions(row_format, columns, options.keep_ties)
+    rows = dataclasses.replace(rows, values=value_columns(peeked, rows))
     manifest = Manifest(
         tokenizer=tokenizer.info,
         tokenizer_name=options.tokenizer_model,
@@ -88,7 +89,11 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     )
     with (
         PairStoreWriter(
-            options.output_prefix, tokenizer.info.vocab_size, unpaired=row_format == "unpaired", overwrite=options.overwrite
+            options.output_prefix,
+            tokenizer.info.vocab_size,
+            unpaired=row_format == "unpaired",
+            columns=rows.values,
+            overwrite=options.overwrite,
         ) as writer,
         RejectsFile(options.output_prefix) as rejects,
     ):
@@ -120,7 +125,7 @@ def _write_all(
                 rejects.add(reject)
                 if reject.reason == "too_long" and options.overlong == "error":
                     raise DataError(f"{reject}\nRaise --seq-length, or choose --overlong left-truncate-prompt or drop.")
-            writer.add_all(batch.tokens, batch.lengths)
+            writer.add_all(batch.tokens, batch.lengths, batch.values)
             progress.advance(batch.num_rows, len(writer), rejects.total)
     by_reason = {f"rejected/{reason}": count for reason, count in sorted(rejects.counts.items())}
     return {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, "rejected": rejects.total, **by_reason}

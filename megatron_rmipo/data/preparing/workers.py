@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -21,7 +22,7 @@ from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, TokenizerSpec
 from megatron_rmipo.data.preparing.rejects import Reject
 from megatron_rmipo.data.reading.formats import FORMATS, refuse_mixed
-from megatron_rmipo.data.reading.rows import PreferencePair, RowFault, excerpt, parse_row, rename_columns
+from megatron_rmipo.data.reading.rows import PreferencePair, Row, RowFault, excerpt, parse_row, rename_columns
 from megatron_rmipo.data.reading.sources import SourceRow, load_payload
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.runtime.worker_process import end_with_parent
@@ -37,6 +38,7 @@ class EncodedBatch:
     Attributes:
         tokens: ids of all pairs behind one another, each prompt, chosen, rejected (empty where the row has none).
         lengths: ``[pairs, 3]``.
+        values: the numbers beside them, ``[pairs, columns]``.
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.
         rejects: rows left out.
@@ -44,6 +46,7 @@ class EncodedBatch:
 
     tokens: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
     num_rows: int
     num_truncated: int
     rejects: list[Reject]
@@ -72,6 +75,7 @@ class BatchEncoder:
         encoded = iter(self._encoder.encode([pair for pair in parsed if isinstance(pair, PreferencePair)]))
         tokens = array.array("I")  # takes a list of integers several times faster than NumPy does
         lengths: list[tuple[int, int, int]] = []
+        values: list[list[float]] = []
         rejects: list[Reject] = []
         num_truncated = 0
         for row, pair in zip(rows, parsed, strict=True):
@@ -82,10 +86,13 @@ class BatchEncoder:
             for part in (result.prompt, result.chosen, result.rejected):
                 tokens.fromlist(part)
             lengths.append((len(result.prompt), len(result.chosen), len(result.rejected)))
+            assert isinstance(pair, PreferencePair)
+            values.append([pair.values[column] for column in self._options.values])
             num_truncated += result.truncated
         return EncodedBatch(
             np.array(tokens, dtype=np.int32),
             np.array(lengths, dtype=np.int32).reshape(-1, 3),
+            np.array(values, dtype=np.float32).reshape(len(values), len(self._options.values)),
             len(rows),
             num_truncated,
             rejects,
@@ -93,9 +100,9 @@ class BatchEncoder:
 
     def _parse(self, row: SourceRow) -> PreferencePair | RowFault:
         try:
-            columns = rename_columns(load_payload(row.payload), self._options.columns)
-            refuse_mixed(columns, self._options.format)
-            return parse_row(columns, FORMATS[self._options.format], keep_ties=self._options.keep_ties)
+            pair = self._options.parse(load_payload(row.payload))
+            _check_values(pair, self._options.values)
+            return pair
         except RowFault as fault:
             return fault
         except ValueError as error:
@@ -104,11 +111,48 @@ class BatchEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
-    """How rows are read: a key of ``FORMATS``, our column names -> theirs, and whether tied pairs stay."""
+    """How rows are read.
+
+    Attributes:
+        format: a key of ``FORMATS``.
+        columns: our column names -> theirs.
+        keep_ties: whether tied pairs stay.
+        values: names of the numbers that stand beside each pair.
+    """
 
     format: str
     columns: dict[str, str]
     keep_ties: bool = False
+    values: tuple[str, ...] = ()
+
+    def parse(self, row: Row) -> PreferencePair:
+        """A row as a pair.
+
+        Raises:
+            RowFault: it cannot be used.
+        """
+        renamed = rename_columns(row, self.columns)
+        refuse_mixed(renamed, self.format)
+        return parse_row(renamed, FORMATS[self.format], keep_ties=self.keep_ties)
+
+
+def value_columns(rows: Iterable[Row], options: RowOptions) -> tuple[str, ...]:
+    """Names of the numbers that any of ``rows`` has beside its pair, sorted. Rows that cannot be used do not count."""
+    found: set[str] = set()
+    for row in rows:
+        with contextlib.suppress(RowFault):
+            found.update(options.parse(row).values)
+    return tuple(sorted(found))
+
+
+def _check_values(pair: PreferencePair, columns: Sequence[str]) -> None:
+    """Refuse a row that lacks a number which the data set has, or has one that the data set lacks: neither is made up or lost."""
+    for column in columns:
+        if column not in pair.values:
+            raise RowFault("missing_field", column, f"absent or null, but the data set has a {column} beside every pair")
+    for column in pair.values:
+        if column not in columns:
+            raise RowFault("mixed", column, f"a {column}, which the first rows of the data set do not have")
 
 
 def _reject(row: SourceRow, fault: RowFault) -> Reject:
