@@ -4,7 +4,7 @@
 #   bash examples/compare_objectives.sh [flags of the trainer, for every objective]
 #   ONLY="rmipo dpo" LR_dpo=1e-4 bash examples/compare_objectives.sh
 #
-# With neither HF_MODEL nor DATA it runs on the small embedded example: 16 trainings, each about a minute on one CPU core, and two
+# With neither HF_MODEL nor DATA it runs on the small embedded example: 18 trainings, each about a minute on one CPU core, and two
 # or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, STEPS, EPOCHS ...) and examples/stages.sh, and
 # LR_name, the learning rate of the objective of that name; without it LR, one for all: learning rates are NOT tuned here, which favours
 # the objectives that it suits. Printed at the end, and written to WORK_DIR/comparison.md, .csv and .png (needs matplotlib): accuracy,
@@ -28,8 +28,8 @@ choose_grid comparison
 #   alpha_dpo    beta 2.5 of 2.5 10; gamma 0.5 of 0.1 0.3 0.5 (ratio 0.2, not our default); alpha 0.1 of 0.01 0.05 0.1 0.2
 #   beta_dpo     beta 0.1; alpha 0.6 of 0.4 0.6 0.8 1; rho 0.2 of 0 ... 0.5
 #   epsilon_dpo  beta 0.01; epsilon 0.01 of 0.005 0.01 0.02
-#   infopo, orpo, alpha_po, sft   are not in the table: our defaults, each from its own paper
-ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsilon_dpo infopo orpo alpha_po sft)
+#   infopo, orpo, alpha_po, amapo, gamma_po, sft   are not in the table: our defaults, each from its own paper
+ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsilon_dpo infopo orpo alpha_po amapo gamma_po sft)
 # Objective -> flags, where the default is another value than the one above.
 declare -A FLAGS=([alpha_dpo]="--gamma-beta-ratio 0.2")
 # The objectives that need the model as it was before; a row that goes on from its own checkpoint has no other way to find it.

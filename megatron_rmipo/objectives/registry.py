@@ -11,11 +11,13 @@ from typing import Any
 from megatron_rmipo.config.values import field_types
 from megatron_rmipo.objectives.alpha_dpo import AlphaDpo
 from megatron_rmipo.objectives.alpha_po import AlphaPo
+from megatron_rmipo.objectives.amapo import Amapo
 from megatron_rmipo.objectives.base import LogpNeeds, Objective
 from megatron_rmipo.objectives.beta_dpo import BetaDpo
 from megatron_rmipo.objectives.cpo import Cpo
 from megatron_rmipo.objectives.dpo import Dpo
 from megatron_rmipo.objectives.epsilon_dpo import EpsilonDpo
+from megatron_rmipo.objectives.gamma_po import GammaPo
 from megatron_rmipo.objectives.hinge import Hinge
 from megatron_rmipo.objectives.infopo import Infopo
 from megatron_rmipo.objectives.ipo import Ipo
@@ -45,6 +47,8 @@ _CLASSES: tuple[type[Objective], ...] = (
     Infopo,
     Orpo,
     AlphaPo,
+    Amapo,
+    GammaPo,
     Sft,
 )
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _CLASSES}

@@ -73,6 +73,8 @@ PASSES = {
     "alpha_dpo": (2, 0),
     "beta_dpo": (2, 0),
     "epsilon_dpo": (1, 1),
+    "amapo": (2, 0),
+    "gamma_po": (2, 0),
 }
 
 
