@@ -29,7 +29,7 @@ choose_grid comparison
 #   beta_dpo     beta 0.1; alpha 0.6 of 0.4 0.6 0.8 1; rho 0.2 of 0 ... 0.5
 #   epsilon_dpo  beta 0.01; epsilon 0.01 of 0.005 0.01 0.02
 #   the others   are not in the table: our defaults
-ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsilon_dpo infopo orpo alpha_po
+ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsilon_dpo infopo orpo alpha_po amapo gamma_po
     robust apo_zero apo_down nca_pair bco_pair exo_pair sppo_hard aot_pair sft)
 # Objective -> flags, where the default is another value than the one above.
 declare -A FLAGS=([alpha_dpo]="--gamma-beta-ratio 0.2")

@@ -33,6 +33,7 @@ def parse_config(
     objectives: Mapping[str, type],
     load_options: Callable[[str], type],
     prog: str = "python -m megatron_rmipo.train",
+    defaults_of: Callable[[str], Mapping[str, object]] = lambda name: {},
 ) -> Config:
     """Read a run's configuration from the command line and the YAML file it may name.
 
@@ -41,6 +42,7 @@ def parse_config(
         objectives: name of an objective -> dataclass of its options; each field may have ``metadata={"help": ...}``.
         load_options: the dataclass for any other name, of types that flags can have; ValueError: it names no objective.
         prog: how the program was started, for ``--help``.
+        defaults_of: name of an objective -> flags of the trainer with the values they have where nothing is given.
 
     Raises:
         ConfigError: an unknown flag or key (named with the nearest), a value of the wrong type, an option of another objective.
@@ -59,10 +61,11 @@ def parse_config(
 
     line, problems = read_line(_build_parser(prog, objectives, flags), tokens, flags)
     options_of = lambda old: field_types(_options_class(old, objectives, load_options))  # noqa: E731
-    given = without_what_gives_way(given, line, options_of, tell_once)
+    given = without_what_gives_way(given, line, options_of, defaults_of, tell_once)
     problems += [describe_unknown_key(given[key].source, key, flags) for key in given if key not in flags]
     _refuse(problems)
-    return _assemble({**given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
+    own = {key: Given(value, f"--objective {name}") for key, value in defaults_of(name).items()}
+    return _assemble({**own, **given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
 
 
 def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:
@@ -143,7 +146,7 @@ def _build_parser(prog: str, objectives: Mapping[str, type], flags: Mapping[str,
     )
     general = parser.add_argument_group("General")
     general.add_argument("--config", metavar="FILE", help="YAML file of flag names and values, flat.")
-    names = [name for name in objectives if ":" not in name]
+    names = [name for name in objectives if name.isidentifier()]
     for section in _sections():
         _add_section(parser, section, list(field_types(section)), flags, names)
     group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
@@ -227,7 +230,10 @@ def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, ty
 
 def _unused_option(given: Given, key: str, name: str, objectives: Mapping[str, type]) -> str:
     users = ", ".join(sorted(other for other, options in objectives.items() if key in field_types(options)))
-    own = ", ".join(flag_of(option) for option in field_types(objectives[name])) or "none"
+    options = field_types(objectives[name])
+    if of_members := [flag_of(option) for option in options if option.endswith(f"_{key}")]:
+        return f"{given.source}: --objective {name} has it more than once; say which is meant: {' or '.join(of_members)}"
+    own = ", ".join(map(flag_of, options)) or "none"
     return f"{given.source}: --objective {name} has no such option (it is one of: {users}). Options of {name}: {own}"
 
 

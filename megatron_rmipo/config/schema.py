@@ -118,11 +118,16 @@ class ObjectiveConfig:
     """Objective: which loss, and its options.
 
     Attributes:
-        objective: a name of the registry, or ``package.module:Class``.
+        objective: a name of the registry, ``package.module:Class``, or several of either with weights: ``dpo:0.8,sft:0.2``.
         options: every option of that objective with its value, defaults included.
     """
 
-    objective: str = _option("rmipo", "The loss: {objectives}, or package.module:Class for one of your own.", "NAME")
+    objective: str = _option(
+        "rmipo",
+        "The loss: {objectives}, or package.module:Class for one of your own; several with weights as dpo:0.8,sft:0.2.",
+        "NAME",
+    )
+    pair_weight: bool = _option(False, "Multiply each pair's loss by its weight, from the data's column of that name.")
     options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"flag": False})
 
 
@@ -131,7 +136,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     optimizer: Literal["adam"] = _option("adam", "Optimizer; adam is AdamW (decoupled weight decay).")
-    lr: float = _option(6e-7, "Peak learning rate.")
+    lr: float = _option(6e-7, "Peak learning rate; the default is the objective's own, and another with: sft 2e-5.")
     min_lr: float = _option(0.0, "Learning rate at the end of the decay.")
     lr_decay_style: Literal["constant", "linear", "cosine"] = _option("cosine", "Shape of the decay after the warm-up.")
     lr_warmup_fraction: float | None = _option(None, "Share of all iterations with linear warm-up, e.g. 0.1.")

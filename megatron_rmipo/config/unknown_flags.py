@@ -27,6 +27,7 @@ _ANSWERS = {
     "use --save DIR for checkpoints and --save-hf DIR for the Hugging Face model": "output_dir",
     "use --load DIR": "resume_from_checkpoint",
     "use --objective NAME; python -m megatron_rmipo.objectives lists them": "loss_type rl_algorithm",
+    "write weights behind the names: --objective dpo:0.8,sft:0.2": "loss_weights",
     "use --lr": "learning_rate",
     "use --epochs": "num_train_epochs num_epochs",
     "use --train-iters": "max_steps",

@@ -74,6 +74,8 @@ def needs_in_words(needs: LogpNeeds) -> str:
         words.append(f"the global batch beforehand {_EACH_STEP}")
     if needs.perturbation is not None:
         words.append("reference in memory")
+    if needs.columns:
+        words.append(f"each pair's {' and '.join(needs.columns)} from the data")
     if needs.unpaired:
         words.append("takes unpaired rows")
     return ", ".join(words) or "-"

@@ -8,6 +8,7 @@ from megatron_rmipo.config.parsing import parse_config
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.pair_weight import PairWeighted
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective, find_objective
 
 
@@ -22,7 +23,12 @@ def parse_arguments(argv: Sequence[str]) -> Config:
         SystemExit: after ``--help``.
     """
     options = {name: objective.Config for name, objective in OBJECTIVES.items()}
-    return parse_config(argv, options, load_options=lambda name: find_objective(name).Config)
+    return parse_config(
+        argv,
+        options,
+        load_options=lambda name: find_objective(name).Config,
+        defaults_of=lambda name: {"lr": find_objective(name).default_lr},
+    )
 
 
 def objective_of(config: Config) -> Objective:
@@ -32,6 +38,7 @@ def objective_of(config: Config) -> Objective:
         ConfigError: it is not known here, or an option has a value that it does not take.
     """
     try:
-        return build_objective(config.objective.objective, config.objective.options)
+        objective = build_objective(config.objective.objective, config.objective.options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return PairWeighted(objective) if config.objective.pair_weight else objective

@@ -37,6 +37,7 @@ class PairLogps:
         extrapolated_chosen_logps, extrapolated_rejected_logps: the sum under ``softmax((1 + e) f - e r)`` of the logits f of the
             policy and r of the reference, e being ``LogpNeeds.perturbation``; None unless declared.
         interpolated_chosen_logps, interpolated_rejected_logps: the same under ``softmax((1 - e) f + e r)``.
+        columns: numbers that stand beside each pair in the data, by name, as far as they are declared.
         batch: what :meth:`Objective.prepare` gave: scalars, or ``[P]`` values of these pairs.
     """
 
@@ -55,6 +56,7 @@ class PairLogps:
     extrapolated_rejected_logps: Tensor | None = None
     interpolated_chosen_logps: Tensor | None = None
     interpolated_rejected_logps: Tensor | None = None
+    columns: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     batch: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ class LogpNeeds:
         batch: log-probabilities of the whole global batch before its losses (a forward-only pass before the gradient pass).
         perturbation: e > 0: the reference stays in memory, and each response is scored under the logits mixed with its own.
         unpaired: whether rows of one response with a label will do.
+        columns: numbers beside each pair in the data that are read, such as ``margin``.
 
     Raises:
         ValueError: there is no such unconditional context, or the perturbation is not above 0.
@@ -103,6 +106,7 @@ class LogpNeeds:
     batch: bool = False
     perturbation: float | None = None
     unpaired: bool = False
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unconditional is not None:
@@ -136,10 +140,16 @@ class Objective(ABC):
     One that depends on statistics of the batch, or on what earlier batches were like, overrides :meth:`prepare`, and for the
     latter :meth:`initial_state` and :meth:`advance`. All three are pure: the trainer keeps the state, in memory and in
     checkpoints, and advances it after an optimizer step and at no other time.
+
+    Attributes:
+        name: how it is called in messages.
+        Config: the dataclass of its options.
+        default_lr: the peak learning rate of a run that is given none.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    default_lr: ClassVar[float] = 6e-7
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
@@ -148,6 +158,11 @@ class Objective(ABC):
     def needs(self) -> LogpNeeds:
         """The log-probabilities this objective reads, given its options."""
         return LogpNeeds()
+
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        """The objectives that this one is made of: itself, where it is made of no others."""
+        return (self,)
 
     def initial_state(self) -> State:
         """What is carried from step to step, as it is before the first one: name -> number. Empty for most objectives."""

@@ -45,6 +45,14 @@ def reference_gaps(batch: BatchLogps, *, per_token: bool = False) -> Tensor:
     return chosen - rejected
 
 
+def mean_gaps(batch: BatchLogps) -> Tensor:
+    """``Lw / nw - Ll / nl`` of every pair, mean log-probs per scored token, float64 ``[P]``."""
+    pairs = batch.pairs
+    assert pairs is not None
+    chosen = pairs.chosen_logps.detach().double() / pairs.chosen_lengths.double()
+    return chosen - pairs.rejected_logps.detach().double() / pairs.rejected_lengths.double()
+
+
 def mean_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation, ``[P]`` -> float64 scalars. One value has a spread of 0."""
     values = values.double()

@@ -11,6 +11,9 @@ from torch import Tensor
 from megatron_rmipo.objectives.base import PairLogps
 from megatron_rmipo.objectives.sft import chosen_nll
 
+# The names of :func:`likelihood_metrics`.
+LIKELIHOOD_METRICS = ("logps/chosen", "logps/rejected", "nll/chosen")
+
 
 @torch.no_grad()
 def likelihood_metrics(logps: PairLogps) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_rmipo.config.values import field_types
 from megatron_rmipo.objectives.alpha_dpo import AlphaDpo
 from megatron_rmipo.objectives.alpha_po import AlphaPo
+from megatron_rmipo.objectives.amapo import Amapo
 from megatron_rmipo.objectives.aot_pair import AotPair
 from megatron_rmipo.objectives.apo_down import ApoDown
 from megatron_rmipo.objectives.apo_zero import ApoZero
@@ -21,11 +22,14 @@ from megatron_rmipo.objectives.cpo import Cpo
 from megatron_rmipo.objectives.dpo import Dpo
 from megatron_rmipo.objectives.epsilon_dpo import EpsilonDpo
 from megatron_rmipo.objectives.exo_pair import ExoPair
+from megatron_rmipo.objectives.gamma_po import GammaPo
 from megatron_rmipo.objectives.hinge import Hinge
 from megatron_rmipo.objectives.infopo import Infopo
 from megatron_rmipo.objectives.ipo import Ipo
 from megatron_rmipo.objectives.kto import Kto
+from megatron_rmipo.objectives.mixture import mixture_of, split_members
 from megatron_rmipo.objectives.nca_pair import NcaPair
+from megatron_rmipo.objectives.options import check_number
 from megatron_rmipo.objectives.orpo import Orpo
 from megatron_rmipo.objectives.rmipo import Rmipo
 from megatron_rmipo.objectives.robust import Robust
@@ -51,6 +55,8 @@ _CLASSES: tuple[type[Objective], ...] = (
     Infopo,
     Orpo,
     AlphaPo,
+    Amapo,
+    GammaPo,
     Robust,
     ApoZero,
     ApoDown,
@@ -65,13 +71,19 @@ OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objectiv
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The class of an objective: a name in :data:`OBJECTIVES`, or ``package.module:Class`` for one of your own.
+    """The class of an objective.
+
+    Args:
+        name: a name in :data:`OBJECTIVES`, ``package.module:Class`` for one of your own, or several of either with weights:
+            ``dpo:0.8,sft:0.2``.
 
     Raises:
         ValueError: the name is unknown (naming the nearest), the class cannot be imported, or it is no complete objective.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
+    if (members := split_members(name)) is not None:
+        return mixture_of(name, [(find_objective(member), weight) for member, weight in members])
     module_name, _, class_name = name.partition(":")
     if ":" not in name:
         raise ValueError(f"unknown objective {name!r}{_nearest(name)} Known: {', '.join(OBJECTIVES)}, or package.module:Class")
@@ -94,7 +106,7 @@ def build_objective(name: str, options: Mapping[str, object]) -> Objective:
     """Build an objective; an option that is None counts as not given.
 
     Args:
-        name: a name in :data:`OBJECTIVES`, or ``package.module:Class``.
+        name: as :func:`find_objective` takes it.
         options: option name -> value.
 
     Raises:
@@ -108,7 +120,8 @@ def build_objective(name: str, options: Mapping[str, object]) -> Objective:
         if key not in known:
             raise ValueError(f"objective {name!r} has no option {key}; it has {', '.join(known) or 'none'}")
     objective = found(found.Config(**given))
-    _check_needs(name, objective)
+    for part in (*objective.parts, objective):
+        _check_needs(name, part)
     return objective
 
 
@@ -135,6 +148,10 @@ def _checked(name: str, found: Any) -> type[Objective]:
     try:
         field_types(config)
     except (TypeError, NameError) as error:
+        raise ValueError(f"objective {name!r}: {error}") from error
+    try:
+        check_number("default_lr", found.default_lr, low=0.0, low_is_valid=False)
+    except ValueError as error:
         raise ValueError(f"objective {name!r}: {error}") from error
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:

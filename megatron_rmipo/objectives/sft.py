@@ -37,6 +37,8 @@ class Sft(Objective):
 
     name: ClassVar[str] = "sft"
     Config: ClassVar[type] = SftConfig
+    # That of TRL's SFT trainer: a preference objective's would hardly move a model that is to learn a task.
+    default_lr: ClassVar[float] = 2e-5
 
     @property
     def needs(self) -> LogpNeeds:

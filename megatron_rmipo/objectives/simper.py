@@ -22,7 +22,8 @@ class SimperConfig:
     """
 
     length_normalization: bool = dataclasses.field(
-        default=True, metadata={"help": "reward = exp(mean log-probability per token); off: exp(sum), the response's probability"}
+        default=True,
+        metadata={"help": "compare inverse perplexities, exp(mean log-probability per token); off: probabilities, exp(sum)"},
     )
 
     def __post_init__(self) -> None:
@@ -33,7 +34,10 @@ class Simper(Objective):
     """``L = exp(bar Ll) - exp(bar Lw)``, ``bar L`` the mean log-probability per token.
 
     Without length normalisation ``L``, the sum, stands in place of ``bar L``: the probability of a whole response, which is 0 in
-    fp32, with a gradient of 0, once the sum is below -103, and hardly more before. Rewards: the exponentials.
+    fp32, with a gradient of 0, once the sum is below -103, and hardly more before.
+
+    Rewards: ``bar L`` (``L``), as the authors' trainer reports them; the exponentials that the loss compares are the metrics
+    ``likelihood/chosen`` and ``likelihood/rejected``.
 
     Source: SimPER (Xiao et al. 2025).
     """
@@ -47,6 +51,7 @@ class Simper(Objective):
         chosen, rejected = logps.chosen_logps, logps.rejected_logps
         if self.config.length_normalization:
             chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
-        chosen_rewards, rejected_rewards = chosen.exp(), rejected.exp()
-        metrics = reward_metrics(chosen_rewards, rejected_rewards) | likelihood_metrics(logps)
-        return LossOutput(losses=rejected_rewards - chosen_rewards, metrics=metrics, distributions=("rewards/margins",))
+        likely_chosen, likely_rejected = chosen.exp(), rejected.exp()
+        metrics = reward_metrics(chosen, rejected) | likelihood_metrics(logps)
+        metrics |= {"likelihood/chosen": likely_chosen.detach(), "likelihood/rejected": likely_rejected.detach()}
+        return LossOutput(losses=likely_rejected - likely_chosen, metrics=metrics, distributions=("rewards/margins",))

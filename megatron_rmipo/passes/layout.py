@@ -60,6 +60,7 @@ def batch_layout(
         unconditional=needs.unconditional,
         forward_passes=int(needs.batch) + int(needs.perturbation is not None),
         bos_token_id=bos_token_id,
+        columns=needs.columns,
     )
 
 

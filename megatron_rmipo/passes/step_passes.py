@@ -21,7 +21,7 @@ from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
-from megatron_rmipo.passes.contract import check_output, check_prepared
+from megatron_rmipo.objectives.contract import check_output, check_prepared
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, response_sums, run_rows, score_responses
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 from megatron_rmipo.runtime.tracing import trace_range
@@ -51,12 +51,14 @@ class _KnownPairs:
     Attributes:
         unconditional: as in :class:`Prepared`.
         reference: fp32 ``[P, 2]``, sums under the reference of (chosen, rejected); None where not needed.
+        columns: fp32 ``[P]`` each, numbers beside the pairs.
         batch: fp32, what :meth:`Objective.prepare` gave.
         mean_chosen_length: fp32 scalar.
     """
 
     unconditional: Tensor | None
     reference: Tensor | None
+    columns: Mapping[str, Tensor]
     batch: Mapping[str, Tensor]
     mean_chosen_length: Tensor
 
@@ -66,6 +68,7 @@ class _KnownPairs:
         return cls(
             unconditional=prepared.unconditional,
             reference=None if batch.reference_scores is None else to_device(torch.from_numpy(batch.reference_scores)),
+            columns={name: to_device(values) for name, values in _as_tensors(batch.columns).items()},
             batch={name: to_device(values.to(torch.float32)) for name, values in prepared.batch.items()},
             # Not torch.tensor, which would copy, and wait.
             mean_chosen_length=torch.full((), batch.mean_chosen_length, device=current_device()),
@@ -82,6 +85,7 @@ class _KnownPairs:
             known["uncond_rejected_logps"], known["uncond_rejected_lengths"] = scores[:, 1].unbind(1)
         if self.reference is not None:
             known["ref_chosen_logps"], known["ref_rejected_logps"] = self.reference[numbers].unbind(1)
+        known["columns"] = {name: values[numbers] for name, values in self.columns.items()}
         known["batch"] = {name: values[numbers] if values.dim() else values for name, values in self.batch.items()}
         return known
 
@@ -153,6 +157,7 @@ def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | N
             chosen_lengths=scores[:, 0, 1],
             rejected_lengths=scores[:, 1, 1],
             mean_chosen_length=torch.tensor(batch.mean_chosen_length),
+            columns=_as_tensors(batch.columns),
             **_reference_fields(batch.reference_scores),
         )
     has_response = torch.from_numpy(batch.lengths[:, 1:] > 0)
@@ -166,6 +171,10 @@ def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | N
         ref_mismatched_logps=torch.from_numpy(reference) if reference is not None else None,
         has_response=has_response,
     )
+
+
+def _as_tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
 def _reference_fields(scores: np.ndarray | None) -> dict[str, Any]:
@@ -216,8 +225,8 @@ def _pair_losses(row: PackedRow, logprobs: Tensor, *, objective: Objective, know
             rejected_logps=policy[:, 1] if branches == 2 else absent,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1] if branches == 2 else absent + 1,
-            **known.of_pairs(numbers),
-            **_resident_fields(others),
+            # A reference in memory, where there is one, says the same as what was kept of it.
+            **{**known.of_pairs(numbers), **_resident_fields(others)},
         )
     )
     check_output(objective, output, numbers.numel())

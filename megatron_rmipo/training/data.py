@@ -90,7 +90,7 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
     Raises:
         ConfigError: no data is named, or a flag asks for more than there is.
         DataError: a data set is missing, incomplete, empty, made with another tokenizer, or without the responses that the
-            objective needs; or unpaired data is blended with pairs.
+            objective needs, or the columns that it reads; or unpaired data is blended with pairs.
     """
     if not config.data.data_path:
         raise ConfigError("no data to train on: give --data-path PREFIX (of PREFIX.bin, .idx and .json).")
@@ -158,6 +158,13 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNe
             f"{flag} {store.prefix}: unpaired data, one response with a label a row, but --objective {objective} needs "
             f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or use "
             "--objective kto."
+        )
+    missing = [column for column in needs.columns if column not in store.manifest.pair_columns]
+    if missing:
+        flags = " and ".join(f"--pair-{column}" for column in missing)
+        raise DataError(
+            f"{flag} {store.prefix}: no {' and no '.join(missing)} beside its pairs, to be read by {flags}. Prepare the data "
+            "from rows that have such a column, or leave the flag out."
         )
     longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
     most, allowed = int(longest.max()), config.data.seq_length

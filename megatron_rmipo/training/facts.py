@@ -17,7 +17,7 @@ def run_facts(plan: RunPlan) -> dict[str, Any]:
     """What a rank found on its host, and where it would start by that, as :mod:`megatron_rmipo.checkpoint.facts`."""
     stores = {store.prefix: store for pairs in plan.data.collections for store in pairs.stores}
     facts = read_facts(plan.config, plan.source, list(stores.values()))
-    facts["code of the objective"] = _code_digest(plan.objective)
+    facts["code of the objective"] = [_code_digest(part) for part in plan.objective.parts]
     if plan.reference is not None:
         known = plan.reference.source
         facts["the reference"] = str(known.directory) if known is not None else "that of the checkpoint"

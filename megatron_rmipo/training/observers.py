@@ -49,7 +49,8 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
     say(f"model: {source.arch.num_parameters:,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
     say(f"data: {len(run.pairs.pairs):,} pairs to train on, {_held_out(run)}")
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
-    say(f"objective: {config.objective.objective}" + (f" ({options})" if options else ""))
+    weighted = ", losses times each pair's weight" if config.objective.pair_weight else ""
+    say(f"objective: {config.objective.objective}" + (f" ({options})" if options else "") + weighted)
     epochs = run.total_pairs / len(run.pairs.pairs)
     say(f"length: {run.train_iters:,} steps of {config.training.global_batch_size:,} pairs, {epochs:.3g} epochs")
     optimizer = config.optimizer
@@ -71,7 +72,18 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
             f"--global-batch-size {config.training.global_batch_size} is more than the {len(run.pairs.pairs)} pairs to train on: "
             "an epoch is less than one full step."
         )
+    _tell_unread_columns(run)
     warn_of_few_pairs(run.num_held_out, config.training.eval_pairs, run.reporter)
+
+
+def _tell_unread_columns(run: Run) -> None:
+    """Say what of the data the run does not read, and what would."""
+    stores = [store for builder in (run.pairs, run.held_out) if builder is not None for store in builder.pairs.stores]
+    there = dict.fromkeys(column for store in stores for column in store.manifest.pair_columns)
+    for column in there:
+        if column not in run.objective.needs.columns:
+            flag = f"--pair-{column}" + ("" if column == "weight" else " of --objective dpo or simpo")
+            run.reporter.say(f"note: the data have a {column} beside their pairs, which is not read; {flag} reads it")
 
 
 def _where_it_starts(source: ModelSource, progress: Progress) -> str:

@@ -50,7 +50,7 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
         seed=config.training.seed,
         num_pairs=len(data.train),
         objective=config.objective.objective,
-        options=dict(config.objective.options),
+        options={**config.objective.options, "pair_weight": config.objective.pair_weight},
         data=collection_fingerprint(data.train),
         data_flags=_data_flags(config.data),
         held_out=collection_fingerprint(data.held_out) if data.held_out is not None else "",

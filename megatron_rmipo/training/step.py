@@ -11,7 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.passes.contract import check_state
+from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.step_passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.reports.timers import PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from megatron_rmipo.config.flag_problems import config_problems
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.schema import Config, OptimizerConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.objectives.registry import OBJECTIVES
 
 BASE = ("--data-path", "A", "--load-hf", "M")
 
@@ -59,6 +61,29 @@ def test_another_objective_starts_from_its_own_options(tmp_path: Path, capsys: p
     # The same one goes on as it was.
     assert next_run(tmp_path, before, "--objective", "rmipo").objective.options["gamma_max"] == 1.4
     assert capsys.readouterr().err == ""
+
+
+def test_the_learning_rate_is_the_objectives_own_unless_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [parse_arguments([*BASE, "--objective", name]).optimizer.lr for name in ("sft", "dpo")] == [2e-5, 6e-7]
+    assert parse_arguments([*BASE, "--objective", "sft", "--lr", "3e-6"]).optimizer.lr == 3e-6
+    file = tmp_path / "run.yaml"
+    file.write_text("objective: sft\nlr: 4e-6\n")
+    assert parse_arguments(["--config", str(file)]).optimizer.lr == 4e-6
+    # A saved run holds it; another objective takes it over where it was chosen, and not where it was that objective's own.
+    assert next_run(tmp_path, ("--objective", "sft")).optimizer.lr == 2e-5
+    assert next_run(tmp_path, ("--objective", "sft", "--lr", "4e-6"), "--objective", "dpo").optimizer.lr == 4e-6
+    capsys.readouterr()
+    assert next_run(tmp_path, ("--objective", "sft"), "--objective", "dpo").optimizer.lr == 6e-7
+    assert ": objective sft gives way to --objective dpo, and with it lr\n" in capsys.readouterr().err
+    assert next_run(tmp_path, ("--objective", "dpo"), "--objective", "sft").optimizer.lr == 2e-5
+
+
+def test_the_help_names_every_learning_rate_that_an_objective_brings() -> None:
+    text = next(field.metadata["help"] for field in dataclasses.fields(OptimizerConfig) if field.name == "lr")
+    usual = Config().optimizer.lr
+    for name, objective in OBJECTIVES.items():
+        told = f"{name} {objective.default_lr:.0e}".replace("e-0", "e-") in text
+        assert told == (objective.default_lr != usual), name
 
 
 def test_options_of_neither_objective_are_faults_still(tmp_path: Path) -> None:

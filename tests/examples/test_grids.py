@@ -15,7 +15,7 @@ from tests.examples.test_scripts import ROOT, calls, commands, environment, own_
 ABLATIONS, COMPARISON = "ablations.sh", "compare_objectives.sh"
 LLAMA = "run_rmipo_llama3_8b.sh"
 GRIDS = {ABLATIONS: "ablations", COMPARISON: "comparison"}
-NUM_ROWS = {ABLATIONS: 17, COMPARISON: 24}
+NUM_ROWS = {ABLATIONS: 17, COMPARISON: 26}
 # (lower bound, upper bound or constant, signal, schedule) of the rows of rmipo, as the paper's tables describe them.
 MARGINS = {
     "rmipo": (0.3, 1.6, "pmi", "exponential"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
@@ -11,6 +12,7 @@ from tests.parity.replay import read_pairs
 
 FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"
 MODEL = FIXTURE / "model"
+NONE: Mapping[str, Sequence[float]] = {}
 
 
 def write_unpaired(prefix: Path) -> Path:
@@ -24,7 +26,14 @@ def write_unpaired(prefix: Path) -> Path:
     return prefix
 
 
-def write_pairs(prefix: Path, *, with_rejected: bool = True, swap_first: bool = False, first: int = 0) -> Path:
+def write_pairs(
+    prefix: Path,
+    *,
+    with_rejected: bool = True,
+    swap_first: bool = False,
+    first: int = 0,
+    values: Mapping[str, Sequence[float]] = NONE,
+) -> Path:
     """Prepare the fixture's 48 pairs under ``prefix`` as the data tool would.
 
     Args:
@@ -32,10 +41,12 @@ def write_pairs(prefix: Path, *, with_rejected: bool = True, swap_first: bool = 
         with_rejected: False leaves the rejected responses out.
         swap_first: exchange the responses of the first pair.
         first: leave out the pairs before this one.
+        values: column -> a number beside each pair.
     """
-    with PairStoreWriter(prefix, vocab_size=400, overwrite=True) as writer:
+    with PairStoreWriter(prefix, vocab_size=400, columns=list(values), overwrite=True) as writer:
         for number, pair in enumerate(read_pairs(FIXTURE)[first:]):
             chosen, rejected = (pair.rejected, pair.chosen) if swap_first and number == 0 else (pair.chosen, pair.rejected)
-            writer.add(TokenizedPair(pair.prompt, chosen, rejected if with_rejected else rejected[:0]))
+            beside = [column[number] for column in values.values()]
+            writer.add(TokenizedPair(pair.prompt, chosen, rejected if with_rejected else rejected[:0]), beside)
         writer.finalize(Manifest(tokenizer=load_tokenizer(str(MODEL)).info, has_rejected=with_rejected))
     return prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ class PairList:
     """Pairs in memory, in the place of a PairStore."""
 
     prefix = "memory"
-    manifest = None
+    manifest = types.SimpleNamespace(pair_columns=["beta", "margin", "weight"])
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
         self.pairs = list(pairs)
+        self.values = values_beside(len(self.pairs))
         self.lengths = np.array([[p.prompt.size, p.chosen.size, p.rejected.size] for p in pairs], dtype=np.int32)
 
     def __len__(self) -> int:
@@ -34,6 +36,12 @@ class PairList:
 
     def __getitem__(self, index: int) -> TokenizedPair:
         return self.pairs[index]
+
+
+def values_beside(count: int) -> np.ndarray:
+    """Of each pair a beta, a margin of either sign and a weight, 0 for some; fp32 ``[count, 3]``."""
+    number = np.arange(count)
+    return np.stack([0.05 + 0.1 * (number % 7), 0.3 * (number % 5) - 0.4, 0.5 * (number % 4)], axis=1).astype(np.float32)
 
 
 def make_pairs(count: int = NUM_PAIRS, seed: int = 5) -> list[TokenizedPair]:
@@ -113,6 +121,9 @@ class DenseProblem:
         self.model, self.reference = (_dense_model(path) for path in (hf_dir, reference_dir))
         self.lengths = torch.tensor([[p.chosen.size, p.rejected.size] for p in pairs], dtype=torch.float64)
         self.conditional = self._table(self.model, pairs)
+        self.columns = dict(
+            zip(PairList.manifest.pair_columns, torch.from_numpy(values_beside(len(self.pairs))).double().T, strict=True)
+        )
 
     def answer(self, objective: Objective, state: State | None = None) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         """(loss, gradient by Hugging Face name, metrics)."""
@@ -123,6 +134,7 @@ class DenseProblem:
             "chosen_lengths": self.lengths[:, 0],
             "rejected_lengths": self.lengths[:, 1],
             "mean_chosen_length": self.lengths[:, 0].mean(),
+            "columns": {name: self.columns[name] for name in needs.columns},
         }
         with torch.no_grad():
             fields.update(self._further_fields(objective))

@@ -23,9 +23,12 @@ OPTIONS: dict[str, dict[str, Any]] = {"epsilon_dpo": {"epsilon": 0.2}}
 FORMS = {
     "alpha_dpo": {"preset": "official"},
     "beta_dpo": {"filter_pairs": False, "ema_bias_correction": False},
-    "dpo": {"log_ratio_normalization": "mean"},
+    "dpo": {"pair_margin": True, "pair_beta": True, "log_ratio_normalization": "mean"},
     "ipo": {"log_ratio_normalization": "mean"},
     "simper": {"length_normalization": False},
+    # Several at once: every kind of pass, and a reference in memory for one that reads kept log-probs when it is alone.
+    "rmipo:0.7,kto:2,beta_dpo:0.5": {},
+    "sft:0.2,dpo,epsilon_dpo:0.5": {"epsilon": 0.2},
 }
 LAYOUTS = {
     1: [{"tokens_per_microbatch": 48}, {"tokens_per_microbatch": 200}],
@@ -72,6 +75,8 @@ PASSES = {
     "bco_pair": (2, 0),
     "aot_pair": (2, 0),
     "epsilon_dpo": (1, 1),
+    "amapo": (2, 0),
+    "gamma_po": (2, 0),
 }
 
 

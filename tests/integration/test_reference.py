@@ -138,9 +138,7 @@ def test_scoring_goes_on_after_a_signal_and_a_kill_at_another_layout(prefix: Pat
     [
         ("dpo", {}),
         ("kto", {}),
-        ("alpha_dpo", {"preset": "official"}),
-        ("beta_dpo", {}),
-        ("bco_pair", {}),
+        ("alpha_dpo:2,beta_dpo:0.5,bco_pair,sft", {"preset": "official"}),
         ("epsilon_dpo", {"epsilon": 0.05}),
     ],
 )
@@ -164,7 +162,9 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     if objective == "epsilon_dpo":
         assert state["beta"] != 0.01, "no step moved beta"
     else:
-        assert state.get("num_batches") == (STEPS if objective in ("alpha_dpo", "beta_dpo", "bco_pair") else None)
+        counted = {name: value for name, value in state.items() if name.endswith("num_batches")}
+        stateful = [member for member in ("alpha_dpo", "beta_dpo", "bco_pair") if member in objective]
+        assert counted == {f"{member}/num_batches": STEPS for member in stateful}
 
 
 @pytest.mark.dist
@@ -224,6 +224,26 @@ def test_every_data_set_of_a_blend_has_its_own_scores(prefix: Path, tmp_path: Pa
     assert losses(tmp_path / "run")[1] == pytest.approx(math.log(2), abs=1e-6)
     assert records(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert [len(score_files(one)) for one in (prefix, second, third)] == [1, 1, 1]
+
+
+@pytest.mark.dist
+def test_numbers_beside_the_pairs_reach_the_loss(tmp_path: Path) -> None:
+    # While policy and reference are one, a pair's loss is its weight times log(1 + exp(its margin)).
+    number = np.arange(48)
+    values = {"beta": [0.1] * 48, "margin": (0.5 * (number % 5) - 1.0).tolist(), "weight": (0.5 * (number % 4)).tolist()}
+    prefix = write_pairs(tmp_path / "pairs", values=values)
+    objective = {"objective": "dpo", "pair_margin": True, "pair_weight": True}
+    arguments = flags(prefix, tmp_path / "run", train_iters=1, lr_warmup_iters=None, **objective)
+    code, output = run_distributed(output_of, 2, run, arguments)[0]
+    assert code == 0, output
+    assert "losses times each pair's weight" in output
+    assert "note: the data have a beta beside their pairs, which is not read; --pair-beta of --objective dpo or simpo" in output
+    margins, weights = (np.array(values[name][40:]) for name in ("margin", "weight"))
+    losses_of_pairs = weights * np.log1p(np.exp(margins))
+    first = records(tmp_path / "run", "eval")[0]
+    assert first["loss"] == pytest.approx(losses_of_pairs.mean(), abs=1e-6)
+    pairs = (tmp_path / "run" / "logs" / "held_out_pairs.first.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in pairs] == pytest.approx(losses_of_pairs.tolist(), abs=1e-6)
 
 
 @pytest.mark.dist

@@ -85,6 +85,7 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         with_rejected=needs.rejected,
         unconditional=needs.unconditional,
         bos_token_id=BOS,
+        columns=needs.columns,
         multiple_of=case.tp if case.sequence_parallel else 1,
     )
     return BatchBuilder(pairs, layout)

@@ -55,7 +55,7 @@ def test_pages_name_only_what_exists(path: Path) -> None:
     assert path.stem in OBJECTIVES
     known = {option for name in OBJECTIVES for option in options_in_code(name)}
     # Flags of the trainer that a page may point to.
-    known |= {"clip_grad", "global_batch_size", "objective"}
+    known |= {"clip_grad", "global_batch_size", "objective", "lr"}
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", page)}
     assert {flag.removeprefix("no_") for flag in flags} <= known
 

@@ -23,8 +23,8 @@ LN2, LN4 = math.log(2.0), math.log(4.0)
     ("name", "options", "loss", "rewards"),
     [
         # Lw = -2 ln 2 over 2 tokens, p = 1/2; Ll = -3 ln 4 over 3 tokens, p = 1/4. Sums: -1.386294 and -4.158883.
-        ("simper", {}, -0.25, (0.5, 0.25)),
-        ("simper", {"length_normalization": False}, 1.0 / 64.0 - 0.25, (0.25, 1.0 / 64.0)),
+        ("simper", {}, -0.25, (-LN2, -LN4)),
+        ("simper", {"length_normalization": False}, 1.0 / 64.0 - 0.25, (-2.0 * LN2, -3.0 * LN4)),
         ("slic", {}, 0.2 * LN2, (-2.0 * LN2, -3.0 * LN4)),  # the margin 4 ln 2 = 2.77 is beyond 1
         ("slic", {"delta": 5.0, "slic_lambda": 0.5}, 5.0 - 4.0 * LN2 + LN2, (-2.0 * LN2, -3.0 * LN4)),
         ("cpo", {}, math.log1p(2.0**-0.4) + LN2, (-0.2 * LN2, -0.3 * LN4)),  # the margin is 0.1 * 4 ln 2
@@ -102,6 +102,14 @@ def test_simper_without_length_normalisation_agrees_with_float64_and_underflows_
     output = check_against_float64(objective, pairs, lambda x: torch.exp(x.ll) - torch.exp(x.lw))
     _, chosen, rejected = run_with_gradients(objective, pairs)
     assert (output.losses[2].item(), chosen[2].item(), rejected[2].item()) == (0.0, 0.0, 0.0)
+
+
+def test_simper_reports_the_exponentials_it_compares_beside_the_rewards() -> None:
+    pairs = make_pairs([-2.0 * LN2], [-3.0 * LN4], ([2], [3]))
+    for options, likelihoods in (({}, (0.5, 0.25)), ({"length_normalization": False}, (0.25, 1.0 / 64.0))):
+        metrics = build_objective("simper", options)(pairs).metrics
+        found = metrics["likelihood/chosen"].item(), metrics["likelihood/rejected"].item()
+        assert found == pytest.approx(likelihoods, rel=1e-6)
 
 
 def test_alpha_po_tends_to_simpo() -> None:

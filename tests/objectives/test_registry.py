@@ -114,6 +114,10 @@ class Options:
             "class Mine(Objective): name, Config, __call__, needs = 'm', Options, None, property(lambda _: LogpNeeds('eos'))",
             ["unconditional must be one of bos, none, not 'eos'"],
         ),
+        (
+            "class Mine(Objective): name, Config, __call__, default_lr = 'm', Options, None, 0.0",
+            ["default_lr must be a number greater than 0, not 0.0"],
+        ),
         ("1 / 0", ["cannot be imported: ZeroDivisionError: division by zero", "python -c 'import {module}' tells more"]),
         ("class Mine(", ["cannot be imported: SyntaxError", "{module}.py"]),
         ("class Other(Objective): pass", ["module {module} has no Mine"]),

@@ -41,6 +41,7 @@ class BatchLayout:
         unconditional: ``"bos"``, ``"none"`` or None, as in :class:`megatron_rmipo.objectives.base.LogpNeeds`.
         forward_passes: forward-only passes over the conditional packs, beside the gradient pass.
         bos_token_id: the context of unconditional responses for ``"bos"``.
+        columns: numbers beside the pairs that the objective reads.
         multiple_of: rows are padded to a multiple of this many tokens.
     """
 
@@ -53,6 +54,7 @@ class BatchLayout:
     unconditional: str | None = None
     forward_passes: int = 0
     bos_token_id: int | None = None
+    columns: tuple[str, ...] = ()
     multiple_of: int = 1
 
     @property
@@ -88,6 +90,7 @@ class RankBatch:
         mismatched: rows of the mismatched pass; empty where the objective has none.
         reference_scores, mismatched_reference_scores: fp32 ``[P, 2]`` sums under the reference of (chosen, rejected) of the
             global batch's pairs, the same on every rank; None where not needed.
+        columns: column -> fp32 ``[P]``, numbers beside the global batch's pairs, the same on every rank.
         mean_chosen_length: scored chosen tokens per pair, over the global batch; 1 where no row has a chosen response.
         num_tokens: tokens of all ranks' rows, each row counted once, padding left out.
         num_padding: padding tokens of this rank's rows.
@@ -101,6 +104,7 @@ class RankBatch:
     mismatched: list[PackedRow]
     reference_scores: np.ndarray | None
     mismatched_reference_scores: np.ndarray | None
+    columns: dict[str, np.ndarray]
     mean_chosen_length: float
     num_tokens: int
     num_padding: int
@@ -151,6 +155,7 @@ class BatchBuilder:
             mismatched=rows[-1] if mismatched is not None else [],
             reference_scores=self.pairs.scores_of(pair_indices),
             mismatched_reference_scores=mismatched.scores_of(pair_indices) if mismatched is not None else None,
+            columns=self.pairs.values_of(pair_indices, layout.columns),
             mean_chosen_length=mean_chosen_length or float(lengths[:, 1].mean()) or 1.0,
             num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
             cost=float(costs.sum()),

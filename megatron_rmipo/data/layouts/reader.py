@@ -37,6 +37,7 @@ class RowOptions:
         winner_values: values of the winner's column -> what they mean; None as the format has it.
         ignored: columns to be left out, by their own names.
         unread: columns known to be read by nobody.
+        values: names of the numbers that stand beside each pair.
     """
 
     format: str
@@ -46,6 +47,7 @@ class RowOptions:
     winner_values: dict[object, Verdict] | None = None
     ignored: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
+    values: tuple[str, ...] = ()
 
 
 class RowReader:
@@ -74,6 +76,7 @@ class RowReader:
         try:
             row = own_columns(row, self._options.columns, self._options.ignored)
             pair = self._read(row)
+            self._check_values(pair)
             if not row.keys() <= self._expected:
                 self._count_unread(row, pair)
         except RecursionError:
@@ -89,6 +92,24 @@ class RowReader:
                     found.setdefault(name, row[name])
         self.counts.clear()
         return found
+
+    def value_columns(self, rows: Iterable[Row]) -> tuple[str, ...]:
+        """Names of the numbers that any of those rows that can be used has beside its pair, sorted."""
+        found: set[str] = set()
+        for row in (own_columns(row, self._options.columns, self._options.ignored) for row in rows):
+            with contextlib.suppress(RowFault, RecursionError):
+                found.update(self._read(row).values)
+        self.counts.clear()
+        return tuple(sorted(found))
+
+    def _check_values(self, pair: PreferencePair) -> None:
+        """Refuse a row that lacks a number which the data set has, or has one that it lacks: neither is made up or lost."""
+        for column in self._options.values:
+            if column not in pair.values:
+                raise RowFault("missing_field", column, f"absent or null, but the data set has a {column} beside every pair")
+        for column in pair.values:
+            if column not in self._options.values:
+                raise RowFault("mixed", column, f"a {column}, which the first rows of the data set do not have")
 
     def _read(self, row: Row) -> PreferencePair:
         difference, scores = 1.0, ""

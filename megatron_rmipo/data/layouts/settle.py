@@ -49,9 +49,10 @@ def settle_reading(
     elif form == "which_won":
         values = settle_winner_values(ours)
     options = RowOptions(form, dict(columns), keep_ties, on_inverted, values, ignored)
-    unread = RowReader(options).unread(rows)
+    reader = RowReader(options)
+    unread = reader.unread(rows)
     refuse_meaningful(unread, form)
-    return dataclasses.replace(options, unread=frozenset(unread))
+    return dataclasses.replace(options, unread=frozenset(unread), values=reader.value_columns(rows))
 
 
 def unread_note(names: Collection[str], form: str) -> str:

@@ -97,6 +97,9 @@ def describe_pair(
     lines.append(f"--- prompt\n{_ending(text, max_chars)}{BOUNDARY}")
     for name in list(ids)[1:]:
         lines.append(f"--- {name}\n{BOUNDARY}{_beginning(tokenizer.decode_continuation(prompt, ids[name]), max_chars)}")
+    if len(store.values[index]):
+        beside = zip(store.manifest.pair_columns, store.values[index].tolist(), strict=True)
+        lines.append(", ".join(f"{column} {value:g}" for column, value in beside))
     if with_ids:
         lines += [f"{name} ids: {' '.join(map(str, part))}" for name, part in ids.items()]
     return "\n".join(lines)

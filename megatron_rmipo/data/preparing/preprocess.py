@@ -112,7 +112,11 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
     )
     with (
         PairStoreWriter(
-            options.output_prefix, tokenizer.info.vocab_size, unpaired=rows.format == "unpaired", overwrite=options.overwrite
+            options.output_prefix,
+            tokenizer.info.vocab_size,
+            unpaired=rows.format == "unpaired",
+            columns=rows.values,
+            overwrite=options.overwrite,
         ) as writer,
         RejectsFile(options.output_prefix) as rejects,
     ):
@@ -145,7 +149,7 @@ def _write_all(
             for reject in batch.rejects:
                 rejects.add(reject)
                 _refuse_reject(reject, options)
-            writer.add_all(batch.tokens, batch.lengths)
+            writer.add_all(batch.tokens, batch.lengths, batch.values)
             progress.advance(batch.num_rows, len(writer), rejects.total)
     by_reason = {f"rejected/{reason}": count for reason, count in sorted(rejects.counts.items())}
     return {"rows": num_rows, "kept": len(writer), "truncated": num_truncated, "rejected": rejects.total, **by_reason, **of_rows}

@@ -38,6 +38,7 @@ class EncodedBatch:
     Attributes:
         tokens: ids of all pairs behind one another, each prompt, chosen, rejected (empty where the row has none).
         lengths: ``[pairs, 3]``.
+        values: the numbers beside them, ``[pairs, columns]``.
         num_rows: rows in the batch.
         num_truncated: pairs that were cut.
         rejects: rows left out.
@@ -46,6 +47,7 @@ class EncodedBatch:
 
     tokens: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
     num_rows: int
     num_truncated: int
     rejects: list[Reject]
@@ -58,6 +60,7 @@ class BatchEncoder:
     def __init__(self, tokenizer: PreferenceTokenizer, template: ChatTemplate, policy: LengthPolicy, options: RowOptions) -> None:
         self._encoder = PairEncoder(tokenizer, template, policy)
         self._reader = RowReader(options)
+        self._columns = options.values
 
     def __call__(self, rows: Sequence[SourceRow]) -> EncodedBatch:
         """Parse and encode rows, in order."""
@@ -77,6 +80,7 @@ class BatchEncoder:
         encoded = iter(self._encoder.encode([pair for pair in parsed if isinstance(pair, PreferencePair)]))
         tokens = array.array("I")  # takes a list of integers several times faster than NumPy does
         lengths: list[tuple[int, int, int]] = []
+        values: list[list[float]] = []
         rejects: list[Reject] = []
         num_truncated = 0
         for row, pair in zip(rows, parsed, strict=True):
@@ -87,11 +91,14 @@ class BatchEncoder:
             for part in (result.prompt, result.chosen, result.rejected):
                 tokens.fromlist(part)
             lengths.append((len(result.prompt), len(result.chosen), len(result.rejected)))
+            assert isinstance(pair, PreferencePair)
+            values.append([pair.values[column] for column in self._columns])
             num_truncated += result.truncated
             counts["left_out"] += result.left_out
         return EncodedBatch(
             np.array(tokens, dtype=np.int32),
             np.array(lengths, dtype=np.int32).reshape(-1, 3),
+            np.array(values, dtype=np.float32).reshape(len(values), len(self._columns)),
             len(rows),
             num_truncated,
             rejects,

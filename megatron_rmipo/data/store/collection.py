@@ -85,6 +85,13 @@ class PairCollection(Sequence[TokenizedPair]):
         located = [self._locate(int(index)) for index in indices]
         return np.stack([self.reference_scores[which][row] for which, row in located])
 
+    def values_of(self, indices: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """The numbers in ``columns``, which all data sets have, beside the pairs ``indices``: column -> fp32 ``[P]``."""
+        located = [self._locate(int(index)) for index in indices] if columns else []
+        places = [[store.manifest.pair_columns.index(column) for column in columns] for store in self.stores]
+        rows = [self.stores[which].values[row, places[which]] for which, row in located]
+        return dict(zip(columns, np.array(rows, dtype=np.float32).reshape(-1, len(columns)).T, strict=True)) if columns else {}
+
     def __len__(self) -> int:
         return len(self.members)
 

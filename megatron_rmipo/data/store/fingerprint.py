@@ -26,7 +26,12 @@ _SAMPLE_BYTES = 4096
 def content_facts(store: PairStore) -> dict[str, Any]:
     """What a data set holds, by name, wherever it lies: plain values, digests in hex."""
     manifest = store.manifest
+    # Named where they are there alone: what has none keeps the digest it had.
+    beside = {"numbers beside the pairs": hashlib.sha256(store.values.tobytes()).hexdigest()} if manifest.pair_columns else {}
+    columns = {"columns": manifest.pair_columns} if manifest.pair_columns else {}
     return {
+        **columns,
+        **beside,
         "number of pairs": len(store),
         "kind of rows": manifest.kind,
         "tokenizer": dataclasses.asdict(manifest.tokenizer),

@@ -59,9 +59,11 @@ class Manifest:
         has_rejected: False for supervised data, whose rejected sequences are all empty; manifests without the field hold pairs.
         unpaired: True for unpaired data, whose rows have a chosen or a rejected response each, not both (``has_rejected`` is True
             then, even if no row has the label false); manifests without the field hold other data.
+        pair_columns: names of the numbers that stand beside each pair, in the order of the ``values`` file, which there is where
+            there are any; manifests without the field have none.
         num_pairs, num_tokens: what the files hold.
         lengths: see :func:`summarize_lengths`.
-        file_bytes: sizes of the ``bin`` and ``idx`` files.
+        file_bytes: sizes of the ``bin``, ``idx`` and ``values`` files.
     """
 
     tokenizer: TokenizerInfo
@@ -80,6 +82,7 @@ class Manifest:
     unread_columns: list[str] = dataclasses.field(default_factory=list)
     has_rejected: bool = True
     unpaired: bool = False
+    pair_columns: list[str] = dataclasses.field(default_factory=list)
     num_pairs: int = 0
     num_tokens: int = 0
     lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -92,6 +95,11 @@ class Manifest:
         if self.unpaired:
             return "unpaired rows"
         return "pairs" if self.has_rejected else "supervised rows"
+
+    @property
+    def file_kinds(self) -> tuple[str, ...]:
+        """The files beside the manifest, as :func:`store_paths` names them."""
+        return ("bin", "idx", "values") if self.pair_columns else ("bin", "idx")
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -124,8 +132,8 @@ class Manifest:
 
 
 def store_paths(prefix: str | Path) -> dict[str, Path]:
-    """The files of a data set by extension (``bin``, ``idx``, ``json``)."""
-    return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")}
+    """The files of a data set: ``bin``, ``idx``, ``json`` by their extension, and ``values``, which not all have."""
+    return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json")} | {"values": Path(f"{prefix}.values.npy")}
 
 
 def length_columns(lengths: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.int32]]:

@@ -2,7 +2,8 @@
 
 ``PREFIX.bin`` and ``PREFIX.idx`` hold, for each pair, one document of three sequences: prompt, chosen, rejected. Supervised data
 have the same form with the rejected sequence empty, in every document; unpaired data with one of the two responses empty, by the
-row's label. ``PREFIX.json`` (the manifest) says with which tokenizer and template they were made and what was left out. It is
+row's label. ``PREFIX.values.npy`` holds the numbers that stand beside each pair, fp32 ``[pairs, columns]``, where the rows have
+such columns. ``PREFIX.json`` (the manifest) says with which tokenizer and template they were made and what was left out. It is
 written last: a data set without a manifest was never finished and is refused.
 """
 
@@ -14,7 +15,7 @@ import importlib
 import os
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,19 +72,29 @@ class PairStoreWriter:
         prefix: path without extension. Its folder is made if missing.
         vocab_size: decides the integer type of the ids (uint16 below 65,500, else int32).
         unpaired: every row has a chosen or a rejected response, not both.
+        columns: names of the numbers that stand beside each pair.
         overwrite: replace a data set that stands at the prefix.
 
     Raises:
         DataError: files stand at the prefix and ``overwrite`` is off, or it cannot be written.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int, *, unpaired: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        vocab_size: int,
+        *,
+        unpaired: bool = False,
+        columns: Sequence[str] = (),
+        overwrite: bool = False,
+    ) -> None:
         indexed_dataset = _indexed_dataset()
         self.prefix = str(prefix)
         self._paths = store_paths(self.prefix)
         self._partial = store_paths(f"{self.prefix}.incomplete")
         check_output_prefix(self.prefix, overwrite=overwrite)
         self._lengths: list[int] = []
+        self._columns, self._values = list(columns), [np.empty((0, len(columns)), dtype=np.float32)]
         self._vocab_size, self._unpaired = vocab_size, unpaired
         self._finished = False
         with write_errors_named(self.prefix):
@@ -102,22 +113,29 @@ class PairStoreWriter:
         """Pairs added so far."""
         return len(self._lengths) // SEQUENCES_PER_PAIR
 
-    def add(self, pair: TokenizedPair) -> None:
-        """Append one pair."""
+    def add(self, pair: TokenizedPair, values: Sequence[float] = ()) -> None:
+        """Append one pair, with the numbers beside it in the order of the columns."""
         parts = (pair.prompt, pair.chosen, pair.rejected)
-        self.add_all(np.concatenate(parts), np.array([[len(part) for part in parts]]))
+        beside = np.array([values], dtype=np.float32)
+        self.add_all(np.concatenate(parts), np.array([[len(part) for part in parts]]), beside)
 
-    def add_all(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+    def add_all(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any], values: npt.NDArray[np.float32] | None = None) -> None:
         """Append any number of pairs.
 
         Args:
             tokens: integers, prompt, chosen and rejected of each pair behind one another.
             lengths: their lengths, integers ``[pairs, 3]``.
+            values: the numbers beside them, fp32 ``[pairs, columns]``, all finite; None where there are no columns.
         """
         if not lengths.size:
             return
         assert lengths.shape[1:] == (SEQUENCES_PER_PAIR,), lengths.shape
         self._check(tokens, lengths)
+        if values is None:
+            values = np.empty((len(lengths), 0), dtype=np.float32)
+        assert values.shape == (len(lengths), len(self._columns)), (values.shape, self._columns)
+        assert np.isfinite(values).all(), "a number that is not finite"
+        self._values.append(values)
         flat = lengths.ravel().tolist()
         with write_errors_named(self.prefix):
             self._builder.add_document(tokens, flat)
@@ -163,6 +181,9 @@ class PairStoreWriter:
         try:
             with write_errors_named(self.prefix):
                 self._builder.finalize(str(self._partial["idx"]))
+                if self._columns:
+                    np.save(self._partial["values"], np.concatenate(self._values))
+                manifest = dataclasses.replace(manifest, pair_columns=self._columns)
                 complete = dataclasses.replace(
                     manifest,
                     counts={**manifest.counts, **by_label},
@@ -171,13 +192,14 @@ class PairStoreWriter:
                     num_pairs=len(lengths),
                     num_tokens=int(lengths.sum(dtype=np.int64)),
                     lengths=summarize_lengths(lengths),
-                    file_bytes={kind: self._partial[kind].stat().st_size for kind in ("bin", "idx")},
+                    file_bytes={kind: self._partial[kind].stat().st_size for kind in manifest.file_kinds},
                 )
                 self._partial["json"].write_text(complete.to_json(), encoding="utf-8", errors="backslashreplace")
-                for path in self._partial.values():
-                    _flush_to_disk(path)
+                for kind in (*manifest.file_kinds, "json"):
+                    _flush_to_disk(self._partial[kind])
                 self._paths["json"].unlink(missing_ok=True)  # an interrupted replacement must not pass for the earlier data set
-                for kind in ("bin", "idx"):
+                self._paths["values"].unlink(missing_ok=True)  # the earlier one's, where this one has none
+                for kind in manifest.file_kinds:
                     os.replace(self._partial[kind], self._paths[kind])
                 if keep_beside is not None:
                     keep_beside()
@@ -235,6 +257,7 @@ class PairStore:
     Attributes:
         manifest: what ``PREFIX.json`` says.
         lengths: int32 ``[num_pairs, 3]``: tokens of prompt, chosen, rejected; 0 for a response that the row does not have.
+        values: fp32 ``[num_pairs, columns]``: the numbers beside each pair, in the order of the manifest's ``pair_columns``.
 
     Raises:
         DataError: a file is missing, or does not belong to the others.
@@ -244,10 +267,11 @@ class PairStore:
         self.prefix = str(prefix)
         self._paths = store_paths(self.prefix)
         self.manifest = Manifest.read(self._paths["json"])
-        for kind in ("bin", "idx"):
+        for kind in self.manifest.file_kinds:
             self._check_size(kind)
         self._data = self._open()
         self.lengths = self._read_lengths()
+        self.values = self._open_values()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -265,13 +289,13 @@ class PairStore:
         path, expected = self._paths[kind], self.manifest.file_bytes.get(kind)
         if not path.is_file():
             raise DataError(
-                f"{path}: missing, though {self._paths['json'].name} is there. Copy all three files, or preprocess again."
+                f"{path}: missing, though {self._paths['json'].name} is there. Copy all its files, or preprocess again."
             )
         found = path.stat().st_size
         if found != expected:
             raise DataError(
                 f"{path}: {found} bytes, but {self._paths['json'].name} says {expected}: truncated, or from another run. "
-                "Copy all three files of one run, or preprocess again."
+                "Copy all files of one run, or preprocess again."
             )
 
     def _open(self) -> Any:
@@ -284,9 +308,25 @@ class PairStore:
         if (magic, version, *counts) != expected:
             raise DataError(
                 f"{path}: not a Megatron index of {self.manifest.num_pairs} pairs of three sequences. "
-                "Copy all three files of one run, or preprocess again."
+                "Copy all files of one run, or preprocess again."
             )
         return _indexed_dataset().IndexedDataset(self.prefix)
+
+    def _open_values(self) -> npt.NDArray[np.float32]:
+        shape = (self.manifest.num_pairs, len(self.manifest.pair_columns))
+        if not self.manifest.pair_columns:
+            return np.empty(shape, dtype=np.float32)
+        path = self._paths["values"]
+        try:
+            values: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: not readable as an array ({error}). Preprocess the data again.") from None
+        if values.shape != shape or values.dtype != np.float32:
+            raise DataError(
+                f"{path}: {values.dtype} {values.shape}, but by {self._paths['json'].name} float32 {shape}: the files are from "
+                "different runs. Preprocess again."
+            )
+        return values
 
     def _read_lengths(self) -> npt.NDArray[np.int32]:
         sequence_lengths, documents = self._data.sequence_lengths, self._data.document_indices

@@ -89,7 +89,7 @@ def test_an_inverted_pair_is_kept_dropped_or_swapped_and_counted() -> None:
         ("keep", pair._replace(values={"margin": 2.0})),
         ("swap", pair._replace(chosen=pair.rejected, rejected=pair.chosen, values={"margin": -2.0})),
     ):
-        reader = RowReader(RowOptions("strings", {}, on_inverted=choice))
+        reader = RowReader(RowOptions("strings", {}, on_inverted=choice, values=("margin",)))
         assert reader(row) == expected
         assert reader.counts == {"inverted": 1}
     for choice in ("drop", "error"):
@@ -107,7 +107,8 @@ def test_a_missing_score_scores_nothing_and_a_strange_one_is_named() -> None:
 
 
 def test_numbers_of_the_pair_are_kept_beside_it() -> None:
-    assert read({**GOOD, "margin": "-0.5", "beta": 0.1, "weight": 0}).values == {"margin": -0.5, "beta": 0.1, "weight": 0.0}
+    row = {**GOOD, "margin": "-0.5", "beta": 0.1, "weight": 0}
+    assert read(row, values=("beta", "margin", "weight")).values == {"margin": -0.5, "beta": 0.1, "weight": 0.0}
     assert read({**GOOD, "margin": None}).values == {}
     for beside in ({"margin": float("inf")}, {"margin": "wide"}, {"beta": 0}, {"weight": -1}, {"weight": True}):
         with pytest.raises(RowFault) as fault:

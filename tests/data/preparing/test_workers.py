@@ -11,7 +11,9 @@ import pytest
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
-from megatron_rmipo.data.preparing.workers import BatchEncoder, RowOptions, encode_batches
+from megatron_rmipo.data.layouts.reader import RowOptions
+from megatron_rmipo.data.layouts.settle import settle_reading
+from megatron_rmipo.data.preparing.workers import BatchEncoder, encode_batches
 from megatron_rmipo.data.reading.rows import Turn
 from megatron_rmipo.data.reading.sources import SourceRow
 from tests.data.orphans import count_files, workers_left_by
@@ -45,6 +47,27 @@ def test_a_batch_holds_the_ids_of_its_pairs_one_behind_the_other(kind: str, requ
 def test_a_batch_without_a_pair_is_empty(pieces: PreferenceTokenizer) -> None:
     batch = encoder(pieces)([row(1, prompt="x")])
     assert (batch.tokens.shape, batch.lengths.shape, len(batch.rejects)) == ((0,), (0, 3), 1)
+
+
+def test_numbers_beside_the_pairs_are_the_rows(pieces: PreferenceTokenizer) -> None:
+    text = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    options = settle_reading([text], {}, form="strings")
+    assert options.values == ()
+    with_margins = settle_reading([text, {}, {**text, "margin": 0.5}], {}, form="strings")
+    assert with_margins.values == ("margin",)
+    rows = [row(1, **text, margin=0.25), row(2, **text), row(3, **text, margin=-1), row(4, margin=2.0)]
+    template = load_template("hh", pieces)
+    batch = BatchEncoder(pieces, template, LengthPolicy(4096), with_margins)(rows)
+    assert (batch.values.dtype, batch.values.tolist()) == (np.float32, [[0.25], [-1.0]])
+    assert len(batch.lengths) == 2
+    (without, broken) = batch.rejects
+    assert (without.number, without.reason, without.field) == (2, "missing_field", "margin")
+    assert "the data set has a margin beside every pair" in without.message
+    assert (broken.number, broken.field) == (4, "prompt")
+    # Nor is one dropped that the first rows did not have.
+    batch = BatchEncoder(pieces, template, LengthPolicy(4096), options)(rows[:2])
+    assert batch.values.shape == (1, 0)
+    assert [(reject.number, reject.reason) for reject in batch.rejects] == [(1, "mixed")]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.data.store.pair_store import Manifest, PairStore, PairStoreWriter, TokenizedPair, TokenizerInfo
 from megatron_rmipo.errors import DataError
 
@@ -366,3 +368,60 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 def test_the_import_path_that_was_documented_first_still_leads_here() -> None:
     assert importlib.import_module("megatron_rmipo.data.pair_store").PairStore is PairStore
+
+
+def write_with_values(prefix: Path, values: np.ndarray, columns: list[str], *, overwrite: bool = False) -> Manifest:
+    pairs = make_pairs(len(values), 1003)
+    with PairStoreWriter(prefix, 1003, columns=columns, overwrite=overwrite) as writer:
+        for pair, beside in zip(pairs, values.tolist(), strict=True):
+            writer.add(pair, beside)
+        return writer.finalize(Manifest(INFO))
+
+
+def test_numbers_beside_the_pairs_are_kept_with_them(tmp_path: Path) -> None:
+    values = np.random.default_rng(3).normal(size=(7, 2)).astype(np.float32)
+    manifest = write_with_values(tmp_path / "pairs", values, ["margin", "weight"])
+    store = pickle.loads(pickle.dumps(PairStore(tmp_path / "pairs")))
+    assert manifest.pair_columns == store.manifest.pair_columns == ["margin", "weight"]
+    assert isinstance(store.values, np.memmap)
+    assert store.values.tolist() == values.tolist()
+    assert manifest.file_bytes["values"] == (tmp_path / "pairs.values.npy").stat().st_size
+    # Which pairs of which data set, repeated ones too; a blend has the columns in any order.
+    write_with_values(tmp_path / "other", values[:3, ::-1], ["weight", "margin"])
+    both = PairCollection([store, PairStore(tmp_path / "other")], np.array([2, 7, 9, 9]))
+    found = both.values_of(np.array([1, 3, 0]), ("weight",))
+    assert {name: column.tolist() for name, column in found.items()} == {"weight": values[[0, 2, 2], 1].tolist()}
+    assert found["weight"].dtype == np.float32
+    assert both.values_of(np.array([1, 3]), ()) == {}
+    # Data that differ in them alone are other data.
+    prints = [collection_fingerprint(PairCollection([store]))]
+    write_with_values(tmp_path / "pairs", values + 1, ["margin", "weight"], overwrite=True)
+    prints.append(collection_fingerprint(PairCollection([PairStore(tmp_path / "pairs")])))
+    write(tmp_path / "pairs", make_pairs(7, 1003), overwrite=True)
+    prints.append(collection_fingerprint(PairCollection([PairStore(tmp_path / "pairs")])))
+    assert len(set(prints)) == 3
+    # What has none leaves no file of the data set it replaced.
+    assert sorted(path.name for path in tmp_path.glob("pairs.*")) == ["pairs.bin", "pairs.idx", "pairs.json"]
+    assert PairStore(tmp_path / "pairs").values.shape == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [("missing", "missing, though"), ("short", "truncated"), ("other", "float32 (7, 1)")]
+)
+def test_damaged_numbers_beside_the_pairs_are_refused(tmp_path: Path, damage: str, words: str) -> None:
+    write_with_values(tmp_path / "pairs", np.ones((7, 1), dtype=np.float32), ["margin"])
+    path = tmp_path / "pairs.values.npy"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        np.save(path, np.ones((7, 1), dtype=np.int32))
+    with pytest.raises(DataError, match=re.escape(words)):
+        PairStore(tmp_path / "pairs")
+
+
+@pytest.mark.parametrize("values", [[[1.0]], [[1.0, 2.0, 3.0]], [[1.0, float("nan")]]])
+def test_numbers_that_do_not_fit_are_our_fault(tmp_path: Path, values: list[list[float]]) -> None:
+    with PairStoreWriter(tmp_path / "pairs", 1003, columns=["a", "b"]) as writer, pytest.raises(AssertionError):
+        writer.add(make_pairs(1, 1003)[0], values[0])

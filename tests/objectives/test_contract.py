@@ -9,8 +9,8 @@ import torch
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import LossOutput
+from megatron_rmipo.objectives.contract import check_output, check_prepared, check_state
 from megatron_rmipo.objectives.simpo import Simpo
-from megatron_rmipo.passes.contract import check_output, check_prepared, check_state
 
 OBJECTIVE, PAIRS = Simpo(), torch.zeros(3)
 
