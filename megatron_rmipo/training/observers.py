@@ -9,6 +9,7 @@ import torch
 
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
@@ -43,13 +44,14 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
     )
 
 
-def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
+def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: ContextToken) -> None:
     """The first words of a run: what is trained on what, for how long, how, and where it goes; then what may not be meant."""
     config, progress, say = run.config, run.progress, run.reporter.say
     say(f"model: {source.arch.num_parameters:,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
     say(f"data: {len(run.pairs.pairs):,} pairs to train on, {_held_out(run)}")
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
     say(f"objective: {config.objective.objective}" + (f" ({options})" if options else ""))
+    _say_context(run.objective.needs.unconditional, context, run.reporter)
     epochs = run.total_pairs / len(run.pairs.pairs)
     say(f"length: {run.train_iters:,} steps of {config.training.global_batch_size:,} pairs, {epochs:.3g} epochs")
     optimizer = config.optimizer
@@ -72,6 +74,14 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
             "an epoch is less than one full step."
         )
     warn_of_few_pairs(run.num_held_out, config.training.eval_pairs, run.reporter)
+
+
+def _say_context(unconditional: str | None, context: ContextToken, reporter: Reporter) -> None:
+    """What stands before a response in log p(y), where the objective reads that; a warning where it is not what was asked for."""
+    if unconditional == "bos":
+        (reporter.say if context.token_id is not None else reporter.warn)(f"log p(y): each response {context.text}")
+    elif unconditional is not None:
+        reporter.say("log p(y): each response alone, its first token not scored")
 
 
 def _where_it_starts(source: ModelSource, progress: Progress) -> str:

@@ -55,6 +55,8 @@ class Manifest:
         unpaired: True for unpaired data, whose rows have a chosen or a rejected response each, not both (``has_rejected`` is True
             then, even if no row has the label false); manifests without the field hold other data.
         num_pairs, num_tokens: what the files hold.
+        first_token_id: the token that every prompt begins with; None where they begin differently, and in manifests without the
+            field.
         lengths: see :func:`summarize_lengths`.
         file_bytes: sizes of the ``bin`` and ``idx`` files.
     """
@@ -73,6 +75,7 @@ class Manifest:
     unpaired: bool = False
     num_pairs: int = 0
     num_tokens: int = 0
+    first_token_id: int | None = None
     lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     file_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     version: int = MANIFEST_VERSION
