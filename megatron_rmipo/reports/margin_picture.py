@@ -23,7 +23,7 @@ Column = npt.NDArray[np.float64]
 # What dpmi the schedule is drawn for, in nats; pairs beyond are drawn at its edge.
 _DPMI_RANGE = (-1.0, 5.0)
 # Of a density: how wide a pair is, as a part of the axis.
-_BANDWIDTH = 0.02
+_BANDWIDTH = 0.03
 _POINTS = 400
 
 
@@ -73,7 +73,7 @@ def draw_margins(path: Path, runs: Sequence[MarginRun]) -> None:
     every = np.concatenate([values for pair in columns for values in pair])
     _draw_densities(margins, runs, columns, (float(every.min()) - 0.1, float(every.max()) + 0.1))
     columns = _columns(runs, "gap")
-    edge = max((float(np.quantile(np.abs(values), 0.95)) for pair in columns for values in pair if values.size), default=1.0)
+    edge = max(float(np.quantile(np.abs(values), 0.95)) for pair in columns for values in pair if values.size)
     _draw_densities(gaps, runs, columns, (-1.1 * edge, 1.1 * edge))
     schedule.set(
         title="schedule and held-out pairs", xlabel="dpmi, or the gap, in nats (beyond the edges: at the edge)", ylabel="gamma"
@@ -92,9 +92,9 @@ def draw_margins(path: Path, runs: Sequence[MarginRun]) -> None:
 
 
 def density(values: Column, points: Column) -> Column:
-    """Gaussian kernel density of ``values`` at ``points`` (evenly spaced), a kernel as wide as a fiftieth of their range.
+    """Gaussian kernel density of ``values`` at ``points`` (evenly spaced), a kernel's width a fixed part of their range.
 
-    The width is fixed: a fitted one would spread out the many pairs that sit at a bound.
+    One fitted to the values would spread out the many pairs that sit at a bound.
     """
     width = _BANDWIDTH * (points[-1] - points[0])
     distances = (points[:, None] - values[None, :]) / width

@@ -72,5 +72,6 @@ def _margin_run(log_dir: Path) -> MarginRun:
     if not last:
         raise ConfigError(f"--picture: {log_dir / PAIRS_FILE} is missing, or of another evaluation than the last.")
     run_dir = log_dir.resolve()
-    name = run_dir.parent.name if run_dir.name == "logs" else run_dir.name
-    return MarginRun(f"{name} ({options.preset})", Rmipo(options), first, last)
+    run_dir = run_dir.parent if run_dir.name == "logs" else run_dir
+    # Runs of the example scripts have one name in different folders.
+    return MarginRun(f"{'/'.join(run_dir.parts[-2:])} ({options.preset})", Rmipo(options), first, last)

@@ -61,8 +61,8 @@ def test_a_density_is_one_in_sum_and_high_where_the_values_are() -> None:
     values = np.array([0.5, 1.5, 1.5, 1.5])
     heights = density(values, points)
     assert heights.sum() * (points[1] - points[0]) == pytest.approx(1.0, abs=1e-6)
-    # A kernel's peak is 1 / (width sqrt(2 pi)), its width a fiftieth of 2.
-    peak = 1.0 / (0.04 * math.sqrt(2.0 * math.pi))
+    # A kernel's peak is 1 / (width sqrt(2 pi)), its width 0.03 of the range.
+    peak = 1.0 / (0.06 * math.sqrt(2.0 * math.pi))
     assert heights[100] == pytest.approx(0.25 * peak, rel=1e-6)
     assert heights[300] == pytest.approx(0.75 * peak, rel=1e-6)
 
