@@ -1,7 +1,7 @@
 """RMiPO and SimPO the plain way, on transformers and torch alone: padded pairs, fp32 logits of every token.
 
 What most preference trainers do, written here without anything of ours, so that it checks results as well as speed. The pairs of
-a micro-batch are padded to their longest sequence, chosen and rejected with the prompt each; RMiPO (the ``paper`` preset) takes a
+a micro-batch are padded to their longest sequence, chosen and rejected with the prompt each; RMiPO (its default preset) takes a
 second padded pass for log p(y).
 
 Shape letters: P pairs of a micro-batch, B = 2P sequences, L longest of them, V vocabulary.
@@ -83,14 +83,14 @@ class PaddedBaseline:
         logps = self._response_logps(prompts, responses)
         lengths = torch.tensor([len(response) for response in responses], device=logps.device)
         chosen, rejected = (self.beta * logps / lengths).chunk(2)
-        margin = self._margins(responses, logps.detach()) if self.objective == "rmipo" else self.simpo_gamma
+        margin = self._margins(responses, logps.detach(), lengths) if self.objective == "rmipo" else self.simpo_gamma
         return -torch.nn.functional.logsigmoid(chosen - rejected - margin)
 
     @torch.no_grad()
-    def _margins(self, responses: list[list[int]], logps: Tensor) -> Tensor:
-        """RMiPO's margin of each pair, ``[P]``, from log p(y | x) of its responses, ``[B]``."""
+    def _margins(self, responses: list[list[int]], logps: Tensor, lengths: Tensor) -> Tensor:
+        """RMiPO's margin of each pair, ``[P]``, from log p(y | x) and the tokens of its responses, ``[B]`` each."""
         uncond = self._response_logps([[self.bos_token_id]] * len(responses), responses)
-        chosen_pmi, rejected_pmi = (logps - uncond).chunk(2)
+        chosen_pmi, rejected_pmi = ((logps - uncond) / lengths).chunk(2)
         decay = torch.exp(-torch.clamp(chosen_pmi - rejected_pmi, min=0.0))
         return self.gamma_min + (self.gamma_max - self.gamma_min) * decay
 

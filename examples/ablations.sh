@@ -5,7 +5,8 @@
 #   HF_MODEL=/models/Meta-Llama-3-8B-Instruct DATA=ultrafeedback.jsonl bash examples/ablations.sh
 #
 # With neither HF_MODEL nor DATA it runs on the small embedded example: 17 trainings, each about a minute on one CPU core, and two
-# or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, STEPS, EPOCHS ...) and examples/stages.sh.
+# or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, STEPS, EPOCHS ...) and examples/stages.sh, and
+# PRESET, of the rmipo rows (per_token).
 # Printed at the end, and written to WORK_DIR/ablations.md and .csv: a line a run, with accuracy, margin and loss on the held-out pairs
 # and how the target margin gamma is spread over them. docs/comparison.md explains the tables.
 set -euo pipefail
@@ -14,7 +15,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/examples/grid.sh"
 choose_grid ablations
 
-# Row name -> the flags in which it differs from RMiPO's defaults (beta 2, gamma 0.3 to 1.6, exponential, mutual information).
+# Row name -> the flags in which it differs from RMiPO's defaults (beta 2, gamma 0.3 to 1.6, exponential, mutual information per token).
+# With PRESET=paper it is that of whole responses: most margins are at a bound, and the schedules are one (docs/objectives/rmipo.md).
 declare -A FLAGS=(
     [rmipo]=""
     # Table 3. GM: tuned bounds, else [0, 1]. MI: the margin follows mutual information, else the plain gap in mean log-probability. ED:
@@ -56,6 +58,7 @@ prepare_start
 for row in "${ROWS[@]}"; do
     objective=${OBJECTIVE[$row]:-rmipo}
     read -ra flags <<<"${FLAGS[$row]}"
+    if [[ "$objective" == rmipo && -n "${PRESET:-}" ]]; then flags+=(--preset "$PRESET"); fi
     if [[ "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
     train_row "$row" --objective "$objective" --lr "$LR" "${flags[@]}" "$@"
 done

@@ -3,7 +3,8 @@
 # argument arrays and call run_stages, or prepare_start and train_stage for several trainings from one start.
 #
 #   HF_MODEL        model directory to start from            DATA        preference data: what --input takes (docs/data.md)
-#   VALID_DATA      held-out preference data (else 1 % of DATA)          DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets
+#   VALID_DATA      held-out preference data (else a part of DATA, HELD_OUT_SPLIT: 99,1)
+#   DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets   OVERLONG  what becomes of longer pairs (preprocess_preferences.py)
 #   SFT_DATA        fine-tune on these first (the Base setting of the paper): supervised rows (messages, or prompt and completion), or
 #                   preference data, of which the chosen responses count
 #   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
@@ -61,6 +62,10 @@ preprocess() {
     local RUN_ONLY=(--workers "$WORKERS") MADE_FROM=("--input=data=$2" "--tokenizer=tokenizer of=$HF_MODEL")
     MADE_FROM+=("--setting=--seq-length $SEQ_LENGTH" "--setting=--split ${3:-none}")
     if [[ -n "$3" ]]; then arguments+=(--split "$3"); fi
+    if [[ -n "${OVERLONG:-}" ]]; then
+        arguments+=(--overlong "$OVERLONG")
+        MADE_FROM+=("--setting=--overlong $OVERLONG")
+    fi
     if [[ -n "${CHAT_TEMPLATE:-}" ]]; then
         arguments+=(--chat-template "$CHAT_TEMPLATE")
         MADE_FROM+=("--input=chat template=$CHAT_TEMPLATE")
@@ -150,7 +155,7 @@ prepare_start() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     handle_signals
     local sources="convert the model" valid="" MADE_FROM=()
-    HELD_OUT=(--split "99,1")
+    HELD_OUT=(--split "${HELD_OUT_SPLIT:-99,1}")
     START="$WORK_DIR/base"
     if [[ -n "${EMBEDDED:-}" ]]; then
         MADE_FROM=("--setting=--seed 1")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show what a run did to its held-out pairs.
 
-python tools/summarize_run.py --log-dir work/llama3-8b/rmipo/logs
+python tools/summarize_run.py --log-dir work/llama3-8b/rmipo/logs --picture margins.png
 """
 
 import sys

@@ -129,7 +129,9 @@ def _all_flags(objectives: Mapping[str, type]) -> dict[str, ValueType]:
                 raise ConfigError(
                     f"--objective {objective}: its option '{key}' is a switch in one objective, a value in another."
                 )
-            flags[key] = kind
+            # Each objective may know values that another does not.
+            known = flags.get(key, kind).choices
+            flags[key] = dataclasses.replace(kind, choices=tuple(dict.fromkeys(known + kind.choices))) if known else kind
     return flags
 
 

@@ -46,7 +46,7 @@ from megatron_rmipo.objectives.options import (
     check_number,
     check_switch,
 )
-from megatron_rmipo.objectives.presets import PRESET_HELP, fill_option, preset_defaults, refuse_option, settle_preset
+from megatron_rmipo.objectives.presets import fill_option, preset_defaults, refuse_option, settle_preset
 
 PRESETS: dict[str, dict[str, object]] = {
     # As printed in the paper. The bias correction, which it does not speak of, is for those who set gap_statistics ema.
@@ -64,7 +64,12 @@ class AlphaDpoConfig:
         ValueError: an option is outside its range, or is set although another one makes it meaningless.
     """
 
-    preset: Literal["paper", "official"] | None = dataclasses.field(default=None, metadata={"help": PRESET_HELP})
+    preset: Literal["paper", "official"] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "paper (default): as printed; official: as the authors' trainer computes it. Fills the switches left unset"
+        },
+    )
     z_scale: Literal["alpha", "beta_alpha"] | None = dataclasses.field(
         default=None,
         metadata={"help": "times z, in the margin: alpha (preset paper) or beta_alpha, beta * alpha (official)"},

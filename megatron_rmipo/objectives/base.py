@@ -32,7 +32,7 @@ class PairLogps:
             over tokens by it makes the mean over pairs the token mean over the global batch, however the batch is cut.
         uncond_chosen_logps, uncond_rejected_logps: sum of log p(y), the response alone; None unless the objective declares it.
         uncond_chosen_lengths, uncond_rejected_lengths: scored tokens of the response alone: the same as above from a BOS
-            context, one fewer (so possibly 0) without one.
+            context, one fewer (so possibly 0) without one, which is also what a model without such a token gives.
         ref_chosen_logps, ref_rejected_logps: sum of log p(y | x) under the reference; None unless declared.
         extrapolated_chosen_logps, extrapolated_rejected_logps: the sum under ``softmax((1 + e) f - e r)`` of the logits f of the
             policy and r of the reference, e being ``LogpNeeds.perturbation``; None unless declared.
@@ -84,8 +84,8 @@ class LogpNeeds:
     """Which passes an objective costs beyond the gradient pass over the chosen and rejected responses.
 
     Attributes:
-        unconditional: ``"bos"``: log p(y) with the response after a BOS token, all its tokens scored; ``"none"``: without
-            any context, its first token not scored; None: not needed.
+        unconditional: ``"bos"``: log p(y) with the response after a BOS token, all its tokens scored, or what stands in for
+            one, if that is nothing as with ``"none"``: without any context, its first token not scored; None: not needed.
         rejected: whether the rejected response is needed at all (supervised fine-tuning trains on the chosen one alone).
         reference: log-probabilities under the reference; computed once for the whole data set, no reference in memory.
         mismatched: log-probabilities of responses to other prompts, under the policy (a forward-only pass before the gradient
@@ -185,6 +185,14 @@ class Objective(ABC):
             metrics: of the whole batch, ``[P]`` each.
         """
         return state
+
+    def remark(self, metrics: Mapping[str, Tensor]) -> str | None:
+        """What the metrics of an evaluation call for, in a line to be shown at its end; None where there is nothing to say.
+
+        Args:
+            metrics: of all its pairs, ``[P]`` each, as the calls gave them.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, logps: PairLogps) -> LossOutput:

@@ -187,10 +187,14 @@ class Mixture(Objective):
         """The members' states after the step."""
         after = {}
         for member in self.parts:
-            # What a member called its metric, whether or not it stands under that name alone.
-            found = {**metrics, **_own(member, metrics)}
+            found = _as_the_member_named_them(member, metrics)
             after[member.name] = member.advance(_own(member, state), _own(member, prepared), found)
         return _joined(after)
+
+    def remark(self, metrics: Mapping[str, Tensor]) -> str | None:
+        """What the members have to say, one line each."""
+        found = (member.remark(_as_the_member_named_them(member, metrics)) for member in self.parts)
+        return "\n".join(remark for remark in found if remark is not None) or None
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Loss and metrics per pair.
@@ -228,6 +232,11 @@ def _the_one(needs: Mapping[str, LogpNeeds], kind: str) -> Any:
 
 def _joined(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{member}/{name}": value for member, own in values.items() for name, value in own.items()}
+
+
+def _as_the_member_named_them(member: Objective, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics under the names that the member gave them, whether or not they stand under those alone."""
+    return {**metrics, **_own(member, metrics)}
 
 
 def _own(member: Objective, values: Mapping[str, Any]) -> dict[str, Any]:

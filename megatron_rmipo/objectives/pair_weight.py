@@ -52,6 +52,10 @@ class PairWeighted(Objective):
         """The objective's state after the step."""
         return self._objective.advance(state, prepared, metrics)
 
+    def remark(self, metrics: Mapping[str, Tensor]) -> str | None:
+        """The objective's."""
+        return self._objective.remark(metrics)
+
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Weighted losses, metrics as they are.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -33,7 +34,7 @@ from megatron_rmipo.objectives.options import (
     check_number,
     check_switch,
 )
-from megatron_rmipo.objectives.presets import PRESET_HELP, fill_option, preset_defaults, refuse_option, settle_preset
+from megatron_rmipo.objectives.presets import fill_option, preset_defaults, refuse_option, settle_preset
 from megatron_rmipo.objectives.sft import chosen_nll
 
 MarginScale = Literal["gamma", "beta_gamma"]
@@ -42,6 +43,8 @@ UnconditionalContext = Literal["bos", "none"]
 MarginSchedule = Literal["exponential", "linear", "cosine", "none"]
 
 PRESETS: dict[str, dict[str, object]] = {
+    # The margin as printed, mutual information per token: what the paper's figures show. The default.
+    "per_token": {"margin_scale": "gamma", "pmi_normalization": "mean", "unconditional_context": "bos"},
     # As printed in the paper: equation 8 and appendix C.
     "paper": {"margin_scale": "gamma", "pmi_normalization": "sum", "unconditional_context": "bos"},
     # What the authors' released trainer computes.
@@ -49,6 +52,10 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 DEFAULT_GAMMA_MIN = 0.3
 DEFAULT_GAMMA_MAX = 1.6
+# A margin this near to a bound is at it.
+AT_BOUND = 0.01
+# Of the pairs with dpmi > 0, the share with a margin at a bound beyond which the margin tells no more than dpmi's sign.
+_MOST_AT_BOUNDS = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +66,31 @@ class RmipoConfig:
         ValueError: an option is outside its range, or is set although another one makes it meaningless.
     """
 
-    preset: Literal["paper", "official"] | None = dataclasses.field(default=None, metadata={"help": PRESET_HELP})
+    preset: Literal["per_token", "paper", "official"] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "per_token (default): the paper's margin from mutual information per token; paper: as printed, of whole "
+            "responses; official: as the authors' trainer computes it. Fills the switches left unset"
+        },
+    )
     margin_scale: MarginScale | None = dataclasses.field(
         default=None,
-        metadata={"help": "subtracted from the reward difference: gamma (preset paper) or beta_gamma, beta * gamma (official)"},
+        metadata={
+            "help": "subtracted from the reward difference: gamma (per_token, paper) or beta_gamma, beta * gamma (official)"
+        },
     )
     pmi_normalization: PmiNormalization | None = dataclasses.field(
         default=None,
-        metadata={"help": "mutual information of a whole response, sum (preset paper), or per token, mean (official)"},
+        metadata={
+            "help": "mutual information per token, mean (presets per_token, official), or of a whole response, sum (paper)"
+        },
     )
     unconditional_context: UnconditionalContext | None = dataclasses.field(
         default=None,
-        metadata={"help": "before y in log p(y): bos (preset paper), or none, leaving its first token unscored (official)"},
+        metadata={
+            "help": "before y in log p(y): bos (presets per_token, paper), the BOS or the token that starts every "
+            "conversation; or none, leaving y's first token unscored (official)"
+        },
     )
     beta: float = dataclasses.field(default=2.0, metadata={"help": BETA_HELP})
     gamma_min: float | None = dataclasses.field(
@@ -148,9 +168,10 @@ class RmipoConfig:
 class Rmipo(Objective):
     """``L = -logsigmoid(beta (bar Lw - bar Ll) - gamma(dpmi))``, no gradient through ``gamma``.
 
-    Preset ``paper``: ``dpmi = (Lw - Uw) - (Ll - Ul)``. Preset ``official``: ``dpmi = (bar Lw - bar Uw) - (bar Ll - bar Ul)``, the
-    first token of each response unscored in ``U``, and ``beta * gamma`` in place of ``gamma``. The metric ``gamma`` is always the
-    margin before that factor, so that it lies between ``gamma_min`` and ``gamma_max`` in both.
+    Preset ``per_token``: ``dpmi = (bar Lw - bar Uw) - (bar Ll - bar Ul)``. Preset ``paper``: ``dpmi = (Lw - Uw) - (Ll - Ul)``.
+    Preset ``official``: as ``per_token``, but the first token of each response unscored in ``U``, and ``beta * gamma`` in place
+    of ``gamma``. The metric ``gamma`` is always the margin before that factor, so that it lies between ``gamma_min`` and
+    ``gamma_max`` in all. ``gamma/at_min`` and ``gamma/at_max`` are 1 for a pair whose margin is within 0.01 of that bound.
 
     ``gamma(dpmi) = gamma_min + (gamma_max - gamma_min) w`` with, for ``r = max(0, dpmi)`` and ``m = min(r, 1)``, the schedule
     ``exponential`` ``w = exp(-r)``, ``linear`` ``w = 1 - m``, ``cosine`` ``w = (1 + cos(pi m)) / 2``, ``none`` ``w = 1``. With
@@ -187,15 +208,45 @@ class Rmipo(Objective):
                 metrics["dpmi"] = signal
             else:
                 signal = chosen_mean - rejected_mean
-            gamma = self._margin(signal)
+            gamma = self.target_margin(signal)
         margin = config.beta * gamma if config.margin_scale == "beta_gamma" else gamma
         losses = smoothed_log_sigmoid_loss(chosen_rewards - rejected_rewards - margin, config.label_smoothing)
         if config.sft_weight > 0.0:
             losses = losses + config.sft_weight * chosen_nll(logps)
         metrics["gamma"] = gamma
+        if config.gamma_min is not None and config.gamma_max is not None:
+            metrics["gamma/at_min"] = (gamma <= config.gamma_min + AT_BOUND).float()
+            metrics["gamma/at_max"] = (gamma >= config.gamma_max - AT_BOUND).float()
         metrics.update(likelihood_metrics(logps))
         distributions = tuple(name for name in ("gamma", "dpmi", "rewards/margins") if name in metrics)
         return LossOutput(losses=losses, metrics=metrics, distributions=distributions)
+
+    def remark(self, metrics: Mapping[str, Tensor]) -> str | None:
+        """Says so where most margins of the pairs with ``dpmi > 0`` are at a bound, and which option moves them off it."""
+        if "dpmi" not in metrics:
+            return None
+        positive = metrics["dpmi"] > 0.0
+        num_positive = int(positive.sum())
+        is_at_min, is_at_max = (positive & (metrics[f"gamma/at_{bound}"] > 0.0) for bound in ("min", "max"))
+        if int((is_at_min | is_at_max).sum()) <= _MOST_AT_BOUNDS * num_positive:
+            return None
+        at_min, at_max = int(is_at_min.sum()), int(is_at_max.sum())
+        config = self.config
+        return (
+            f"target margins: of {num_positive} pairs with dpmi > 0, {at_min} have gamma at gamma_min {config.gamma_min:g} and "
+            f"{at_max} at gamma_max {config.gamma_max:g} (within {AT_BOUND:g}): it tells little more than the sign of dpmi. "
+            + self._remedy(at_min > at_max)
+        )
+
+    def _remedy(self, at_min: bool) -> str:
+        """What to change where margins sit at a bound, mostly at ``gamma_min`` or mostly at ``gamma_max``."""
+        if self.config.pmi_normalization == "sum":
+            return "dpmi is of whole responses; --preset per_token (--pmi-normalization mean) takes it per token"
+        if not at_min:
+            return "The prompt hardly tells the responses apart; if that stays, --margin-schedule none trains the same for less"
+        if self.config.margin_schedule == "exponential":
+            return "dpmi is beyond what the schedule spreads; --margin-signal gap follows a smaller difference"
+        return "--margin-schedule exponential falls more slowly"
 
     def _pmi_difference(self, logps: PairLogps) -> Tensor:
         """``pmi(chosen) - pmi(rejected)``, ``[P]``."""
@@ -216,8 +267,8 @@ class Rmipo(Objective):
         pmi = logps - uncond_logps
         return torch.where(uncond_lengths > 0, pmi, torch.zeros_like(pmi))
 
-    def _margin(self, signal: Tensor) -> Tensor:
-        """Margin of each pair, ``[P] -> [P]``: ``gamma_max`` where the signal is at most 0, falling to ``gamma_min`` above."""
+    def target_margin(self, signal: Tensor) -> Tensor:
+        """``gamma`` of each pair, ``[P] -> [P]``: ``gamma_max`` where the signal is at most 0, falling to ``gamma_min`` above."""
         config = self.config
         assert config.gamma_max is not None
         if config.margin_schedule == "none":

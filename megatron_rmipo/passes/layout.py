@@ -7,7 +7,6 @@ import math
 
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.batches.loader import BatchLayout
-from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.model.flops import forward_cost_model
@@ -31,7 +30,7 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
 
 
 def batch_layout(
-    config: Config, arch: ModelArchitecture, needs: LogpNeeds, *, bos_token_id: int | None, dp_rank: int, dp_size: int
+    config: Config, arch: ModelArchitecture, needs: LogpNeeds, *, context_token_id: int | None, dp_rank: int, dp_size: int
 ) -> BatchLayout:
     """How a run cuts a global batch into the passes that its objective needs, on one data-parallel rank.
 
@@ -39,27 +38,18 @@ def batch_layout(
         config: the run's configuration.
         arch: the model.
         needs: of the objective.
-        bos_token_id: of the model's tokenizer, None where it has none.
+        context_token_id: BOS, or what stands in for it (:mod:`megatron_rmipo.data.encoding.context_token`); where there is
+            neither, an objective that asks for that context gets none.
         dp_rank: the rank.
         dp_size: ranks that share the batch.
-
-    Raises:
-        ConfigError: responses are to be scored after a BOS token, which the tokenizer does not have.
     """
-    if needs.unconditional == "bos" and bos_token_id is None:
-        remedy = "Use another objective, or a model with a BOS token."
-        if "unconditional_context" in config.objective.options:
-            remedy = "Use --unconditional-context none, which leaves the first token of log p(y) unscored."
-        raise ConfigError(
-            f"--objective {config.objective.objective} scores responses after a BOS token, but the model's tokenizer has none. "
-            f"{remedy}"
-        )
+    unconditional = "none" if needs.unconditional == "bos" and context_token_id is None else needs.unconditional
     return dataclasses.replace(
         conditional_layout(config, arch, dp_rank=dp_rank, dp_size=dp_size),
         with_rejected=needs.rejected,
-        unconditional=needs.unconditional,
+        unconditional=unconditional,
         forward_passes=int(needs.batch) + int(needs.perturbation is not None),
-        bos_token_id=bos_token_id,
+        bos_token_id=context_token_id,
         columns=needs.columns,
     )
 

@@ -18,7 +18,7 @@ _ERRORS_THAT_COUNT = 2.0
 # Names in a record of metrics.jsonl: of a figure ``x`` its error, and its number of pairs where not all have a value.
 NUM_PAIRS = "num_pairs"
 # Shares of pairs: their error is that of a binomial distribution.
-_SHARES = ("rewards/accuracies",)
+_SHARES = ("rewards/accuracies", "gamma/at_min", "gamma/at_max")
 
 
 @dataclasses.dataclass(frozen=True)

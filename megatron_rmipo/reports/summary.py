@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.held_out import (
     FEWEST_PAIRS,
@@ -36,6 +35,8 @@ _ROWS = {
     "gamma/p5": "target margin gamma, 5 %",
     "gamma/p50": "target margin gamma, median",
     "gamma/p95": "target margin gamma, 95 %",
+    "gamma/at_min": "gamma at gamma_min (0.01), share",
+    "gamma/at_max": "gamma at gamma_max (0.01), share",
     "dpmi/p50": "dpmi, median",
     "nll/chosen": "negative log-likelihood of chosen",
     "loss": "loss",
@@ -240,7 +241,7 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
     """
     evaluations = read_evaluations(log_dir)
     before, after = evaluations[0], evaluations[-1]
-    gamma_min, gamma_max = _margin_bounds(log_dir / "config.yaml")
+    gamma_min, gamma_max = _margin_bounds(read_configuration(log_dir))
     pairs = read_pairs(log_dir, after)
     changes = paired_changes(read_pairs(log_dir, before, FIRST_PAIRS_FILE), pairs)
     sentences = [describe_change(before, after, changes), describe_margins(after, gamma_min, gamma_max)]
@@ -255,31 +256,22 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _margin_bounds(path: Path) -> tuple[float, float]:
+def read_configuration(log_dir: Path) -> dict[str, Any]:
+    """The configuration of a run, flat.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = log_dir / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: the run's configuration cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: not the configuration of a run.")
+    return config
+
+
+def _margin_bounds(config: Mapping[str, Any]) -> tuple[float, float]:
     low, high = config.get("gamma_min"), config.get("gamma_max")
     return (0.0, 0.0) if low is None or high is None else (float(low), float(high))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``tools/summarize_run.py``; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="summarize_run.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--log-dir", type=Path, required=True, metavar="DIR", help="directory of the run's metrics.jsonl")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="where the trained model lies, to be shown")
-    parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'"
-    )
-    add_debug_flag(parser)
-    arguments = parser.parse_args(argv)
-
-    def show() -> None:
-        print(summarize_run(arguments.log_dir, arguments.rows))
-        if arguments.model is not None:
-            print(f"The trained model, in Hugging Face form: {arguments.model}")
-
-    return run_command(show, debug=arguments.debug)

@@ -13,6 +13,7 @@ from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config, TrainingConfig
 from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.data.batches.sizes import check_capacity
+from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
@@ -30,13 +31,13 @@ class RunData:
         train: pairs to train on.
         held_out: pairs to evaluate on, or None.
         num_held_out: how many of them.
-        bos_token_id: of the tokenizer they were made with, or None.
+        context: what stands before a response in log p(y).
     """
 
     train: PairCollection
     held_out: PairCollection | None
     num_held_out: int
-    bos_token_id: int | None
+    context: ContextToken
 
     @property
     def collections(self) -> list[PairCollection]:
@@ -94,8 +95,8 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
     """
     if not config.data.data_path:
         raise ConfigError("no data to train on: give --data-path PREFIX (of PREFIX.bin, .idx and .json).")
-    tokenizer = load_tokenizer(str(source.assets)).info
-    check = partial(_check_store, fingerprint=tokenizer.fingerprint, needs=needs, config=config, source=source)
+    tokenizer = load_tokenizer(str(source.assets))
+    check = partial(_check_store, fingerprint=tokenizer.info.fingerprint, needs=needs, config=config, source=source)
     parts, weights = _open_blend(config.data.data_path, "--data-path", check)
     held_out = None
     if config.data.valid_data_path:
@@ -114,8 +115,10 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
         held_out = PairCollection.combine([last for _, last in split_parts])
     train = PairCollection.combine(parts, weights)
     num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
-    data = RunData(train, held_out, num_held_out, tokenizer.bos_token_id)
-    _refuse_mixed([store for pairs in data.collections for store in pairs.stores])
+    stores = [store for pairs in (train, held_out) if pairs is not None for store in pairs.stores]
+    _refuse_mixed(stores)
+    context = find_context_token(tokenizer, [store.manifest for store in stores])
+    data = RunData(train, held_out, num_held_out, context)
     made: dict[str, MismatchedStore] = {}
     for pairs in data.collections if needs.mismatched else []:
         pairs.match_anew(made)

@@ -134,6 +134,9 @@ def evaluate(run: Run) -> dict[str, float] | None:
     summary = summarize_held_out(values, parts[0].distributions)
     run.reporter.log("eval", {"step": run.progress.step, "consumed_pairs": run.progress.consumed_pairs, **summary})
     run.reporter.log_pairs(run.progress.step, {name: column.tolist() for name, column in values.items()})
+    remark = run.objective.remark(values)
+    if remark is not None:
+        run.reporter.say(remark)
     return summary
 
 

@@ -100,7 +100,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
         state = _load_state(plan, groups)
     with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
         run = _assemble(plan, groups, state, reporter, memory, stop, owner)
-        say_what_runs(run, source, plan.start)
+        say_what_runs(run, source, plan.start, plan.data.context)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
         save_hf(config, source, state, run.progress, groups, stop)

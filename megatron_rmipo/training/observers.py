@@ -9,6 +9,7 @@ import torch
 
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
@@ -43,7 +44,7 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
     )
 
 
-def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
+def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: ContextToken) -> None:
     """The first words of a run: what is trained on what, for how long, how, and where it goes; then what may not be meant."""
     config, progress, say = run.config, run.progress, run.reporter.say
     say(f"model: {source.arch.num_parameters:,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
@@ -51,6 +52,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint) -> None:
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
     weighted = ", losses times each pair's weight" if config.objective.pair_weight else ""
     say(f"objective: {config.objective.objective}" + (f" ({options})" if options else "") + weighted)
+    _say_context(run.objective.needs.unconditional, context, run.reporter)
     epochs = run.total_pairs / len(run.pairs.pairs)
     say(f"length: {run.train_iters:,} steps of {config.training.global_batch_size:,} pairs, {epochs:.3g} epochs")
     optimizer = config.optimizer
@@ -84,6 +86,14 @@ def _tell_unread_columns(run: Run) -> None:
         if column not in run.objective.needs.columns:
             flag = f"--pair-{column}" + ("" if column == "weight" else " of --objective dpo or simpo")
             run.reporter.say(f"note: the data have a {column} beside their pairs, which is not read; {flag} reads it")
+
+
+def _say_context(unconditional: str | None, context: ContextToken, reporter: Reporter) -> None:
+    """What stands before a response in log p(y), where the objective reads that; a warning where it is not what was asked for."""
+    if unconditional == "bos":
+        (reporter.say if context.token_id is not None else reporter.warn)(f"log p(y): each response {context.text}")
+    elif unconditional is not None:
+        reporter.say("log p(y): each response alone, its first token not scored")
 
 
 def _where_it_starts(source: ModelSource, progress: Progress) -> str:

@@ -73,4 +73,5 @@ def plan_run(config: Config, source: ModelSource, world_size: int, data: RunData
 def _layout(
     config: Config, source: ModelSource, objective: Objective, data: RunData, *, dp_rank: int, dp_size: int
 ) -> BatchLayout:
-    return batch_layout(config, source.arch, objective.needs, bos_token_id=data.bos_token_id, dp_rank=dp_rank, dp_size=dp_size)
+    context = data.context.token_id
+    return batch_layout(config, source.arch, objective.needs, context_token_id=context, dp_rank=dp_rank, dp_size=dp_size)

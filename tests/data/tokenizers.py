@@ -33,7 +33,13 @@ def shared_data() -> Path:
     return Path(os.environ.get("RMIPO_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
 
-def save_byte_bpe(directory: Path, *, chat_template: str | None = _LLAMA3_TEMPLATE, eos: str | None = "<|end_of_text|>") -> Path:
+def save_byte_bpe(
+    directory: Path,
+    *,
+    chat_template: str | None = _LLAMA3_TEMPLATE,
+    bos: str | None = "<|begin_of_text|>",
+    eos: str | None = "<|end_of_text|>",
+) -> Path:
     """A byte-level BPE tokenizer in Llama 3's manner, as a Hugging Face directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # merges across any boundary
@@ -47,7 +53,8 @@ def save_byte_bpe(directory: Path, *, chat_template: str | None = _LLAMA3_TEMPLA
     tokenizer.train_from_iterator(TEXTS, trainer)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "model_max_length": 4096}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096}
+    config |= {"bos_token": bos} if bos else {}
     config |= {"eos_token": eos} if eos else {}
     config |= {"chat_template": chat_template} if chat_template else {}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

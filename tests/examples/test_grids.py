@@ -115,6 +115,8 @@ def test_the_margins_of_the_ablations_are_those_of_the_paper(tmp_path: Path) -> 
     assert found == MARGINS
     sums = {row: config.objective.options for row, config in configs.items() if row.endswith("-sums")}
     assert all(options["length_normalization"] is False for options in sums.values())
+    other = parsed(rows(dry_run(ABLATIONS, tmp_path, PRESET="paper"), "ablations"))
+    assert {config.objective.options["preset"] for row, config in other.items() if row in MARGINS} == {"paper"}
 
 
 def test_every_table_shows_rows_that_are_trained(tmp_path: Path) -> None:

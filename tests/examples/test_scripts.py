@@ -19,7 +19,9 @@ from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import problems_without_model
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("run_*.sh"))
+LAPTOP = "run_rmipo_smollm2.sh"
+# Those of the paper's models and settings.
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("run_*.sh") if path.name != LAPTOP)
 LLAMA = "run_rmipo_llama3_8b.sh"
 TWO_NODES = {"NUM_NODES": "2", "MASTER_ADDR": "first"}
 # A stand-in notes how it was called and writes what the real command writes last.
@@ -137,7 +139,7 @@ def test_own_inputs_train_with_the_papers_settings(script: str, tmp_path: Path) 
     assert problems_without_model(config) == []
     assert config.objective.options["beta"] == 2.0
     assert (config.objective.options["gamma_min"], config.objective.options["gamma_max"]) == (0.3, 1.6)
-    assert config.objective.options["preset"] == "paper"
+    assert config.objective.options["preset"] == "per_token"
     assert (config.training.global_batch_size, config.data.seq_length, config.training.epochs) == (128, 2048, 1.0)
     assert (config.optimizer.optimizer, config.optimizer.lr_decay_style, config.optimizer.lr_warmup_fraction) == (
         "adam",
@@ -148,6 +150,27 @@ def test_own_inputs_train_with_the_papers_settings(script: str, tmp_path: Path) 
     assert config.model.bf16
     assert config.parallel.use_distributed_optimizer
     assert config.parallel.tensor_model_parallel_size == 4
+
+
+def test_the_script_for_a_laptop_names_its_model_and_holds_out_a_fifth(tmp_path: Path) -> None:
+    assert "DATA: give preference pairs" in run_script(LAPTOP, environment(tmp_path, HF_MODEL="m"), expect=1)
+    output = run_script(LAPTOP, environment(tmp_path, DRY_RUN="1", DATA="pairs.jsonl"), "--preset", "paper")
+    model = tmp_path / "work" / "model"
+    assert f"hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir {model}.incomplete" in output
+    assert f"mv {model}.incomplete {model}" in output
+    (preprocessing,) = [command for command in commands(output) if command[1].endswith("preprocess_preferences.py")]
+    assert preprocessing[preprocessing.index("--seq-length") :][:4] == ["--seq-length", "256", "--overlong", "drop"]
+    (config,) = trainings(output)
+    assert problems_without_model(config) == []
+    assert config.objective.options["preset"] == "paper"
+    assert (config.data.split, config.parallel.tensor_model_parallel_size) == ("80,20", 1)
+    assert (config.training.train_iters, config.training.global_batch_size, config.training.eval_pairs) == (12, 8, 64)
+    # With a model of one's own nothing is downloaded.
+    output = run_script(
+        LAPTOP, environment(tmp_path, DRY_RUN="1", DATA="pairs.jsonl", HF_MODEL="/models/m", VALID_DATA="v.jsonl")
+    )
+    assert "hf download" not in output
+    assert trainings(output)[0].data.valid_data_path == [str(tmp_path / "work" / "data" / "valid")]
 
 
 def test_the_layout_follows_the_variables(tmp_path: Path) -> None:

@@ -14,15 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
+from megatron_rmipo.data.preparing.preprocess_cli import main as preprocess
+from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.training import loop, outputs
 from megatron_rmipo.training import main as trainer
-from tests.checkpoint.models import flip_bit
+from tests.checkpoint.models import flip_bit, write_hf_model
+from tests.data.tokenizers import save_byte_bpe
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs, write_unpaired
 
@@ -385,3 +390,33 @@ def test_objectives_train_side_by_side(prefix: Path, tmp_path: Path) -> None:
             0,
         ]
         assert len(losses(save)) == 3
+
+
+@pytest.mark.dist
+def test_without_a_bos_log_p_is_scored_after_what_begins_every_prompt(tmp_path: Path) -> None:
+    model_dir = save_byte_bpe(write_hf_model(tmp_path / "model", "llama2", vocab_size=600, bos_token_id=None), bos=None)
+    rows = [
+        {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": "No" + " idea" * n} for n in range(1, 8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prefix = tmp_path / "data" / "pairs"
+    inputs = ["--input", str(tmp_path / "pairs.jsonl"), "--tokenizer-model", str(model_dir), "--output-prefix", str(prefix)]
+    assert preprocess([*inputs, "--seq-length", "256"]) == 0
+    changes = {"load_hf": model_dir, "valid_data_path": prefix, "split": None, "seq_length": 256, "train_iters": 2}
+    code, output = run_distributed(output_of, 1, run, flags(prefix, tmp_path / "run", **changes))[0]
+    assert code == 0, output
+    start = PairStore(prefix)[0].prompt[0]
+    assert f"log p(y): each response after <|start_header_id|> (token {start}), which begins every prompt" in output
+
+    model = LlamaForCausalLM.from_pretrained(model_dir).double().eval()
+
+    def mean_logp(context: np.ndarray, response: np.ndarray) -> float:
+        ids = torch.from_numpy(np.concatenate([context, response]))[None]
+        with torch.no_grad():
+            logps = model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        return float(logps.gather(1, ids[0, len(context) :, None]).mean())
+
+    lines = (tmp_path / "run" / "logs" / "held_out_pairs.first.jsonl").read_text().splitlines()
+    for line, pair in zip(lines, PairStore(prefix), strict=True):
+        pmi = [mean_logp(pair.prompt, y) - mean_logp(pair.prompt[:1], y) for y in (pair.chosen, pair.rejected)]
+        assert json.loads(line)["dpmi"] == pytest.approx(pmi[0] - pmi[1], abs=1e-5)

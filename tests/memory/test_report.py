@@ -17,6 +17,7 @@ from megatron_rmipo.checkpoint import source
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
 from megatron_rmipo.data.batches.sizes import CostModel
+from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -244,7 +245,7 @@ def test_the_largest_pair_of_all_data_is_known(builder: BatchBuilder) -> None:
         (small, large, 20 + 24 + 16),
         (part(10, 6, 9, mismatched=part(10, 14, 9)), small, 10 + 13 + 8),
     ):
-        assert RunData(train, held_out, 0, None).check_rows_fit(builder.layout) == expected
+        assert RunData(train, held_out, 0, ContextToken(None, "")).check_rows_fit(builder.layout) == expected
 
 
 def test_a_rank_that_fails_later_says_no_more_than_where(

@@ -17,6 +17,7 @@ from megatron_rmipo.objectives.__main__ import main
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps
 from megatron_rmipo.objectives.mixture import split_members
+from megatron_rmipo.objectives.pair_weight import PairWeighted
 from megatron_rmipo.objectives.registry import build_objective
 from tests.objectives.batches import batch_of, cut, with_prepared
 from tests.objectives.float64 import run_with_gradients
@@ -159,6 +160,18 @@ def test_a_members_losses_of_another_shape_are_told() -> None:
         build_objective(f"dpo,{HERE}:Own:0.5", {})(
             make_pairs([-1.0] * 3, [-2.0] * 3, ([1] * 3, [1] * 3), ref=([0.0] * 3, [0.0] * 3))
         )
+
+
+@pytest.mark.parametrize("text", ["simpo,rmipo", "rmipo:0.5,sft"])
+def test_members_remark_as_they_do_alone_weighted_or_not(text: str) -> None:
+    pairs = make_pairs([-4.0, -3.0], [-10.0] * 2, ([1] * 2, [1] * 2), ([-10.0] * 2, [-10.0] * 2))
+    pairs = dataclasses.replace(pairs, columns={"weight": torch.ones(2)})
+    alone = build_objective("rmipo", {"preset": "paper"})
+    mixture = build_objective(text, {"preset": "paper"})
+    expected = alone.remark(alone(pairs).metrics)
+    assert expected is not None
+    for objective in (mixture, PairWeighted(mixture), PairWeighted(alone)):
+        assert objective.remark(objective(pairs).metrics) == expected
 
 
 def options_of(*argv: str) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rmipo.config.values import field_types
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 from megatron_rmipo.objectives.rmipo import Rmipo
@@ -39,10 +40,10 @@ def test_every_objective_gives_finite_losses_and_metrics_of_pairs(name: str) -> 
 
 
 def test_an_option_is_of_one_kind_in_every_objective_that_has_it() -> None:
-    kinds: dict[str, set[str]] = {}
+    kinds: dict[str, set[tuple[type, bool]]] = {}
     for objective in OBJECTIVES.values():
-        for field in dataclasses.fields(objective.Config):
-            kinds.setdefault(field.name, set()).add(str(field.type).removesuffix(" | None"))
+        for name, kind in field_types(objective.Config).items():
+            kinds.setdefault(name, set()).add((kind.base, kind.is_list))
     assert {name: types for name, types in kinds.items() if len(types) > 1} == {}
 
 

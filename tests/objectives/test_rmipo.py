@@ -20,6 +20,7 @@ from tests.objectives.pairs import make_pairs, random_pairs, swapped
 # rewards (beta 2): 2 * -2 = -4 and 2 * -2.5 = -5, margin 1. PMI sums: 2 and 1, dpmi 1. gamma = 0.3 + 1.3 / e = 0.7782433...
 HAND = {"chosen": [-6.0], "rejected": [-10.0], "lengths": ([3], [4]), "uncond": ([-8.0], [-11.0])}
 HAND_GAMMA = 0.778243273
+PRESETS = ["per_token", "paper", "official"]
 # What the loss reads, in the order in which float64_loss unpacks it.
 COLUMNS = [
     f"{prefix}{side}_{what}" for prefix in ("", "uncond_") for what in ("logps", "lengths") for side in ("chosen", "rejected")
@@ -35,7 +36,7 @@ def value(output: LossOutput, name: str) -> float:
 
 
 def test_hand_worked_pair_in_the_papers_form() -> None:
-    output = run(make_pairs(**HAND))
+    output = run(make_pairs(**HAND), preset="paper")
     assert value(output, "rewards/chosen") == pytest.approx(-4.0)
     assert value(output, "rewards/rejected") == pytest.approx(-5.0)
     assert value(output, "rewards/margins") == pytest.approx(1.0)
@@ -46,6 +47,15 @@ def test_hand_worked_pair_in_the_papers_form() -> None:
     assert value(output, "logps/chosen") == pytest.approx(-2.0)
     assert value(output, "logps/rejected") == pytest.approx(-2.5)
     assert value(output, "rewards/accuracies") == 1.0
+
+
+def test_hand_worked_pair_per_token_is_the_default() -> None:
+    # dpmi = (-2 + 8/3) - (-2.5 + 11/4) = 2/3 - 1/4 = 5/12; the margin counts once. gamma = 0.3 + 1.3 e^(-5/12) = 1.157013
+    for options in ({}, {"preset": "per_token"}):
+        output = run(make_pairs(**HAND), **options)
+        assert value(output, "dpmi") == pytest.approx(5.0 / 12.0, rel=1e-6)
+        assert value(output, "gamma") == pytest.approx(0.3 + 1.3 * math.exp(-5.0 / 12.0), rel=1e-6)
+        assert output.losses.item() == pytest.approx(math.log1p(math.exp(-(1.0 - (0.3 + 1.3 * math.exp(-5.0 / 12.0))))), rel=1e-6)
 
 
 def test_hand_worked_pair_in_the_authors_form() -> None:
@@ -74,7 +84,7 @@ def test_hand_worked_pair_in_the_authors_form() -> None:
     ],
 )
 def test_schedules_at_worked_points(schedule: str, signal: float, expected: float) -> None:
-    pairs = make_pairs([-6.0], [-10.0], ([3], [4]), ([-6.0 - signal], [-10.0]))
+    pairs = make_pairs([-6.0], [-10.0], ([3], [4]), ([-6.0 - 3.0 * signal], [-10.0]))
     assert value(run(pairs, margin_schedule=schedule), "gamma") == pytest.approx(expected, abs=2e-6)
 
 
@@ -177,9 +187,9 @@ def test_numeric_gradient_with_the_margin_of_the_unmoved_point(options: dict[str
     torch.testing.assert_close(pairs.chosen_logps.grad.double(), numeric, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_swapping_the_responses_turns_rewards_and_dpmi_round(preset: str) -> None:
-    pairs = random_pairs(23, seed=5, context="bos" if preset == "paper" else "none")
+    pairs = random_pairs(23, seed=5, context="none" if preset == "official" else "bos")
     straight, turned = run(pairs, preset=preset), run(swapped(pairs), preset=preset)
     torch.testing.assert_close(turned.metrics["rewards/margins"], -straight.metrics["rewards/margins"])
     torch.testing.assert_close(turned.metrics["dpmi"], -straight.metrics["dpmi"])
@@ -196,7 +206,7 @@ def test_full_smoothing_ignores_the_order() -> None:
     torch.testing.assert_close(run(pairs, **options).losses, run(swapped(pairs), **options).losses)
 
 
-@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_equal_responses_get_the_widest_margin_and_a_finite_gradient(preset: str) -> None:
     pairs = make_pairs([-7.0], [-7.0], ([3], [3]), ([-9.0], [-9.0]), ([2], [2]))
     output = run(pairs, preset=preset)
@@ -204,7 +214,7 @@ def test_equal_responses_get_the_widest_margin_and_a_finite_gradient(preset: str
     assert value(output, "dpmi") == 0.0
     assert value(output, "gamma") == pytest.approx(1.6)
     assert value(output, "rewards/accuracies") == 0.0
-    margin = 1.6 if preset == "paper" else 3.2
+    margin = 3.2 if preset == "official" else 1.6
     assert output.losses.item() == pytest.approx(math.log1p(math.exp(margin)), rel=1e-6)
     assert pairs.chosen_logps.grad is not None
     assert torch.isfinite(pairs.chosen_logps.grad).all()
@@ -222,6 +232,45 @@ def test_one_token_response_without_context_has_no_mutual_information(normalizat
     assert torch.isfinite(pairs.chosen_logps.grad).all()
     both = make_pairs([-3.0], [-5.0], ([1], [1]), ([0.0], [0.0]), ([0], [0]))
     assert value(run(both, preset="official", pmi_normalization=normalization), "gamma") == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "linear", "cosine"])
+def test_margins_within_a_hundredth_of_a_bound_are_counted(schedule: str) -> None:
+    # dpmi -1, 0.001, 0.5, 60: exponential leaves 0.5 between the bounds, as the others do.
+    pairs = make_pairs([-1.0, -1.0, -1.0, -1.0], [-1.0] * 4, ([1] * 4, [1] * 4), ([0.0, -1.001, -1.5, -61.0], [-1.0] * 4))
+    metrics = run(pairs, margin_schedule=schedule).metrics
+    assert metrics["gamma/at_max"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert metrics["gamma/at_min"].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert not {"gamma/at_min", "gamma/at_max"} & run(pairs, margin_schedule="none").metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "dpmi", "words"),
+    [
+        # Of six pairs one has dpmi <= 0; of the five others five, or four, which is no more than 80 %, are at a bound.
+        (
+            {"preset": "paper"},
+            [-3.0, 6.0, 7.0, 8.0, 9.0, 0.001],
+            ["of 5 pairs", "4 have", "1 at gamma_max", "--preset per_token"],
+        ),
+        ({"preset": "paper"}, [-3.0, 6.0, 7.0, 8.0, 9.0, 0.5], None),
+        ({}, [-3.0, 0.001, 0.002, 0.003, 0.001, 0.001], ["of 5 pairs", "0 have", "5 at gamma_max", "--margin-schedule none"]),
+        ({"margin_schedule": "linear"}, [-3.0, 2.0, 2.0, 2.0, 2.0, 2.0], ["--margin-schedule exponential"]),
+        ({}, [-3.0, 8.0, 8.0, 8.0, 8.0, 8.0], ["--margin-signal gap"]),
+        ({}, [-3.0] * 6, None),
+        ({"margin_signal": "gap"}, [9.0] * 6, None),
+        ({"margin_schedule": "none"}, [9.0] * 6, None),
+    ],
+)
+def test_a_margin_that_is_only_a_sign_is_told_with_the_option_that_moves_it(
+    options: dict[str, Any], dpmi: list[float], words: list[str] | None
+) -> None:
+    chosen = [value - 10.0 for value in dpmi]
+    pairs = make_pairs(chosen, [-10.0] * 6, ([1] * 6, [1] * 6), ([-10.0] * 6, [-10.0] * 6))
+    objective = Rmipo(RmipoConfig(**options))
+    remark = objective.remark(objective(pairs).metrics)
+    assert (remark is None) == (words is None), remark
+    assert all(word in (remark or "") for word in words or []), remark
 
 
 def test_one_token_responses_after_bos_are_ordinary() -> None:
@@ -254,7 +303,12 @@ def test_metrics_are_detached_and_the_advertised_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "switches"), [("paper", ("gamma", "sum", "bos")), ("official", ("beta_gamma", "mean", "none"))]
+    ("preset", "switches"),
+    [
+        ("per_token", ("gamma", "mean", "bos")),
+        ("paper", ("gamma", "sum", "bos")),
+        ("official", ("beta_gamma", "mean", "none")),
+    ],
 )
 def test_presets_fill_the_three_switches(preset: str, switches: tuple[str, str, str]) -> None:
     config = RmipoConfig(preset=preset)
@@ -266,10 +320,14 @@ def test_presets_fill_the_three_switches(preset: str, switches: tuple[str, str, 
 @pytest.mark.parametrize(
     ("options", "preset"),
     [
-        ({}, "paper"),
-        ({"margin_scale": "beta_gamma", "pmi_normalization": "mean"}, "paper"),
+        ({}, "per_token"),
+        ({"pmi_normalization": "sum"}, "paper"),
+        ({"preset": "per_token", "pmi_normalization": "sum"}, "per_token"),
+        ({"margin_scale": "beta_gamma"}, "per_token"),
+        ({"margin_scale": "beta_gamma", "pmi_normalization": "sum"}, "per_token"),
+        ({"margin_scale": "beta_gamma", "pmi_normalization": "sum", "unconditional_context": "none"}, "official"),
         ({"margin_scale": "beta_gamma", "pmi_normalization": "mean", "unconditional_context": "none"}, "official"),
-        ({"margin_signal": "gap"}, "paper"),
+        ({"margin_signal": "gap"}, "per_token"),
         ({"margin_signal": "gap", "margin_scale": "beta_gamma"}, "official"),
         ({"margin_schedule": "none", "margin_scale": "beta_gamma"}, "official"),
         ({"preset": "paper", "margin_scale": "beta_gamma"}, "paper"),
@@ -287,7 +345,10 @@ def test_switches_alone_name_the_preset_they_are(options: dict[str, Any], preset
         {},
         {"margin_signal": "gap"},
         {"margin_schedule": "none"},
+        {"preset": "paper"},
+        {"preset": "paper", "pmi_normalization": "mean"},
         {"preset": "official", "gamma_min": 0.0, "gamma_max": 2.0},
+        {"margin_scale": "beta_gamma", "pmi_normalization": "sum", "unconditional_context": "none"},
         {"margin_scale": "beta_gamma", "pmi_normalization": "mean", "unconditional_context": "none"},
         {"margin_signal": "gap", "margin_scale": "beta_gamma"},
     ],
@@ -300,7 +361,7 @@ def test_a_saved_configuration_builds_the_same_objective_again(options: dict[str
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"preset": "paperr"}, ["preset", "paper, official", "paperr"]),
+        ({"preset": "paperr"}, ["preset", "per_token, paper, official", "paperr"]),
         ({"margin_schedule": "step"}, ["margin_schedule", "cosine", "step"]),
         ({"margin_signal": "mi"}, ["margin_signal", "pmi, gap"]),
         ({"beta": 0.0}, ["beta", "greater than 0"]),
@@ -323,7 +384,16 @@ def test_a_saved_configuration_builds_the_same_objective_again(options: dict[str
         ),
         (
             {"preset": "paper", "margin_signal": "gap", "margin_scale": "beta_gamma"},
-            ["preset 'paper' would do nothing: with margin_scale beta_gamma it is", "give preset 'official'"],
+            ["preset 'paper' would do nothing: margin_scale beta_gamma leave", "give preset 'official'"],
+        ),
+        (
+            {
+                "preset": "per_token",
+                "margin_scale": "beta_gamma",
+                "pmi_normalization": "sum",
+                "unconditional_context": "none",
+            },
+            ["preset 'per_token' would do nothing", "give preset 'official'"],
         ),
         ({"margin_signal": "gap", "unconditional_context": "bos"}, ["unconditional_context", "margin_signal gap"]),
     ],

@@ -8,7 +8,8 @@ import torch
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.metrics import summarize_held_out
 from megatron_rmipo.reports.reporter import Reporter
-from megatron_rmipo.reports.summary import main, summarize_run
+from megatron_rmipo.reports.summary import summarize_run
+from megatron_rmipo.reports.summary_cli import main
 
 
 def write_run(directory: Path, *evaluations: dict[str, float], bounds: tuple[float | None, float | None] = (0.3, 1.6)) -> Path:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.data.encoding.context_token import ContextToken
+from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.training.observers import say_what_runs, warn_of_few_pairs
 from megatron_rmipo.training.progress import Progress
@@ -22,7 +23,30 @@ from tests.training.test_validation import ARCH, BASE
 SEVERAL = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--use-distributed-optimizer"]
 
 
-def first_words(tmp_path: Path, config: Config, *, pairs: int, held_out: int, evaluated: int, warning: str = "") -> list[str]:
+CONTEXT = ContextToken(1, "after <s> (token 1), the tokenizer's BOS")
+
+
+class Pairs:
+    """As much of a collection as the first words look at."""
+
+    def __init__(self, count: int, columns: tuple[str, ...]) -> None:
+        self.count, self.stores = count, [SimpleNamespace(manifest=SimpleNamespace(pair_columns=columns))]
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def first_words(
+    tmp_path: Path,
+    config: Config,
+    *,
+    pairs: int,
+    held_out: int,
+    evaluated: int,
+    warning: str = "",
+    context: ContextToken = CONTEXT,
+    columns: tuple[str, ...] = (),
+) -> list[str]:
     stream = io.StringIO()
     progress = Progress(step=3, consumed_pairs=384)
     groups = SimpleNamespace(world_size=4, tp_size=2, pp_size=1, dp_size=2)
@@ -30,16 +54,17 @@ def first_words(tmp_path: Path, config: Config, *, pairs: int, held_out: int, ev
         run: Any = SimpleNamespace(
             config=config,
             groups=groups,
+            objective=objective_of(config),
             progress=progress,
-            pairs=SimpleNamespace(pairs=range(pairs)),
-            held_out=SimpleNamespace(pairs=range(held_out)) if held_out else None,
+            pairs=SimpleNamespace(pairs=Pairs(pairs, columns)),
+            held_out=SimpleNamespace(pairs=Pairs(held_out, columns)) if held_out else None,
             num_held_out=evaluated,
             train_iters=7,
             total_pairs=896,
             reporter=reporter,
         )
         source: Any = SimpleNamespace(arch=ARCH, directory=Path("run"))
-        say_what_runs(run, source, StartingPoint(progress, {}, resumes=True, warning=warning))
+        say_what_runs(run, source, StartingPoint(progress, {}, resumes=True, warning=warning), context)
     return stream.getvalue().splitlines()
 
 
@@ -48,9 +73,27 @@ def test_what_matters_is_said_in_ten_lines(tmp_path: Path) -> None:
     assert len(lines) <= 10
     assert lines[0].endswith(" parameters (llama), from step 3 of run")
     assert lines[1] == "data: 1,792 pairs to train on, 1,200 held out, of which the first 100 are evaluated"
-    assert lines[3] == "length: 7 steps of 128 pairs, 0.5 epochs"
-    assert lines[5] == "layout: 4 ranks (TP 2 x PP 1 x DP 2), sequence parallel, distributed optimizer"
-    assert lines[6] == "precision: bf16, fp32 master weights; attention sdpa"
+    assert lines[3] == "log p(y): each response after <s> (token 1), the tokenizer's BOS"
+    assert lines[4] == "length: 7 steps of 128 pairs, 0.5 epochs"
+    assert lines[6] == "layout: 4 ranks (TP 2 x PP 1 x DP 2), sequence parallel, distributed optimizer"
+    assert lines[7] == "precision: bf16, fp32 master weights; attention sdpa"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ["warning: log p(y): each response alone, as nothing begins it"]),
+        (["--preset", "official"], ["log p(y): each response alone, its first token not scored"]),
+        (["--margin-signal", "gap"], []),
+        (["--objective", "simpo"], []),
+    ],
+)
+def test_what_stands_before_a_response_in_log_p_is_said_where_it_is_read(
+    tmp_path: Path, flags: list[str], expected: list[str]
+) -> None:
+    nothing = ContextToken(None, "alone, as nothing begins it")
+    lines = first_words(tmp_path, parse_arguments([*BASE, *flags]), pairs=1792, held_out=0, evaluated=0, context=nothing)
+    assert [line for line in lines if "log p(y)" in line] == expected
 
 
 @pytest.mark.parametrize(("batch", "warned"), [(48, False), (49, True)])
@@ -88,3 +131,18 @@ def test_too_few_held_out_pairs_are_warned_of(
     said = screen.getvalue()
     assert all(word in said for word in words), said
     assert said.startswith("warning: ") == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--objective", "dpo", "--pair-margin"], ["weight"]),
+        (["--objective", "rmipo", "--pair-weight"], ["margin"]),
+        (["--objective", "sft"], ["margin", "weight"]),
+    ],
+)
+def test_numbers_beside_the_pairs_that_nobody_reads_are_named(tmp_path: Path, flags: list[str], said: list[str]) -> None:
+    config = parse_arguments([*BASE, *flags])
+    lines = first_words(tmp_path, config, pairs=48, held_out=8, evaluated=8, columns=("margin", "weight"))
+    notes = [line.split(",")[0] for line in lines if "beside their pairs" in line]
+    assert notes == [f"note: the data have a {column} beside their pairs" for column in said]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.config.schema import Config, DataConfig, TrainingConfig
+from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError
@@ -33,7 +34,7 @@ class Scene:
         parts = [PairCollection([PairStore(prefix)]) for prefix in prefixes or (self.a,)]
         halves = [part.split(split) for part in parts]
         valid = PairCollection([PairStore(held_out)]) if held_out else PairCollection.combine([last for _, last in halves])
-        data = RunData(PairCollection.combine([first for first, _ in halves], weights), valid, len(valid), None)
+        data = RunData(PairCollection.combine([first for first, _ in halves], weights), valid, len(valid), ContextToken(None, ""))
         config = Config(data=DataConfig(data_path=list(prefixes or (self.a,)), split=f"{1 - split},{split}"))
         source: Any = SimpleNamespace(directory=Path("run"))
         return starting_point(config, source, data, build_objective("simpo", {}))
@@ -115,7 +116,7 @@ def test_a_checkpoint_of_before_goes_on_and_knows_its_data_from_then(scene: Scen
 )
 def test_an_extended_run_oversteps_neither_steps_nor_pairs(lengths: list[dict[str, Any]], ends_at: tuple[int, int]) -> None:
     pairs: Any = range(47)
-    data, progress = RunData(pairs, None, 0, None), Progress()
+    data, progress = RunData(pairs, None, 0, ContextToken(None, "")), Progress()
     for length in lengths:
         training = TrainingConfig(global_batch_size=6, **length)
         total_pairs, train_iters = data.run_length(training, progress)

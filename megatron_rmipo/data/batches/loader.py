@@ -40,7 +40,7 @@ class BatchLayout:
         with_rejected: the objective reads rejected responses.
         unconditional: ``"bos"``, ``"none"`` or None, as in :class:`megatron_rmipo.objectives.base.LogpNeeds`.
         forward_passes: forward-only passes over the conditional packs, beside the gradient pass.
-        bos_token_id: the context of unconditional responses for ``"bos"``.
+        bos_token_id: the context of unconditional responses for ``"bos"``: BOS, or what stands in for it.
         columns: numbers beside the pairs that the objective reads.
         multiple_of: rows are padded to a multiple of this many tokens.
     """

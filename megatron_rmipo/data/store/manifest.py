@@ -62,6 +62,8 @@ class Manifest:
         pair_columns: names of the numbers that stand beside each pair, in the order of the ``values`` file, which there is where
             there are any; manifests without the field have none.
         num_pairs, num_tokens: what the files hold.
+        first_token_id: the token that every prompt begins with; None where they begin differently, and in manifests without the
+            field.
         lengths: see :func:`summarize_lengths`.
         file_bytes: sizes of the ``bin``, ``idx`` and ``values`` files.
     """
@@ -85,6 +87,7 @@ class Manifest:
     pair_columns: list[str] = dataclasses.field(default_factory=list)
     num_pairs: int = 0
     num_tokens: int = 0
+    first_token_id: int | None = None
     lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     file_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     version: int = MANIFEST_VERSION

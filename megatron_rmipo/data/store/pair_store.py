@@ -95,6 +95,7 @@ class PairStoreWriter:
         check_output_prefix(self.prefix, overwrite=overwrite)
         self._lengths: list[int] = []
         self._columns, self._values = list(columns), [np.empty((0, len(columns)), dtype=np.float32)]
+        self._first_tokens: set[int] = set()
         self._vocab_size, self._unpaired = vocab_size, unpaired
         self._finished = False
         with write_errors_named(self.prefix):
@@ -144,6 +145,8 @@ class PairStoreWriter:
         end = documents.pop()
         documents.extend(range(documents[-1] + SEQUENCES_PER_PAIR, end + 1, SEQUENCES_PER_PAIR))
         self._lengths.extend(flat)
+        starts = np.concatenate([[0], lengths.sum(axis=1).cumsum()[:-1]])
+        self._first_tokens.update(np.unique(tokens[starts]).tolist())
 
     def _check(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
         prompt, chosen, rejected = lengths.T
@@ -191,6 +194,7 @@ class PairStoreWriter:
                     unpaired=self._unpaired,
                     num_pairs=len(lengths),
                     num_tokens=int(lengths.sum(dtype=np.int64)),
+                    first_token_id=min(self._first_tokens) if len(self._first_tokens) == 1 else None,
                     lengths=summarize_lengths(lengths),
                     file_bytes={kind: self._partial[kind].stat().st_size for kind in manifest.file_kinds},
                 )

@@ -32,7 +32,7 @@ def add_giant(writer: PairStoreWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(writer, "_check", lambda *_: None)
         patched.setattr(builder, "add_document", add_document)
-        writer.add_all(np.zeros(0, dtype=np.int32), np.full((1, 3), GIANT))
+        writer.add_all(np.zeros(1, dtype=np.int32), np.full((1, 3), GIANT))
 
 
 @pytest.mark.parametrize("vocab_size", [600, 70_000], ids=["2 bytes", "4 bytes"])

@@ -70,6 +70,23 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["pairs.bin", "pairs.idx", "pairs.json"]
 
 
+@pytest.mark.parametrize(("first", "expected"), [([7, 7, 7, 7, 7], 7), ([7, 7, 7, 7, 8], None), ([8, 7, 7, 7, 7], None)])
+def test_the_token_that_begins_every_prompt_is_noted(tmp_path: Path, first: list[int], expected: int | None) -> None:
+    pairs = [
+        dataclasses.replace(pair, prompt=np.array([token, *pair.prompt]))
+        for token, pair in zip(first, make_pairs(5, 1003), strict=True)
+    ]
+    with PairStoreWriter(tmp_path / "pairs", 1003) as writer:
+        for part in (pairs[:1], pairs[1:]):
+            triples = [[pair.prompt, pair.chosen, pair.rejected] for pair in part]
+            writer.add_all(
+                np.concatenate([ids for triple in triples for ids in triple]),
+                np.array([[len(ids) for ids in triple] for triple in triples]),
+            )
+        writer.finalize(Manifest(INFO))
+    assert PairStore(tmp_path / "pairs").manifest.first_token_id == expected
+
+
 @pytest.mark.parametrize("cuts", [(0, 11), (0, 0, 3, 4, 11), (0, 7, 7, 11)])
 @pytest.mark.parametrize("kind", ["pairs", "supervised", "unpaired"])
 def test_many_at_once_make_the_files_of_one_by_one(tmp_path: Path, kind: str, cuts: tuple[int, ...]) -> None:

@@ -1,0 +1,77 @@
+"""Command line of ``tools/summarize_run.py``: what runs did to their held-out pairs; RMiPO's margins as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rmipo.command import add_debug_flag, run_command
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
+from megatron_rmipo.reports.margin_picture import MarginRun, draw_margins
+from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, PAIRS_FILE
+from megatron_rmipo.reports.summary import read_configuration, read_evaluations, read_pairs, summarize_run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="summarize_run.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--log-dir", type=Path, nargs="+", required=True, metavar="DIR", help="directory of a run's metrics.jsonl; one or several"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="where the trained model lies, to be shown")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="jsonl the held-out pairs came from: group them by its field 'kind'"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="also draw rmipo's schedule, its margins and the gaps in log-probability (needs the plots extra)",
+    )
+    add_debug_flag(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables and draw the picture; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _show(arguments), debug=arguments.debug)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    log_dirs: list[Path] = arguments.log_dir
+    if len(log_dirs) > 1 and arguments.model is not None:
+        raise ConfigError(f"--model {arguments.model}: of which of the {len(log_dirs)} runs? Leave it out, or name one.")
+    for log_dir in log_dirs:
+        if len(log_dirs) > 1:
+            print(f"{'' if log_dir == log_dirs[0] else chr(10)}== {log_dir}\n")
+        print(summarize_run(log_dir, arguments.rows))
+    if arguments.model is not None:
+        print(f"The trained model, in Hugging Face form: {arguments.model}")
+    if arguments.picture is not None:
+        draw_margins(arguments.picture, [_margin_run(log_dir) for log_dir in log_dirs])
+
+
+def _margin_run(log_dir: Path) -> MarginRun:
+    """What is drawn of a run.
+
+    Raises:
+        ConfigError: it is not one of rmipo, or what it said of each held-out pair is not there.
+    """
+    config = read_configuration(log_dir)
+    if config.get("objective") != Rmipo.name:
+        raise ConfigError(
+            f"--picture: {log_dir} is a run of objective {config.get('objective')}; only {Rmipo.name} has margins to draw."
+        )
+    options = RmipoConfig(**{field.name: config[field.name] for field in dataclasses.fields(RmipoConfig) if field.name in config})
+    evaluations = read_evaluations(log_dir)
+    first, last = read_pairs(log_dir, evaluations[0], FIRST_PAIRS_FILE), read_pairs(log_dir, evaluations[-1])
+    if not last:
+        raise ConfigError(f"--picture: {log_dir / PAIRS_FILE} is missing, or of another evaluation than the last.")
+    run_dir = log_dir.resolve()
+    run_dir = run_dir.parent if run_dir.name == "logs" else run_dir
+    # Runs of the example scripts have one name in different folders.
+    return MarginRun(f"{'/'.join(run_dir.parts[-2:])} ({options.preset})", Rmipo(options), first, last)

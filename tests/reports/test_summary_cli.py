@@ -1,0 +1,81 @@
+"""The picture of RMiPO's margins, and the tool that draws it of one run or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
+from megatron_rmipo.reports.margin_picture import density
+from megatron_rmipo.reports.summary_cli import main
+from tests.reports.test_summary import margins, pair_lines, write_run
+
+SIGNALS = torch.linspace(-2.0, 9.0, 53)
+
+
+def rmipo_run(directory: Path, **options: str | float) -> Path:
+    """The logs of a run of rmipo with 53 held-out pairs."""
+    logs = directory / "logs"
+    logs.mkdir(parents=True)
+    objective = Rmipo(RmipoConfig(**options))  # type: ignore[arg-type]
+    write_run(logs, margins(0.9, 1.6), margins(0.8, 1.6))
+    (logs / "config.yaml").write_text(yaml.safe_dump({"objective": "rmipo", "lr": 1e-6, **dataclasses.asdict(objective.config)}))
+    columns = {
+        "dpmi": SIGNALS.tolist(),
+        "gamma": objective.target_margin(SIGNALS).tolist(),
+        "rewards/margins": SIGNALS.tolist(),
+        "logps/chosen": (-2.0 + 0.1 * SIGNALS).tolist(),
+        "logps/rejected": [-2.0] * len(SIGNALS),
+    }
+    pair_lines(logs, "held_out_pairs.first.jsonl", 0, **columns)
+    pair_lines(logs, "held_out_pairs.jsonl", 10, **columns)
+    return logs
+
+
+@pytest.mark.parametrize("runs", [[{}], [{}, {"preset": "paper"}, {"preset": "official"}], [{"margin_signal": "gap"}]])
+def test_the_margins_of_one_run_or_several_are_drawn(
+    tmp_path: Path, runs: list[dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [str(rmipo_run(tmp_path / f"run{number}", **options)) for number, options in enumerate(runs)]
+    picture = tmp_path / "new" / "margins.png"
+    assert main(["--log-dir", *logs, "--picture", str(picture)]) == 0
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    # Matplotlib's first colours: one a run, and no other run's.
+    shown = [bool((pixels == color).all(axis=-1).any()) for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44))]
+    assert shown == [number < len(runs) for number in range(3)]
+    text = capsys.readouterr().out
+    assert all((f"== {directory}" in text) == (len(logs) > 1) for directory in logs)
+    assert text.count("Target margins") == len(logs)
+
+
+def test_a_density_is_one_in_sum_and_high_where_the_values_are() -> None:
+    points = np.linspace(0.0, 2.0, 401)
+    values = np.array([0.5, 1.5, 1.5, 1.5])
+    heights = density(values, points)
+    assert heights.sum() * (points[1] - points[0]) == pytest.approx(1.0, abs=1e-6)
+    # A kernel's peak is 1 / (width sqrt(2 pi)), its width 0.03 of the range.
+    peak = 1.0 / (0.06 * math.sqrt(2.0 * math.pi))
+    assert heights[100] == pytest.approx(0.25 * peak, rel=1e-6)
+    assert heights[300] == pytest.approx(0.75 * peak, rel=1e-6)
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs, other = rmipo_run(tmp_path / "a"), rmipo_run(tmp_path / "b")
+    assert main(["--log-dir", str(logs), str(other), "--model", "m"]) == 1
+    assert "--model m: of which of the 2 runs?" in capsys.readouterr().err
+    assert main(["--log-dir", str(logs), "--picture", str(tmp_path / "margins.xyz")]) == 1
+    assert "margins.xyz: cannot be written" in capsys.readouterr().err
+    (logs / "held_out_pairs.jsonl").unlink()
+    assert main(["--log-dir", str(logs), "--picture", str(tmp_path / "margins.png")]) == 1
+    assert "held_out_pairs.jsonl is missing" in capsys.readouterr().err
+    (other / "config.yaml").write_text("objective: simpo\n")
+    assert main(["--log-dir", str(other), "--picture", str(tmp_path / "margins.png")]) == 1
+    assert "is a run of objective simpo; only rmipo has margins to draw" in capsys.readouterr().err
