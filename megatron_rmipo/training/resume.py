@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from megatron_rmipo.checkpoint.source import ModelSource, saved_train_state
-from megatron_rmipo.config.schema import Config, DataConfig
+from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig
+from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective, State
@@ -61,7 +62,8 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
     # Checkpoints of before these were saved hold neither.
     state = saved.pop("objective_state", {})
     progress = Progress(**saved)
-    changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in _differences(progress, now) if was != is_now]
+    differences = _differences(progress, now, objective)
+    changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in differences if was != is_now]
     if changed:
         raise ConfigError(
             f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
@@ -77,7 +79,24 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
     return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=warning)
 
 
-def _differences(progress: Progress, now: Progress) -> list[tuple[str, Any, Any]]:
+def _options_as_now(progress: Progress, objective: Objective) -> dict[str, Any]:
+    """What a run's options were, with the defaults of those that there were not yet when it was saved; empty if none were saved.
+
+    Raises:
+        ConfigError: this version does not take the options of the run.
+    """
+    then, kind = progress.options, type(objective.config)
+    names = [field.name for field in dataclasses.fields(kind)]
+    if names and not then:
+        return {}
+    try:
+        filled = kind(**{name: then[name] for name in names if name in then})
+    except ValueError as error:
+        raise ConfigError(f"the run's options of --objective {progress.objective} are not taken any more: {error}") from error
+    return {"pair_weight": ObjectiveConfig.pair_weight, **{name: getattr(filled, name) for name in names}, **then}
+
+
+def _differences(progress: Progress, now: Progress, objective: Objective) -> list[tuple[str, Any, Any]]:
     compared = [(title, getattr(progress, name), getattr(now, name)) for name, title in _FIXED.items()]
     if progress.data != now.data:
         then, is_now = (f"{one.data_flags} (content {one.data[:8]})" for one in (progress, now))
@@ -85,8 +104,9 @@ def _differences(progress: Progress, now: Progress) -> list[tuple[str, Any, Any]
     # Versions that did not save the objective or the data left "".
     compared = [difference for difference in compared if difference[1] != ""]
     if progress.objective == now.objective:
-        names = progress.options.keys() & now.options.keys()
-        compared += [("--" + name.replace("_", "-"), progress.options[name], now.options[name]) for name in sorted(names)]
+        options = _options_as_now(progress, objective)
+        names = sorted(options.keys() & now.options.keys())
+        compared += [(flag_of(name), options[name], now.options[name]) for name in names]
     return compared
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.config.schema import Config, DataConfig, TrainingConfig
+from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, TrainingConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -28,6 +28,7 @@ class Scene:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.a, self.b = str(write_pairs(folder / "a")), str(write_pairs(folder / "b", first=7))
         self.saved: dict[str, Any] = {}
+        self.objective, self.pair_weight = build_objective("simpo", {}), False
         monkeypatch.setattr(resume, "saved_train_state", lambda source: dict(self.saved))
 
     def start(self, *prefixes: str, weights: list[float] | None = None, split: float = 0.25, held_out: str = "") -> StartingPoint:
@@ -35,9 +36,15 @@ class Scene:
         halves = [part.split(split) for part in parts]
         valid = PairCollection([PairStore(held_out)]) if held_out else PairCollection.combine([last for _, last in halves])
         data = RunData(PairCollection.combine([first for first, _ in halves], weights), valid, len(valid), ContextToken(None, ""))
-        config = Config(data=DataConfig(data_path=list(prefixes or (self.a,)), split=f"{1 - split},{split}"))
+        objective = self.objective
+        config = Config(
+            data=DataConfig(data_path=list(prefixes or (self.a,)), split=f"{1 - split},{split}"),
+            objective=ObjectiveConfig(
+                objective=objective.name, options=dataclasses.asdict(objective.config), pair_weight=self.pair_weight
+            ),
+        )
         source: Any = SimpleNamespace(directory=Path("run"))
-        return starting_point(config, source, data, build_objective("simpo", {}))
+        return starting_point(config, source, data, objective)
 
     def save(self, start: StartingPoint) -> None:
         self.saved = {**dataclasses.asdict(start.progress), "objective_state": {}}
@@ -101,6 +108,32 @@ def test_a_checkpoint_of_before_goes_on_and_knows_its_data_from_then(scene: Scen
     assert (went_on.resumes, went_on.warning) == (True, "")
     assert went_on.progress == scene.start(held_out=scene.b).progress
     assert went_on.progress.data
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "changed", "words"),
+    [
+        ("sft", {}, None, "--pair-weight was False, is True"),
+        ("dpo", {}, None, "--pair-weight was False, is True"),
+        ("dpo", {}, {"log_ratio_normalization": "mean"}, "--log-ratio-normalization was sum, is mean"),
+        ("dpo", {"beta": 0.2}, {"pair_beta": True}, "--beta was 0.2, is None; --pair-beta was False, is True"),
+        ("rmipo", {"preset": "paper"}, {}, "--pmi-normalization was sum, is mean; --preset was paper, is per_token"),
+        ("dpo:0.8,sft:0.2", {}, {"beta": 0.3}, "--beta was 0.1, is 0.3"),
+    ],
+)
+def test_an_objective_that_is_not_the_same_is_refused_by_options_of_before_and_newer_ones(
+    scene: Scene, name: str, options: dict[str, Any], changed: dict[str, Any] | None, words: str
+) -> None:
+    scene.objective = build_objective(name, options)
+    scene.save(scene.start())
+    for newer in ("pair_weight", "log_ratio_normalization", "pair_margin", "pair_beta"):
+        scene.saved["options"].pop(newer, None)
+    assert scene.start().resumes
+    if changed is None:
+        scene.pair_weight = True
+    else:
+        scene.objective = build_objective(name, changed)
+    assert f"left of it: {words}. Give them as they were, or start a new run" in scene.refusal()
 
 
 @pytest.mark.parametrize(
