@@ -63,17 +63,24 @@ def mixture_of(name: str, members: Sequence[tuple[type[Objective], float]]) -> t
         members: classes and the weights of their losses.
 
     Raises:
-        ValueError: two members have one name.
+        ValueError: two members have one name, or options that cannot be told apart by theirs.
     """
     classes = [member for member, _ in members]
     for member, count in Counter(member.name for member in classes).items():
         if count > 1:
             raise ValueError(f"objective {name!r}: {member} is named {count} times; name it once, with the sum of its weights")
+    try:
+        options = _options(classes)
+    except TypeError as error:
+        raise ValueError(
+            f"objective {name!r}: the options of its members cannot stand side by side, each after its class's name: {error}; "
+            "change the name of a class, or of an option"
+        ) from error
     attributes = {
         "__doc__": Mixture.__doc__,
         "__module__": __name__,
         "name": name,
-        "Config": _options(classes),
+        "Config": options,
         "members": tuple(members),
         "default_lr": min(member.default_lr for member in classes),
     }
@@ -111,6 +118,7 @@ class _MixtureOptions:
 
 
 def _options(classes: Sequence[type[Objective]]) -> type:
+    """The class of their options; TypeError: a name is given twice, or is none that a flag can have."""
     shared = Counter(option for member in classes for option in field_types(member.Config))
     fields, places = [], []
     for member in classes:

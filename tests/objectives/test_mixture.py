@@ -46,6 +46,28 @@ class Own(Objective):
         return LossOutput(losses=-logps.chosen_logps.mean(), metrics={})
 
 
+@dataclasses.dataclass(frozen=True)
+class Beta:
+    """One that others have, too, and one that is called as the mixture would call another's."""
+
+    beta: float = dataclasses.field(default=1.0, metadata={"help": "a number"})
+    dpo_beta: float = dataclasses.field(default=1.0, metadata={"help": "a number"})
+
+
+class Hyphen(Own):
+    """No flag can be called after it."""
+
+    name: ClassVar[str] = "my-own"
+    Config: ClassVar[type] = Beta
+
+
+class Twice(Own):
+    """Has an option of the name that another's gets beside it."""
+
+    name: ClassVar[str] = "twice"
+    Config: ClassVar[type] = Beta
+
+
 @pytest.mark.parametrize(
     ("text", "members"),
     [
@@ -78,6 +100,8 @@ def test_names_and_weights(text: str, members: list[tuple[str, float]] | None) -
             f"rmipo,{HERE}:Own",
             "needs: one run has one unconditional for all its objectives, and these differ: rmipo bos, own none",
         ),
+        (f"{HERE}:Hyphen,dpo", "cannot stand side by side, each after its class's name: Field names must be valid identifiers"),
+        (f"{HERE}:Twice,dpo", "cannot stand side by side, each after its class's name: Field name duplicated: 'dpo_beta'"),
         (f"epsilon_dpo,{HERE}:Own", "one perturbation for all its objectives, and these differ: epsilon_dpo 0.01, own 0.3"),
     ],
 )
