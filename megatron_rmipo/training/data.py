@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
-from megatron_rmipo.config.schema import Config, TrainingConfig
+from megatron_rmipo.config.schema import Config, ObjectiveConfig, TrainingConfig
+from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
@@ -164,10 +165,10 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNe
         )
     missing = [column for column in needs.columns if column not in store.manifest.pair_columns]
     if missing:
-        flags = " and ".join(f"--pair-{column}" for column in missing)
+        readers = " and ".join(dict.fromkeys(_reader(config.objective, column) for column in missing))
         raise DataError(
-            f"{flag} {store.prefix}: no {' and no '.join(missing)} beside its pairs, to be read by {flags}. Prepare the data "
-            "from rows that have such a column, or leave the flag out."
+            f"{flag} {store.prefix}: no {' and no '.join(missing)} beside its pairs, to be read by {readers}. Prepare the data "
+            "from rows that have such a column, or train without reading it."
         )
     longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
     most, allowed = int(longest.max()), config.data.seq_length
@@ -176,3 +177,10 @@ def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNe
             f"--seq-length {allowed}: pair {int(longest.argmax())} of {store.prefix} is {most} tokens long. "
             f"Use --seq-length {most}, or prepare the data again with --seq-length {allowed}."
         )
+
+
+def _reader(objective: ObjectiveConfig, column: str) -> str:
+    """The flags by which a run reads a column beside its pairs; where none does, the objective, one of the user's own."""
+    switches = {**objective.options, "pair_weight": objective.pair_weight}
+    flags = [flag_of(name) for name, value in switches.items() if value is True and name.endswith(f"pair_{column}")]
+    return " and ".join(flags) or f"--objective {objective.objective}"

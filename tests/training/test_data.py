@@ -10,8 +10,18 @@ import pytest
 from megatron_rmipo.checkpoint.source import hf_source
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
+from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.objectives.simpo import Simpo
 from megatron_rmipo.training.data import RunData, open_data
 from tests.integration.data import MODEL, write_pairs
+
+
+class ReadsMargins(Simpo):
+    """One of a user's own, which has no flag for what it reads."""
+
+    @property
+    def needs(self) -> LogpNeeds:
+        return LogpNeeds(columns=("margin",))
 
 
 def opened(*argv: str | Path) -> RunData:
@@ -42,3 +52,9 @@ def test_numbers_that_are_to_be_read_are_beside_every_pair_of_the_run(tmp_path: 
     needs = ("--objective", "dpo", "--pair-margin", "--pair-beta", "--pair-weight")
     message = refused("--data-path", bare, *needs)
     assert re.search("no margin and no beta and no weight .* by --pair-margin and --pair-beta and --pair-weight", message)
+    mixture = ("--objective", "dpo,simpo,sft", "--dpo-pair-margin", "--simpo-pair-margin")
+    assert "no margin beside its pairs, to be read by --dpo-pair-margin and --simpo-pair-margin." in refused(
+        "--data-path", bare, *mixture
+    )
+    own = ("--objective", "tests.training.test_data:ReadsMargins")
+    assert "to be read by --objective tests.training.test_data:ReadsMargins." in refused("--data-path", bare, *own)
