@@ -59,7 +59,7 @@ def _margin_run(log_dir: Path) -> MarginRun:
     """What is drawn of a run.
 
     Raises:
-        ConfigError: it is not one of rmipo, or what it said of each held-out pair is not there.
+        ConfigError: it is not one of rmipo, or what it said of each held-out pair is not there, or not finite.
     """
     config = read_configuration(log_dir)
     if config.get("objective") != Rmipo.name:
@@ -71,6 +71,8 @@ def _margin_run(log_dir: Path) -> MarginRun:
     first, last = read_pairs(log_dir, evaluations[0], FIRST_PAIRS_FILE), read_pairs(log_dir, evaluations[-1])
     if not last:
         raise ConfigError(f"--picture: {log_dir / PAIRS_FILE} is missing, or of another evaluation than the last.")
+    if not any(pair.get("gamma") is not None and pair.get("logps/chosen") is not None for pair in last):
+        raise ConfigError(f"--picture: {log_dir / PAIRS_FILE} has no pair with a finite margin; the run has diverged.")
     run_dir = log_dir.resolve()
     run_dir = run_dir.parent if run_dir.name == "logs" else run_dir
     # Runs of the example scripts have one name in different folders.

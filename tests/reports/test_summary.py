@@ -1,6 +1,7 @@
 import json
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def words_of(line: str) -> str:
     return " ".join(line.split())
 
 
-def pair_lines(run: Path, name: str, step: int, **columns: list[float]) -> None:
+def pair_lines(run: Path, name: str, step: int, **columns: list[Any]) -> None:
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     (run / name).write_text("".join(json.dumps({"step": step, **row}) + "\n" for row in rows))
 

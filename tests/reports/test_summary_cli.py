@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,12 @@ def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--model m: of which of the 2 runs?" in capsys.readouterr().err
     assert main(["--log-dir", str(logs), "--picture", str(tmp_path / "margins.xyz")]) == 1
     assert "margins.xyz: cannot be written" in capsys.readouterr().err
+    diverged: dict[str, list[Any]] = {
+        name: [None] * len(SIGNALS) for name in ("gamma", "dpmi", "rewards/margins", "logps/chosen", "logps/rejected")
+    }
+    pair_lines(logs, "held_out_pairs.jsonl", 10, **diverged)
+    assert main(["--log-dir", str(logs), "--picture", str(tmp_path / "margins.png")]) == 1
+    assert "held_out_pairs.jsonl has no pair with a finite margin; the run has diverged" in capsys.readouterr().err
     (logs / "held_out_pairs.jsonl").unlink()
     assert main(["--log-dir", str(logs), "--picture", str(tmp_path / "margins.png")]) == 1
     assert "held_out_pairs.jsonl is missing" in capsys.readouterr().err
