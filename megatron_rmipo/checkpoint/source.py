@@ -18,7 +18,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     iterations_of,
     latest_complete_iteration,
 )
-from megatron_rmipo.checkpoint.megatron.record import Iteration, read_record
+from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -143,10 +143,19 @@ def load_weights(source: ModelSource, model: PolicyModel, groups: ProcessGroups)
 
 def saved_train_state(source: ModelSource) -> dict[str, Any]:
     """The progress that a run saved with the checkpoint; empty for a Hugging Face model, a converted one, or a foreign one."""
-    if source.checkpoint is None:
-        return {}
-    record = read_record(source.checkpoint_path)
-    return {} if record is None or record.iteration == "release" else dict(record.train_state)
+    record = _record_of_run(source)
+    return dict(record.train_state) if record is not None else {}
+
+
+def saved_flags(source: ModelSource) -> dict[str, Any]:
+    """The flags of the run that saved the checkpoint, by name; empty where :func:`saved_train_state` is."""
+    record = _record_of_run(source)
+    return dict(record.config) if record is not None else {}
+
+
+def _record_of_run(source: ModelSource) -> CheckpointRecord | None:
+    record = read_record(source.checkpoint_path) if source.checkpoint is not None else None
+    return None if record is None or record.iteration == "release" else record
 
 
 def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:

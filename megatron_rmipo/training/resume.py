@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_rmipo.checkpoint.source import ModelSource, saved_train_state
-from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig
+from megatron_rmipo.checkpoint.source import ModelSource, saved_flags, saved_train_state
+from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.errors import ConfigError
@@ -69,14 +70,22 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
             f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
             f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
         )
-    warning = ""
+    warnings = []
+    if settings := _other_settings(saved_flags(source), config.optimizer):
+        warnings.append(f"The run goes on with other settings of its optimizer ({'; '.join(settings)}).")
     if progress.data and progress.held_out != now.held_out:
-        warning = (
-            f"the held-out pairs are not those that the run had before (then {progress.data_flags}, now {now.data_flags}): "
+        warnings.append(
+            f"The held-out pairs are not those that the run had before (then {progress.data_flags}, now {now.data_flags}): "
             "its evaluations before and after this start cannot be compared."
         )
     progress = dataclasses.replace(progress, data=now.data, data_flags=now.data_flags, held_out=now.held_out)
-    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=warning)
+    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=" ".join(warnings))
+
+
+def _other_settings(then: Mapping[str, Any], now: OptimizerConfig) -> list[str]:
+    """What a run may change, and has: by a flag, or because a default is another than that of the version that saved it."""
+    values = dataclasses.asdict(now)
+    return [f"{flag_of(name)} was {then[name]}, is {value}" for name, value in values.items() if then.get(name, value) != value]
 
 
 def _options_as_now(progress: Progress, objective: Objective) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Scene:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.a, self.b = str(write_pairs(folder / "a")), str(write_pairs(folder / "b", first=7))
         self.saved: dict[str, Any] = {}
+        self.flags: dict[str, Any] = {}
+        monkeypatch.setattr(resume, "saved_flags", lambda source: self.flags)
         self.objective, self.pair_weight = build_objective("simpo", {}), False
         monkeypatch.setattr(resume, "saved_train_state", lambda source: dict(self.saved))
 
@@ -108,6 +110,18 @@ def test_a_checkpoint_of_before_goes_on_and_knows_its_data_from_then(scene: Scen
     assert (went_on.resumes, went_on.warning) == (True, "")
     assert went_on.progress == scene.start(held_out=scene.b).progress
     assert went_on.progress.data
+
+
+def test_other_settings_of_the_optimizer_are_told(scene: Scene) -> None:
+    scene.save(scene.start())
+    scene.flags = {"lr": 2e-5, "min_lr": 0.0, "beta": 2.0}
+    went_on = scene.start(held_out=scene.b)
+    assert went_on.resumes
+    assert went_on.warning.startswith(
+        "The run goes on with other settings of its optimizer (--lr was 2e-05, is 6e-07). The held-out"
+    )
+    scene.flags = {"lr": 6e-7}
+    assert scene.start().warning == ""
 
 
 @pytest.mark.parametrize(
