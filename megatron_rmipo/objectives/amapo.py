@@ -13,19 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_rmipo.objectives.base import (
-    BatchLogps,
-    LogpNeeds,
-    LossOutput,
-    Objective,
-    PairLogps,
-    State,
-    reward_metrics,
-    smoothed_log_sigmoid_loss,
-)
-from megatron_rmipo.objectives.batch_statistics import MEAN_SPREAD_FLOOR, mean_and_spread, mean_gaps, z_scores
+from megatron_rmipo.objectives.base import LossOutput, PairLogps
+from megatron_rmipo.objectives.batch_margin import BatchMarginObjective
+from megatron_rmipo.objectives.batch_statistics import MEAN_SPREAD_FLOOR, mean_and_spread, z_scores
 from megatron_rmipo.objectives.bounded_exp import bounded_exp
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import BETA_HELP, LABEL_SMOOTHING_HELP, check_number
 
 # In spreads: a pair that lies at the mean but for rounding gets no margin, at any parallel layout.
@@ -48,7 +39,7 @@ class AmapoConfig:
         check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
 
 
-class Amapo(Objective):
+class Amapo(BatchMarginObjective):
     """``L = -logsigmoid(beta r - m)``, ``m = beta exp((mu - r) / sigma * mu)`` where ``r < mu``, else 0.
 
     ``mu`` and ``sigma`` are mean and unbiased standard deviation of ``r`` over the global batch; no gradient flows through ``m``.
@@ -64,27 +55,14 @@ class Amapo(Objective):
     Config: ClassVar[type] = AmapoConfig
     config: AmapoConfig
 
-    @property
-    def needs(self) -> LogpNeeds:
-        """The whole batch before its losses."""
-        return LogpNeeds(batch=True)
-
-    def prepare(self, batch: BatchLogps, state: State) -> dict[str, Tensor]:
-        """``margin``, float64 ``[P]``."""
-        gaps = mean_gaps(batch)
+    def margins(self, gaps: Tensor) -> Tensor:
+        """``m`` of each pair, from the gaps of the global batch."""
         mean, spread = mean_and_spread(gaps)
         below = -z_scores(gaps, mean, spread, MEAN_SPREAD_FLOOR)
-        margins = self.config.beta * bounded_exp(below * mean)
-        return {"margin": torch.where(below > _AT_THE_MEAN, margins, 0.0)}
+        return torch.where(below > _AT_THE_MEAN, self.config.beta * bounded_exp(below * mean), 0.0)
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Loss and metrics per pair."""
-        beta = self.config.beta
-        chosen, rejected = logps.chosen_logps / logps.chosen_lengths, logps.rejected_logps / logps.rejected_lengths
-        margin = logps.batch["margin"].to(chosen)
-        losses = smoothed_log_sigmoid_loss(beta * (chosen - rejected) - margin, self.config.label_smoothing)
-        metrics = reward_metrics(beta * chosen, beta * rejected)
-        metrics["gamma"] = margin
-        metrics["amapo/below_mean"] = (margin > 0.0).to(margin.dtype)
-        metrics.update(likelihood_metrics(logps))
-        return LossOutput(losses=losses, metrics=metrics, distributions=("gamma", "rewards/margins"))
+        output = super().__call__(logps)
+        margin = output.metrics["gamma"]
+        return dataclasses.replace(output, metrics={**output.metrics, "amapo/below_mean": (margin > 0.0).to(margin.dtype)})

@@ -15,18 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_rmipo.objectives.base import (
-    BatchLogps,
-    LogpNeeds,
-    LossOutput,
-    Objective,
-    PairLogps,
-    State,
-    reward_metrics,
-    smoothed_log_sigmoid_loss,
-)
-from megatron_rmipo.objectives.batch_statistics import mean_gaps
-from megatron_rmipo.objectives.metrics import likelihood_metrics
+from megatron_rmipo.objectives.batch_margin import BatchMarginObjective
 from megatron_rmipo.objectives.options import BETA_HELP, GAMMA_BETA_RATIO_HELP, LABEL_SMOOTHING_HELP, check_number
 
 _MIRROR_STEPS = 20
@@ -56,7 +45,7 @@ class GammaPoConfig:
         check_number("label_smoothing", self.label_smoothing, low=0.0, high=0.5)
 
 
-class GammaPo(Objective):
+class GammaPo(BatchMarginObjective):
     """``L = -logsigmoid(gap - gamma_i)``, ``gamma_i = gamma n p_i``, ``gamma = beta * gamma_beta_ratio``.
 
     ``p``, without gradient, is a distribution over the pairs of the global batch: where 20 steps of mirror descent come to, of
@@ -73,27 +62,10 @@ class GammaPo(Objective):
     Config: ClassVar[type] = GammaPoConfig
     config: GammaPoConfig
 
-    @property
-    def needs(self) -> LogpNeeds:
-        """The whole batch before its losses."""
-        return LogpNeeds(batch=True)
-
-    def prepare(self, batch: BatchLogps, state: State) -> dict[str, Tensor]:
-        """``margin``, float64 ``[P]``."""
+    def margins(self, gaps: Tensor) -> Tensor:
+        """``gamma_i`` of each pair, from the gaps of the global batch."""
         config = self.config
-        gamma = config.beta * config.gamma_beta_ratio
-        return {"margin": dealt_margins(config.beta * mean_gaps(batch), gamma, config.tau)}
-
-    def __call__(self, logps: PairLogps) -> LossOutput:
-        """Loss and metrics per pair."""
-        beta = self.config.beta
-        chosen, rejected = logps.chosen_logps / logps.chosen_lengths, logps.rejected_logps / logps.rejected_lengths
-        margin = logps.batch["margin"].to(chosen)
-        losses = smoothed_log_sigmoid_loss(beta * (chosen - rejected) - margin, self.config.label_smoothing)
-        metrics = reward_metrics(beta * chosen, beta * rejected)
-        metrics["gamma"] = margin
-        metrics.update(likelihood_metrics(logps))
-        return LossOutput(losses=losses, metrics=metrics, distributions=("gamma", "rewards/margins"))
+        return dealt_margins(config.beta * gaps, config.beta * config.gamma_beta_ratio, config.tau)
 
 
 def dealt_margins(gaps: Tensor, gamma: float, tau: float) -> Tensor:
