@@ -68,7 +68,9 @@ def mixture_of(name: str, members: Sequence[tuple[type[Objective], float]]) -> t
     classes = [member for member, _ in members]
     for member, count in Counter(member.name for member in classes).items():
         if count > 1:
-            raise ValueError(f"objective {name!r}: {member} is named {count} times; name it once, with the sum of its weights")
+            is_one = len({one for one in classes if one.name == member}) == 1
+            remedy = "name it once, with the sum of its weights" if is_one else "give each class a name of its own"
+            raise ValueError(f"objective {name!r}: {member} is named {count} times; {remedy}")
     try:
         options = _options(classes)
     except TypeError as error:

@@ -54,6 +54,10 @@ class Beta:
     dpo_beta: float = dataclasses.field(default=1.0, metadata={"help": "a number"})
 
 
+class Another(Own):
+    """Called as its parent is."""
+
+
 class Hyphen(Own):
     """No flag can be called after it."""
 
@@ -95,6 +99,7 @@ def test_names_and_weights(text: str, members: list[tuple[str, float]] | None) -
         ("dpo:1e999,sft", "the weight of dpo is 1e999"),
         ("dpo:0.8x,sft", "the weight of dpo is 0.8x"),
         ("dpo,sft,dpo:2", "dpo is named 2 times; name it once, with the sum of its weights"),
+        (f"{HERE}:Own,{HERE}:Another", "own is named 2 times; give each class a name of its own"),
         ("dpoo,sft", "unknown objective 'dpoo'; did you mean 'dpo'?"),
         (
             f"rmipo,{HERE}:Own",
