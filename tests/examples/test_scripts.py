@@ -375,6 +375,16 @@ def test_a_training_from_other_results_is_not_used_silently(tmp_path: Path) -> N
     assert "train rmipo: " in run_script(LLAMA, changed | {"SFT_DATA": ""}, expect=1)
 
 
+def test_the_flags_that_an_error_of_the_data_names_reach_the_tool(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path), VALID_DATA=str(tmp_path / "sft.jsonl"))
+    flags = {"DATA_FLAGS": "--columns prompt=question  --keep-ties", "VALID_FLAGS": "--format hh"}
+    run_script(LLAMA, variables | flags)
+    train, valid = [call for call in calls(tmp_path) if "preprocess_preferences.py" in call]
+    assert "--columns prompt=question --keep-ties" in train
+    assert "--format hh" in valid
+    assert "made with other settings" in run_script(LLAMA, variables | flags | {"VALID_FLAGS": ""}, expect=1)
+
+
 def test_the_number_of_workers_changes_no_data(tmp_path: Path) -> None:
     inputs = own_inputs(tmp_path)
     run_script(LLAMA, environment(tmp_path, **inputs, WORKERS="3"))
