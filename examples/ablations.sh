@@ -30,7 +30,7 @@ declare -A FLAGS=(
     [gm-mi]="--margin-schedule linear"
     [gm-ed]="--margin-signal gap"
     [mi-ed]="--gamma-min 0 --gamma-max 1"
-    # Table 5, without length normalization; dpo has none to switch off. Hyperparameters as in compare_objectives.sh.
+    # Table 5, without length normalization; dpo compares sums as it is. Hyperparameters as in compare_objectives.sh.
     [rmipo-sums]="--no-length-normalization"
     [simpo-sums]="--no-length-normalization"
     [simper-sums]="--no-length-normalization"

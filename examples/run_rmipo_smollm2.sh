@@ -78,7 +78,11 @@ LOGGING_ARGS=(
 # A download that was cut short goes on; only a whole one gets the name.
 if [[ "$HF_MODEL" == "$DOWNLOADED" && ! -e "$HF_MODEL/config.json" ]]; then
     say "download $HUB_MODEL"
-    run hf download "$HUB_MODEL" --local-dir "$HF_MODEL.incomplete" --exclude "*.onnx" "onnx/*" ||
+    if ! is_dry && ! command -v hf >/dev/null; then
+        die "hf, the command of the package huggingface_hub, is not on the PATH: activate the environment this project is installed in,
+  or set HF_MODEL to a directory that holds $HUB_MODEL"
+    fi
+    run hf download "$HUB_MODEL" --local-dir "$HF_MODEL.incomplete" --exclude "onnx/*" ||
         die "$HUB_MODEL could not be downloaded; where there is no network, set HF_MODEL to a directory that holds it"
     run mv "$HF_MODEL.incomplete" "$HF_MODEL"
 fi

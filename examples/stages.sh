@@ -5,6 +5,7 @@
 #   HF_MODEL        model directory to start from            DATA        preference data: what --input takes (docs/data.md)
 #   VALID_DATA      held-out preference data (else a part of DATA, HELD_OUT_SPLIT: 99,1)
 #   DATA_SPLIT, VALID_SPLIT, SFT_SPLIT  splits of data sets   OVERLONG  what becomes of longer pairs (preprocess_preferences.py)
+#   DATA_FLAGS, VALID_FLAGS, SFT_FLAGS  further flags of preprocess_preferences.py for each, such as "--columns prompt=question"
 #   SFT_DATA        fine-tune on these first (the Base setting of the paper): supervised rows (messages, or prompt and completion), or
 #                   preference data, of which the chosen responses count
 #   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
@@ -56,12 +57,18 @@ stage() {
     fi
 }
 
-# preprocess NAME INPUT SPLIT: prepare a preference data set at $WORK_DIR/data/NAME.
+# preprocess NAME INPUT SPLIT FLAGS: prepare a preference data set at $WORK_DIR/data/NAME.
 preprocess() {
     local arguments=(--input "$2" --tokenizer-model "$HF_MODEL" --output-prefix "$WORK_DIR/data/$1" --seq-length "$SEQ_LENGTH")
     local RUN_ONLY=(--workers "$WORKERS") MADE_FROM=("--input=data=$2" "--tokenizer=tokenizer of=$HF_MODEL")
     MADE_FROM+=("--setting=--seq-length $SEQ_LENGTH" "--setting=--split ${3:-none}")
     if [[ -n "$3" ]]; then arguments+=(--split "$3"); fi
+    if [[ -n "$4" ]]; then
+        local flags
+        read -ra flags <<<"$4"
+        arguments+=("${flags[@]}")
+        MADE_FROM+=("--setting=${flags[*]}")
+    fi
     if [[ -n "${OVERLONG:-}" ]]; then
         arguments+=(--overlong "$OVERLONG")
         MADE_FROM+=("--setting=--overlong $OVERLONG")
@@ -164,9 +171,9 @@ prepare_start() {
     elif ! is_dry && [[ ! -e "$HF_MODEL/config.json" ]]; then
         die_without_model
     fi
-    preprocess train "$DATA" "${DATA_SPLIT:-}"
+    preprocess train "$DATA" "${DATA_SPLIT:-}" "${DATA_FLAGS:-}"
     if [[ -n "${VALID_DATA:-}" ]]; then
-        preprocess valid "$VALID_DATA" "${VALID_SPLIT:-}"
+        preprocess valid "$VALID_DATA" "${VALID_SPLIT:-}" "${VALID_FLAGS:-}"
         valid=$'\npreprocess valid'
         HELD_OUT=(--valid-data-path "$WORK_DIR/data/valid")
     fi
@@ -174,7 +181,7 @@ prepare_start() {
     stage "convert the model" "$START/latest_checkpointed_iteration.txt" "$START" \
         python "$ROOT/tools/convert_hf_to_megatron.py" --hf-model "$HF_MODEL" --save "$START"
     if [[ -n "${SFT_DATA:-}" ]]; then
-        preprocess sft "$SFT_DATA" "${SFT_SPLIT:-}"
+        preprocess sft "$SFT_DATA" "${SFT_SPLIT:-}" "${SFT_FLAGS:-}"
         train_stage sft "$START" "$WORK_DIR/sft-hf" "$sources"$'\n'"preprocess sft$valid" \
             "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${HELD_OUT[@]}"
         START="$WORK_DIR/sft" sources="train sft"
@@ -230,7 +237,7 @@ check_nodes() {
 set_layout() {
     local gpus given_rank=${NODE_RANK:-}
     check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT TP PP WORKERS OMP_NUM_THREADS SEQ_LENGTH TOKENS_PER_MICROBATCH \
-        GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
+        GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_PAIRS SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
     gpus=$(count_gpus)
     GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
     NUM_NODES=${NUM_NODES:-1}

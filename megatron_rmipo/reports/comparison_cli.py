@@ -11,10 +11,12 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.comparison import VIEWS, Table, compare_runs, read_run, write_csv
 from megatron_rmipo.reports.comparison_picture import draw_picture
 
+_DESCRIPTION = "Put several runs side by side, from their logs: tables on the screen and in --output, and a picture."
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="compare_runs.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="compare_runs.py", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="directory of the runs, a folder (--save) each")
     parser.add_argument(
         "--table",

@@ -14,10 +14,15 @@ from megatron_rmipo.reports.margin_picture import MarginRun, draw_margins
 from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, PAIRS_FILE
 from megatron_rmipo.reports.summary import read_configuration, read_evaluations, read_pairs, summarize_run
 
+_DESCRIPTION = (
+    "Say what runs did to their held-out pairs: a table and a verdict each, from the logs. With --picture also draw the margins "
+    "of runs of rmipo."
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="summarize_run.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="summarize_run.py", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "--log-dir", type=Path, nargs="+", required=True, metavar="DIR", help="directory of a run's metrics.jsonl; one or several"
     )

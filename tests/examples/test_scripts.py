@@ -156,7 +156,9 @@ def test_the_script_for_a_laptop_names_its_model_and_holds_out_a_fifth(tmp_path:
     assert "DATA: give preference pairs" in run_script(LAPTOP, environment(tmp_path, HF_MODEL="m"), expect=1)
     output = run_script(LAPTOP, environment(tmp_path, DRY_RUN="1", DATA="pairs.jsonl"), "--preset", "paper")
     model = tmp_path / "work" / "model"
-    assert f"hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir {model}.incomplete" in output
+    # An option of hf takes one value: a second word would be the only file to download.
+    download = f"hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir {model}.incomplete --exclude onnx/*"
+    assert download.split() in [shlex.split(line) for line in output.splitlines() if line.startswith("hf ")]
     assert f"mv {model}.incomplete {model}" in output
     (preprocessing,) = [command for command in commands(output) if command[1].endswith("preprocess_preferences.py")]
     assert preprocessing[preprocessing.index("--seq-length") :][:4] == ["--seq-length", "256", "--overlong", "drop"]
@@ -171,6 +173,13 @@ def test_the_script_for_a_laptop_names_its_model_and_holds_out_a_fifth(tmp_path:
     )
     assert "hf download" not in output
     assert trainings(output)[0].data.valid_data_path == [str(tmp_path / "work" / "data" / "valid")]
+
+
+def test_the_script_for_a_laptop_says_where_the_downloading_command_is_from(tmp_path: Path) -> None:
+    variables = environment(tmp_path, DATA="pairs.jsonl")
+    variables["PATH"] = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    assert "hf, the command of the package huggingface_hub, is not on the PATH" in run_script(LAPTOP, variables, expect=1)
+    assert calls(tmp_path) == []
 
 
 def test_the_layout_follows_the_variables(tmp_path: Path) -> None:
@@ -364,6 +373,16 @@ def test_a_training_from_other_results_is_not_used_silently(tmp_path: Path) -> N
     run_script(LLAMA, changed)
     # Without the fine-tuning the preference training starts elsewhere.
     assert "train rmipo: " in run_script(LLAMA, changed | {"SFT_DATA": ""}, expect=1)
+
+
+def test_the_flags_that_an_error_of_the_data_names_reach_the_tool(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path), VALID_DATA=str(tmp_path / "sft.jsonl"))
+    flags = {"DATA_FLAGS": "--columns prompt=question  --keep-ties", "VALID_FLAGS": "--format hh"}
+    run_script(LLAMA, variables | flags)
+    train, valid = [call for call in calls(tmp_path) if "preprocess_preferences.py" in call]
+    assert "--columns prompt=question --keep-ties" in train
+    assert "--format hh" in valid
+    assert "made with other settings" in run_script(LLAMA, variables | flags | {"VALID_FLAGS": ""}, expect=1)
 
 
 def test_the_number_of_workers_changes_no_data(tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ class ChatTemplate:
     _boundaries: dict[object, Boundary] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def title(self) -> str:
+        """What messages call it."""
+        return "the tokenizer's chat template" if self.name == "tokenizer" else f"the chat template {self.name}"
+
+    @property
     def digest(self) -> str:
         """sha256 of the template's text."""
         return hashlib.sha256((self.source + (self.tool_source or "")).encode()).hexdigest()
@@ -108,7 +113,7 @@ class ChatTemplate:
         try:
             return compiled(source, self.date, self.answer is not None)(given)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise RowFault("template", "prompt", f"the chat template {self.name} refuses the conversation: {error}") from None
+            raise RowFault("template", "prompt", f"{self.title} refuses the conversation: {error}") from None
 
     def render_prompt(self, prompt: Sequence[Turn], variables: Mapping[str, Any] = NOTHING) -> str:
         """The prompt up to where an answer starts.
@@ -170,7 +175,7 @@ class ChatTemplate:
         return RowFault(
             "template",
             "prompt",
-            f"the chat template {self.name} renders the prompt differently once an answer follows: there is no boundary",
+            f"{self.title} renders the prompt differently once an answer follows: there is no boundary",
         )
 
     @functools.cached_property
@@ -279,7 +284,7 @@ def _dated(template: ChatTemplate, date: str) -> ChatTemplate:
         tokens = {**template.special_tokens, "date_string": day.strftime("%d %b %Y")}
         template = dataclasses.replace(template, special_tokens=tokens)
     elif "strftime_now" not in template.variables_read:
-        raise DataError(f"--template-date {date}: the chat template {template.name} writes no date. Leave the flag out.")
+        raise DataError(f"--template-date {date}: {template.title} writes no date. Leave the flag out.")
     return dataclasses.replace(template, date=day.isoformat())
 
 

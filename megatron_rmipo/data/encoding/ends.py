@@ -29,14 +29,14 @@ class EndOfTurn:
         control = {*backend.special_ids.values(), *of_model}
         control |= {index for token, index in backend.added_ids.items() if is_markup(token)}
         closing = backend.continuation([template.closing])[0]
-        self._name, self._decode = template.name, backend.decode
+        self._template_title, self._decode = template.title, backend.decode
         self._of_template = next((token for token in closing if token in control), None)
         # A tokenizer may name another EOS than the model's own list, which generation goes by.
         of_config = next(iter(spec.end_token_ids), None) if eos not in spec.end_token_ids else eos
         end = next((token for token in (self._of_template, of_config, eos) if token is not None), None)
         if end is None:
             raise DataError(
-                f"{spec.name}: the tokenizer has no EOS token and the chat template {template.name} ends answers with "
+                f"{spec.name}: the tokenizer has no EOS token and {template.title} ends answers with "
                 "no special token, so a response would have no end. Choose a template with an end-of-turn token."
             )
         self.token: int = end
@@ -57,11 +57,11 @@ class EndOfTurn:
             end = min([ids.index(token) for token in self.tokens if token in ids], default=-1)
         if end < 0:
             if self._of_template is not None:
-                raise RowFault("template", field, f"the chat template {self._name} did not end this answer") from None
+                raise RowFault("template", field, f"{self._template_title} did not end this answer") from None
             ids.append(self.token)
             return ids
         behind = ids[end + 1 :]
         if behind and behind != self._behind and self._decode([t for t in behind if t not in self.tokens]).strip():
-            raise RowFault("template", field, f"the chat template {self._name} writes text behind the end of this answer")
+            raise RowFault("template", field, f"{self._template_title} writes text behind the end of this answer")
         del ids[end + 1 :]
         return ids

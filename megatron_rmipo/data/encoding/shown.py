@@ -124,7 +124,7 @@ class ShownCheck:
             where = "the answer's"
         else:
             field, where = "prompt", f"turn {place.turn + 1}'s"
-        return RowFault("template", field, f"the chat template {self._template.name} leaves out {where} {place.what}")
+        return RowFault("template", field, f"{self._template.title} leaves out {where} {place.what}")
 
 
 def _is_there(value: object) -> bool:

@@ -89,7 +89,7 @@ class WrittenSpecials:
         others = StandIns(self, base, written - acted_on)
         if acted_on & self._bounds or not self._shows(others, pair, true):
             tokens = ", ".join(sorted(acted_on or written))
-            raise RowFault("special_token", "", f"the chat template {self._template.name} acts upon {tokens} in the row's text")
+            raise RowFault("special_token", "", f"{self._template.title} acts upon {tokens} in the row's text")
         return others
 
     def _shows(self, stand_ins: StandIns, pair: PreferencePair, true: tuple[str, list[str]]) -> bool:

@@ -285,8 +285,10 @@ def recognise_format(rows: Iterable[Row]) -> str:
         return of_pairs[0]
     raise DataError(
         f"the format of the rows is not recognised; their columns are: {', '.join(columns) or '(no rows)'}\n"
-        f"Name it with --format ({', '.join(FORMATS)}), or name the columns with\n"
-        "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN (which of two won: prompt=COLUMN,first=COLUMN,\n"
-        "second=COLUMN,winner=COLUMN; supervised rows: prompt=COLUMN,response=COLUMN;\n"
-        "unpaired rows: prompt=COLUMN,response=COLUMN,label=COLUMN)."
+        "Name the columns:\n"
+        "  pairs:            --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN\n"
+        "  which of two won: --columns prompt=COLUMN,first=COLUMN,second=COLUMN,winner=COLUMN\n"
+        "  supervised rows:  --columns prompt=COLUMN,response=COLUMN\n"
+        "  unpaired rows:    --columns prompt=COLUMN,response=COLUMN,label=COLUMN\n"
+        f"or the format with --format: {', '.join(FORMATS)}."
     )

@@ -57,9 +57,10 @@ def settle_reading(
 
 def unread_note(names: Collection[str], form: str) -> str:
     """What to say of columns that nobody reads."""
+    found = sorted(names)
     return (
-        f"not read by format {form}: {', '.join(sorted(names))}. --columns NAME=COLUMN would use one, such as margin=COLUMN; "
-        "--ignore-columns says that they are meant to be left out"
+        f"not read by format {form}: {', '.join(found)}. If that is right, --ignore-columns {','.join(found)} says so; "
+        "--columns NAME=COLUMN makes one count, such as margin=COLUMN"
     )
 
 

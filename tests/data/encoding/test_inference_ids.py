@@ -200,7 +200,7 @@ def test_a_call_that_is_not_shown_is_refused_though_another_is(tmp_path: Path) -
     shown, cut = (_encode(encoder, PreferencePair((WHERE,), call, answer("No."))) for call in calls)
     assert isinstance(shown, EncodedPair)
     assert isinstance(cut, RowFault)
-    assert cut.message == "the chat template tokenizer leaves out the answer's tool_calls"
+    assert cut.message == "the tokenizer's chat template leaves out the answer's tool_calls"
 
 
 @pytest.mark.parametrize("name", ["llama3", "zephyr", "hh", "none"])
@@ -266,4 +266,4 @@ def test_a_token_that_the_template_acts_upon_is_left_to_it_unless_it_bounds_turn
     assert result.prompt.count(tokenizer.backend.added_ids["<|User|>"]) == 1
     fault = _encode(encoder, pair._replace(chosen=answer("so <|eos|> yes")))
     assert isinstance(fault, RowFault)
-    assert (fault.reason, fault.message) == ("special_token", "the chat template tokenizer acts upon <|eos|> in the row's text")
+    assert (fault.reason, fault.message) == ("special_token", "the tokenizer's chat template acts upon <|eos|> in the row's text")

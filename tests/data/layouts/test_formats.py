@@ -202,9 +202,9 @@ def test_unusable_first_rows_do_not_hide_the_format() -> None:
 
 
 def test_an_unknown_format_names_the_columns_and_the_flags() -> None:
-    with pytest.raises(DataError, match=r"question, good, bad\n.*--format.*\n.*--columns"):
+    with pytest.raises(DataError, match=r"question, good, bad\n(.*\n)*.*--columns(.*\n)*.*--format"):
         recognise_format([{"question": "a", "good": "b", "bad": "c"}])
-    with pytest.raises(DataError, match="unpaired rows: prompt=COLUMN,response=COLUMN,label=COLUMN"):
+    with pytest.raises(DataError, match=r"unpaired rows: *--columns prompt=COLUMN,response=COLUMN,label=COLUMN"):
         recognise_format([{"question": "a", "good": True}])
 
 
