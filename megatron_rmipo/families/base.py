@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 
 class Layout(enum.Enum):
-    """How a Megatron tensor is made of its sources and cut by tensor parallelism."""
+    """How a Megatron tensor is made of its sources and cut by tensor parallelism. A bias is laid out as its weight's rows are."""
 
     WHOLE = "whole"  # one source, every rank holds all of it
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
@@ -30,16 +30,23 @@ class Rule:
         megatron: its name, ``layers.`` without a number standing for every layer.
         sources: Hugging Face names, in the order the layout takes them.
         layout: how the sources are laid out in it.
+        only_with: the field of the architecture that says whether a model has such a tensor; None where all have.
     """
 
     megatron: str
     sources: tuple[str, ...]
     layout: Layout
+    only_with: str | None = None
 
     @property
     def per_layer(self) -> bool:
         """Whether every layer has such a tensor."""
         return self.megatron.startswith("decoder.layers.")
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a vector with an entry a row of its weight."""
+        return self.megatron.endswith(".bias")
 
     @property
     def cuts_columns(self) -> bool:
@@ -61,6 +68,8 @@ class Family:
         only: fields that change the model, and the values of them that are built; absent counts as allowed.
         defaults: what transformers assumes for fields a config may leave out.
         has_sliding_window: whether ``sliding_window`` is read.
+        switches: fields that are true or false, and which fields of the architecture each sets.
+        always: fields of the architecture that are true of every model.
         rules: every tensor of the model, in the order a checkpoint is written.
         embedding: Megatron name of the word embedding.
         head: Megatron name of the output layer, absent from checkpoints of tied models.
@@ -76,6 +85,8 @@ class Family:
     embedding: str = "embedding.word_embeddings.weight"
     head: str = "output_layer.weight"
     ignored: tuple[str, ...] = ()
+    switches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
     @property
     def head_sources(self) -> tuple[str, ...]:

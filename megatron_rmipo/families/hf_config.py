@@ -45,6 +45,9 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     if fields.get("head_dim") is None and hidden_size % heads:
         raise ConversionError(f"{path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}.")
     rope_base, rope_scaling = _read_rope(config, path)
+    traits = dict.fromkeys(family.always, True)
+    for switch, names in family.switches.items():
+        traits.update(dict.fromkeys(names, fields.flag(switch)))
     return ModelArchitecture(
         family=family.name,
         num_layers=fields.count("num_hidden_layers"),
@@ -61,6 +64,7 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(fields) if family.has_sliding_window else None,
         dtype=_read_dtype(config, path),
+        **traits,
     )
 
 
@@ -78,6 +82,12 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConversionError(f"{self._path}: {name} must be a positive integer, found {value!r}.")
         return value
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConversionError(f"{self._path}: {name} must be true or false, found {value!r}.")
+        return bool(value)
 
     def number(self, name: str) -> float:
         return _positive_number(self.get(name), name, self._path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:
     assert after == before
 
 
+@pytest.mark.parametrize(("attention", "mlp"), [(True, False), (False, True), (True, True)])
+def test_llamas_biases_are_those_of_attention_and_mlp(tmp_path: Path, attention: bool, mlp: bool) -> None:
+    plain = read_architecture(write(tmp_path))
+    arch = read_architecture(write(tmp_path, attention_bias=attention, mlp_bias=mlp))
+    assert arch == dataclasses.replace(plain, qkv_bias=attention, attention_output_bias=attention, mlp_bias=mlp)
+
+
 def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
     changes = {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": 77, "head_dim": 20}
     arch = read_architecture(write(tmp_path, **changes))
@@ -67,10 +75,9 @@ def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+        ({"architectures": ["GraniteForCausalLM"]}, ["GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
         ({"architectures": "absent"}, ["architectures is missing"]),
-        ({"attention_bias": True}, ["attention_bias is True"]),
-        ({"mlp_bias": True}, ["mlp_bias is True"]),
+        ({"attention_bias": "yes"}, ["attention_bias must be true or false", "'yes'"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "'llama3'"]),

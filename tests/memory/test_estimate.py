@@ -135,6 +135,17 @@ def test_what_stands_follows_from_the_number_of_parameters() -> None:
     assert staged.weights == pytest.approx(PARAMETERS, rel=1e-4)
 
 
+def test_biases_after_a_sum_are_whole_on_every_rank() -> None:
+    biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    arch = dataclasses.replace(LLAMA_3_8B, **biases)
+    for tp in (1, 2):
+        config = llama(tensor_model_parallel_size=tp)
+        more = standing_memory(arch, config, 1).gradients - standing_memory(LLAMA_3_8B, config, 1).gradients
+        cut = 4096 + 2 * 1024 + 2 * 14336
+        assert more == 4 * 32 * (cut / tp + 2 * 4096), tp
+    assert arch.num_parameters - PARAMETERS == 32 * (cut + 2 * 4096)
+
+
 def test_activations_are_those_of_the_layers_added_up() -> None:
     pack = PackSize(num_tokens=8192, num_scored=4096)
     # Norms' inputs and outputs; projection's output, rotated queries and keys, cosines and sines, two outputs; fused MLP.
