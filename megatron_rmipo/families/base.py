@@ -65,7 +65,8 @@ class Family:
     Attributes:
         name: as :class:`megatron_rmipo.families.architecture.ModelArchitecture` calls it.
         architectures: values of ``architectures`` in ``config.json`` that belong to it.
-        only: fields that change the model, and the values of them that are built; absent counts as allowed.
+        only: fields that change the model, and the values of them that are built; absent counts as allowed, and so does a list
+            of such values.
         defaults: what transformers assumes for fields a config may leave out.
         has_sliding_window: whether ``sliding_window`` is read.
         switches: fields that are true or false, and which fields of the architecture each sets.

@@ -32,10 +32,13 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     config = _read_json(path)
     family = _family_of(config, path)
     for field, allowed in family.only.items():
-        if field in config and config[field] not in allowed:
-            raise ConversionError(
-                f"{path}: {field} is {config[field]!r}, but only {_listed(allowed)} is supported for the {family.name} family."
-            )
+        found = config.get(field)
+        # A list says it layer by layer.
+        for value in found if isinstance(found, list) else [found]:
+            if field in config and value not in allowed:
+                raise ConversionError(
+                    f"{path}: {field} is {value!r}, but only {_listed(allowed)} is supported for the {family.name} family."
+                )
     fields = _Fields(config, family.defaults, path)
     heads = fields.count("num_attention_heads")
     groups = fields.count("num_key_value_heads") if fields.get("num_key_value_heads") is not None else heads

@@ -72,6 +72,61 @@ def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
     assert read_architecture(write(tmp_path, **{**changes, "sliding_window": None})).sliding_window is None
 
 
+# As published, without what says nothing about the model's shape.
+QWEN25_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN25_05B = {
+    **QWEN25_7B,
+    **{"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24},
+    **{"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936},
+}
+
+
+@pytest.mark.parametrize(("config", "num_parameters"), [(QWEN25_7B, 7_615_616_512), (QWEN25_05B, 494_032_768)])
+def test_models_as_published_have_the_published_number_of_parameters(
+    tmp_path: Path, config: dict[str, Any], num_parameters: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = read_architecture(tmp_path)
+    assert arch.num_parameters == num_parameters
+    assert arch.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_sliding_window": True}, ["use_sliding_window is True", "qwen2"]),
+        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, ["layer_types is 'sliding_attention'"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+    ],
+)
+def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict[str, Any], named: list[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN25_7B, "layer_types": ["full_attention"] * 28}))
+    read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN25_7B, **changes}))
+    with pytest.raises(ConversionError) as caught:
+        read_architecture(tmp_path)
+    for text in (*named, str(tmp_path)):
+        assert text in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

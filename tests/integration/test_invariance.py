@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 WORLDS = {
     1: [
@@ -52,6 +53,8 @@ WORLDS = {
         Case("TP 2, tied", model="tied", tp=2, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("TP 2, biased attention", model="biased attention", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
+        Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
     ],
     4: [
         Case("TP 2 x PP 2", tp=2, pp=2, tokens_per_microbatch=120),
