@@ -35,6 +35,7 @@ class ModelArchitecture:
         qkv_bias: queries, keys and values have biases.
         attention_output_bias: the attention's output projection has one.
         mlp_bias: gate, up and down have biases.
+        qk_norm: the queries and keys of each head are normed, all heads of a layer with the same two weights.
     """
 
     family: str
@@ -55,6 +56,7 @@ class ModelArchitecture:
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
 
     @property
     def query_size(self) -> int:
@@ -76,7 +78,7 @@ class ModelArchitecture:
     @property
     def whole_layer_parameters(self) -> int:
         """Numbers in a layer's weights that every tensor-parallel rank holds: norms, and biases that are added after a sum."""
-        return self.hidden_size * (2 + self.attention_output_bias + self.mlp_bias)
+        return self.hidden_size * (2 + self.attention_output_bias + self.mlp_bias) + 2 * self.qk_norm * self.kv_channels
 
     @property
     def num_parameters(self) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 class Layout(enum.Enum):
     """How a Megatron tensor is made of its sources and cut by tensor parallelism. A bias is laid out as its weight's rows are."""
 
-    WHOLE = "whole"  # one source, every rank holds all of it
+    WHOLE = "whole"  # one source over the hidden channels; every rank holds all of it
+    HEAD = "head"  # one source over the channels of one head; every rank holds all of it
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut
@@ -47,6 +48,11 @@ class Rule:
     def is_bias(self) -> bool:
         """Whether it is a vector with an entry a row of its weight."""
         return self.megatron.endswith(".bias")
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether tensor parallelism cuts it."""
+        return self.layout not in (Layout.WHOLE, Layout.HEAD)
 
     @property
     def cuts_columns(self) -> bool:

@@ -173,7 +173,24 @@ def _layer_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> 
     if config.model.recompute_granularity != "selective":
         # The attention's own output, and the keys and values of a shared prompt, once more for the second response.
         attention += (arch.query_size + (0 if fused else 2 * arch.key_size)) / tp
+    attention += _qk_norm_elements(arch, config, fused=fused)
     return hidden + attention + _mlp_elements(arch, config, fused=fused)
+
+
+def _qk_norm_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
+    """Elements per token that autograd keeps of a layer's norms of queries and keys."""
+    if not arch.qk_norm:
+        return 0.0
+    both = arch.query_size + arch.key_size
+    if fused:
+        kept: float = both
+    elif config.model.bf16:
+        # In fp32, what goes in and what comes of it.
+        kept = 2 * both * FP32_BYTES / _element_bytes(config)
+    else:
+        # What comes of it; and what goes in, which of the keys is the projection's output itself.
+        kept = both + arch.query_size
+    return kept / config.parallel.tensor_model_parallel_size
 
 
 def _mlp_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
@@ -189,7 +206,17 @@ def _working_elements(arch: ModelArchitecture, config: Config) -> float:
 
 def _forward_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
     """Elements per token that a layer holds at most in a forward-only pass."""
-    return 4 * arch.hidden_size / _sequence_shards(config) + _mlp_elements(arch, config, fused=fused)
+    working = max(_attention_elements(arch, config, fused=fused), _mlp_elements(arch, config, fused=fused))
+    return 4 * arch.hidden_size / _sequence_shards(config) + working
+
+
+def _attention_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
+    """Elements per token that a layer's attention holds while it norms or rotates queries: the most of it, with large heads."""
+    queries, keys = arch.query_size, arch.key_size
+    rotating = (1 if fused else 3) * queries + arch.qk_norm * keys
+    norming = 3 * queries * FP32_BYTES / _element_bytes(config) if arch.qk_norm and not fused else 0.0
+    # The projection's output and the queries out of it; angles, cosines and sines.
+    return (2 * queries + 2 * keys + max(rotating, norming)) / config.parallel.tensor_model_parallel_size + 3 * arch.kv_channels
 
 
 def _head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, backward: bool, mixed: bool, fused: bool) -> float:

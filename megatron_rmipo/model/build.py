@@ -27,14 +27,14 @@ from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for the local layer spec.
+    """Root-mean-square norm for the local layer spec, of hidden states, or of the channels of each head.
 
     Megatron-Core's wrapper around torch's norm refuses sequence parallelism; this one marks its weight, so that Megatron sums
     its gradient over the tensor-parallel group.
 
     Args:
         config: ``sequence_parallel`` and ``params_dtype`` are read.
-        hidden_size: H.
+        hidden_size: how many channels are normed together: H, or those of a head.
         eps: added to the mean square.
     """
 
@@ -112,6 +112,7 @@ def transformer_config(
         "activation_func": F.silu,
         "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": groups.tp_size,
@@ -206,11 +207,14 @@ def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_ba
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm), TENorm
     else:
         layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+        if arch.qk_norm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
     attention = layer.submodules.self_attention
     attention.module = Attention
     attention.params = {**attention.params, "output_bias": arch.attention_output_bias}

@@ -45,6 +45,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
+    "qwen3": ("qwen3", {"head_dim": 20}),
+    "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)

@@ -98,8 +98,28 @@ QWEN25_05B = {
     **{"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936},
 }
 
+QWEN3_06B = {
+    **{name: value for name, value in QWEN25_05B.items() if name != "sliding_window"},
+    **{"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "sliding_window": None},
+    **{"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 40960},
+}
+# Of Mistral-Nemo, the same.
+NEMO = {
+    **{name: QWEN25_7B[name] for name in ("attention_dropout", "hidden_act", "rope_theta", "tie_word_embeddings", "torch_dtype")},
+    **{"architectures": ["MistralForCausalLM"], "head_dim": 128, "sliding_window": None, "rms_norm_eps": 1e-5},
+    **{"hidden_size": 5120, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 40},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 1024000, "vocab_size": 131072},
+}
+PUBLISHED = [
+    (QWEN25_7B, 7_615_616_512),
+    (QWEN25_05B, 494_032_768),
+    (QWEN3_06B, 596_049_920),
+    (NEMO, 12_247_782_400),
+]
 
-@pytest.mark.parametrize(("config", "num_parameters"), [(QWEN25_7B, 7_615_616_512), (QWEN25_05B, 494_032_768)])
+
+@pytest.mark.parametrize(("config", "num_parameters"), PUBLISHED)
 def test_models_as_published_have_the_published_number_of_parameters(
     tmp_path: Path, config: dict[str, Any], num_parameters: int
 ) -> None:
@@ -112,6 +132,7 @@ def test_models_as_published_have_the_published_number_of_parameters(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, ["use_sliding_window is True", "qwen3"]),
         ({"use_sliding_window": True}, ["use_sliding_window is True", "qwen2"]),
         ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, ["layer_types is 'sliding_attention'"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'"]),

@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 20},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 WORLDS = {
@@ -53,6 +54,9 @@ WORLDS = {
         Case("TP 2, tied", model="tied", tp=2, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("TP 2, biased attention", model="biased attention", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("TP 2, qwen3", model="qwen3", tp=2, tokens_per_microbatch=200),
+        Case("TP 2, sequence parallel, qwen3", model="qwen3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
         Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
     ],

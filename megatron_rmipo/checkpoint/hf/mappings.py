@@ -69,6 +69,8 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
     match rule.layout:
         case Layout.WHOLE:
             return ((hidden,),)
+        case Layout.HEAD:
+            return ((arch.kv_channels,),)
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:

@@ -183,7 +183,7 @@ def _row_reader(tensor: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def _gather_shards(shard: Tensor, rule: Rule, tp_group: dist.ProcessGroup) -> Tensor | None:
-    if tp_group.size() == 1 or rule.layout is Layout.WHOLE:
+    if tp_group.size() == 1 or not rule.is_cut:
         return shard
     # As bytes, which every backend gathers.
     data = shard.contiguous().view(torch.uint8)
