@@ -75,6 +75,7 @@ class Family:
             of such values.
         defaults: what transformers assumes for fields a config may leave out.
         has_sliding_window: whether ``sliding_window`` is read.
+        unread: fields that say nothing for this family, whatever they hold.
         switches: fields that are true or false, and which fields of the architecture each sets.
         always: fields of the architecture that are true of every model.
         rules: every tensor of the model, in the order a checkpoint is written.
@@ -92,6 +93,7 @@ class Family:
     embedding: str = "embedding.word_embeddings.weight"
     head: str = "output_layer.weight"
     ignored: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     switches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     always: tuple[str, ...] = ()
 

@@ -13,9 +13,12 @@ from typing import Any
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture, RopeScaling
 from megatron_rmipo.families.base import Family
+from megatron_rmipo.families.harmless_fields import HARMLESS_FIELDS
 from megatron_rmipo.families.registry import FAMILIES
 
 _ROPE_TYPES = ("default", "llama3")
+# Read as they are, beside those of _Fields.
+_OTHER_FIELDS = ("architectures", "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -51,7 +54,7 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     traits = dict.fromkeys(family.always, True)
     for switch, names in family.switches.items():
         traits.update(dict.fromkeys(names, fields.flag(switch)))
-    return ModelArchitecture(
+    architecture = ModelArchitecture(
         family=family.name,
         num_layers=fields.count("num_hidden_layers"),
         hidden_size=hidden_size,
@@ -69,6 +72,8 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
         dtype=_read_dtype(config, path),
         **traits,
     )
+    _refuse_unknown(config, {*family.only, *family.unread, *fields.read}, f"{path}: the {family.name} family")
+    return architecture
 
 
 class _Fields:
@@ -76,8 +81,10 @@ class _Fields:
 
     def __init__(self, config: dict[str, Any], defaults: Mapping[str, object], path: Path) -> None:
         self._config, self._defaults, self._path = config, defaults, path
+        self.read: set[str] = set()
 
     def get(self, name: str) -> object:
+        self.read.add(name)
         return self._config[name] if name in self._config else self._defaults.get(name)
 
     def count(self, name: str) -> int:
@@ -94,6 +101,17 @@ class _Fields:
 
     def number(self, name: str) -> float:
         return _positive_number(self.get(name), name, self._path)
+
+
+def _refuse_unknown(config: dict[str, Any], known: set[str], who: str) -> None:
+    """Refuse fields that nobody reads; one that is off (false, null, zero, empty) asks for nothing."""
+    unknown = {name: config[name] for name in config.keys() - known - {*_OTHER_FIELDS} - HARMLESS_FIELDS if config[name]}
+    if unknown:
+        listed = ", ".join(f"{name} (which is {value!r:.60})" for name, value in sorted(unknown.items()))
+        raise ConversionError(
+            f"{who} knows no {listed}. A model that computes something else is not supported; remove what says nothing about "
+            "what is computed."
+        )
 
 
 def _sliding_window(fields: _Fields) -> int | None:

@@ -65,5 +65,6 @@ LLAMA = Family(
     ),
     # Older checkpoints keep the rotary frequencies, which the config determines.
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    unread=("sliding_window",),
     switches={"attention_bias": ("qkv_bias", "attention_output_bias"), "mlp_bias": ("mlp_bias",)},
 )

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
-# Windows are off in all but a few of Qwen's models; sliding_window and max_window_layers then say nothing.
+# Windows are off in all but a few of Qwen's models; where they are, these fields say nothing.
+WITHOUT_WINDOWS = ("sliding_window", "max_window_layers")
 FULL_ATTENTION_ONLY: Mapping[str, tuple[object, ...]] = {
     "use_sliding_window": (False, None),
     "layer_types": ("full_attention", None),
@@ -19,6 +20,7 @@ QWEN2 = dataclasses.replace(
     architectures=("Qwen2ForCausalLM",),
     only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    unread=WITHOUT_WINDOWS,
     switches={},
     always=("qkv_bias",),
 )

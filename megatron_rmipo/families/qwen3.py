@@ -9,7 +9,7 @@ import dataclasses
 
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.llama import COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
-from megatron_rmipo.families.qwen2 import FULL_ATTENTION_ONLY
+from megatron_rmipo.families.qwen2 import FULL_ATTENTION_ONLY, WITHOUT_WINDOWS
 
 QWEN3 = dataclasses.replace(
     LLAMA,
@@ -22,6 +22,7 @@ QWEN3 = dataclasses.replace(
         Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.HEAD),
         Rule(MEGATRON_LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), Layout.HEAD),
     ),
+    unread=WITHOUT_WINDOWS,
     switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
     always=("qk_norm",),
 )

@@ -58,6 +58,14 @@ def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:
     assert after == before
 
 
+def test_what_says_nothing_about_the_model_is_ignored(tmp_path: Path) -> None:
+    plain = read_architecture(write(tmp_path))
+    # As SmolLM2, Llama 2 and others carry it; what is off asks for nothing, known or not.
+    beside = {"is_llama_config": True, "pretraining_tp": 4, "temperature": 0.6, "transformers.js_config": {"dtype": "q4"}}
+    off = {"rope_interleaved": False, "logits_scaling": None, "embd_pdrop": 0.0}
+    assert read_architecture(write(tmp_path, **beside, **off, sliding_window=4096)) == plain
+
+
 @pytest.mark.parametrize(("attention", "mlp"), [(True, False), (False, True), (True, True)])
 def test_llamas_biases_are_those_of_attention_and_mlp(tmp_path: Path, attention: bool, mlp: bool) -> None:
     plain = read_architecture(write(tmp_path))
@@ -161,6 +169,8 @@ def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict
         ({"num_hidden_layers": "absent"}, ["num_hidden_layers", "None"]),
         ({"num_key_value_heads": 4}, ["num_attention_heads 6", "num_key_value_heads 4"]),
         ({"hidden_size": 100}, ["hidden_size 100", "6"]),
+        ({"logits_scaling": 8.0}, ["llama family", "logits_scaling (which is 8.0)", "remove"]),
+        ({"num_local_experts": 8, "final_logit_softcapping": 30.0}, ["final_logit_softcapping", "num_local_experts"]),
         ({"vocab_size": 0}, ["vocab_size", "0"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["float8_e4m3fn"]),
     ],
