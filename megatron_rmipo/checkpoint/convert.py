@@ -45,6 +45,7 @@ _STATEFUL = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _COMMON = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -181,7 +182,8 @@ def _fill_piece(files: WeightFiles, rule: Rule, layer: int | None, arch: ModelAr
 
 def _extra_state_keys(arch: ModelArchitecture) -> list[str]:
     layers = [f"shard_{layer}_{arch.num_layers}" for layer in range(arch.num_layers)]
-    keys = [f"decoder.layers.{module}._extra_state/{layer}" for module in _STATEFUL for layer in layers]
+    modules = (*_STATEFUL, *(_QK_NORMS if arch.qk_norm else ()))
+    keys = [f"decoder.layers.{module}._extra_state/{layer}" for module in modules for layer in layers]
     return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 

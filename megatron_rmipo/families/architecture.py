@@ -23,7 +23,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelArchitecture:
-    """A decoder-only transformer of the Llama kind: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases.
+    """A decoder-only transformer of the Llama kind: RMSNorm, RoPE, SwiGLU, grouped-query attention.
 
     Attributes:
         family: the mapping family that reads and writes its checkpoints (``llama``, ``mistral``).
@@ -32,6 +32,10 @@ class ModelArchitecture:
         sliding_window: tokens a position can look back, or None for all.
         tied_embeddings: the output layer is the word embedding.
         dtype: dtype its checkpoint is stored in (``bfloat16``, ``float16``, ``float32``).
+        qkv_bias: queries, keys and values have biases.
+        attention_output_bias: the attention's output projection has one.
+        mlp_bias: gate, up and down have biases.
+        qk_norm: the queries and keys of each head are normed, all heads of a layer with the same two weights.
     """
 
     family: str
@@ -49,12 +53,37 @@ class ModelArchitecture:
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     dtype: str = "float32"
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def query_size(self) -> int:
+        """Channels of all query heads."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_size(self) -> int:
+        """Channels of all key heads, and of all value heads."""
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def cut_layer_parameters(self) -> int:
+        """Numbers in a layer's weights that tensor parallelism cuts."""
+        matrices = self.hidden_size * (2 * self.query_size + 2 * self.key_size + 3 * self.ffn_hidden_size)
+        biases = self.qkv_bias * (self.query_size + 2 * self.key_size) + self.mlp_bias * 2 * self.ffn_hidden_size
+        return matrices + biases
+
+    @property
+    def whole_layer_parameters(self) -> int:
+        """Numbers in a layer's weights that every tensor-parallel rank holds: norms, and biases that are added after a sum."""
+        return self.hidden_size * (2 + self.attention_output_bias + self.mlp_bias) + 2 * self.qk_norm * self.kv_channels
 
     @property
     def num_parameters(self) -> int:
         """Numbers in its weights, without padding of the vocabulary."""
-        queries, keys = self.num_attention_heads * self.kv_channels, self.num_query_groups * self.kv_channels
-        layer = self.hidden_size * (2 * queries + 2 * keys + 3 * self.ffn_hidden_size + 2)
+        layer = self.cut_layer_parameters + self.whole_layer_parameters
         tables = 1 if self.tied_embeddings else 2
         return self.num_layers * layer + self.hidden_size * (tables * self.vocab_size + 1)
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 
 class Layout(enum.Enum):
-    """How a Megatron tensor is made of its sources and cut by tensor parallelism."""
+    """How a Megatron tensor is made of its sources and cut by tensor parallelism. A bias is laid out as its weight's rows are."""
 
-    WHOLE = "whole"  # one source, every rank holds all of it
+    WHOLE = "whole"  # one source over the hidden channels; every rank holds all of it
+    HEAD = "head"  # one source over the channels of one head; every rank holds all of it
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut
@@ -30,16 +31,28 @@ class Rule:
         megatron: its name, ``layers.`` without a number standing for every layer.
         sources: Hugging Face names, in the order the layout takes them.
         layout: how the sources are laid out in it.
+        only_with: the field of the architecture that says whether a model has such a tensor; None where all have.
     """
 
     megatron: str
     sources: tuple[str, ...]
     layout: Layout
+    only_with: str | None = None
 
     @property
     def per_layer(self) -> bool:
         """Whether every layer has such a tensor."""
         return self.megatron.startswith("decoder.layers.")
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a vector with an entry a row of its weight."""
+        return self.megatron.endswith(".bias")
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether tensor parallelism cuts it."""
+        return self.layout not in (Layout.WHOLE, Layout.HEAD)
 
     @property
     def cuts_columns(self) -> bool:
@@ -58,9 +71,13 @@ class Family:
     Attributes:
         name: as :class:`megatron_rmipo.families.architecture.ModelArchitecture` calls it.
         architectures: values of ``architectures`` in ``config.json`` that belong to it.
-        only: fields that change the model, and the values of them that are built; absent counts as allowed.
+        only: fields that change the model, and the values of them that are built; absent counts as allowed, and so does a list
+            of such values.
         defaults: what transformers assumes for fields a config may leave out.
         has_sliding_window: whether ``sliding_window`` is read.
+        unread: fields that say nothing for this family, whatever they hold.
+        switches: fields that are true or false, and which fields of the architecture each sets.
+        always: fields of the architecture that are true of every model.
         rules: every tensor of the model, in the order a checkpoint is written.
         embedding: Megatron name of the word embedding.
         head: Megatron name of the output layer, absent from checkpoints of tied models.
@@ -76,6 +93,9 @@ class Family:
     embedding: str = "embedding.word_embeddings.weight"
     head: str = "output_layer.weight"
     ignored: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    switches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
     @property
     def head_sources(self) -> tuple[str, ...]:

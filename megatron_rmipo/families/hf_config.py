@@ -13,9 +13,12 @@ from typing import Any
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture, RopeScaling
 from megatron_rmipo.families.base import Family
+from megatron_rmipo.families.harmless_fields import HARMLESS_FIELDS
 from megatron_rmipo.families.registry import FAMILIES
 
 _ROPE_TYPES = ("default", "llama3")
+# Read as they are, beside those of _Fields.
+_OTHER_FIELDS = ("architectures", "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -32,10 +35,13 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     config = _read_json(path)
     family = _family_of(config, path)
     for field, allowed in family.only.items():
-        if field in config and config[field] not in allowed:
-            raise ConversionError(
-                f"{path}: {field} is {config[field]!r}, but only {_listed(allowed)} is supported for the {family.name} family."
-            )
+        found = config.get(field)
+        # A list says it layer by layer.
+        for value in found if isinstance(found, list) else [found]:
+            if field in config and value not in allowed:
+                raise ConversionError(
+                    f"{path}: {field} is {value!r}, but only {_listed(allowed)} is supported for the {family.name} family."
+                )
     fields = _Fields(config, family.defaults, path)
     heads = fields.count("num_attention_heads")
     groups = fields.count("num_key_value_heads") if fields.get("num_key_value_heads") is not None else heads
@@ -45,7 +51,10 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     if fields.get("head_dim") is None and hidden_size % heads:
         raise ConversionError(f"{path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}.")
     rope_base, rope_scaling = _read_rope(config, path)
-    return ModelArchitecture(
+    traits = dict.fromkeys(family.always, True)
+    for switch, names in family.switches.items():
+        traits.update(dict.fromkeys(names, fields.flag(switch)))
+    architecture = ModelArchitecture(
         family=family.name,
         num_layers=fields.count("num_hidden_layers"),
         hidden_size=hidden_size,
@@ -61,7 +70,10 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(fields) if family.has_sliding_window else None,
         dtype=_read_dtype(config, path),
+        **traits,
     )
+    _refuse_unknown(config, {*family.only, *family.unread, *fields.read}, f"{path}: the {family.name} family")
+    return architecture
 
 
 class _Fields:
@@ -69,8 +81,10 @@ class _Fields:
 
     def __init__(self, config: dict[str, Any], defaults: Mapping[str, object], path: Path) -> None:
         self._config, self._defaults, self._path = config, defaults, path
+        self.read: set[str] = set()
 
     def get(self, name: str) -> object:
+        self.read.add(name)
         return self._config[name] if name in self._config else self._defaults.get(name)
 
     def count(self, name: str) -> int:
@@ -79,8 +93,25 @@ class _Fields:
             raise ConversionError(f"{self._path}: {name} must be a positive integer, found {value!r}.")
         return value
 
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConversionError(f"{self._path}: {name} must be true or false, found {value!r}.")
+        return bool(value)
+
     def number(self, name: str) -> float:
         return _positive_number(self.get(name), name, self._path)
+
+
+def _refuse_unknown(config: dict[str, Any], known: set[str], who: str) -> None:
+    """Refuse fields that nobody reads; one that is off (false, null, zero, empty) asks for nothing."""
+    unknown = {name: config[name] for name in config.keys() - known - {*_OTHER_FIELDS} - HARMLESS_FIELDS if config[name]}
+    if unknown:
+        listed = ", ".join(f"{name} (which is {value!r:.60})" for name, value in sorted(unknown.items()))
+        raise ConversionError(
+            f"{who} knows no {listed}. A model that computes something else is not supported; remove what says nothing about "
+            "what is computed."
+        )
 
 
 def _sliding_window(fields: _Fields) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from megatron_rmipo.families.base import Family, Layout, Rule
 
-_HF = "model.layers.{layer}."
-_MEGATRON = "decoder.layers."
+HF_LAYER = "model.layers.{layer}."
+MEGATRON_LAYER = "decoder.layers."
 
 # What families of this kind have in common: no other activation, no dropout, nothing quantized, whole heads rotated.
 COMMON_ONLY: Mapping[str, tuple[object, ...]] = {
@@ -20,28 +20,51 @@ COMMON_ONLY: Mapping[str, tuple[object, ...]] = {
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
-    only={**COMMON_ONLY, "attention_bias": (False, None), "mlp_bias": (False, None)},
+    only=COMMON_ONLY,
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
     has_sliding_window=False,
     rules=(
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.VOCABULARY),
-        Rule(_MEGATRON + "self_attention.linear_qkv.layer_norm_weight", (_HF + "input_layernorm.weight",), Layout.WHOLE),
         Rule(
-            _MEGATRON + "self_attention.linear_qkv.weight",
-            (_HF + "self_attn.q_proj.weight", _HF + "self_attn.k_proj.weight", _HF + "self_attn.v_proj.weight"),
+            MEGATRON_LAYER + "self_attention.linear_qkv.layer_norm_weight", (HF_LAYER + "input_layernorm.weight",), Layout.WHOLE
+        ),
+        Rule(
+            MEGATRON_LAYER + "self_attention.linear_qkv.weight",
+            (HF_LAYER + "self_attn.q_proj.weight", HF_LAYER + "self_attn.k_proj.weight", HF_LAYER + "self_attn.v_proj.weight"),
             Layout.QKV,
         ),
-        Rule(_MEGATRON + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), Layout.HEAD_COLUMNS),
-        Rule(_MEGATRON + "mlp.linear_fc1.layer_norm_weight", (_HF + "post_attention_layernorm.weight",), Layout.WHOLE),
         Rule(
-            _MEGATRON + "mlp.linear_fc1.weight",
-            (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+            MEGATRON_LAYER + "self_attention.linear_qkv.bias",
+            (HF_LAYER + "self_attn.q_proj.bias", HF_LAYER + "self_attn.k_proj.bias", HF_LAYER + "self_attn.v_proj.bias"),
+            Layout.QKV,
+            only_with="qkv_bias",
+        ),
+        Rule(MEGATRON_LAYER + "self_attention.linear_proj.weight", (HF_LAYER + "self_attn.o_proj.weight",), Layout.HEAD_COLUMNS),
+        Rule(
+            MEGATRON_LAYER + "self_attention.linear_proj.bias",
+            (HF_LAYER + "self_attn.o_proj.bias",),
+            Layout.WHOLE,
+            only_with="attention_output_bias",
+        ),
+        Rule(MEGATRON_LAYER + "mlp.linear_fc1.layer_norm_weight", (HF_LAYER + "post_attention_layernorm.weight",), Layout.WHOLE),
+        Rule(
+            MEGATRON_LAYER + "mlp.linear_fc1.weight",
+            (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight"),
             Layout.GATE_UP,
         ),
-        Rule(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), Layout.FFN_COLUMNS),
+        Rule(
+            MEGATRON_LAYER + "mlp.linear_fc1.bias",
+            (HF_LAYER + "mlp.gate_proj.bias", HF_LAYER + "mlp.up_proj.bias"),
+            Layout.GATE_UP,
+            only_with="mlp_bias",
+        ),
+        Rule(MEGATRON_LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), Layout.FFN_COLUMNS),
+        Rule(MEGATRON_LAYER + "mlp.linear_fc2.bias", (HF_LAYER + "mlp.down_proj.bias",), Layout.WHOLE, only_with="mlp_bias"),
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Layout.WHOLE),
         Rule("output_layer.weight", ("lm_head.weight",), Layout.VOCABULARY),
     ),
     # Older checkpoints keep the rotary frequencies, which the config determines.
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    unread=("sliding_window",),
+    switches={"attention_bias": ("qkv_bias", "attention_output_bias"), "mlp_bias": ("mlp_bias",)},
 )

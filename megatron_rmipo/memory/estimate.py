@@ -88,11 +88,11 @@ def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int, *, tr
         trains: False where there are weights alone, as for scoring.
     """
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    layer = arch.hidden_size * (2 * _query_size(arch) + 2 * _key_size(arch) + 3 * arch.ffn_hidden_size) / tp
+    layer = arch.cut_layer_parameters / tp + arch.whole_layer_parameters
     vocabulary = padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, tp) * arch.hidden_size / tp
     # The first stage embeds, the last one scores.
     tables = 2 if pp == 1 and not arch.tied_embeddings else 1
-    parameters = arch.num_layers / pp * (layer + 2 * arch.hidden_size) + tables * vocabulary
+    parameters = arch.num_layers / pp * layer + tables * vocabulary
     weights = parameters * _element_bytes(config)
     if not trains:
         return StandingMemory(weights)
@@ -155,14 +155,6 @@ def _element_bytes(config: Config) -> int:
     return 2 if config.model.bf16 else FP32_BYTES
 
 
-def _query_size(arch: ModelArchitecture) -> int:
-    return arch.num_attention_heads * arch.kv_channels
-
-
-def _key_size(arch: ModelArchitecture) -> int:
-    return arch.num_query_groups * arch.kv_channels
-
-
 def _sequence_shards(config: Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
 
@@ -177,11 +169,28 @@ def _layer_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> 
         parts = 3 if config.model.bf16 else 2
         hidden += parts * arch.hidden_size * FP32_BYTES / _element_bytes(config) / _sequence_shards(config)
     # The projection's output, which holds the values; rotated queries and keys; their cosines and sines; what goes on.
-    attention = (3 * _query_size(arch) + 3 * _key_size(arch)) / tp + 4 * arch.kv_channels
+    attention = (3 * arch.query_size + 3 * arch.key_size) / tp + 4 * arch.kv_channels
     if config.model.recompute_granularity != "selective":
         # The attention's own output, and the keys and values of a shared prompt, once more for the second response.
-        attention += (_query_size(arch) + (0 if fused else 2 * _key_size(arch))) / tp
+        attention += (arch.query_size + (0 if fused else 2 * arch.key_size)) / tp
+    attention += _qk_norm_elements(arch, config, fused=fused)
     return hidden + attention + _mlp_elements(arch, config, fused=fused)
+
+
+def _qk_norm_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
+    """Elements per token that autograd keeps of a layer's norms of queries and keys."""
+    if not arch.qk_norm:
+        return 0.0
+    both = arch.query_size + arch.key_size
+    if fused:
+        kept: float = both
+    elif config.model.bf16:
+        # In fp32, what goes in and what comes of it.
+        kept = 2 * both * FP32_BYTES / _element_bytes(config)
+    else:
+        # What comes of it; and what goes in, which of the keys is the projection's output itself.
+        kept = both + arch.query_size
+    return kept / config.parallel.tensor_model_parallel_size
 
 
 def _mlp_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
@@ -197,7 +206,17 @@ def _working_elements(arch: ModelArchitecture, config: Config) -> float:
 
 def _forward_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
     """Elements per token that a layer holds at most in a forward-only pass."""
-    return 4 * arch.hidden_size / _sequence_shards(config) + _mlp_elements(arch, config, fused=fused)
+    working = max(_attention_elements(arch, config, fused=fused), _mlp_elements(arch, config, fused=fused))
+    return 4 * arch.hidden_size / _sequence_shards(config) + working
+
+
+def _attention_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
+    """Elements per token that a layer's attention holds while it norms or rotates queries: the most of it, with large heads."""
+    queries, keys = arch.query_size, arch.key_size
+    rotating = (1 if fused else 3) * queries + arch.qk_norm * keys
+    norming = 3 * queries * FP32_BYTES / _element_bytes(config) if arch.qk_norm and not fused else 0.0
+    # The projection's output and the queries out of it; angles, cosines and sines.
+    return (2 * queries + 2 * keys + max(rotating, norming)) / config.parallel.tensor_model_parallel_size + 3 * arch.kv_channels
 
 
 def _head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, backward: bool, mixed: bool, fused: bool) -> float:

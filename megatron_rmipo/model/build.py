@@ -5,11 +5,13 @@ Shape letter: H hidden.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,14 +27,14 @@ from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for the local layer spec.
+    """Root-mean-square norm for the local layer spec, of hidden states, or of the channels of each head.
 
     Megatron-Core's wrapper around torch's norm refuses sequence parallelism; this one marks its weight, so that Megatron sums
     its gradient over the tensor-parallel group.
 
     Args:
         config: ``sequence_parallel`` and ``params_dtype`` are read.
-        hidden_size: H.
+        hidden_size: how many channels are normed together: H, or those of a head.
         eps: added to the mean square.
     """
 
@@ -46,6 +48,23 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalize the last dimension (statistics in fp32 for lower dtypes)."""
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(SelfAttention):
+    """Self-attention whose output projection has a bias or not, whatever the MLP has: Megatron's one flag says both.
+
+    Args:
+        config: the layers'.
+        submodules: Megatron's, as all that follows.
+        output_bias: whether the output projection has a bias.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any) -> None:
+        own_config = copy.copy(config)
+        own_config.add_bias_linear = output_bias
+        super().__init__(own_config, *args, **kwargs)
+        # What training sets in the layers' configuration later is seen here, too.
+        self.config = config
 
 
 def transformer_config(
@@ -91,8 +110,9 @@ def transformer_config(
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_bias_linear": arch.mlp_bias,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": groups.tp_size,
@@ -172,7 +192,7 @@ def build_policy(
         raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
     model = PolicyModel(
         config,
-        _block_spec(config, backend),
+        _block_spec(arch, config, backend),
         arch,
         groups,
         vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
@@ -182,18 +202,23 @@ def build_policy(
     return model
 
 
-def _block_spec(config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
+def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
     """Megatron's own layer spec with our attention inside, and norms that allow sequence parallelism."""
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm), TENorm
     else:
         layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-    core_attention = ModuleSpec(module=PackedAttention, params={"backend": attention_backend})
-    layer.submodules.self_attention.submodules.core_attention = core_attention
+        if arch.qk_norm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    attention = layer.submodules.self_attention
+    attention.module = Attention
+    attention.params = {**attention.params, "output_bias": arch.attention_output_bias}
+    attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params={"backend": attention_backend})
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
 
 

@@ -2,8 +2,9 @@
 
 Counted are the multiplications and additions of matrix products that the loss needs: layers for each token that stands in the
 packed row, attention for each (query, key) that is kept, the output layer for each scored token; backward twice the forward.
-Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, rotary
-embeddings, softmax and the optimizer are left out as usual. A sliding window is not counted: rows that would need it are refused.
+Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, biases,
+rotary embeddings, softmax and the optimizer are left out as usual. A sliding window is not counted: rows that would need it are
+refused.
 """
 
 from __future__ import annotations
@@ -66,12 +67,10 @@ def _contains(words: list[str], part: list[str]) -> bool:
 
 def forward_cost_model(arch: ModelArchitecture) -> CostModel:
     """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token."""
-    query_size = arch.num_attention_heads * arch.kv_channels
-    key_value_size = 2 * arch.num_query_groups * arch.kv_channels
-    projections = arch.hidden_size * (2 * query_size + key_value_size)
+    projections = arch.hidden_size * (2 * arch.query_size + 2 * arch.key_size)
     mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
     return CostModel(
         per_token=2.0 * arch.num_layers * (projections + mlp),
-        per_area=4.0 * arch.num_layers * query_size,
+        per_area=4.0 * arch.num_layers * arch.query_size,
         per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,
     )

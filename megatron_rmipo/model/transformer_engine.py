@@ -49,11 +49,10 @@ def transformer_engine_problems(model: ModelConfig) -> Iterator[str]:
 def fp8_width_problems(model: ModelConfig, arch: ModelArchitecture, tensor_model_parallel_size: int) -> Iterator[str]:
     """Widths of a rank's share of the model that fp8 cannot multiply; the tensor-parallel size must divide the model."""
     multiple, size = fp8_multiple(model), tensor_model_parallel_size
-    queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
     widths = {
         "hidden size": arch.hidden_size,
-        "queries, keys and values": (queries + 2 * keys) // size,
-        "attention output": queries // size,
+        "queries, keys and values": (arch.query_size + 2 * arch.key_size) // size,
+        "attention output": arch.query_size // size,
         "MLP": arch.ffn_hidden_size // size,
     }
     odd = [f"{name} {width}" for name, width in widths.items() if width % multiple]

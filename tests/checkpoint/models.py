@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
 from megatron_rmipo.checkpoint.megatron.commit import begin_checkpoint, commit_checkpoint
@@ -37,29 +37,34 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
-KINDS = ("llama2", "llama31", "llama32_tied", "mistral")
+# Kind -> its model_type, and what its config says besides.
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("llama", {"num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
+    "llama31": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama32_tied": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
+    "qwen3": ("qwen3", {"head_dim": 20}),
+    "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
+    "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
+}
+KINDS = tuple(_KINDS)
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:
     """Save a random model of ``kind`` in ``directory`` with transformers, and return the directory."""
     torch.manual_seed(seed)
-    settings = {**_COMMON, **changes}
+    model_type, extra = _KINDS[kind]
+    settings = {**_COMMON, **extra, **changes}
     shard_size = settings.pop("max_shard_size", "5GB")
-    if kind == "mistral":
-        model: Any = MistralForCausalLM(
-            MistralConfig(**{"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0, **settings})
-        )
-    else:
-        extra: dict[str, Any] = {
-            "llama2": {"num_key_value_heads": 6, "rms_norm_eps": 1e-5},
-            "llama31": {"rope_parameters": LLAMA3_ROPE},
-            "llama32_tied": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
-        }[kind]
-        model = LlamaForCausalLM(LlamaConfig(**{**settings, **extra}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith(".bias"):
+                parameter.uniform_(-0.5, 0.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     return directory
 

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.checkpoint import convert, hf_to_megatron_cli, megatron_to_hf_cli
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_rmipo.checkpoint.hf import assets
 from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iteration
 from megatron_rmipo.errors import CheckpointError, ConversionError
+from megatron_rmipo.families.hf_config import read_architecture
 from tests.checkpoint.models import KINDS, write_hf_model
 
 
@@ -45,6 +47,9 @@ def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, dtype: torch.dtype, 
     assert latest_complete_iteration(tmp_path / "checkpoint") == "release"
     convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", max_shard_bytes=60000)
     assert_same(tensors(source), tensors(tmp_path / "out"))
+    assert read_architecture(source).num_parameters == sum(tensor.numel() for tensor in tensors(source).values())
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
     assert (source / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
     assert (tmp_path / "out" / "generation_config.json").is_file()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:
     assert after == before
 
 
+def test_what_says_nothing_about_the_model_is_ignored(tmp_path: Path) -> None:
+    plain = read_architecture(write(tmp_path))
+    # As SmolLM2, Llama 2 and others carry it; what is off asks for nothing, known or not.
+    beside = {"is_llama_config": True, "pretraining_tp": 4, "temperature": 0.6, "transformers.js_config": {"dtype": "q4"}}
+    off = {"rope_interleaved": False, "logits_scaling": None, "embd_pdrop": 0.0}
+    assert read_architecture(write(tmp_path, **beside, **off, sliding_window=4096)) == plain
+
+
+@pytest.mark.parametrize(("attention", "mlp"), [(True, False), (False, True), (True, True)])
+def test_llamas_biases_are_those_of_attention_and_mlp(tmp_path: Path, attention: bool, mlp: bool) -> None:
+    plain = read_architecture(write(tmp_path))
+    arch = read_architecture(write(tmp_path, attention_bias=attention, mlp_bias=mlp))
+    assert arch == dataclasses.replace(plain, qkv_bias=attention, attention_output_bias=attention, mlp_bias=mlp)
+
+
 def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
     changes = {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": 77, "head_dim": 20}
     arch = read_architecture(write(tmp_path, **changes))
@@ -64,13 +80,88 @@ def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
     assert read_architecture(write(tmp_path, **{**changes, "sliding_window": None})).sliding_window is None
 
 
+# As published, without what says nothing about the model's shape.
+QWEN25_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN25_05B = {
+    **QWEN25_7B,
+    **{"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24},
+    **{"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936},
+}
+
+QWEN3_06B = {
+    **{name: value for name, value in QWEN25_05B.items() if name != "sliding_window"},
+    **{"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "sliding_window": None},
+    **{"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 40960},
+}
+# Of Mistral-Nemo, the same.
+NEMO = {
+    **{name: QWEN25_7B[name] for name in ("attention_dropout", "hidden_act", "rope_theta", "tie_word_embeddings", "torch_dtype")},
+    **{"architectures": ["MistralForCausalLM"], "head_dim": 128, "sliding_window": None, "rms_norm_eps": 1e-5},
+    **{"hidden_size": 5120, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 40},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 1024000, "vocab_size": 131072},
+}
+PUBLISHED = [
+    (QWEN25_7B, 7_615_616_512),
+    (QWEN25_05B, 494_032_768),
+    (QWEN3_06B, 596_049_920),
+    (NEMO, 12_247_782_400),
+]
+
+
+@pytest.mark.parametrize(("config", "num_parameters"), PUBLISHED)
+def test_models_as_published_have_the_published_number_of_parameters(
+    tmp_path: Path, config: dict[str, Any], num_parameters: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = read_architecture(tmp_path)
+    assert arch.num_parameters == num_parameters
+    assert arch.sliding_window is None
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, ["use_sliding_window is True", "qwen3"]),
+        ({"use_sliding_window": True}, ["use_sliding_window is True", "qwen2"]),
+        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, ["layer_types is 'sliding_attention'"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+    ],
+)
+def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict[str, Any], named: list[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN25_7B, "layer_types": ["full_attention"] * 28}))
+    read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN25_7B, **changes}))
+    with pytest.raises(ConversionError) as caught:
+        read_architecture(tmp_path)
+    for text in (*named, str(tmp_path)):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["GraniteForCausalLM"]}, ["GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
         ({"architectures": "absent"}, ["architectures is missing"]),
-        ({"attention_bias": True}, ["attention_bias is True"]),
-        ({"mlp_bias": True}, ["mlp_bias is True"]),
+        ({"attention_bias": "yes"}, ["attention_bias must be true or false", "'yes'"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "'llama3'"]),
@@ -78,6 +169,8 @@ def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
         ({"num_hidden_layers": "absent"}, ["num_hidden_layers", "None"]),
         ({"num_key_value_heads": 4}, ["num_attention_heads 6", "num_key_value_heads 4"]),
         ({"hidden_size": 100}, ["hidden_size 100", "6"]),
+        ({"logits_scaling": 8.0}, ["llama family", "logits_scaling (which is 8.0)", "remove"]),
+        ({"num_local_experts": 8, "final_logit_softcapping": 30.0}, ["final_logit_softcapping", "num_local_experts"]),
         ({"vocab_size": 0}, ["vocab_size", "0"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["float8_e4m3fn"]),
     ],

@@ -1,4 +1,4 @@
-"""One small problem, shared by the multi-process tests: Hugging Face Llamas, 24 pairs, and the dense float64 answer."""
+"""One small problem, shared by the multi-process tests: Hugging Face models, 24 pairs, and the dense float64 answer."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def collection(pairs: Sequence[TokenizedPair]) -> PairCollection:
     return PairCollection([PairList(pairs)])  # type: ignore[list-item]
 
 
-def make_hf_model(directory: Path, *, tied: bool = False, layers: int = 4, seed: int = 0, **changes: Any) -> Path:
-    """Save a small random Hugging Face Llama with its config; returns the directory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_hf_model(directory: Path, *, model_type: str = "llama", layers: int = 4, seed: int = 0, **changes: Any) -> Path:
+    """Save a small random Hugging Face model with its config; returns the directory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
@@ -93,16 +93,14 @@ def make_hf_model(directory: Path, *, tied: bool = False, layers: int = 4, seed:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": tied,
         "bos_token_id": BOS,
         "eos_token_id": 2,
-        "attention_bias": False,
         "initializer_range": 0.08,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**settings, **changes})).to(torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith(".bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
@@ -196,6 +194,6 @@ class DenseProblem:
 
 
 def _dense_model(hf_dir: Path) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(hf_dir, dtype=torch.float64, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float64, attn_implementation="eager")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
 from megatron_rmipo.data.preparing.preprocess_cli import main as preprocess
@@ -394,7 +394,7 @@ def test_objectives_train_side_by_side(prefix: Path, tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_without_a_bos_log_p_is_scored_after_what_begins_every_prompt(tmp_path: Path) -> None:
-    model_dir = save_byte_bpe(write_hf_model(tmp_path / "model", "llama2", vocab_size=600, bos_token_id=None), bos=None)
+    model_dir = save_byte_bpe(write_hf_model(tmp_path / "model", "qwen2", vocab_size=600, bos_token_id=None), bos=None)
     rows = [
         {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": "No" + " idea" * n} for n in range(1, 8)
     ]
@@ -408,7 +408,7 @@ def test_without_a_bos_log_p_is_scored_after_what_begins_every_prompt(tmp_path: 
     start = PairStore(prefix)[0].prompt[0]
     assert f"log p(y): each response after <|start_header_id|> (token {start}), which begins every prompt" in output
 
-    model = LlamaForCausalLM.from_pretrained(model_dir).double().eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir).double().eval()
 
     def mean_logp(context: np.ndarray, response: np.ndarray) -> float:
         ids = torch.from_numpy(np.concatenate([context, response]))[None]

@@ -47,6 +47,7 @@ class Case:
     overlap: bool = False
     objective: str = "rmipo"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: str = "llama"
 
     def config(self) -> Config:
         recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
@@ -185,14 +186,19 @@ def end_case() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def run_cases(cases: list[Case], hf_dir: str, reference_dir: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
-    """Several cases one after the other in one set of processes, which are slow to start."""
+def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
+    """Several cases one after the other in one set of processes, which are slow to start.
+
+    ``folder`` has each case's model and its reference in ``NAME/model`` and ``NAME/reference``.
+    """
     results: list[dict[str, Any] | None] = [None] * len(cases)
     layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
     # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
     for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
-        scores = ReferenceScores(reference_dir, initialize_runtime(*layout))
+        groups = initialize_runtime(*layout)
+        scores = {case.model: ReferenceScores(f"{folder}/{case.model}/reference", groups) for case in cases}
         for number in numbers:
-            results[number] = loss_and_gradients(cases[number], hf_dir, pairs, scores)
+            case = cases[number]
+            results[number] = loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, scores[case.model])
         end_case()
     return results

@@ -35,6 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wide": ({"hidden_size": 136}, {}),
     "large MLP": ({"ffn_hidden_size": 376}, {}),
     "many heads": ({"num_attention_heads": 8, "num_query_groups": 8}, {}),
+    "head size": ({"kv_channels": 40}, {}),
+    "norms of queries and keys": ({"kv_channels": 40, "qk_norm": True}, {}),
+    "norms of queries and keys, bf16": ({"kv_channels": 40, "qk_norm": True}, {"bf16": True}),
+    "biases": ({"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}, {}),
     "selective": ({}, {"recompute_granularity": "selective"}),
     "full": ({}, FULL),
     "full, two layers": ({"num_layers": 4}, FULL | {"recompute_num_layers": 2}),
@@ -133,6 +137,17 @@ def test_what_stands_follows_from_the_number_of_parameters() -> None:
     assert shared.weights == pytest.approx(PARAMETERS + 64 * 4096, rel=1e-6)
     staged = standing_memory(LLAMA_3_8B, llama(bf16=True, pipeline_model_parallel_size=2), dp_size=1)
     assert staged.weights == pytest.approx(PARAMETERS, rel=1e-4)
+
+
+def test_norms_and_biases_after_a_sum_are_whole_on_every_rank() -> None:
+    biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
+    arch = dataclasses.replace(LLAMA_3_8B, **biases)
+    for tp in (1, 2):
+        config = llama(tensor_model_parallel_size=tp)
+        more = standing_memory(arch, config, 1).gradients - standing_memory(LLAMA_3_8B, config, 1).gradients
+        cut = 4096 + 2 * 1024 + 2 * 14336
+        assert more == 4 * 32 * (cut / tp + 2 * 4096 + 2 * 128), tp
+    assert arch.num_parameters - PARAMETERS == 32 * (cut + 2 * 4096 + 2 * 128)
 
 
 def test_activations_are_those_of_the_layers_added_up() -> None:

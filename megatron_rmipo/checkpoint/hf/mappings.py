@@ -35,9 +35,10 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def rules_of(arch: ModelArchitecture) -> tuple[Rule, ...]:
-    """The tensors a checkpoint of this model holds: the family's table, without the head where embeddings are tied."""
+    """The tensors a checkpoint of this model holds: those of the family's table, the head not where embeddings are tied."""
     family = FAMILIES[arch.family]
-    return tuple(rule for rule in family.rules if not (arch.tied_embeddings and rule.megatron == family.head))
+    rules = [rule for rule in family.rules if rule.only_with is None or getattr(arch, rule.only_with)]
+    return tuple(rule for rule in rules if not (arch.tied_embeddings and rule.megatron == family.head))
 
 
 def tensors_of(arch: ModelArchitecture) -> list[tuple[Rule, int | None]]:
@@ -63,18 +64,19 @@ def canonical_name(parameter: str) -> tuple[str, int | None]:
 
 def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
     """Shapes of the Hugging Face tensors of a rule."""
-    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
-    query_rows = arch.num_attention_heads * arch.kv_channels
-    key_rows = arch.num_query_groups * arch.kv_channels
+    hidden, ffn, query_rows, key_rows = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.key_size
+    inputs = () if rule.is_bias else (hidden,)
     match rule.layout:
         case Layout.WHOLE:
             return ((hidden,),)
+        case Layout.HEAD:
+            return ((arch.kv_channels,),)
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:
-            return ((query_rows, hidden), (key_rows, hidden), (key_rows, hidden))
+            return ((query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
         case Layout.GATE_UP:
-            return ((ffn, hidden), (ffn, hidden))
+            return ((ffn, *inputs), (ffn, *inputs))
         case Layout.HEAD_COLUMNS:
             return ((hidden, query_rows),)
         case Layout.FFN_COLUMNS:

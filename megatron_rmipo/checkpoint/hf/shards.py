@@ -25,7 +25,7 @@ def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tup
         tp_rank: the rank.
         tp_size: tp.
     """
-    if rule.cuts_columns or rule.layout is Layout.WHOLE:
+    if rule.cuts_columns or not rule.is_cut:
         return [(0, num_rows)]
     if rule.layout is Layout.GATE_UP:
         half, part = num_rows // 2, num_rows // 2 // tp_size
@@ -46,7 +46,7 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
     """Shape of the tensor on one rank, or None where ``tp_size`` does not divide what it cuts."""
     rows, *columns = megatron_shape(rule, arch)
     match rule.layout:
-        case Layout.WHOLE:
+        case Layout.WHOLE | Layout.HEAD:
             return (rows, *columns)
         case Layout.HEAD_COLUMNS | Layout.FFN_COLUMNS:
             return None if columns[0] % tp_size else (rows, columns[0] // tp_size)
@@ -87,7 +87,7 @@ def fill_shard(
     shard: Tensor, files: WeightFiles, rule: Rule, layer: int | None, arch: ModelArchitecture, tp_rank: int, tp_size: int
 ) -> None:
     """Fill a rank's tensor from a Hugging Face checkpoint, reading only its part. Vocabulary padding becomes zeros."""
-    num_rows = shard.shape[0] * tp_size if rule.layout is not Layout.WHOLE and not rule.cuts_columns else shard.shape[0]
+    num_rows = shard.shape[0] * tp_size if rule.is_cut and not rule.cuts_columns else shard.shape[0]
     columns = rank_columns(rule, megatron_shape(rule, arch)[-1], tp_rank, tp_size)
     position = 0
     with torch.no_grad():
@@ -98,7 +98,7 @@ def fill_shard(
 
 def join_shards(shards: Sequence[Tensor], rule: Rule) -> Tensor:
     """The whole Megatron tensor from every tensor-parallel rank's part, in rank order."""
-    if len(shards) == 1 or rule.layout is Layout.WHOLE:
+    if len(shards) == 1 or not rule.is_cut:
         return shards[0]
     if rule.cuts_columns:
         return torch.cat(list(shards), dim=1)

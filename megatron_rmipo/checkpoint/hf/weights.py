@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_rmipo.checkpoint.hf.mappings import canonical_name, check_keys, megatron_shape, source_shapes, tensors_of
+from megatron_rmipo.checkpoint.hf.mappings import (
+    canonical_name,
+    check_keys,
+    megatron_shape,
+    rules_of,
+    source_shapes,
+    tensors_of,
+)
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_shard, join_shards, rank_shape
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
@@ -39,7 +46,7 @@ def load_hf_weights(model: Module, hf_dir: Path, arch: ModelArchitecture, *, tp_
             parameters are not those of ``arch`` at this parallel size.
     """
     files = open_weights(hf_dir, arch)
-    rules = {rule.megatron: rule for rule in FAMILIES[arch.family].rules}
+    rules = {rule.megatron: rule for rule in rules_of(arch)}
     for (name, layer), parameter in local_parameters(model, arch).items():
         rule = rules[name]
         _check_shape(parameter, rule, arch, tp_size)
@@ -68,13 +75,13 @@ def local_parameters(model: Module, arch: ModelArchitecture) -> dict[TensorId, P
     The output layer of a tied model, which a last stage holds as a copy, appears under the embedding's name.
 
     Raises:
-        ConversionError: the model has parameters that the family's table does not know.
+        ConversionError: the model has parameters that a checkpoint of ``arch`` does not hold.
     """
     inner: Any = model
     while hasattr(inner, "module"):
         inner = inner.module  # DDP and mixed-precision wrappers
     family = FAMILIES[arch.family]
-    known = {rule.megatron for rule in family.rules}
+    known = {rule.megatron for rule in rules_of(arch)} | {family.head}
     first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
     found: dict[TensorId, Parameter] = {}
     unknown = []
@@ -88,8 +95,8 @@ def local_parameters(model: Module, arch: ModelArchitecture) -> dict[TensorId, P
         found[name, None if local_layer is None else first_layer + local_layer] = parameter
     if unknown:
         raise ConversionError(
-            f"The model has {len(unknown)} parameters that no {arch.family} checkpoint holds: {', '.join(unknown[:6])}. "
-            "Build it without biases, experts or other extensions."
+            f"The model has {len(unknown)} parameters that its {arch.family} checkpoint does not hold: "
+            f"{', '.join(unknown[:6])}. Build it from the checkpoint's config.json, without extensions."
         )
     return found
 
@@ -176,7 +183,7 @@ def _row_reader(tensor: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def _gather_shards(shard: Tensor, rule: Rule, tp_group: dist.ProcessGroup) -> Tensor | None:
-    if tp_group.size() == 1 or rule.layout is Layout.WHOLE:
+    if tp_group.size() == 1 or not rule.is_cut:
         return shard
     # As bytes, which every backend gathers.
     data = shard.contiguous().view(torch.uint8)

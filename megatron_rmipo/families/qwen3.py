@@ -1,0 +1,28 @@
+"""Qwen3, dense: the queries and keys of each head are normed.
+
+Source of the names: ``Qwen3ForCausalLM`` of transformers, ``GPTModel`` of Megatron-Core; all but the two norms are Llama's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.llama import COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
+from megatron_rmipo.families.qwen2 import FULL_ATTENTION_ONLY, WITHOUT_WINDOWS
+
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
+    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    rules=(
+        *LLAMA.rules,
+        Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.HEAD),
+        Rule(MEGATRON_LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), Layout.HEAD),
+    ),
+    unread=WITHOUT_WINDOWS,
+    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    always=("qk_norm",),
+)
