@@ -28,7 +28,8 @@ class Boundary(NamedTuple):
     """Where a template's prompt ends, beside the end of what it renders with a generation prompt.
 
     Attributes:
-        cut: the end of the generation prompt that no finished conversation holds, such as an opened ``<think>``.
+        cut: the end of the generation prompt that a plain answer in a finished conversation does not have behind the prompt, such
+            as an opened ``<think>``. Where both answers of a row have it, it stays.
         added: the header of an answer, where a template writes none as a generation prompt.
     """
 
@@ -110,15 +111,19 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RowFault("template", "prompt", f"the chat template {self.name} refuses the conversation: {error}") from None
 
-    def render_prompt(self, prompt: Sequence[Turn], variables: Mapping[str, Any] = NOTHING) -> str:
-        """The prompt up to where an answer starts.
+    def render_prompt(self, prompt: Sequence[Turn], responses: Sequence[Turn], variables: Mapping[str, Any] = NOTHING) -> str:
+        """The prompt up to where its answers start: that of :meth:`render_pair`.
 
         Raises:
             RowFault: the template refuses the conversation, or has no boundary.
         """
         messages = messages_of(prompt)
         text = self._render(messages, variables, True)
-        return text if self.answer is not None else self._boundary(messages, variables, text).apply(text)
+        if self.answer is not None:
+            return text
+        boundary = self._boundary(messages, variables, text)
+        # Where there is something to cut, it is up to the answers whether it goes.
+        return self.render_pair(prompt, responses, variables)[0] if boundary.cut else boundary.apply(text)
 
     def render_pair(
         self, prompt: Sequence[Turn], responses: Sequence[Turn], variables: Mapping[str, Any] = NOTHING
@@ -134,9 +139,11 @@ class ChatTemplate:
             return text, [self.answer.render(response.content, self.special_tokens) for response in responses]
         wholes = [self._render([*messages, *messages_of((response,))], variables, False) for response in responses]
         for renew in (False, True):  # a boundary known from earlier rows may depend on what this one says
-            prompt_text = self._boundary(messages, variables, text, renew=renew).apply(text)
-            if all(whole.startswith(prompt_text) for whole in wholes):
-                return prompt_text, [whole[len(prompt_text) :] for whole in wholes]
+            boundary = self._boundary(messages, variables, text, renew=renew)
+            # Answers may hold all of the generation prompt where plain ones do not: reasoning does behind an opened <think>.
+            for prompt_text in (text + boundary.added, boundary.apply(text)):
+                if all(whole.startswith(prompt_text) for whole in wholes):
+                    return prompt_text, [whole[len(prompt_text) :] for whole in wholes]
         raise self._no_boundary()
 
     def render_row(self, pair: PreferencePair) -> tuple[str, list[str]]:
@@ -190,8 +197,8 @@ class ChatTemplate:
             notes.append(f"the chat template writes today's date; these data have {self.date_written} (--template-date)")
         if cut:
             notes.append(
-                f"the generation prompt ends with {cut!r}, which no finished answer holds: the prompt ends before it, and "
-                "what is trained is the answer as the template writes it in a conversation"
+                f"the generation prompt ends with {cut!r}, which an answer of plain text does not go on from: its prompt ends "
+                "before that, and what is trained is the answer as the template writes it in a conversation"
             )
         if added:
             notes.append(

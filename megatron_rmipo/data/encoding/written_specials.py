@@ -135,11 +135,6 @@ class StandIns:
             hidden.append(Turn(turn.role, hide(turn.content), _map_strings(turn.fields, hide)))
         return tuple(hidden)
 
-    def hide_variables(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What is beside the turns, with stand-ins."""
-        hidden: Mapping[str, Any] = _map_strings(variables, self._hide_any)
-        return hidden
-
     def show(self, text: str) -> str:
         """The text with each token in the place of its stand-in."""
         return self._stand_in.sub(lambda match: self._tokens[ord(match.group()) - self._base], text)

@@ -166,6 +166,32 @@ def test_what_the_model_writes_itself_is_its_token_in_an_answer_alone(qwen3: tup
     assert tokenizer.decode(result.chosen) == text + "<|im_end|>"
 
 
+@pytest.mark.parametrize("limit", [4096, 40])
+def test_answers_that_go_on_from_an_opened_think_keep_the_whole_generation_prompt(limit: int, tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>\n' + m.reasoning_content + '</think>' if m.reasoning_content else '<think></think>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    style = Style(source, None, "<|im_end|>", "<|im_end|>", ("<|im_start|>",), ("<think>", "</think>"))
+    theirs = save_style(style, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    encoder = PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(limit))
+    thought = answer("Yes.")._replace(fields={"reasoning_content": "So."})
+    both = PreferencePair((Turn("user", "Why is that, and what of the sea? " * 4),), thought, THOUGHT)
+    for pair, cut in ((both, 0), (both._replace(rejected=answer("No.")), 1)):
+        result = _encode(encoder, pair)
+        assert isinstance(result, EncodedPair)
+        assert result.truncated == (limit == 40)
+        opened = theirs("<|im_start|>assistant\n<think>\n", add_special_tokens=False)["input_ids"]
+        expected = opened[: len(opened) - cut]
+        assert result.prompt[-len(expected) :] == expected
+        assert tokenizer.decode(result.chosen) == "\n" * cut + "So.</think>Yes.<|im_end|>"
+        if limit == 4096:
+            assert result.prompt == _apply(theirs, pair.prompt, pair, True)[: len(result.prompt)]
+
+
 @pytest.mark.parametrize(
     ("change", "field", "left_out"),
     [
