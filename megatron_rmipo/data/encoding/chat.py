@@ -95,7 +95,40 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses it.
         """
-        return self._render(messages_of(turns), variables, add_generation_prompt)
+        return self._render(self._messages(turns), variables, add_generation_prompt)
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns as the template reads them; reasoning under each of its names, as transformers hands it over."""
+        messages = []
+        for turn in turns:
+            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            if turn.fields:
+                message |= {name: value for name, value in turn.fields.items() if value is not None}
+                if "tool_calls" in message and self._reads_arguments_as_text:
+                    message["tool_calls"] = [_with_arguments_as_text(call) for call in message["tool_calls"]]
+                reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
+                if reasoning is not None:
+                    message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+            messages.append(message)
+        return messages
+
+    @functools.cached_property
+    def _reads_arguments_as_text(self) -> bool:
+        """Whether a call's arguments have to be JSON text: given a mapping, it fails or writes Python's notation of it.
+
+        DeepSeek's templates are of this kind.
+        """
+        mapping, text = {"q": "x"}, '{"q": "x"}'
+        rendered = []
+        for arguments in (mapping, text):
+            call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            asked: dict[str, Any] = {"role": "user", "content": "x"}
+            messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                rendered.append(self._render(messages, NOTHING, False))
+            except RowFault:
+                rendered.append("")
+        return (not rendered[0] or str(mapping) in rendered[0]) and text in rendered[1]
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
         source = self.source
@@ -117,7 +150,7 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses the conversation, or has no boundary.
         """
-        messages = messages_of(prompt)
+        messages = self._messages(prompt)
         text = self._render(messages, variables, True)
         if self.answer is not None:
             return text
@@ -133,11 +166,11 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
         """
-        messages = messages_of(prompt)
+        messages = self._messages(prompt)
         text = self._render(messages, variables, True)
         if self.answer is not None:
             return text, [self.answer.render(response.content, self.special_tokens) for response in responses]
-        wholes = [self._render([*messages, *messages_of((response,))], variables, False) for response in responses]
+        wholes = [self._render([*messages, *self._messages((response,))], variables, False) for response in responses]
         for renew in (False, True):  # a boundary known from earlier rows may depend on what this one says
             boundary = self._boundary(messages, variables, text, renew=renew)
             # Answers may hold all of the generation prompt where plain ones do not: reasoning does behind an opened <think>.
@@ -163,7 +196,7 @@ class ChatTemplate:
     def _find_boundary(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], text: str) -> Boundary:
         """The longest common beginning of the prompt with its generation prompt and of the conversation with any answer."""
         bare = self._render(messages, variables, False)
-        wholes = [self._render([*messages, *messages_of((answer(probe),))], variables, False) for probe in _PROBES]
+        wholes = [self._render([*messages, *self._messages((answer(probe),))], variables, False) for probe in _PROBES]
         finished = _common_beginning(*wholes)
         if finished.startswith(text):
             header = finished[len(text) :].rstrip(" ")  # a space is the answer's: tokens join it to the first word
@@ -185,7 +218,7 @@ class ChatTemplate:
         """That of a plain question."""
         if self.answer is not None:
             return Boundary()
-        messages = messages_of((Turn("user", "x"),))
+        messages = self._messages((Turn("user", "x"),))
         return self._boundary(messages, NOTHING, self._render(messages, NOTHING, True))
 
     @property
@@ -214,18 +247,9 @@ class ChatTemplate:
         return text.rpartition(_PROBES[0])[2]
 
 
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as templates read them; reasoning under each of its names, as transformers hands it over."""
-    messages = []
-    for turn in turns:
-        message = {"role": turn.role, "content": turn.content}
-        if turn.fields:
-            message |= {name: value for name, value in turn.fields.items() if value is not None}
-            reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
-            if reasoning is not None:
-                message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        messages.append(message)
-    return messages
+def _with_arguments_as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _common_beginning(one: str, other: str) -> str:

@@ -229,6 +229,26 @@ def test_a_call_that_is_not_shown_is_refused_though_another_is(tmp_path: Path) -
     assert cut.message == "the chat template tokenizer leaves out the answer's tool_calls"
 
 
+@pytest.mark.parametrize("written", ["'' + m.tool_calls[0].function.arguments", "m.tool_calls[0].function.arguments"])
+def test_a_template_that_reads_arguments_as_text_is_given_json(written: str, tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }} {{ "
+        + written
+        + " }}{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    theirs = save_style(Style(source, "<s>", "</s>", "</s>"), tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    encoder = PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(4096))
+    pair = PreferencePair((WHERE, CALLED, RESULT), Turn("assistant", "Again: ", {"tool_calls": [CALL]}), answer("It is 4 C."))
+    result = _encode(encoder, pair)
+    assert isinstance(result, EncodedPair)
+    text = '{"city": "Oslo \u00e9", "days": 2}'
+    in_text = {"tool_calls": [{**CALL, "function": {"name": "weather", "arguments": text}}]}
+    turns = (WHERE, CALLED._replace(fields=in_text), RESULT, Turn("assistant", "Again: ", in_text))
+    assert [*result.prompt, *result.chosen] == _apply(theirs, turns, pair, False)
+    assert f"weather {text}</s>" in tokenizer.decode(result.chosen)
+
+
 @pytest.mark.parametrize("name", ["llama3", "zephyr", "hh", "none"])
 def test_the_built_in_templates_refuse_what_they_do_not_know(name: str, byte_bpe: PreferenceTokenizer) -> None:
     encoder = PairEncoder(byte_bpe, load_template(name, byte_bpe), LengthPolicy(4096))
