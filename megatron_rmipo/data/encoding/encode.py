@@ -227,9 +227,12 @@ def _holds_all(pair: PreferencePair, prompt: str, answers: Sequence[str], hidden
     """Whether rendered texts hold what each turn of the assistant says."""
     if hidden is not None:
         prompt, answers = hidden.show(prompt), [hidden.show(text) for text in answers]
-    return all(response.content.strip() in text for response, text in zip(pair.responses.values(), answers, strict=True)) and all(
-        turn.content.strip() in prompt for turn in pair.prompt if turn.role == "assistant"
-    )
+    for response, text in zip(pair.responses.values(), answers, strict=True):
+        content = response.content.strip()
+        # It may begin in the prompt, where that ends with an opened <think>.
+        if content not in text and content not in prompt[-len(content) :] + text:
+            return False
+    return all(turn.content.strip() in prompt for turn in pair.prompt if turn.role == "assistant")
 
 
 def _fault_or(function: Callable[..., _Result], *arguments: Any) -> _Result | RowFault:

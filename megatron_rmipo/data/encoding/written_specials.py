@@ -94,7 +94,10 @@ class WrittenSpecials:
 
     def _shows(self, stand_ins: StandIns, pair: PreferencePair, true: tuple[str, list[str]]) -> bool:
         """Whether the pair is rendered the same with stand-ins and without."""
-        prompt, responses = self._template.render_row(stand_ins.hide_pair(pair))
+        try:
+            prompt, responses = self._template.render_row(stand_ins.hide_pair(pair))
+        except RowFault:  # not with them
+            return False
         return (stand_ins.show(prompt), [stand_ins.show(text) for text in responses]) == true
 
     def without_trailing(self, text: str, ids: set[int]) -> str:

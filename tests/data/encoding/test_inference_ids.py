@@ -169,7 +169,8 @@ def test_what_the_model_writes_itself_is_its_token_in_an_answer_alone(qwen3: tup
 @pytest.mark.parametrize("limit", [4096, 40])
 def test_answers_that_go_on_from_an_opened_think_keep_the_whole_generation_prompt(limit: int, tmp_path: Path) -> None:
     source = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and '<think>' not in m.content and '</think>' not in m.content %}"
         "{{ '<think>\n' + m.reasoning_content + '</think>' if m.reasoning_content else '<think></think>' }}{% endif %}"
         "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
@@ -180,10 +181,11 @@ def test_answers_that_go_on_from_an_opened_think_keep_the_whole_generation_promp
     encoder = PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(limit))
     thought = answer("Yes.")._replace(fields={"reasoning_content": "So."})
     both = PreferencePair((Turn("user", "Why is that, and what of the sea? " * 4),), thought, THOUGHT)
-    for pair, cut in ((both, 0), (both._replace(rejected=answer("No.")), 1)):
+    written = both._replace(chosen=answer("<think>\nSo.</think>Yes."), rejected=answer("<think>\nNever.</think>No."))
+    for pair, cut in ((both, 0), (written, 0), (both._replace(rejected=answer("No.")), 1)):
         result = _encode(encoder, pair)
         assert isinstance(result, EncodedPair)
-        assert result.truncated == (limit == 40)
+        assert (result.truncated, result.left_out) == (limit == 40, False)
         opened = theirs("<|im_start|>assistant\n<think>\n", add_special_tokens=False)["input_ids"]
         expected = opened[: len(opened) - cut]
         assert result.prompt[-len(expected) :] == expected
