@@ -177,7 +177,7 @@ class ChatTemplate:
             for prompt_text in (text + boundary.added, boundary.apply(text)):
                 if all(whole.startswith(prompt_text) for whole in wholes):
                     return prompt_text, [whole[len(prompt_text) :] for whole in wholes]
-        raise self._no_boundary()
+        raise self._no_boundary(prompt_text, next(whole for whole in wholes if not whole.startswith(prompt_text)))
 
     def render_row(self, pair: PreferencePair) -> tuple[str, list[str]]:
         """:meth:`render_pair` of a row."""
@@ -203,14 +203,17 @@ class ChatTemplate:
             return Boundary(added=header if text == bare and header.strip() else "")
         shared = _common_beginning(text, finished)
         if len(shared) < len(_common_beginning(text, bare)):
-            raise self._no_boundary()
+            raise self._no_boundary(text, finished)
         return Boundary(cut=text[len(shared) :])
 
-    def _no_boundary(self) -> RowFault:
+    def _no_boundary(self, text: str, whole: str) -> RowFault:
+        start = len(_common_beginning(text, whole))
+        was, becomes = (one[start : start + 40] for one in (text, whole))
         return RowFault(
             "template",
             "prompt",
-            f"the chat template {self.name} renders the prompt differently once an answer follows: there is no boundary",
+            f"the chat template {self.name} renders the prompt differently once an answer follows, so that there is no boundary: "
+            f"{was!r} becomes {becomes!r}",
         )
 
     @functools.cached_property
