@@ -28,7 +28,8 @@ class Boundary(NamedTuple):
     """Where a template's prompt ends, beside the end of what it renders with a generation prompt.
 
     Attributes:
-        cut: the end of the generation prompt that no finished conversation holds, such as an opened ``<think>``.
+        cut: the end of the generation prompt that a plain answer in a finished conversation does not have behind the prompt, such
+            as an opened ``<think>``. Where both answers of a row have it, it stays.
         added: the header of an answer, where a template writes none as a generation prompt.
     """
 
@@ -99,7 +100,40 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses it.
         """
-        return self._render(messages_of(turns), variables, add_generation_prompt)
+        return self._render(self._messages(turns), variables, add_generation_prompt)
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns as the template reads them; reasoning under each of its names, as transformers hands it over."""
+        messages = []
+        for turn in turns:
+            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            if turn.fields:
+                message |= {name: value for name, value in turn.fields.items() if value is not None}
+                if "tool_calls" in message and self._reads_arguments_as_text:
+                    message["tool_calls"] = [_with_arguments_as_text(call) for call in message["tool_calls"]]
+                reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
+                if reasoning is not None:
+                    message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+            messages.append(message)
+        return messages
+
+    @functools.cached_property
+    def _reads_arguments_as_text(self) -> bool:
+        """Whether a call's arguments have to be JSON text: given a mapping, it fails or writes Python's notation of it.
+
+        DeepSeek's templates are of this kind.
+        """
+        mapping, text = {"q": "x"}, '{"q": "x"}'
+        rendered = []
+        for arguments in (mapping, text):
+            call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            asked: dict[str, Any] = {"role": "user", "content": "x"}
+            messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                rendered.append(self._render(messages, NOTHING, False))
+            except RowFault:
+                rendered.append("")
+        return (not rendered[0] or str(mapping) in rendered[0]) and text in rendered[1]
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], add_generation_prompt: bool) -> str:
         source = self.source
@@ -115,15 +149,19 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RowFault("template", "prompt", f"{self.title} refuses the conversation: {error}") from None
 
-    def render_prompt(self, prompt: Sequence[Turn], variables: Mapping[str, Any] = NOTHING) -> str:
-        """The prompt up to where an answer starts.
+    def render_prompt(self, prompt: Sequence[Turn], responses: Sequence[Turn], variables: Mapping[str, Any] = NOTHING) -> str:
+        """The prompt up to where its answers start: that of :meth:`render_pair`.
 
         Raises:
             RowFault: the template refuses the conversation, or has no boundary.
         """
-        messages = messages_of(prompt)
+        messages = self._messages(prompt)
         text = self._render(messages, variables, True)
-        return text if self.answer is not None else self._boundary(messages, variables, text).apply(text)
+        if self.answer is not None:
+            return text
+        boundary = self._boundary(messages, variables, text)
+        # Where there is something to cut, it is up to the answers whether it goes.
+        return self.render_pair(prompt, responses, variables)[0] if boundary.cut else boundary.apply(text)
 
     def render_pair(
         self, prompt: Sequence[Turn], responses: Sequence[Turn], variables: Mapping[str, Any] = NOTHING
@@ -133,16 +171,18 @@ class ChatTemplate:
         Raises:
             RowFault: the template refuses the conversation, or renders the prompt otherwise once an answer follows.
         """
-        messages = messages_of(prompt)
+        messages = self._messages(prompt)
         text = self._render(messages, variables, True)
         if self.answer is not None:
             return text, [self.answer.render(response.content, self.special_tokens) for response in responses]
-        wholes = [self._render([*messages, *messages_of((response,))], variables, False) for response in responses]
+        wholes = [self._render([*messages, *self._messages((response,))], variables, False) for response in responses]
         for renew in (False, True):  # a boundary known from earlier rows may depend on what this one says
-            prompt_text = self._boundary(messages, variables, text, renew=renew).apply(text)
-            if all(whole.startswith(prompt_text) for whole in wholes):
-                return prompt_text, [whole[len(prompt_text) :] for whole in wholes]
-        raise self._no_boundary()
+            boundary = self._boundary(messages, variables, text, renew=renew)
+            # Answers may hold all of the generation prompt where plain ones do not: reasoning does behind an opened <think>.
+            for prompt_text in (text + boundary.added, boundary.apply(text)):
+                if all(whole.startswith(prompt_text) for whole in wholes):
+                    return prompt_text, [whole[len(prompt_text) :] for whole in wholes]
+        raise self._no_boundary(prompt_text, next(whole for whole in wholes if not whole.startswith(prompt_text)))
 
     def render_row(self, pair: PreferencePair) -> tuple[str, list[str]]:
         """:meth:`render_pair` of a row."""
@@ -161,21 +201,24 @@ class ChatTemplate:
     def _find_boundary(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], text: str) -> Boundary:
         """The longest common beginning of the prompt with its generation prompt and of the conversation with any answer."""
         bare = self._render(messages, variables, False)
-        wholes = [self._render([*messages, *messages_of((answer(probe),))], variables, False) for probe in _PROBES]
+        wholes = [self._render([*messages, *self._messages((answer(probe),))], variables, False) for probe in _PROBES]
         finished = _common_beginning(*wholes)
         if finished.startswith(text):
             header = finished[len(text) :].rstrip(" ")  # a space is the answer's: tokens join it to the first word
             return Boundary(added=header if text == bare and header.strip() else "")
         shared = _common_beginning(text, finished)
         if len(shared) < len(_common_beginning(text, bare)):
-            raise self._no_boundary()
+            raise self._no_boundary(text, finished)
         return Boundary(cut=text[len(shared) :])
 
-    def _no_boundary(self) -> RowFault:
+    def _no_boundary(self, text: str, whole: str) -> RowFault:
+        start = len(_common_beginning(text, whole))
+        was, becomes = (one[start : start + 40] for one in (text, whole))
         return RowFault(
             "template",
             "prompt",
-            f"{self.title} renders the prompt differently once an answer follows: there is no boundary",
+            f"{self.title} renders the prompt differently once an answer follows, so that there is no boundary: "
+            f"{was!r} becomes {becomes!r}",
         )
 
     @functools.cached_property
@@ -183,7 +226,7 @@ class ChatTemplate:
         """That of a plain question."""
         if self.answer is not None:
             return Boundary()
-        messages = messages_of((Turn("user", "x"),))
+        messages = self._messages((Turn("user", "x"),))
         return self._boundary(messages, NOTHING, self._render(messages, NOTHING, True))
 
     @property
@@ -195,8 +238,8 @@ class ChatTemplate:
             notes.append(f"the chat template writes today's date; these data have {self.date_written} (--template-date)")
         if cut:
             notes.append(
-                f"the generation prompt ends with {cut!r}, which no finished answer holds: the prompt ends before it, and "
-                "what is trained is the answer as the template writes it in a conversation"
+                f"the generation prompt ends with {cut!r}, which an answer of plain text does not go on from: its prompt ends "
+                "before that, and what is trained is the answer as the template writes it in a conversation"
             )
         if added:
             notes.append(
@@ -212,18 +255,9 @@ class ChatTemplate:
         return text.rpartition(_PROBES[0])[2]
 
 
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as templates read them; reasoning under each of its names, as transformers hands it over."""
-    messages = []
-    for turn in turns:
-        message = {"role": turn.role, "content": turn.content}
-        if turn.fields:
-            message |= {name: value for name, value in turn.fields.items() if value is not None}
-            reasoning = next((message[name] for name in REASONING_FIELDS if name in message), None)
-            if reasoning is not None:
-                message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        messages.append(message)
-    return messages
+def _with_arguments_as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _common_beginning(one: str, other: str) -> str:

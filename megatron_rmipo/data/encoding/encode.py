@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from megatron_rmipo.data.encoding.chat import ChatTemplate
@@ -195,7 +195,7 @@ class PairEncoder:
             num_bos = int(prompt[0] == self._bos)
             shorter = prompt[:num_bos] + prompt[num_bos - room :] if room > num_bos else None
         else:
-            shorter = shorten_prompt(pair.prompt, room, lambda turns: self._encode_prompt(turns, pair.variables, hidden))
+            shorter = shorten_prompt(pair.prompt, room, lambda turns: self._encode_prompt(pair, turns, hidden))
         if shorter is None:
             raise RowFault(
                 "response_too_long",
@@ -205,11 +205,11 @@ class PairEncoder:
             )
         return shorter
 
-    def _encode_prompt(self, turns: Sequence[Turn], variables: Mapping[str, Any], hidden: StandIns | None) -> list[int]:
-        if hidden is None:
-            return self._with_bos(self._backend.first([self._template.render_prompt(turns, variables)])[0])
-        text = self._template.render_prompt(hidden.hide_turns(turns), hidden.hide_variables(variables))
-        return self._with_bos(hidden.encode(text, first=True))
+    def _encode_prompt(self, pair: PreferencePair, turns: Sequence[Turn], hidden: StandIns | None) -> list[int]:
+        pair = pair._replace(prompt=tuple(turns))
+        pair = hidden.hide_pair(pair) if hidden is not None else pair
+        text = self._template.render_prompt(pair.prompt, tuple(pair.responses.values()), pair.variables)
+        return self._with_bos(hidden.encode(text, first=True) if hidden is not None else self._backend.first([text])[0])
 
     def _encode_with_stand_ins(self, pair: PreferencePair) -> EncodedPair:
         """Encode a pair in which users wrote control tokens; an end that stands behind a response already is dropped."""
@@ -227,9 +227,12 @@ def _holds_all(pair: PreferencePair, prompt: str, answers: Sequence[str], hidden
     """Whether rendered texts hold what each turn of the assistant says."""
     if hidden is not None:
         prompt, answers = hidden.show(prompt), [hidden.show(text) for text in answers]
-    return all(response.content.strip() in text for response, text in zip(pair.responses.values(), answers, strict=True)) and all(
-        turn.content.strip() in prompt for turn in pair.prompt if turn.role == "assistant"
-    )
+    for response, text in zip(pair.responses.values(), answers, strict=True):
+        content = response.content.strip()
+        # It may begin in the prompt, where that ends with an opened <think>.
+        if content not in text and content not in prompt[-len(content) :] + text:
+            return False
+    return all(turn.content.strip() in prompt for turn in pair.prompt if turn.role == "assistant")
 
 
 def _fault_or(function: Callable[..., _Result], *arguments: Any) -> _Result | RowFault:

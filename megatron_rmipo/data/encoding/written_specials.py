@@ -94,7 +94,10 @@ class WrittenSpecials:
 
     def _shows(self, stand_ins: StandIns, pair: PreferencePair, true: tuple[str, list[str]]) -> bool:
         """Whether the pair is rendered the same with stand-ins and without."""
-        prompt, responses = self._template.render_row(stand_ins.hide_pair(pair))
+        try:
+            prompt, responses = self._template.render_row(stand_ins.hide_pair(pair))
+        except RowFault:  # not with them
+            return False
         return (stand_ins.show(prompt), [stand_ins.show(text) for text in responses]) == true
 
     def without_trailing(self, text: str, ids: set[int]) -> str:
@@ -134,11 +137,6 @@ class StandIns:
             hide = self._hide_in_answer if turn.role == "assistant" else self._hide_any
             hidden.append(Turn(turn.role, hide(turn.content), _map_strings(turn.fields, hide)))
         return tuple(hidden)
-
-    def hide_variables(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What is beside the turns, with stand-ins."""
-        hidden: Mapping[str, Any] = _map_strings(variables, self._hide_any)
-        return hidden
 
     def show(self, text: str) -> str:
         """The text with each token in the place of its stand-in."""

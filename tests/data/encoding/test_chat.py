@@ -69,8 +69,12 @@ def test_what_a_template_refuses_is_a_fault() -> None:
 
 def test_a_prompt_that_changes_once_answered_has_no_boundary() -> None:
     source = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(RowFault, match="renders the prompt differently"):
+    with pytest.raises(RowFault, match=r"renders the prompt differently once an answer follows, .*: '\d\D.*' becomes '\d\D"):
         ChatTemplate("t", source, {}).render_pair(CHAT, [answer("x")])
+    headed = "{% for m in messages %}[{{ m['role'] }}{{ m['x'] }}]{{ m['content'] }}{% endfor %}"  # no generation prompt
+    named = Turn("assistant", "y", {"x": "!"})
+    with pytest.raises(RowFault, match=r": '\]' becomes '!\]y'"):
+        ChatTemplate("t", headed, {}).render_pair((Turn("user", "q"),), [named])
 
 
 def test_templates_get_what_they_are_written_for_and_no_more() -> None:

@@ -166,6 +166,34 @@ def test_what_the_model_writes_itself_is_its_token_in_an_answer_alone(qwen3: tup
     assert tokenizer.decode(result.chosen) == text + "<|im_end|>"
 
 
+@pytest.mark.parametrize("limit", [4096, 40])
+def test_answers_that_go_on_from_an_opened_think_keep_the_whole_generation_prompt(limit: int, tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and '<think>' not in m.content and '</think>' not in m.content %}"
+        "{{ '<think>\n' + m.reasoning_content + '</think>' if m.reasoning_content else '<think></think>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    style = Style(source, None, "<|im_end|>", "<|im_end|>", ("<|im_start|>",), ("<think>", "</think>"))
+    theirs = save_style(style, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    encoder = PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(limit))
+    thought = answer("Yes.")._replace(fields={"reasoning_content": "So."})
+    both = PreferencePair((Turn("user", "Why is that, and what of the sea? " * 4),), thought, THOUGHT)
+    written = both._replace(chosen=answer("<think>\nSo.</think>Yes."), rejected=answer("<think>\nNever.</think>No."))
+    for pair, cut in ((both, 0), (written, 0), (both._replace(rejected=answer("No.")), 1)):
+        result = _encode(encoder, pair)
+        assert isinstance(result, EncodedPair)
+        assert (result.truncated, result.left_out) == (limit == 40, False)
+        opened = theirs("<|im_start|>assistant\n<think>\n", add_special_tokens=False)["input_ids"]
+        expected = opened[: len(opened) - cut]
+        assert result.prompt[-len(expected) :] == expected
+        assert tokenizer.decode(result.chosen) == "\n" * cut + "So.</think>Yes.<|im_end|>"
+        if limit == 4096:
+            assert result.prompt == _apply(theirs, pair.prompt, pair, True)[: len(result.prompt)]
+
+
 @pytest.mark.parametrize(
     ("change", "field", "left_out"),
     [
@@ -201,6 +229,26 @@ def test_a_call_that_is_not_shown_is_refused_though_another_is(tmp_path: Path) -
     assert isinstance(shown, EncodedPair)
     assert isinstance(cut, RowFault)
     assert cut.message == "the tokenizer's chat template leaves out the answer's tool_calls"
+
+
+@pytest.mark.parametrize("written", ["'' + m.tool_calls[0].function.arguments", "m.tool_calls[0].function.arguments"])
+def test_a_template_that_reads_arguments_as_text_is_given_json(written: str, tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }} {{ "
+        + written
+        + " }}{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    theirs = save_style(Style(source, "<s>", "</s>", "</s>"), tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    encoder = PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(4096))
+    pair = PreferencePair((WHERE, CALLED, RESULT), Turn("assistant", "Again: ", {"tool_calls": [CALL]}), answer("It is 4 C."))
+    result = _encode(encoder, pair)
+    assert isinstance(result, EncodedPair)
+    text = '{"city": "Oslo \u00e9", "days": 2}'
+    in_text = {"tool_calls": [{**CALL, "function": {"name": "weather", "arguments": text}}]}
+    turns = (WHERE, CALLED._replace(fields=in_text), RESULT, Turn("assistant", "Again: ", in_text))
+    assert [*result.prompt, *result.chosen] == _apply(theirs, turns, pair, False)
+    assert f"weather {text}</s>" in tokenizer.decode(result.chosen)
 
 
 @pytest.mark.parametrize("name", ["llama3", "zephyr", "hh", "none"])
