@@ -107,6 +107,11 @@ def test_ranks_that_tell_nothing_are_refused() -> None:
             read({"prompt": "Why?", "answers": given})
         assert (fault.value.reason, fault.value.field) == (reason, "answers")
     assert read({"prompt": "Why?", "answers": ["good", "so", "bad"]}, form="ranked")[1] == PAIR
+    for mark in ("overall_score", "pm_score", "Rating"):  # UltraFeedback's and Stack Exchange's answers are in no order
+        scored = [{"response": "bad", "model": "a", mark: 1}, {"response": "good", "model": "b", mark: 9}]
+        with pytest.raises(RowFault, match=f"the answers have {mark}, which is not read, and no rank") as fault:
+            read({"instruction": "Why?", "completions": scored}, form="ranked")
+        assert (fault.value.reason, fault.value.field) == ("unread", "completions")
 
 
 def test_instructions_told_twice_and_answers_told_twice_are_refused() -> None:
