@@ -20,7 +20,7 @@ from megatron_rmipo.data.layouts.messages import holds_messages, is_empty, turn_
 from megatron_rmipo.data.reading.rows import Row, RowFault, Turn, answer, shown, text_of, value_of
 
 Turns = tuple[Turn, ...]
-_MARKS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
+_MARKS = re.compile(r"\s*<extra_id_[01]>(System|User|Assistant)(?:\n|$)")
 INSTRUCTIONS = ("instruction", "question", "query", "input")
 
 
@@ -54,15 +54,17 @@ def answer_of(value: object, field: str) -> tuple[Turns, Turn]:
 
 
 def prompt_of(value: object, field: str) -> Turns:
-    """A prompt given as text, which is one turn of the user (or several, with HelpSteer's marks between them), or as messages."""
+    """A prompt given as text, which is one turn of the user (or several, with NeMo's and HelpSteer's marks), or as messages."""
     value = written_messages(value, field)
     if not isinstance(value, str):
         return turns_of([value] if isinstance(value, dict) else value, field)
     if "<extra_id_1>" not in value:
         return (Turn("user", value),)
     first, *marked = _MARKS.split(value)
-    later = zip(marked[::2], marked[1::2], strict=True)
-    return (Turn("user", first), *(Turn(name.lower(), text) for name, text in later))
+    turns = [Turn(name.lower(), text) for name, text in zip(marked[::2], marked[1::2], strict=True)]
+    if turns and turns[-1] == answer(""):  # the mark that the answer follows
+        del turns[-1]
+    return (Turn("user", first), *turns) if first.strip() else tuple(turns)
 
 
 def history_of(value: object, field: str) -> Turns:

@@ -165,9 +165,16 @@ def test_who_won_is_read(name: str, row: dict[str, Any], column: str, first: Any
             assert "--winner-values" in str(fault.value)
 
 
-def test_turns_within_a_helpsteer_prompt_are_turns() -> None:
-    prompt = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nWhy?"
-    assert read({**WON[3][1], "prompt": prompt, "preference_strength": -1})[1].prompt == (*ROUNDS, *PAIR.prompt)
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        ("q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nWhy?", (*ROUNDS, *PAIR.prompt)),
+        ("<extra_id_0>System\ns\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n", (Turn("system", "s"), *PAIR.prompt)),
+        ("<extra_id_0>System\n\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant", PAIR.prompt),
+    ],
+)
+def test_turns_within_a_prompt_of_helpsteer_or_nemo_are_turns(prompt: str, turns: tuple[Turn, ...]) -> None:
+    assert read({**WON[3][1], "prompt": prompt, "preference_strength": -1})[1].prompt == turns
 
 
 def test_most_annotators_decide() -> None:
