@@ -25,8 +25,8 @@ _MEANINGFUL = frozenset(
 
 
 def is_meaningful(name: str) -> bool:
-    """Whether a column of that name would change what is learned, were it read."""
-    return re.sub("[^a-z]", "", name.lower()) in _MEANINGFUL
+    """Whether a column of that name, or the end of a path, would change what is learned, were it read."""
+    return re.sub("[^a-z]", "", name.lower().rpartition(".")[2]) in _MEANINGFUL
 
 
 def unread_columns(row: Row, expected: frozenset[str], pair: PreferencePair) -> list[str]:

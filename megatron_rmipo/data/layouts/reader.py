@@ -145,9 +145,10 @@ class RowReader:
 
 def own_columns(row: Row, columns: Mapping[str, str], ignored: frozenset[str]) -> Row:
     """The row under our names, without the columns to be left out."""
-    if not ignored.isdisjoint(row):
-        row = {name: value for name, value in row.items() if name not in ignored}
-    return rename_columns(row, columns)
+    row = rename_columns(row, columns)
+    if ignored.isdisjoint(row):
+        return row
+    return {name: value for name, value in row.items() if name not in ignored or name in columns}
 
 
 def columns_read(form: str, columns: Mapping[str, str]) -> frozenset[str]:

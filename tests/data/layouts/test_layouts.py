@@ -203,6 +203,19 @@ def test_columns_and_values_of_the_winner_may_be_named() -> None:
     assert read({**WON[0][1], "preference": 1}, winner_values="first=2,second=1")[1].chosen == answer("bad")
 
 
+def test_what_stands_beside_a_nested_prompt_is_used_named_or_refused() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"input": {"messages": [USER], "tools": tools, "parallel_tool_calls": True}}  # OpenAI's layout of preferences
+    row |= {"preferred_output": [GOOD], "non_preferred_output": [BAD]}
+    columns = "prompt=input.messages,chosen=preferred_output,rejected=non_preferred_output"
+    with pytest.raises(DataError, match=r"input\.tools, such as list .*"):
+        read(row, columns)
+    assert read(row, columns, ignore_columns="input.tools") == ("messages", PAIR)
+    options = settle_reading([row], parse_columns(columns + ",tools=input.tools"))
+    assert options.unread == {"input.parallel_tool_calls"}
+    assert RowReader(options)(row) == PAIR._replace(variables={"tools": tools})
+
+
 @pytest.mark.parametrize("text", ["first=1", "first=1,second=1", "first=1,second=", "1,2", "best=1,second=2"])
 def test_wrong_winner_values_are_an_error(text: str) -> None:
     with pytest.raises(DataError, match="--winner-values"):
