@@ -26,7 +26,8 @@ _MEANINGFUL = frozenset(
 
 def is_meaningful(name: str) -> bool:
     """Whether a column of that name, or the end of a path, would change what is learned, were it read."""
-    return re.sub("[^a-z]", "", name.lower().rpartition(".")[2]) in _MEANINGFUL
+    words = re.findall("[a-z]+", name.lower().rpartition(".")[2])
+    return "".join(words) in _MEANINGFUL or "winner" in words  # a verdict may be told by several: winner_model_a, winner_tie
 
 
 def unread_columns(row: Row, expected: frozenset[str], pair: PreferencePair) -> list[str]:

@@ -133,14 +133,21 @@ WON = [  # layout, row but the verdict, column of the verdict, values that mean 
     ("pandalm", won("response1", "response2", {"instruction": "Why?", "input": ""}), "annotator1", (1,), (2, "2"), (0,)),
     ("helpsteer2", won("response_1", "response_2", {"prompt": "Why?"}), "preference_strength", (-3, -1), (2,), (0,)),
     ("helpsteer3", won("response1", "response2", {"context": [USER]}), "overall_preference", (-2,), (1, 3), (0,)),
-    ("which_won", won("first", "second", {"prompt": "Why?"}), "winner", ("A", "model_a"), ("second",), ("Tie", "both")),
+    (
+        "which_won",
+        won("first", "second", {"prompt": "Why?"}),
+        "winner",
+        ("A", "model_a", "[[A]]", "Response 1"),
+        ("second", "assistant-b"),
+        ("Tie", "both", "Both_Bad"),
+    ),
     (
         "arena",
         {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD]},
         "winner",
         ("model_a",),
         ("model_b",),
-        ("tie", "tie (bothbad)"),
+        ("tie", "tie (bothbad)", "both_bad"),
     ),
 ]
 
@@ -201,6 +208,20 @@ def test_columns_and_values_of_the_winner_may_be_named() -> None:
     options = settle_reading([{**row, "better": value} for value in (1, 0, 2)], parse_columns(columns))
     assert RowReader(options)({**row, "better": 2}).chosen == answer("bad")
     assert read({**WON[0][1], "preference": 1}, winner_values="first=2,second=1")[1].chosen == answer("bad")
+    for values in ("first=true,second=false", "first=1,second=0"):  # a column of booleans
+        assert read({**row, "better": True}, columns, winner_values=values) == ("which_won", PAIR)
+        assert read({**row, "better": "False"}, columns, winner_values=values)[1].chosen == answer("bad")
+
+
+def test_a_verdict_in_a_column_for_each_answer_is_not_read_by_halves() -> None:
+    row = {"prompt": "Why?", "response_a": "good", "response_b": "bad"}
+    row |= {
+        "winner_model_a": 0,
+        "winner_model_b": 0,
+        "winner_tie": 1,
+    }  # who reads the first alone takes the second for the winner
+    with pytest.raises(DataError, match=r"(?s)would change what is learned:.*winner_model_b.*winner_tie"):
+        read(row, "first=response_a,second=response_b,winner=winner_model_a", winner_values="first=1,second=0")
 
 
 def test_what_stands_beside_a_nested_prompt_is_used_named_or_refused() -> None:
