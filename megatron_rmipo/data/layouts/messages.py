@@ -115,6 +115,8 @@ def turn_of(message: object, field: str) -> Turn:
 
 def _full_turn(message: Mapping[str, Any], field: str) -> Turn:
     written = _one_of(message, _ROLE_KEYS, field)
+    if written is None:
+        raise RowFault("malformed", field, f"a message has no role: {shown(message)}")
     name = written.strip().lower() if isinstance(written, str) else None
     if name is None or (name not in ROLES and name not in _CALL_ROLES):
         raise RowFault(

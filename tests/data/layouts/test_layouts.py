@@ -52,6 +52,11 @@ PAIRS: list[tuple[str, dict[str, Any], PreferencePair]] = [
     ("messages", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, PAIR),  # OpenRLHF, TRL
     (
         "sharegpt",
+        {"conversation": [{"input": "Why?", "output": "good"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        PAIR,
+    ),  # Capybara
+    (
+        "sharegpt",
         {
             "conversations": [{"from": "human", "value": "Why?"}],
             "chosen": {"from": "gpt", "value": "good"},
@@ -89,6 +94,10 @@ def test_pairs_of_other_layouts_are_recognised_and_read(name: str, row: dict[str
             (Turn("system", "s"), *ROUNDS, Turn("user", "Why?\nIt is.")),
         ),
         ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "good"}]}, PAIR.prompt),
+        (
+            {"conversation": [{"input": "q", "output": "a"}, {"input": "Why?", "output": "good"}]},
+            (*ROUNDS, *PAIR.prompt),
+        ),
     ],
 )
 def test_one_answer_of_other_layouts_is_recognised_and_read(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
@@ -181,7 +190,8 @@ def test_who_won_is_read(name: str, row: dict[str, Any], column: str, first: Any
     ],
 )
 def test_turns_within_a_prompt_of_helpsteer_or_nemo_are_turns(prompt: str, turns: tuple[Turn, ...]) -> None:
-    assert read({**WON[3][1], "prompt": prompt, "preference_strength": -1})[1].prompt == turns
+    row = {"prompt": prompt, "response_1": "good\n<extra_id_1>", "response_2": "bad", "preference_strength": -1}
+    assert read(row)[1] == PAIR._replace(prompt=turns)
 
 
 def test_most_annotators_decide() -> None:
