@@ -12,6 +12,7 @@ What stands in a message counts or rejects the row:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 _BOOKKEEPING = frozenset(
     {
         *("id", "message_id", "uuid", "parent_id", "index", "turn", "turn_id", "timestamp", "created_at", "date"),
-        *("lang", "language", "model", "model_name", "source", "score", "rating"),
+        *("lang", "language", "model", "model_name", "source", "score", "rating", "rank", "category"),
+        *("num_tokens", "token_count", "finish_reason", "synthetic", "deleted"),
+        *("toxic", "redacted", "country", "state", "hashed_ip", "header", "turn_identifier", "openai_id"),  # WildChat's
     }
 )
 _LEARNED_MARKS = frozenset({"weight", "train", "loss", "trainable", "learn"})
@@ -96,6 +99,20 @@ def written_messages(value: Any, field: str) -> Any:
     if not isinstance(value, str) or value[:1] not in "[{ \n\t\r" or not _MESSAGE_LIST.match(value):
         return value
     return from_json(value, field, "messages as JSON")
+
+
+def without_fields(value: Any, names: frozenset[str]) -> Any:
+    """A value of a column whose messages, also as JSON text, have no fields of these names; others stay as they are."""
+    if isinstance(value, str) and holds_messages(value):
+        with contextlib.suppress(RowFault):  # told where the column is read
+            value = written_messages(value, "")
+    if isinstance(value, list):
+        return [without_fields(item, names) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if not value.keys().isdisjoint(_ROLE_KEYS):
+        return {key: item for key, item in value.items() if key not in names or key in (*_ROLE_KEYS, *_TEXT_KEYS)}
+    return {key: without_fields(item, names) for key, item in value.items()}
 
 
 def turn_of(message: object, field: str) -> Turn:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -143,6 +144,24 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused(column: str) -
     for empty in (None, "", " ", [], [{"a": None}]):
         assert read({**GOOD, column: empty}).prompt == (Turn("user", "Why?"),)
     assert settle_reading([{**GOOD, "instruction": "Why?"}], {}).unread == frozenset()  # says what the prompt says
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_fields_of_messages_may_be_left_out(as_text: bool) -> None:
+    def told(text: str, mood: str) -> Any:
+        turns = [
+            {"role": "user", "content": "Why?", "mood": mood},
+            {"role": "assistant", "content": text, "mood": mood, "num_tokens": 2},
+        ]
+        return json.dumps(turns) if as_text else turns
+
+    row = {"chosen": told("Because.", "calm"), "rejected": told("No idea.", "wild"), "tools": [{"name": "f", "mood": "m"}]}
+    with pytest.raises(RowFault) as fault:  # the two prompts differ in it
+        read(row, "messages")
+    assert fault.value.reason == "prompt_mismatch"
+    pair = pair_of((Turn("user", "Why?"),), "Because.", "No idea.")
+    ignored = frozenset({"mood", "content"})  # content is what a message is, however a column is called
+    assert read(row, "messages", ignored=ignored) == pair._replace(variables={"tools": row["tools"]})
 
 
 def test_other_columns_that_nobody_reads_are_named() -> None:
