@@ -47,7 +47,8 @@ def is_desirable(row: Row) -> bool:
     label = value_of(row, name)
     found = _DESIRABLE.get(plain_value(label))
     if found is None:
-        raise RowFault("bad_label", name, f"true/false, yes/no, 1/0 or 1/-1 expected, found {shown(label)}")
+        remedy = f"; --ignore-columns {name} leaves out one that judges no answer"
+        raise RowFault("bad_label", name, f"true/false, yes/no, 1/0 or 1/-1 expected, found {shown(label)}{remedy}")
     return found
 
 

@@ -82,4 +82,6 @@ def _read_by(name: str, form: str) -> str:
     ours = _OURS.get("".join(_words(name)))
     if ours is not None and (ours != "input" or ours in FORMATS[form].reads):
         ways.insert(0, f"--columns {ours}={name}")
+    if not ways and "winner" in _words(name):
+        return " (one column tells the verdict: without this one, what it says is lost)"
     return f" (read by {' or '.join(ways)})" if ways else ""

@@ -230,7 +230,7 @@ def test_a_verdict_in_a_column_for_each_answer_is_not_read_by_halves() -> None:
         "winner_model_b": 0,
         "winner_tie": 1,
     }  # who reads the first alone takes the second for the winner
-    with pytest.raises(DataError, match=r"(?s)would change what is learned:.*winner_model_b.*winner_tie"):
+    with pytest.raises(DataError, match=r"(?s)winner_model_b, .*winner_tie, such as int 1 \(one column tells"):
         read(row, "first=response_a,second=response_b,winner=winner_model_a", winner_values="first=1,second=0")
 
 
