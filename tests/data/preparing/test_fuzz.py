@@ -35,9 +35,9 @@ COLUMNS = [
 ]
 ROLES = ["user", "assistant", "system", "tool", "human", "gpt", "USER", "developer", "observation", "function_call", "", "x"]
 
-anything = st.characters()  # lone surrogates among them
+anything = st.characters(exclude_categories=())  # lone surrogates among them
 words = st.text(anything, max_size=12) | st.sampled_from(
-    ["Why?", "Because.", " ", "", "\n\nHuman: a\n\nAssistant: b", "<|eot_id|>", "{"]
+    ["Why?", "Because.", " ", "", "\n\nHuman: a\n\nAssistant: b", "<|eot_id|>", "{", "\ud83d"]
 )
 numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2**70, 0.5])
 nested = st.recursive(
