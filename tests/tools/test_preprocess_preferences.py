@@ -255,7 +255,7 @@ def test_unpaired_rows_are_pairs_without_one_response(
         (22, "bad_label", "label"),
         (23, "empty_response", "response"),
     ]
-    assert rejects[2]["message"] == "true/false, yes/no, 1/0 or 1/-1 expected, found str 'bad'"
+    assert rejects[2]["message"].startswith("true/false, yes/no, 1/0 or 1/-1 expected, found str 'bad'; --ignore-columns label")
 
 
 def test_the_column_of_labels_is_named(tmp_path: Path, model: Path) -> None:

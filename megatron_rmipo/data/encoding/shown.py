@@ -118,13 +118,16 @@ class ShownCheck:
                 raise self._fault(_Place(number, name), len(turns) - 1, field)
 
     def _fault(self, place: _Place, num_prompt_turns: int, field: str) -> RowFault:
+        name = place.what
         if place.turn is None:
             field, where = place.what, "the row's"
+            name = name if name in ("tools", "documents") else "chat_template_kwargs"
         elif place.turn == num_prompt_turns:
             where = "the answer's"
         else:
             field, where = "prompt", f"turn {place.turn + 1}'s"
-        return RowFault("template", field, f"{self._template.title} leaves out {where} {place.what}")
+        remedy = "" if name in ("content", "tool_calls") else f"; --ignore-columns {name} leaves it out on purpose"
+        return RowFault("template", field, f"{self._template.title} leaves out {where} {place.what}{remedy}")
 
 
 def _is_there(value: object) -> bool:

@@ -20,12 +20,14 @@ from megatron_rmipo.data.layouts.messages import holds_messages, is_empty, turn_
 from megatron_rmipo.data.reading.rows import Row, RowFault, Turn, answer, shown, text_of, value_of
 
 Turns = tuple[Turn, ...]
-_MARKS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
+_MARKS = re.compile(r"\s*<extra_id_[01]>(System|User|Assistant)(?:\n|$)")
+_END = "<extra_id_1>"  # which NeMo's answers end with
+_ROUND = {"input", "output"}
 INSTRUCTIONS = ("instruction", "question", "query", "input")
 
 
 def turns_of(value: object, field: str) -> Turns:
-    """The turns of a list of messages, or of the JSON text of one.
+    """The turns of a list of messages, or of rounds with ``input`` and ``output`` (Capybara), or of the JSON text of one.
 
     Raises:
         RowFault: it is something else, or a message cannot be used.
@@ -33,6 +35,8 @@ def turns_of(value: object, field: str) -> Turns:
     value = written_messages(value, field)
     if not isinstance(value, list):
         raise RowFault("not_text", field, f"a list of messages expected, found {shown(value)}")
+    if value and all(isinstance(item, dict) and item.keys() == _ROUND for item in value):
+        return history_of([[item[key] for key in ("input", "output")] for item in value], field)
     return tuple([turn_of(message, field) for message in value])
 
 
@@ -44,7 +48,7 @@ def answer_of(value: object, field: str) -> tuple[Turns, Turn]:
     """
     value = written_messages(value, field)
     if isinstance(value, str):
-        return (), answer(value)
+        return (), answer(value[: -len(_END)].rstrip("\n") if value.endswith(_END) else value)
     turns = (turn_of(value, field),) if isinstance(value, dict) else turns_of(value, field)
     if not turns:
         raise RowFault("empty_response", field, "an empty list of messages")
@@ -54,19 +58,21 @@ def answer_of(value: object, field: str) -> tuple[Turns, Turn]:
 
 
 def prompt_of(value: object, field: str) -> Turns:
-    """A prompt given as text, which is one turn of the user (or several, with HelpSteer's marks between them), or as messages."""
+    """A prompt given as text, which is one turn of the user (or several, with NeMo's and HelpSteer's marks), or as messages."""
     value = written_messages(value, field)
     if not isinstance(value, str):
         return turns_of([value] if isinstance(value, dict) else value, field)
     if "<extra_id_1>" not in value:
         return (Turn("user", value),)
     first, *marked = _MARKS.split(value)
-    later = zip(marked[::2], marked[1::2], strict=True)
-    return (Turn("user", first), *(Turn(name.lower(), text) for name, text in later))
+    turns = [Turn(name.lower(), text) for name, text in zip(marked[::2], marked[1::2], strict=True)]
+    if turns and turns[-1] == answer(""):  # the mark that the answer follows
+        del turns[-1]
+    return (Turn("user", first), *turns) if first.strip() else tuple(turns)
 
 
 def history_of(value: object, field: str) -> Turns:
-    """Earlier rounds, as a list of [what the user said, what the assistant answered].
+    """Rounds of a conversation, as a list of [what the user said, what the assistant answered].
 
     Raises:
         RowFault: it is something else.
@@ -90,7 +96,8 @@ def prompt_given(row: Row, names: Sequence[str]) -> tuple[str, Turns]:
     there = [name for name in names if not is_empty(row.get(name))]
     name = there[0] if there else next((name for name in names if row.get(name) is not None), names[0])
     if second := next((other for other in there[1:] if other != "input" and row[other] != row[name]), None):
-        raise RowFault("unread", second, f"the row has a prompt in {name} and another in {second}")
+        message = f"the row has a prompt in {name} and another in {second}; --ignore-columns {second} leaves that out"
+        raise RowFault("unread", second, message)
     given = value_of(row, name)
     more = "input" if name != "input" and not is_empty(row.get("input")) else None
     if holds_messages(given):

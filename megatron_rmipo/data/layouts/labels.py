@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -14,11 +15,12 @@ LABEL_COLUMNS = ("label", "kto_tag")
 _DESIRABLE: Mapping[object, bool] = types.MappingProxyType(
     {1: True, 0: False, -1: False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False, "-1": False}
 )
+# By names without what stands between words, see :func:`_winner_value`.
 _WINNERS: Mapping[object, Verdict] = types.MappingProxyType(
     {
-        **dict.fromkeys(("first", "a", "model_a", "response_a", "output_1", "response_1", "response1"), "first"),
-        **dict.fromkeys(("second", "b", "model_b", "response_b", "output_2", "response_2", "response2"), "second"),
-        **dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both", "bothbad", "neither", "draw", "equal", "same"), "tie"),
+        **dict.fromkeys(("first", "a", "modela", "responsea", "assistanta", "output1", "response1"), "first"),
+        **dict.fromkeys(("second", "b", "modelb", "responseb", "assistantb", "output2", "response2"), "second"),
+        **dict.fromkeys(("tie", "tiebothbad", "both", "bothbad", "neither", "draw", "equal", "same"), "tie"),
     }
 )
 _ONE_AND_TWO: Mapping[object, Verdict] = types.MappingProxyType({1: "first", 2: "second", 0: "tie", 1.5: "tie"})
@@ -45,7 +47,8 @@ def is_desirable(row: Row) -> bool:
     label = value_of(row, name)
     found = _DESIRABLE.get(plain_value(label))
     if found is None:
-        raise RowFault("bad_label", name, f"true/false, yes/no, 1/0 or 1/-1 expected, found {shown(label)}")
+        remedy = f"; --ignore-columns {name} leaves out one that judges no answer"
+        raise RowFault("bad_label", name, f"true/false, yes/no, 1/0 or 1/-1 expected, found {shown(label)}{remedy}")
     return found
 
 
@@ -79,9 +82,18 @@ def by_scale(value: Any) -> Verdict | None:
     return "tie" if number in (0, 1.5) else "first" if number < 1.5 else "second"
 
 
+def _winner_value(value: object) -> object:
+    """A value as :func:`plain_value` has it, but true and false as 1 and 0, and ``[[A]]`` or ``Model_A`` as a name alone."""
+    plain = plain_value(value)
+    if not isinstance(plain, str):
+        return plain
+    name = re.sub(r"[\s_\-()\[\]]", "", plain) or plain
+    return {"true": 1.0, "false": 0.0}.get(name, name)
+
+
 def by_values(values: Mapping[object, Verdict]) -> Callable[[Any], Verdict | None]:
-    """A reading by a table of values."""
-    return lambda value: values.get(plain_value(value))
+    """A reading by a table of values, in the form of :func:`_winner_value`."""
+    return lambda value: values.get(_winner_value(value))
 
 
 by_name, by_number = by_values(_WINNERS), by_values(_ONE_AND_TWO)
@@ -98,8 +110,8 @@ def parse_winner_values(text: str) -> dict[object, Verdict]:
         meaning, equals, value = (part.strip() for part in item.partition("="))
         if meaning not in ("first", "second", "tie") or not equals or not value:
             raise DataError(f"--winner-values: {item.strip()!r} is not first=VALUE, second=VALUE or tie=VALUE.")
-        if values.setdefault(plain_value(value), meaning) != meaning:  # type: ignore[arg-type]
-            raise DataError(f"--winner-values: {value} has two meanings, {values[plain_value(value)]} and {meaning}.")
+        if values.setdefault(_winner_value(value), meaning) != meaning:  # type: ignore[arg-type]
+            raise DataError(f"--winner-values: {value} has two meanings, {values[_winner_value(value)]} and {meaning}.")
     if missing := {"first", "second"} - set(values.values()):
         raise DataError(f"--winner-values {text}: no value means {' or '.join(sorted(missing))}.")
     return values
@@ -111,7 +123,7 @@ def settle_winner_values(rows: Iterable[Row]) -> dict[object, Verdict]:
     Raises:
         DataError: its values have no meaning that goes without saying.
     """
-    found = {plain_value(row["winner"]): row["winner"] for row in rows if row.get("winner") is not None}
+    found = {_winner_value(row["winner"]): row["winner"] for row in rows if row.get("winner") is not None}
     if not found.keys() - _WINNERS.keys():
         return dict(_WINNERS)
     if {1.0, 2.0} <= found.keys() <= _ONE_AND_TWO.keys():

@@ -22,11 +22,18 @@ _MEANINGFUL = frozenset(
         *("rejectedresponse", "rejectedmessages"),
     }
 )
+# Columns that have a name of ours, by which any format, or the one that has "input", reads them.
+_OURS = {"context": "input", "systemprompt": "system", "systemmessage": "system", "functions": "tools"}
 
 
 def is_meaningful(name: str) -> bool:
-    """Whether a column of that name would change what is learned, were it read."""
-    return re.sub("[^a-z]", "", name.lower()) in _MEANINGFUL
+    """Whether a column of that name, or the end of a path, would change what is learned, were it read."""
+    words = _words(name)
+    return "".join(words) in _MEANINGFUL or "winner" in words  # a verdict may be told by several: winner_model_a, winner_tie
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower().rpartition(".")[2])
 
 
 def unread_columns(row: Row, expected: frozenset[str], pair: PreferencePair) -> list[str]:
@@ -61,7 +68,7 @@ def refuse_meaningful(unread: Mapping[str, object], form: str) -> None:
     found = [name for name in unread if is_meaningful(name)]
     if not found:
         return
-    lines = [f"  {name}, such as {shown(unread[name])}{_read_by(name)}" for name in found]
+    lines = [f"  {name}, such as {shown(unread[name])}{_read_by(name, form)}" for name in found]
     raise DataError(
         f"format {form} does not read these columns, which would change what is learned:\n"
         + "\n".join(lines)
@@ -69,6 +76,12 @@ def refuse_meaningful(unread: Mapping[str, object], form: str) -> None:
     )
 
 
-def _read_by(name: str) -> str:
-    readers = [form for form, made in FORMATS.items() if name in made.reads]
-    return f" (read by --format {' or '.join(readers)})" if readers else ""
+def _read_by(name: str, form: str) -> str:
+    """How a column could be read, for messages: under a name of ours, or by another format."""
+    ways = [f"--format {other}" for other, made in FORMATS.items() if name in made.reads]
+    ours = _OURS.get("".join(_words(name)))
+    if ours is not None and (ours != "input" or ours in FORMATS[form].reads):
+        ways.insert(0, f"--columns {ours}={name}")
+    if not ways and "winner" in _words(name):
+        return " (one column tells the verdict: without this one, what it says is lost)"
+    return f" (read by {' or '.join(ways)})" if ways else ""

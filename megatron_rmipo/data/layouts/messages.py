@@ -12,6 +12,7 @@ What stands in a message counts or rejects the row:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 _BOOKKEEPING = frozenset(
     {
         *("id", "message_id", "uuid", "parent_id", "index", "turn", "turn_id", "timestamp", "created_at", "date"),
-        *("lang", "language", "model", "model_name", "source", "score", "rating"),
+        *("lang", "language", "model", "model_name", "source", "score", "rating", "rank", "category"),
+        *("num_tokens", "token_count", "finish_reason", "synthetic", "deleted"),
+        *("toxic", "redacted", "country", "state", "hashed_ip", "header", "turn_identifier", "openai_id"),  # WildChat's
     }
 )
 _LEARNED_MARKS = frozenset({"weight", "train", "loss", "trainable", "learn"})
@@ -98,6 +101,20 @@ def written_messages(value: Any, field: str) -> Any:
     return from_json(value, field, "messages as JSON")
 
 
+def without_fields(value: Any, names: frozenset[str]) -> Any:
+    """A value of a column whose messages, also as JSON text, have no fields of these names; others stay as they are."""
+    if isinstance(value, str) and holds_messages(value):
+        with contextlib.suppress(RowFault):  # told where the column is read
+            value = written_messages(value, "")
+    if isinstance(value, list):
+        return [without_fields(item, names) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if not value.keys().isdisjoint(_ROLE_KEYS):
+        return {key: item for key, item in value.items() if key not in names or key in (*_ROLE_KEYS, *_TEXT_KEYS)}
+    return {key: without_fields(item, names) for key, item in value.items()}
+
+
 def turn_of(message: object, field: str) -> Turn:
     """A message in OpenAI's (role, content) or ShareGPT's (from, value) spelling, whatever the capitals of its role.
 
@@ -115,6 +132,8 @@ def turn_of(message: object, field: str) -> Turn:
 
 def _full_turn(message: Mapping[str, Any], field: str) -> Turn:
     written = _one_of(message, _ROLE_KEYS, field)
+    if written is None:
+        raise RowFault("malformed", field, f"a message has no role: {shown(message)}")
     name = written.strip().lower() if isinstance(written, str) else None
     if name is None or (name not in ROLES and name not in _CALL_ROLES):
         raise RowFault(

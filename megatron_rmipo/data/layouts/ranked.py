@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_rmipo.data.layouts.conversations import (
     INSTRUCTIONS,
     Turns,
@@ -18,6 +20,7 @@ from megatron_rmipo.data.reading.rows import PreferencePair, Row, RowFault, show
 RANKED_COLUMNS = ("completions", "answers", "responses")
 _PROMPTS = ("context", "prompt", *INSTRUCTIONS)
 _TEXTS = ("completion", "response", "answer", "text", "content")
+_QUALITY = re.compile("score|rating|reward|rank|vote|selected", re.IGNORECASE)  # part of a name that may say which is better
 
 
 def has_ranks(row: Row) -> bool:
@@ -34,11 +37,12 @@ def has_ranks(row: Row) -> bool:
 def parse_ranked(row: Row) -> PreferencePair:
     """The best of the answers as chosen, the worst as rejected, by their ``rank``, of which the lowest is the best.
 
-    Answers without ranks are in their order, the best first. Of several with the same rank the first counts; those between
-    the best and the worst are not used.
+    Answers without ranks are in their order, the best first, unless something else in them may say which is better. Of several
+    with the same rank the first counts; those between the best and the worst are not used.
 
     Raises:
-        RowFault: fewer than two, some with and some without a rank, all of one rank, or one that cannot be read.
+        RowFault: fewer than two, some with and some without a rank, all of one rank, a score instead of one, or one that cannot
+            be read.
     """
     column = next((name for name in RANKED_COLUMNS if row.get(name) is not None), RANKED_COLUMNS[0])
     given = value_of(row, column)
@@ -46,6 +50,7 @@ def parse_ranked(row: Row) -> PreferencePair:
         raise RowFault("malformed", column, f"a list of two or more answers expected, found {shown(given)}")
     ranks = [item.get("rank") if isinstance(item, dict) else None for item in given]
     if all(rank is None for rank in ranks):
+        _refuse_other_marks(given, column)
         ranks = list(range(len(given)))
     numbers = [number_of(rank, column) for rank in ranks]
     if min(numbers) == max(numbers):
@@ -54,6 +59,14 @@ def parse_ranked(row: Row) -> PreferencePair:
     before_worst, worst = answer_of(_answer(given[numbers.index(max(numbers))], column), column)
     field, prompt = _prompt(row)
     return PreferencePair(told_twice(prompt, one_prompt(before_best, before_worst), field), best, worst)
+
+
+def _refuse_other_marks(given: list[object], column: str) -> None:
+    """Refuse answers without ranks that are scored: they need not stand in the order of their scores."""
+    marks = {name for item in given if isinstance(item, dict) for name in item if _QUALITY.search(name)}
+    if marks:
+        message = f"the answers have {', '.join(sorted(marks))}, which is not read, and no rank; give each a rank, 1 for the best"
+        raise RowFault("unread", column, message)
 
 
 def _answer(item: object, column: str) -> object:

@@ -13,7 +13,7 @@ from megatron_rmipo.data.layouts.conversations import with_system
 from megatron_rmipo.data.layouts.formats import FORMATS, refuse_mixed
 from megatron_rmipo.data.layouts.labels import Verdict, by_values
 from megatron_rmipo.data.layouts.leftovers import is_meaningful, unread_columns
-from megatron_rmipo.data.layouts.messages import UNLEARNED
+from megatron_rmipo.data.layouts.messages import UNLEARNED, without_fields
 from megatron_rmipo.data.layouts.scores import SCORE_NAMES, VALUE_COLUMNS, compare_scores, pair_values
 from megatron_rmipo.data.layouts.variables import VARIABLE_COLUMNS, template_variables
 from megatron_rmipo.data.layouts.which_won import WHICH_WON
@@ -144,10 +144,14 @@ class RowReader:
 
 
 def own_columns(row: Row, columns: Mapping[str, str], ignored: frozenset[str]) -> Row:
-    """The row under our names, without the columns to be left out."""
-    if not ignored.isdisjoint(row):
-        row = {name: value for name, value in row.items() if name not in ignored}
-    return rename_columns(row, columns)
+    """The row under our names, without the columns, and the fields of messages, to be left out."""
+    row = rename_columns(row, columns)
+    if not ignored:
+        return row
+    kept = {name: value for name, value in row.items() if name not in ignored or name in columns}
+    with contextlib.suppress(RecursionError):  # a row nested so deeply is refused where it is read
+        return {name: value if name in VARIABLE_COLUMNS else without_fields(value, ignored) for name, value in kept.items()}
+    return kept
 
 
 def columns_read(form: str, columns: Mapping[str, str]) -> frozenset[str]:

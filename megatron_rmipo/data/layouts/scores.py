@@ -16,6 +16,7 @@ SCORE_COLUMNS = (
     ("chosen_score", "rejected_score"),
     ("score_chosen", "score_rejected"),
     ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
     ("chosen_reward", "rejected_reward"),
@@ -67,7 +68,14 @@ def pair_values(row: Row) -> dict[str, float]:
     Raises:
         RowFault: one is no finite number, beta is not positive or weight is negative.
     """
-    values = {name: number_of(row[name], name) for name in VALUE_COLUMNS if row.get(name) is not None}
+    values = {}
+    for name in VALUE_COLUMNS:
+        if row.get(name) is not None:
+            try:
+                values[name] = number_of(row[name], name)
+            except RowFault as fault:
+                remedy = f"; --ignore-columns {name} leaves out a column that is not for an objective"
+                raise RowFault(fault.reason, name, fault.message + remedy) from None
     for name, (bound, itself) in _AT_LEAST.items():
         if name in values and not (values[name] > bound or (itself and values[name] == bound)):
             raise RowFault(

@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--ignore-columns",
         metavar="COLUMN,...",
-        help="leave these columns out; one that would change what is learned is an error",
+        help="leave out these columns, and the fields of messages that are called so; without it, what would change what is "
+        "learned and is not read is refused",
     )
     group.add_argument(
         "--winner-values",

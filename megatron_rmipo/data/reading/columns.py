@@ -21,18 +21,30 @@ _INDEX = re.compile(r"-?\d+")
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with the columns of ``--columns`` under our names.
 
+    A mapping that a path reaches into is taken apart, so that what no path takes of it is a column, too: ``answers.note``.
+
     Args:
         row: column -> value.
         columns: ours -> theirs: the name of a column, else a path to a nested value.
     """
     if not columns:
         return row
-    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
+    taken: dict[str, Any] = {}
+    parted: dict[str, dict[str, Any]] = {}
     for ours, theirs in columns.items():
-        value = row[theirs] if theirs in row else _nested(row, _steps(theirs))
-        if value is not None:
-            renamed[ours] = value
-    return renamed
+        if theirs in row:
+            taken[ours] = row[theirs]
+            continue
+        first, *steps = _steps(theirs)
+        whole = _opened(row.get(first))
+        taken[ours] = _nested(whole, steps)
+        if isinstance(whole, dict) and steps:
+            parted.setdefault(first, dict(whole)).pop(steps[0], None)
+    used = {*columns, *columns.values(), *parted}
+    renamed = {key: value for key, value in row.items() if key not in used}
+    for first, rest in parted.items():
+        renamed |= {f"{first}.{key}": value for key, value in rest.items()}
+    return renamed | {ours: value for ours, value in taken.items() if value is not None}
 
 
 @functools.cache
@@ -42,17 +54,23 @@ def _steps(path: str) -> tuple[str, ...]:
 
 
 def _nested(value: Any, steps: Sequence[str]) -> Any:
-    """What the steps lead to, None where one leads nowhere; a value that is JSON text is read."""
+    """What the steps lead to, None where one leads nowhere."""
     for step in steps:
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                value = json.loads(value)
+        value = _opened(value)
         if isinstance(value, dict):
             value = value.get(step)
         elif isinstance(value, list) and _INDEX.fullmatch(step) and -len(value) <= int(step) < len(value):
             value = value[int(step)]
         else:
             return None
+    return value
+
+
+def _opened(value: Any) -> Any:
+    """A value, or what it holds where it is JSON text."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
     return value
 
 

@@ -101,9 +101,8 @@ def _values(text: str, name: str) -> list[Any]:
         except RecursionError:
             raise DataError(f"{name}: nested too deeply to be rows. {REMEDY}") from None
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name}: line {error.lineno}: not valid JSON ({error.msg}). A file with one object a line is named .jsonl."
-            ) from None
+            rows = "the objects of a file stand one on a line, without commas between them, or in one list"
+            raise DataError(f"{name}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); {rows}.") from None
         values.append(value)
         place = _next_filled(text, end)
     return values

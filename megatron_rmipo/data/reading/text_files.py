@@ -170,10 +170,8 @@ def _refuse_other_kinds(head: bytes, name: str) -> None:
         place = (head[:4] + b"\x00").index(b"\x00")
         width = "32" if b"\x00\x00" in head[:4] else "16"
         found = f"UTF-{width}{'LE' if place else 'BE'}"
-        raise DataError(
-            f"{name}: the file is not UTF-8 but {found}, without a byte order mark. "
-            f"Convert it, as with iconv -f {found} -t UTF-8 {name}."
-        )
+        problem = f"the file is not UTF-8 but {found}, without a byte order mark"
+        raise DataError(f"{name}: {problem}. Convert it, as with\n{_conversion(found, name)}")
 
 
 def _refuse_other_encodings(head: bytes, name: str, line_end: bytes) -> None:
@@ -197,11 +195,13 @@ def _decodes(line: bytes, *, whole: bool) -> bool:
 def _not_utf_8(name: str, problem: str, sample: bytes) -> DataError:
     found = _encodings_of(sample)
     may_be = f" It may be {' or '.join(found)}: look at it, and convert it" if found else " Convert it"
-    unpacked = name.removesuffix(".gz").removesuffix(".zst")
-    return DataError(
-        f"{name}: the file is not UTF-8: {problem}.{may_be}, as with\n"
-        f"  iconv -f {found[0] if found else 'ITS-ENCODING'} -t UTF-8 {unpacked} > CONVERTED"
-    )
+    conversion = _conversion(found[0] if found else "ITS-ENCODING", name)
+    return DataError(f"{name}: the file is not UTF-8: {problem}.{may_be}, as with\n{conversion}")
+
+
+def _conversion(encoding: str, name: str) -> str:
+    """The command that makes UTF-8 of a file, which iconv reads unpacked."""
+    return f"  iconv -f {encoding} -t UTF-8 {name.removesuffix('.gz').removesuffix('.zst')} > CONVERTED"
 
 
 def _encodings_of(sample: bytes) -> list[str]:

@@ -212,7 +212,9 @@ def test_what_a_template_leaves_out_is_refused(
     fault = _encode(qwen3[1], pair._replace(**change))
     assert isinstance(fault, RowFault)
     assert (fault.reason, fault.field) == ("template", field)
-    assert fault.message.endswith(left_out)
+    problem, _, remedy = fault.message.partition("; --ignore-columns ")
+    assert problem.endswith(left_out)
+    assert bool(remedy) == (left_out not in ("content", "tool_calls"))
 
 
 def test_a_call_that_is_not_shown_is_refused_though_another_is(tmp_path: Path) -> None:

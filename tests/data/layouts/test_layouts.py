@@ -52,6 +52,11 @@ PAIRS: list[tuple[str, dict[str, Any], PreferencePair]] = [
     ("messages", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, PAIR),  # OpenRLHF, TRL
     (
         "sharegpt",
+        {"conversation": [{"input": "Why?", "output": "good"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        PAIR,
+    ),  # Capybara
+    (
+        "sharegpt",
         {
             "conversations": [{"from": "human", "value": "Why?"}],
             "chosen": {"from": "gpt", "value": "good"},
@@ -89,6 +94,10 @@ def test_pairs_of_other_layouts_are_recognised_and_read(name: str, row: dict[str
             (Turn("system", "s"), *ROUNDS, Turn("user", "Why?\nIt is.")),
         ),
         ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "good"}]}, PAIR.prompt),
+        (
+            {"conversation": [{"input": "q", "output": "a"}, {"input": "Why?", "output": "good"}]},
+            (*ROUNDS, *PAIR.prompt),
+        ),
     ],
 )
 def test_one_answer_of_other_layouts_is_recognised_and_read(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
@@ -107,6 +116,11 @@ def test_ranks_that_tell_nothing_are_refused() -> None:
             read({"prompt": "Why?", "answers": given})
         assert (fault.value.reason, fault.value.field) == (reason, "answers")
     assert read({"prompt": "Why?", "answers": ["good", "so", "bad"]}, form="ranked")[1] == PAIR
+    for mark in ("overall_score", "pm_score", "Rating"):  # UltraFeedback's and Stack Exchange's answers are in no order
+        scored = [{"response": "bad", "model": "a", mark: 1}, {"response": "good", "model": "b", mark: 9}]
+        with pytest.raises(RowFault, match=f"the answers have {mark}, which is not read, and no rank") as fault:
+            read({"instruction": "Why?", "completions": scored}, form="ranked")
+        assert (fault.value.reason, fault.value.field) == ("unread", "completions")
 
 
 def test_instructions_told_twice_and_answers_told_twice_are_refused() -> None:
@@ -128,14 +142,21 @@ WON = [  # layout, row but the verdict, column of the verdict, values that mean 
     ("pandalm", won("response1", "response2", {"instruction": "Why?", "input": ""}), "annotator1", (1,), (2, "2"), (0,)),
     ("helpsteer2", won("response_1", "response_2", {"prompt": "Why?"}), "preference_strength", (-3, -1), (2,), (0,)),
     ("helpsteer3", won("response1", "response2", {"context": [USER]}), "overall_preference", (-2,), (1, 3), (0,)),
-    ("which_won", won("first", "second", {"prompt": "Why?"}), "winner", ("A", "model_a"), ("second",), ("Tie", "both")),
+    (
+        "which_won",
+        won("first", "second", {"prompt": "Why?"}),
+        "winner",
+        ("A", "model_a", "[[A]]", "Response 1"),
+        ("second", "assistant-b"),
+        ("Tie", "both", "Both_Bad"),
+    ),
     (
         "arena",
         {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD]},
         "winner",
         ("model_a",),
         ("model_b",),
-        ("tie", "tie (bothbad)"),
+        ("tie", "tie (bothbad)", "both_bad"),
     ),
 ]
 
@@ -160,9 +181,17 @@ def test_who_won_is_read(name: str, row: dict[str, Any], column: str, first: Any
             assert "--winner-values" in str(fault.value)
 
 
-def test_turns_within_a_helpsteer_prompt_are_turns() -> None:
-    prompt = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nWhy?"
-    assert read({**WON[3][1], "prompt": prompt, "preference_strength": -1})[1].prompt == (*ROUNDS, *PAIR.prompt)
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        ("q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nWhy?", (*ROUNDS, *PAIR.prompt)),
+        ("<extra_id_0>System\ns\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n", (Turn("system", "s"), *PAIR.prompt)),
+        ("<extra_id_0>System\n\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant", PAIR.prompt),
+    ],
+)
+def test_turns_within_a_prompt_of_helpsteer_or_nemo_are_turns(prompt: str, turns: tuple[Turn, ...]) -> None:
+    row = {"prompt": prompt, "response_1": "good\n<extra_id_1>", "response_2": "bad", "preference_strength": -1}
+    assert read(row)[1] == PAIR._replace(prompt=turns)
 
 
 def test_most_annotators_decide() -> None:
@@ -189,6 +218,33 @@ def test_columns_and_values_of_the_winner_may_be_named() -> None:
     options = settle_reading([{**row, "better": value} for value in (1, 0, 2)], parse_columns(columns))
     assert RowReader(options)({**row, "better": 2}).chosen == answer("bad")
     assert read({**WON[0][1], "preference": 1}, winner_values="first=2,second=1")[1].chosen == answer("bad")
+    for values in ("first=true,second=false", "first=1,second=0"):  # a column of booleans
+        assert read({**row, "better": True}, columns, winner_values=values) == ("which_won", PAIR)
+        assert read({**row, "better": "False"}, columns, winner_values=values)[1].chosen == answer("bad")
+
+
+def test_a_verdict_in_a_column_for_each_answer_is_not_read_by_halves() -> None:
+    row = {"prompt": "Why?", "response_a": "good", "response_b": "bad"}
+    row |= {
+        "winner_model_a": 0,
+        "winner_model_b": 0,
+        "winner_tie": 1,
+    }  # who reads the first alone takes the second for the winner
+    with pytest.raises(DataError, match=r"(?s)winner_model_b, .*winner_tie, such as int 1 \(one column tells"):
+        read(row, "first=response_a,second=response_b,winner=winner_model_a", winner_values="first=1,second=0")
+
+
+def test_what_stands_beside_a_nested_prompt_is_used_named_or_refused() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"input": {"messages": [USER], "tools": tools, "parallel_tool_calls": True}}  # OpenAI's layout of preferences
+    row |= {"preferred_output": [GOOD], "non_preferred_output": [BAD]}
+    columns = "prompt=input.messages,chosen=preferred_output,rejected=non_preferred_output"
+    with pytest.raises(DataError, match=r"input\.tools, such as list .*"):
+        read(row, columns)
+    assert read(row, columns, ignore_columns="input.tools") == ("messages", PAIR)
+    options = settle_reading([row], parse_columns(columns + ",tools=input.tools"))
+    assert options.unread == {"input.parallel_tool_calls"}
+    assert RowReader(options)(row) == PAIR._replace(variables={"tools": tools})
 
 
 @pytest.mark.parametrize("text", ["first=1", "first=1,second=1", "first=1,second=", "1,2", "best=1,second=2"])

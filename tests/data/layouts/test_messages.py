@@ -70,7 +70,8 @@ def test_a_message_counts_whole(message: dict[str, Any], turn: Turn) -> None:
     ("message", "reason", "says"),
     [
         ({"role": "narrator", "content": "a"}, "malformed", "narrator"),
-        ({"role": None, "content": "a"}, "malformed", "None"),
+        ({"role": None, "content": "a"}, "malformed", "no role"),
+        ({"0": "a"}, "malformed", "no role: dict {'0': 'a'}"),
         ({"role": "user", "from": "gpt", "content": "a"}, "malformed", "two things"),
         ({"role": "user", "content": "a", "value": "b"}, "malformed", "two things"),
         ({"role": "user", "content": None}, "not_text", "NoneType"),

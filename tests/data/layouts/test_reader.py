@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -74,7 +75,12 @@ def test_an_empty_system_turn_is_left_out() -> None:
 
 @pytest.mark.parametrize(("high", "low"), [("4.0", 4), (4, 4.0), ("4", "4.00"), (" 4 ", 4.0)])
 def test_a_tie_is_one_in_any_writing(high: object, low: object) -> None:
-    for names in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
+    for names in (
+        ("chosen_score", "rejected_score"),
+        ("score_chosen", "score_rejected"),
+        ("chosen-rating", "rejected-rating"),
+        ("chosen_avg_rating", "rejected_avg_rating"),
+    ):
         scores = dict(zip(names, (high, low), strict=True))
         for row in ({**GOOD, **scores}, {**GOOD, "metadata": scores}):
             with pytest.raises(RowFault) as fault:
@@ -114,6 +120,8 @@ def test_numbers_of_the_pair_are_kept_beside_it() -> None:
         with pytest.raises(RowFault) as fault:
             read({**GOOD, **beside})
         assert (fault.value.reason, fault.value.field) == ("not_number", next(iter(beside)))
+    with pytest.raises(RowFault, match="found str 'wide'; --ignore-columns margin leaves out"):
+        read({**GOOD, "margin": "wide"})
 
 
 @pytest.mark.parametrize(
@@ -143,6 +151,36 @@ def test_a_column_that_changes_what_is_learned_is_used_or_refused(column: str) -
     for empty in (None, "", " ", [], [{"a": None}]):
         assert read({**GOOD, column: empty}).prompt == (Turn("user", "Why?"),)
     assert settle_reading([{**GOOD, "instruction": "Why?"}], {}).unread == frozenset()  # says what the prompt says
+
+
+def test_a_refused_column_is_told_what_reads_it() -> None:
+    row = {"instruction": "Why?", "response": "Because.", "context": "It is.", "system_prompt": "Be brief."}
+    says = r"(?s)context, .*\(read by --columns input=context or .*system_prompt, .*\(read by --columns system=system_prompt\)"
+    with pytest.raises(DataError, match=says):
+        settle_reading([row], {})
+    columns = {"input": "context", "system": "system_prompt"}
+    prompt = (Turn("system", "Be brief."), Turn("user", "Why?\nIt is."))
+    assert RowReader(settle_reading([row], columns))(row).prompt == prompt
+    with pytest.raises(DataError, match=r"context, such as str 'It is\.' \(read by --format ranked"):  # no input there
+        settle_reading([{**GOOD, "context": "It is."}], {})
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_fields_of_messages_may_be_left_out(as_text: bool) -> None:
+    def told(text: str, mood: str) -> Any:
+        turns = [
+            {"role": "user", "content": "Why?", "mood": mood},
+            {"role": "assistant", "content": text, "mood": mood, "num_tokens": 2},
+        ]
+        return json.dumps(turns) if as_text else turns
+
+    row = {"chosen": told("Because.", "calm"), "rejected": told("No idea.", "wild"), "tools": [{"name": "f", "mood": "m"}]}
+    with pytest.raises(RowFault) as fault:  # the two prompts differ in it
+        read(row, "messages")
+    assert fault.value.reason == "prompt_mismatch"
+    pair = pair_of((Turn("user", "Why?"),), "Because.", "No idea.")
+    ignored = frozenset({"mood", "content"})  # content is what a message is, however a column is called
+    assert read(row, "messages", ignored=ignored) == pair._replace(variables={"tools": row["tools"]})
 
 
 def test_other_columns_that_nobody_reads_are_named() -> None:

@@ -1,10 +1,13 @@
 """Preprocessing of whatever a file may hold: an answer in our own words, and no row lost.
 
-``RMIPO_FUZZ_ROWS`` sets how many rows are tried.
+Rows of any content in files that are whole, and files of any bytes. ``RMIPO_FUZZ_ROWS`` sets how many rows are tried.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 from collections import Counter
@@ -19,9 +22,11 @@ from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer
 from megatron_rmipo.data.layouts.formats import FORMATS
 from megatron_rmipo.data.pair_store import PairStore
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
+from megatron_rmipo.data.reading.sources import open_sources
 from megatron_rmipo.errors import DataError
+from tests.data.reading.files import zstd
 
-NUM_ROWS = int(os.environ.get("RMIPO_FUZZ_ROWS", "1200"))
+NUM_ROWS = int(os.environ.get("RMIPO_FUZZ_ROWS", "600"))
 ROWS_PER_FILE = 20
 COLUMNS = [
     *("prompt", "chosen", "rejected", "messages", "conversations", "completion", "response", "label", "system", "tools"),
@@ -30,9 +35,9 @@ COLUMNS = [
 ]
 ROLES = ["user", "assistant", "system", "tool", "human", "gpt", "USER", "developer", "observation", "function_call", "", "x"]
 
-anything = st.characters()  # lone surrogates among them
+anything = st.characters(exclude_categories=())  # lone surrogates among them
 words = st.text(anything, max_size=12) | st.sampled_from(
-    ["Why?", "Because.", " ", "", "\n\nHuman: a\n\nAssistant: b", "<|eot_id|>", "{"]
+    ["Why?", "Because.", " ", "", "\n\nHuman: a\n\nAssistant: b", "<|eot_id|>", "{", "\ud83d"]
 )
 numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2**70, 0.5])
 nested = st.recursive(
@@ -83,6 +88,35 @@ lines = (
     | st.binary(max_size=20)
     | nested.map(lambda content: json.dumps(content).encode())
 )
+
+
+def as_json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def as_cells(records: list[list[str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["prompt", "chosen", "rejected"], *records])
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz", ".csv.zst")
+ENCODINGS = ("utf-16", "utf-32", "utf-16-le", "gbk", "latin-1")
+pair_rows = st.lists(st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words}), max_size=4)
+contents = st.one_of(
+    st.tuples(st.lists(lines, max_size=6), st.sampled_from([b"\n", b"\r", b"\r\n"])).map(lambda drawn: drawn[1].join(drawn[0])),
+    st.lists(st.lists(words, min_size=2, max_size=4), max_size=5).map(as_cells),
+    st.tuples(pair_rows, st.sampled_from(ENCODINGS)).map(
+        lambda drawn: "\n".join(json.dumps(row, ensure_ascii=False) for row in drawn[0]).encode(drawn[1], "replace")
+    ),
+    st.lists(row, max_size=4).map(as_json),
+    nested.map(as_json),
+    st.binary(max_size=60),
+)
+packers = st.sampled_from(
+    [bytes, gzip.compress, zstd, lambda content: gzip.compress(content)[:-4], lambda content: zstd(content)[:-2]]
+)
+SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 good = json.dumps({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}).encode()
 
 
@@ -113,13 +147,7 @@ def num_lines(path: Path) -> int:
 def test_whatever_a_file_holds_is_kept_or_listed(kind: str, byte_bpe: PreferenceTokenizer, tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
 
-    @settings(
-        max_examples=max(1, NUM_ROWS // ROWS_PER_FILE // 3),
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
+    @settings(SETTINGS, max_examples=max(1, NUM_ROWS // ROWS_PER_FILE // 3))
     @given(st.lists(lines, min_size=ROWS_PER_FILE, max_size=ROWS_PER_FILE), st.sampled_from(sorted(FORMATS)))
     def check(drawn: list[bytes], row_format: str) -> None:
         drawn = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in drawn]
@@ -140,3 +168,17 @@ def test_whatever_a_file_holds_is_kept_or_listed(kind: str, byte_bpe: Preference
     check()
     print(kind, dict(outcomes))
     assert outcomes["listed"] > 0
+
+
+@settings(SETTINGS, max_examples=max(100, NUM_ROWS // ROWS_PER_FILE))
+@given(contents, st.sampled_from(ENDINGS), packers, st.sampled_from([None, None, "[:3]", "train[-2:]", "[10%:50%]"]))
+def test_any_bytes_are_refused_or_their_rows_kept_or_listed(
+    pieces: PreferenceTokenizer, tmp_path: Path, content: bytes, ending: str, packed: Any, split: str | None
+) -> None:
+    path, prefix = tmp_path / f"a{ending}", tmp_path / "out"
+    path.write_bytes(packed(content))
+    for left in tmp_path.glob("out*"):
+        left.unlink()
+    counts = counted(PreprocessOptions((str(path),), "made here", str(prefix), split=split, chat_template="hh"), pieces)
+    if "refused" not in counts:
+        assert counts["rows"] == counts["kept"] + counts["listed"] == sum(1 for _ in open_sources(str(path), split)[0])

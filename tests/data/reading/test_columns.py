@@ -15,6 +15,16 @@ def test_columns_are_renamed_and_may_be_nested() -> None:
     assert "chosen" not in rename_columns({"chosen": "stale"}, {"chosen": "absent"})
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_no_path_takes_of_a_mapping_is_a_column(as_text: bool) -> None:
+    given = {"messages": ["m"], "tools": ["f"], "id": 7}
+    row = rename_columns(
+        {"input": json.dumps(given) if as_text else given, "other": 1}, parse_columns("prompt=input.messages[0],first=input.no")
+    )
+    assert row == {"prompt": "m", "input.tools": ["f"], "input.id": 7, "other": 1}
+    assert rename_columns({"input": given}, {"input": "input.id"}) == {"input": 7, "input.messages": ["m"], "input.tools": ["f"]}
+
+
 MESSAGES = [{"content": "first"}, {"content": "last"}]
 ROW = {
     "messages": MESSAGES,
