@@ -64,11 +64,11 @@ def draw_margins(path: Path, runs: Sequence[MarginRun]) -> None:
             f"--picture {path}: the package matplotlib is missing. Install it with pip install 'megatron-rmipo[plots]', or leave "
             "the flag out."
         ) from error
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(13.5, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     schedule, margins, gaps = figure.subplots(1, 3)
     for number, run in enumerate(runs):
-        _draw_schedule(schedule, run, f"C{number}")
+        _draw_schedule(schedule, run, f"C{number}", marker_size=max(2.0, 7.0 - 2.0 * number))
     columns = _columns(runs, "gamma")
     every = np.concatenate([values for pair in columns for values in pair])
     _draw_densities(margins, runs, columns, (float(every.min()) - 0.1, float(every.max()) + 0.1))
@@ -83,7 +83,7 @@ def draw_margins(path: Path, runs: Sequence[MarginRun]) -> None:
     gaps.axvline(0.0, color="grey", linewidth=0.8)
     for axes in (schedule, margins, gaps):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below: it would hide a curve
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=100)
@@ -102,14 +102,15 @@ def density(values: Column, points: Column) -> Column:
     return heights
 
 
-def _draw_schedule(axes: Any, run: MarginRun, color: str) -> None:
+def _draw_schedule(axes: Any, run: MarginRun, color: str, marker_size: float) -> None:
+    """The schedule with a mark for each pair; smaller ones show those of earlier runs beneath them."""
     points = torch.linspace(*_DPMI_RANGE, _POINTS)
     axes.plot(points, run.objective.target_margin(points), color=color, linewidth=1.0, label=run.label)
     signals = _values(run.last, "dpmi" if run.objective.config.margin_signal == "pmi" else "gap")
     gammas = _values(run.last, "gamma")
     # Not so where some pairs have a value that is not finite.
     if len(signals) == len(gammas):
-        axes.plot(signals.clip(*_DPMI_RANGE), gammas, "o", color=color, markersize=4, alpha=0.5)
+        axes.plot(signals.clip(*_DPMI_RANGE), gammas, "o", color=color, markersize=marker_size, alpha=0.5)
 
 
 def _draw_densities(
