@@ -19,7 +19,7 @@ from tests.harness import run_distributed
 from tests.integration.problem import NUM_PAIRS, collection, make_hf_model, make_pairs
 from tests.integration.worlds import Case, build_batches
 
-# Megatron's own: how many pairs there are, and the gradient's norm.
+# Megatron's own, of which newer versions have fewer: how many pairs there are, and the gradient's norm.
 MEGATRONS = {
     "item megatron/core/distributed/finalize_model_grads.py:finalize_model_grads": 1,
     "item megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 1,
@@ -69,7 +69,7 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_look_at_the_whole_b
     found = run_distributed(waits_of, 1, str(make_hf_model(tmp_path / "hf", layers=1)), list(looks))[0]
     for name, (num_packs, step, evaluation) in found.items():
         assert num_packs > 2, "so that a wait for each pack would show"
-        assert step == {**MEGATRONS, OURS: 1 + looks[name]}, name
+        assert step - Counter(MEGATRONS) == {OURS: 1 + looks[name]}, name
         assert evaluation == {OURS: 1 + looks[name]}, name
 
 
