@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import multiprocessing
+import multiprocessing.managers
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -64,6 +65,7 @@ def digests_of_writes() -> Iterator[WrittenDigests]:
 
     They are forked within it, so that they open their files as this process would, and hand the digests back through a pipe.
     """
+    _start_results_queue()
     written, pipe = WrittenDigests(), multiprocessing.get_context("fork").SimpleQueue()
     module: Any = filesystem_async
     # Its own name for the builtin, which it would look up next.
@@ -86,3 +88,12 @@ def digests_of_writes() -> Iterator[WrittenDigests]:
             else:
                 written.digests[name] = outcome
         pipe.close()
+
+
+def _start_results_queue() -> None:
+    """Start what Megatron-Core gathers its writers' results in, where it has not: its server would outlive a killed rank."""
+    module: Any = filesystem_async
+    if module._results_queue is None:
+        manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=end_with_parent)
+        module._results_queue = manager.Queue()
