@@ -83,24 +83,22 @@ class RowReader:
             raise RowFault("malformed", "", "nested too deeply") from None
         return pair
 
-    def unread(self, rows: Iterable[Row]) -> dict[str, object]:
-        """The columns that nobody reads of those rows that can be used, each with its first value."""
-        found: dict[str, object] = {}
-        for row in (own_columns(row, self._options.columns, self._options.ignored) for row in rows):
-            with contextlib.suppress(RowFault, RecursionError):
-                for name in unread_columns(row, self._expected, self._read(row)):
-                    found.setdefault(name, row[name])
-        self.counts.clear()
-        return found
+    def survey(self, rows: Iterable[Row]) -> tuple[dict[str, object], tuple[str, ...]]:
+        """What those rows that can be used have beside their pairs.
 
-    def value_columns(self, rows: Iterable[Row]) -> tuple[str, ...]:
-        """Names of the numbers that any of those rows that can be used has beside its pair, sorted."""
-        found: set[str] = set()
+        Returns:
+            The columns that nobody reads, each with its first value; the names of the numbers of a pair, sorted.
+        """
+        unread: dict[str, object] = {}
+        values: set[str] = set()
         for row in (own_columns(row, self._options.columns, self._options.ignored) for row in rows):
             with contextlib.suppress(RowFault, RecursionError):
-                found.update(self._read(row).values)
+                pair = self._read(row)
+                values.update(pair.values)
+                for name in unread_columns(row, self._expected, pair):
+                    unread.setdefault(name, row[name])
         self.counts.clear()
-        return tuple(sorted(found))
+        return unread, tuple(sorted(values))
 
     def _check_values(self, pair: PreferencePair) -> None:
         """Refuse a row that lacks a number which the data set has, or has one that it lacks: neither is made up or lost."""

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from megatron_rmipo.data.layouts.labels import plain_value
 from megatron_rmipo.data.reading.rows import Row, RowFault, shown
 
@@ -66,7 +68,7 @@ def pair_values(row: Row) -> dict[str, float]:
     """The numbers of :data:`VALUE_COLUMNS` that a row has.
 
     Raises:
-        RowFault: one is no finite number, beta is not positive or weight is negative.
+        RowFault: one is no finite number in fp32, as which it is kept; beta is not positive or weight is negative.
     """
     values = {}
     for name in VALUE_COLUMNS:
@@ -76,8 +78,13 @@ def pair_values(row: Row) -> dict[str, float]:
             except RowFault as fault:
                 remedy = f"; --ignore-columns {name} leaves out a column that is not for an objective"
                 raise RowFault(fault.reason, name, fault.message + remedy) from None
+    with np.errstate(over="ignore"):
+        kept = {name: float(np.float32(value)) for name, value in values.items()}
+    for name, value in kept.items():
+        if not math.isfinite(value):
+            raise RowFault("not_number", name, f"{name} is {values[name]:g}, which is beyond the numbers of fp32")
     for name, (bound, itself) in _AT_LEAST.items():
-        if name in values and not (values[name] > bound or (itself and values[name] == bound)):
+        if name in kept and not (kept[name] > bound or (itself and kept[name] == bound)):
             raise RowFault(
                 "not_number", name, f"{name} is {values[name]:g}; it must be {'at least' if itself else 'above'} {bound}"
             )

@@ -49,10 +49,9 @@ def settle_reading(
     elif form == "which_won":
         values = settle_winner_values(ours)
     options = RowOptions(form, dict(columns), keep_ties, on_inverted, values, ignored)
-    reader = RowReader(options)
-    unread = reader.unread(rows)
+    unread, numbers = RowReader(options).survey(rows)
     refuse_meaningful(unread, form)
-    return dataclasses.replace(options, unread=frozenset(unread), values=reader.value_columns(rows))
+    return dataclasses.replace(options, unread=frozenset(unread), values=numbers)
 
 
 def unread_note(names: Collection[str], form: str) -> str:

@@ -116,7 +116,9 @@ def test_numbers_of_the_pair_are_kept_beside_it() -> None:
     row = {**GOOD, "margin": "-0.5", "beta": 0.1, "weight": 0}
     assert read(row, values=("beta", "margin", "weight")).values == {"margin": -0.5, "beta": 0.1, "weight": 0.0}
     assert read({**GOOD, "margin": None}).values == {}
-    for beside in ({"margin": float("inf")}, {"margin": "wide"}, {"beta": 0}, {"weight": -1}, {"weight": True}):
+    of_no_use = [{"margin": float("inf")}, {"margin": "wide"}, {"beta": 0}, {"weight": -1}, {"weight": True}]
+    # Kept as fp32, where these are infinite or 0.
+    for beside in (*of_no_use, {"margin": -1e300}, {"weight": "3.5e38"}, {"beta": 1e-60}):
         with pytest.raises(RowFault) as fault:
             read({**GOOD, **beside})
         assert (fault.value.reason, fault.value.field) == ("not_number", next(iter(beside)))
