@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
-from megatron_rmipo.checkpoint.hf.mappings import source_shapes, tensors_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.tensors import source_shapes, tensors_of
 
 TO_MEGATRON, TO_HF = DIRECTIONS = ("HF to Megatron", "Megatron to HF")
 

@@ -14,7 +14,7 @@ import transformers
 
 from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 
 LLAMA_3_8B = ModelArchitecture(
     family="llama",
@@ -26,7 +26,7 @@ LLAMA_3_8B = ModelArchitecture(
     kv_channels=128,
     vocab_size=128256,
     max_position_embeddings=8192,
-    rotary_base=500000.0,
+    ropes=(Rope(500000.0),),
     layernorm_epsilon=1e-5,
 )
 BOS, EOS = 1, 2

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
-from megatron_rmipo.checkpoint.hf.mappings import megatron_shape, rules_of, tensors_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.weights import open_weights
@@ -35,6 +34,7 @@ from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.tensors import megatron_shape, rules_of, tensors_of
 from megatron_rmipo.runtime.messages import warn
 
 # Modules whose extra state (fp8 scales) Megatron-Core's layers, local or Transformer Engine's, look for in a checkpoint.

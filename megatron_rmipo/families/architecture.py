@@ -22,20 +22,63 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """One kind of rotary embeddings of a model.
+
+    Attributes:
+        base: theta; channel pair i of D turns by ``base ** (-2 i / D)`` a position.
+        scaling: how its frequencies are stretched over a longer context, or None.
+    """
+
+    base: float
+    scaling: RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What the attention of one layer does, where layers of a model differ.
+
+    Attributes:
+        window: how many tokens, itself among them, a position sees, or None for all before it.
+        rope: which of the model's ``ropes`` turns its queries and keys, or None for none of them.
+    """
+
+    window: int | None = None
+    rope: int | None = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelArchitecture:
-    """A decoder-only transformer of the Llama kind: RMSNorm, RoPE, SwiGLU, grouped-query attention.
+    """A decoder-only transformer: RMSNorm, rotary embeddings, a gated MLP, grouped-query attention.
 
     Attributes:
         family: the mapping family that reads and writes its checkpoints (``llama``, ``mistral``).
-        vocab_size: real vocabulary, without padding for tensor parallelism.
+        ffn_hidden_size: channels between the matrices of an MLP.
         kv_channels: size of one attention head.
-        sliding_window: tokens a position can look back, or None for all.
+        vocab_size: real vocabulary, without padding for tensor parallelism.
+        max_position_embeddings: the longest context, in tokens.
+        ropes: its rotary embeddings, one unless its layers differ.
         tied_embeddings: the output layer is the word embedding.
         dtype: dtype its checkpoint is stored in (``bfloat16``, ``float16``, ``float32``).
+        layer_kinds: what the attention of each layer does; empty where all see everything through the first rope.
+        rotary_channels: how many channels of a head rotary embeddings turn, the first ones; None for all.
+        rotary_interleaved: pairs of turned channels are neighbours, not half of them apart.
         qkv_bias: queries, keys and values have biases.
         attention_output_bias: the attention's output projection has one.
         mlp_bias: gate, up and down have biases.
         qk_norm: the queries and keys of each head are normed, all heads of a layer with the same two weights.
+        qk_norm_whole: they are normed over all heads together, each channel with a weight of its own.
+        attention_scale: factor of the scores; None for ``1 / sqrt(kv_channels)``.
+        attention_softcap: scores s become ``cap * tanh(s / cap)``; None leaves them.
+        attention_sinks: each head has a learned score that takes its part of the softmax and gives nothing.
+        zero_centered_norm: norms multiply by one plus their weight.
+        pre_norm: the input of attention and MLP is normed.
+        post_norm: their output is, before it is added to the residual stream.
+        activation: of the gate, ``silu`` or ``gelu_tanh``.
+        embedding_multiplier: of the embedded tokens.
+        residual_multiplier: of what attention and MLP add to the residual stream.
+        logit_multiplier: of the logits.
+        logit_softcap: logits z become ``cap * tanh(z / cap)``; None leaves them.
     """
 
     family: str
@@ -47,16 +90,29 @@ class ModelArchitecture:
     kv_channels: int
     vocab_size: int
     max_position_embeddings: int
-    rotary_base: float
+    ropes: tuple[Rope, ...]
     layernorm_epsilon: float
     tied_embeddings: bool = False
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None
     dtype: str = "float32"
+    layer_kinds: tuple[LayerKind, ...] = ()
+    rotary_channels: int | None = None
+    rotary_interleaved: bool = False
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    zero_centered_norm: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    activation: str = "silu"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def query_size(self) -> int:
@@ -69,23 +125,23 @@ class ModelArchitecture:
         return self.num_query_groups * self.kv_channels
 
     @property
-    def cut_layer_parameters(self) -> int:
-        """Numbers in a layer's weights that tensor parallelism cuts."""
-        matrices = self.hidden_size * (2 * self.query_size + 2 * self.key_size + 3 * self.ffn_hidden_size)
-        biases = self.qkv_bias * (self.query_size + 2 * self.key_size) + self.mlp_bias * 2 * self.ffn_hidden_size
-        return matrices + biases
+    def shortest_window(self) -> int | None:
+        """Of the sliding windows of its layers; None where none has any."""
+        return min((kind.window for kind in self.layer_kinds if kind.window is not None), default=None)
 
-    @property
-    def whole_layer_parameters(self) -> int:
-        """Numbers in a layer's weights that every tensor-parallel rank holds: norms, and biases that are added after a sum."""
-        return self.hidden_size * (2 + self.attention_output_bias + self.mlp_bias) + 2 * self.qk_norm * self.kv_channels
+    def kind_of(self, layer: int) -> LayerKind:
+        """What the attention of ``layer`` (counted from 0) does."""
+        return self.layer_kinds[layer] if self.layer_kinds else LayerKind()
 
-    @property
-    def num_parameters(self) -> int:
-        """Numbers in its weights, without padding of the vocabulary."""
-        layer = self.cut_layer_parameters + self.whole_layer_parameters
-        tables = 1 if self.tied_embeddings else 2
-        return self.num_layers * layer + self.hidden_size * (tables * self.vocab_size + 1)
+    def has(self, trait: str | None, layer: int | None = None) -> bool:
+        """Whether the model, or one of its layers, has a trait: the name of a field, or of a property that lists layers.
+
+        Args:
+            trait: its name; all have None.
+            layer: counted from 0, for traits of some layers only.
+        """
+        value = True if trait is None else getattr(self, trait)
+        return layer in value if isinstance(value, frozenset) else bool(value)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:

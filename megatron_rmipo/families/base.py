@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+from megatron_rmipo.families.fields import Fields
 
 
 class Layout(enum.Enum):
@@ -31,7 +33,8 @@ class Rule:
         megatron: its name, ``layers.`` without a number standing for every layer.
         sources: Hugging Face names, in the order the layout takes them.
         layout: how the sources are laid out in it.
-        only_with: the field of the architecture that says whether a model has such a tensor; None where all have.
+        only_with: the trait of the architecture that says whether a model, or one of its layers, has such a tensor; None where
+            all have.
     """
 
     megatron: str
@@ -74,10 +77,10 @@ class Family:
         only: fields that change the model, and the values of them that are built; absent counts as allowed, and so does a list
             of such values.
         defaults: what transformers assumes for fields a config may leave out.
-        has_sliding_window: whether ``sliding_window`` is read.
         unread: fields that say nothing for this family, whatever they hold.
         switches: fields that are true or false, and which fields of the architecture each sets.
         always: fields of the architecture that are true of every model.
+        read: reads what else the config says, as fields of the architecture; they stand before those that are read for all.
         rules: every tensor of the model, in the order a checkpoint is written.
         embedding: Megatron name of the word embedding.
         head: Megatron name of the output layer, absent from checkpoints of tied models.
@@ -88,7 +91,6 @@ class Family:
     architectures: tuple[str, ...]
     only: Mapping[str, tuple[object, ...]]
     defaults: Mapping[str, object]
-    has_sliding_window: bool
     rules: tuple[Rule, ...]
     embedding: str = "embedding.word_embeddings.weight"
     head: str = "output_layer.weight"
@@ -96,6 +98,7 @@ class Family:
     unread: tuple[str, ...] = ()
     switches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     always: tuple[str, ...] = ()
+    read: Callable[[Fields], Mapping[str, object]] | None = None
 
     @property
     def head_sources(self) -> tuple[str, ...]:

@@ -21,8 +21,7 @@ LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     only=COMMON_ONLY,
-    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
-    has_sliding_window=False,
+    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0},
     rules=(
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Layout.VOCABULARY),
         Rule(

@@ -16,7 +16,13 @@ QWEN3 = dataclasses.replace(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
-    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    defaults={
+        **LLAMA.defaults,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
     rules=(
         *LLAMA.rules,
         Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.HEAD),

@@ -14,6 +14,7 @@ import dataclasses
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
+from megatron_rmipo.families.tensors import layer_parameters
 
 FP32_BYTES = 4
 
@@ -88,11 +89,10 @@ def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int, *, tr
         trains: False where there are weights alone, as for scoring.
     """
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    layer = arch.cut_layer_parameters / tp + arch.whole_layer_parameters
     vocabulary = padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, tp) * arch.hidden_size / tp
     # The first stage embeds, the last one scores.
     tables = 2 if pp == 1 and not arch.tied_embeddings else 1
-    parameters = arch.num_layers / pp * layer + tables * vocabulary
+    parameters = _stage_layer_parameters(arch, tp, pp) + tables * vocabulary
     weights = parameters * _element_bytes(config)
     if not trains:
         return StandingMemory(weights)
@@ -103,6 +103,13 @@ def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int, *, tr
         master_weights=share if config.model.bf16 else 0.0,
         moments=2 * share,
     )
+
+
+def _stage_layer_parameters(arch: ModelArchitecture, tp: int, pp: int) -> float:
+    """Numbers in a rank's shard of the layers, on the stage that has most."""
+    layers = [counts.cut / tp + counts.whole for counts in (layer_parameters(arch, layer) for layer in range(arch.num_layers))]
+    per_stage = max(1, arch.num_layers // pp)
+    return max(sum(layers[first : first + per_stage]) for first in range(0, arch.num_layers, per_stage))
 
 
 def pack_memory(

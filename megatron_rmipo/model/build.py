@@ -6,12 +6,13 @@ Shape letter: H hidden.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,7 +21,7 @@ from torch import Tensor
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
-from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.attention.packed import PackedAttention, ScoreRules, choose_backend
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
@@ -51,20 +52,47 @@ class RMSNorm(torch.nn.Module):
 
 
 class Attention(SelfAttention):
-    """Self-attention whose output projection has a bias or not, whatever the MLP has: Megatron's one flag says both.
+    """Self-attention that does in each layer what the architecture says of it, inside Megatron's layers of any kind.
+
+    Its output projection has a bias or not, whatever the MLP has: Megatron's one flag says both.
 
     Args:
         config: the layers'.
-        submodules: Megatron's, as all that follows.
-        output_bias: whether the output projection has a bias.
+        submodules: Megatron's; their core attention is replaced.
+        layer_number: counted from 1 over all stages.
+        arch: the model.
+        backend: of :class:`megatron_rmipo.model.attention.packed.PackedAttention`.
+        layers_each: Megatron's layers that make one of the model's.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, output_bias: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        arch: ModelArchitecture,
+        backend: str,
+        layers_each: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        kind = arch.kind_of((layer_number - 1) // layers_each)
+        rules = ScoreRules(window=kind.window, softcap=arch.attention_softcap, sinks=arch.attention_sinks)
+        core_attention = ModuleSpec(module=PackedAttention, params={"backend": backend, "rules": rules})
+        submodules = dataclasses.replace(submodules, core_attention=core_attention)
         own_config = copy.copy(config)
-        own_config.add_bias_linear = output_bias
-        super().__init__(own_config, *args, **kwargs)
+        own_config.add_bias_linear = arch.attention_output_bias
+        super().__init__(own_config, submodules, layer_number, *args, **kwargs)
         # What training sets in the layers' configuration later is seen here, too.
         self.config = config
+        self.rope = kind.rope
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's, with this layer's angles out of those of all kinds, ``[T, 1, K, D]``."""
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, :, self.rope : self.rope + 1]
+        output: tuple[Tensor, Tensor | None] = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        return output
 
 
 def transformer_config(
@@ -106,6 +134,7 @@ def transformer_config(
         "num_attention_heads": arch.num_attention_heads,
         "num_query_groups": arch.num_query_groups,
         "kv_channels": arch.kv_channels,
+        "softmax_scale": arch.attention_scale,
         "layernorm_epsilon": arch.layernorm_epsilon,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -217,8 +246,7 @@ def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_ba
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
     attention = layer.submodules.self_attention
     attention.module = Attention
-    attention.params = {**attention.params, "output_bias": arch.attention_output_bias}
-    attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params={"backend": attention_backend})
+    attention.params = {**attention.params, "arch": arch, "backend": attention_backend}
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
 
 

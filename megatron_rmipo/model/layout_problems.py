@@ -72,10 +72,10 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--seq-length {config.data.seq_length} is longer than the model's max_position_embeddings "
             f"{arch.max_position_embeddings}; up to that would work"
         )
-    if arch.sliding_window is not None and config.data.seq_length > arch.sliding_window:
+    if arch.shortest_window is not None and config.data.seq_length > arch.shortest_window:
         yield (
-            f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.sliding_window} tokens, "
-            f"which attention over packed pairs does not cut at; up to {arch.sliding_window} would work"
+            f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.shortest_window} tokens, "
+            f"which attention over packed pairs does not cut at; up to {arch.shortest_window} would work"
         )
     if config.model.attention_backend == "flex" and arch.kv_channels < LEAST_HEAD_SIZE:
         yield (

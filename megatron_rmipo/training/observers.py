@@ -10,6 +10,7 @@ import torch
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
+from megatron_rmipo.families.tensors import num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
@@ -47,7 +48,7 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
 def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: ContextToken) -> None:
     """The first words of a run: what is trained on what, for how long, how, and where it goes; then what may not be meant."""
     config, progress, say = run.config, run.progress, run.reporter.say
-    say(f"model: {source.arch.num_parameters:,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
+    say(f"model: {num_parameters(source.arch):,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
     say(f"data: {len(run.pairs.pairs):,} pairs to train on, {_held_out(run)}")
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
     weighted = ", losses times each pair's weight" if config.objective.pair_weight else ""

@@ -29,7 +29,7 @@ from benchmarks.inputs import LLAMA_3_8B, Pairs, random_pairs
 from benchmarks.report import read_rows
 from benchmarks.sides import build_state, minimum_flops, trainer_config
 from megatron_rmipo.data.batches.packing import pack_pairs
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.objectives.registry import build_objective
@@ -48,7 +48,7 @@ ARCH = ModelArchitecture(
     kv_channels=6,
     vocab_size=58,
     max_position_embeddings=64,
-    rotary_base=10000.0,
+    ropes=(Rope(10000.0),),
     layernorm_epsilon=1e-5,
 )
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.errors import ConversionError
-from megatron_rmipo.families.architecture import RopeScaling
+from megatron_rmipo.families.architecture import LayerKind, Rope, RopeScaling
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.tensors import num_parameters
 
 LLAMA31: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,8 +48,8 @@ def test_reads_llama31(tmp_path: Path) -> None:
     assert arch.family == "llama"
     assert (arch.num_layers, arch.hidden_size, arch.ffn_hidden_size) == (3, 96, 200)
     assert (arch.num_attention_heads, arch.num_query_groups, arch.kv_channels) == (6, 2, 16)
-    assert arch.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
-    assert (arch.rotary_base, arch.dtype, arch.tied_embeddings) == (500000.0, "bfloat16", False)
+    assert arch.ropes == (Rope(500000.0, RopeScaling(8.0, 1.0, 4.0, 8192)),)
+    assert (arch.dtype, arch.tied_embeddings) == ("bfloat16", False)
 
 
 def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:
@@ -76,8 +77,9 @@ def test_llamas_biases_are_those_of_attention_and_mlp(tmp_path: Path, attention:
 def test_mistral_keeps_its_window_and_head_size(tmp_path: Path) -> None:
     changes = {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": 77, "head_dim": 20}
     arch = read_architecture(write(tmp_path, **changes))
-    assert (arch.family, arch.sliding_window, arch.kv_channels, arch.rope_scaling) == ("mistral", 77, 20, None)
-    assert read_architecture(write(tmp_path, **{**changes, "sliding_window": None})).sliding_window is None
+    assert (arch.family, arch.kv_channels, arch.ropes) == ("mistral", 20, (Rope(500000.0),))
+    assert arch.layer_kinds == (LayerKind(77),) * arch.num_layers
+    assert read_architecture(write(tmp_path, **{**changes, "sliding_window": None})).layer_kinds == ()
 
 
 # As published, without what says nothing about the model's shape.
@@ -127,14 +129,14 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("config", "num_parameters"), PUBLISHED)
+@pytest.mark.parametrize(("config", "published"), PUBLISHED)
 def test_models_as_published_have_the_published_number_of_parameters(
-    tmp_path: Path, config: dict[str, Any], num_parameters: int
+    tmp_path: Path, config: dict[str, Any], published: int
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     arch = read_architecture(tmp_path)
-    assert arch.num_parameters == num_parameters
-    assert arch.sliding_window is None
+    assert num_parameters(arch) == published
+    assert arch.layer_kinds == ()
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.memory.advice import USABLE_SHARE, Shortage, suggestions, update_suggestions
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 
-ARCH = ModelArchitecture("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 5e5, 1e-5)
+ARCH = ModelArchitecture("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, (Rope(5e5),), 1e-5)
 PACK = PackSize(num_tokens=7900, num_scored=3950)
 GIB = 2**30
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

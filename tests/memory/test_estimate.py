@@ -14,7 +14,8 @@ from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, P
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
+from megatron_rmipo.families.tensors import num_parameters
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
@@ -26,7 +27,7 @@ from tests.harness import run_distributed
 from tests.integration.problem import collection
 from tests.integration.worlds import end_case
 
-ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 1000, 4096, 1e4, 1e-5)
+ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 1000, 4096, (Rope(1e4),), 1e-5)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # Name -> changes of the model, and of its flags.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -114,7 +115,7 @@ def llama(**changes: Any) -> Config:
     return Config(parallel=parallel, model=model)
 
 
-LLAMA_3_8B = ModelArchitecture("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 5e5, 1e-5)
+LLAMA_3_8B = ModelArchitecture("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, (Rope(5e5),), 1e-5)
 # Its published number of parameters; at tp 1 and 2 its vocabulary needs no padding.
 PARAMETERS = 8_030_261_248
 
@@ -140,14 +141,14 @@ def test_what_stands_follows_from_the_number_of_parameters() -> None:
 
 
 def test_norms_and_biases_after_a_sum_are_whole_on_every_rank() -> None:
-    biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
+    biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True, "family": "qwen3"}
     arch = dataclasses.replace(LLAMA_3_8B, **biases)
     for tp in (1, 2):
         config = llama(tensor_model_parallel_size=tp)
         more = standing_memory(arch, config, 1).gradients - standing_memory(LLAMA_3_8B, config, 1).gradients
         cut = 4096 + 2 * 1024 + 2 * 14336
         assert more == 4 * 32 * (cut / tp + 2 * 4096 + 2 * 128), tp
-    assert arch.num_parameters - PARAMETERS == 32 * (cut + 2 * 4096 + 2 * 128)
+    assert num_parameters(arch) - PARAMETERS == 32 * (cut + 2 * 4096 + 2 * 128)
 
 
 def test_activations_are_those_of_the_layers_added_up() -> None:

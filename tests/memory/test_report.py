@@ -20,7 +20,7 @@ from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import OutOfMemoryError
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.memory import report as out_of_memory
 from megatron_rmipo.memory.message import first_line, further_lines
 from megatron_rmipo.memory.readings import MemoryReading, PackOutOfMemory
@@ -28,7 +28,7 @@ from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.training.data import RunData
 from tests.integration.problem import collection, make_pairs
 
-ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 83, 4096, 1e4, 1e-5)
+ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 83, 4096, (Rope(1e4),), 1e-5)
 CONFIG = Config(data=DataConfig(tokens_per_microbatch=90, seq_length=30))
 MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.15 GiB."
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.model import build as build_module
 from megatron_rmipo.model.build import build_policy, transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
@@ -27,7 +27,7 @@ ARCH = ModelArchitecture(
     kv_channels=8,
     vocab_size=53,
     max_position_embeddings=64,
-    rotary_base=1e4,
+    ropes=(Rope(1e4),),
     layernorm_epsilon=1e-5,
 )
 ROPE = "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb"

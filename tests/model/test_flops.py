@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.model.flops import forward_cost_model, peak_flops
 from tests.integration.problem import collection
 
@@ -26,7 +26,7 @@ ARCH = ModelArchitecture(
     kv_channels=6,
     vocab_size=37,
     max_position_embeddings=64,
-    rotary_base=10000.0,
+    ropes=(Rope(10000.0),),
     layernorm_epsilon=1e-5,
 )
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.model.build import _block_spec, transformer_config
 from megatron_rmipo.model.logprobs import linear_logprobs
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
@@ -34,7 +34,7 @@ ARCH = ModelArchitecture(
     kv_channels=6,
     vocab_size=22,
     max_position_embeddings=64,
-    rotary_base=1e4,
+    ropes=(Rope(1e4),),
     layernorm_epsilon=1e-5,
 )
 NUM_TOKENS, NUM_STEPS = 10, 3

@@ -5,7 +5,7 @@ import torch
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import LayerKind, ModelArchitecture, Rope
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -19,7 +19,7 @@ ARCH = ModelArchitecture(
     kv_channels=8,
     vocab_size=503,
     max_position_embeddings=2048,
-    rotary_base=1e4,
+    ropes=(Rope(1e4),),
     layernorm_epsilon=1e-5,
 )
 BASE = ("--data-path", "A", "--load-hf", "M")
@@ -170,6 +170,6 @@ def test_query_groups_bound_tensor_parallelism_too() -> None:
 
 
 def test_a_sliding_window_must_not_be_reached() -> None:
-    windowed = dataclasses.replace(ARCH, sliding_window=512)
+    windowed = dataclasses.replace(ARCH, layer_kinds=(LayerKind(512),) * 6)
     validate(config_of("--seq-length", "512"), windowed, 1)
     assert "up to 512" in refusal("--seq-length", "513", architecture=windowed)

@@ -14,6 +14,7 @@ from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.registry import FAMILIES
+from megatron_rmipo.families.tensors import source_shapes, tensors_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +35,6 @@ LOCAL_NAMES = {
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
-def rules_of(arch: ModelArchitecture) -> tuple[Rule, ...]:
-    """The tensors a checkpoint of this model holds: those of the family's table, the head not where embeddings are tied."""
-    family = FAMILIES[arch.family]
-    rules = [rule for rule in family.rules if rule.only_with is None or getattr(arch, rule.only_with)]
-    return tuple(rule for rule in rules if not (arch.tied_embeddings and rule.megatron == family.head))
-
-
-def tensors_of(arch: ModelArchitecture) -> list[tuple[Rule, int | None]]:
-    """Every tensor of the model as (rule, layer), layer None outside the layers, in the order a checkpoint is written."""
-    rules = rules_of(arch)
-    first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
-    layer_rules = [rule for rule in rules if rule.per_layer]
-    before = [rule for rule in rules[:first_layer_rule] if not rule.per_layer]
-    after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
-    tensors: list[tuple[Rule, int | None]] = [(rule, None) for rule in before]
-    tensors += [(rule, layer) for layer in range(arch.num_layers) for rule in layer_rules]
-    return tensors + [(rule, None) for rule in after]
-
-
 def canonical_name(parameter: str) -> tuple[str, int | None]:
     """Checkpoint name of a module's parameter, without the layer number, and that number as the module counts it."""
     match = _LAYER_NAME.fullmatch(parameter)
@@ -60,33 +42,6 @@ def canonical_name(parameter: str) -> tuple[str, int | None]:
         return parameter, None
     rest = LOCAL_NAMES.get(match[2], match[2])
     return f"decoder.layers.{rest}", int(match[1])
-
-
-def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the Hugging Face tensors of a rule."""
-    hidden, ffn, query_rows, key_rows = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.key_size
-    inputs = () if rule.is_bias else (hidden,)
-    match rule.layout:
-        case Layout.WHOLE:
-            return ((hidden,),)
-        case Layout.HEAD:
-            return ((arch.kv_channels,),)
-        case Layout.VOCABULARY:
-            return ((arch.vocab_size, hidden),)
-        case Layout.QKV:
-            return ((query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
-        case Layout.GATE_UP:
-            return ((ffn, *inputs), (ffn, *inputs))
-        case Layout.HEAD_COLUMNS:
-            return ((hidden, query_rows),)
-        case Layout.FFN_COLUMNS:
-            return ((hidden, ffn),)
-
-
-def megatron_shape(rule: Rule, arch: ModelArchitecture) -> tuple[int, ...]:
-    """Shape of the Megatron tensor of a rule, over all tensor-parallel ranks, without vocabulary padding."""
-    shapes = source_shapes(rule, arch)
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def segments_of(rule: Rule, arch: ModelArchitecture) -> list[Segment]:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.mappings import megatron_shape, segments_in, segments_of, source_shapes
+from megatron_rmipo.checkpoint.hf.mappings import segments_in, segments_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.tensors import megatron_shape, source_shapes
 
 
 def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:

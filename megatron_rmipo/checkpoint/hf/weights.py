@@ -11,14 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_rmipo.checkpoint.hf.mappings import (
-    canonical_name,
-    check_keys,
-    megatron_shape,
-    rules_of,
-    source_shapes,
-    tensors_of,
-)
+from megatron_rmipo.checkpoint.hf.mappings import canonical_name, check_keys
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_shard, join_shards, rank_shape
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
@@ -26,6 +19,7 @@ from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.registry import FAMILIES
+from megatron_rmipo.families.tensors import megatron_shape, rules_of, source_shapes, tensors_of
 
 TensorId = tuple[str, int | None]
 

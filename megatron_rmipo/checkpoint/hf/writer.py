@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
-from megatron_rmipo.checkpoint.hf.mappings import source_shapes, tensors_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
 from megatron_rmipo.checkpoint.hf.shards import source_rows
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space, new_directory
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Rule
+from megatron_rmipo.families.tensors import source_shapes, tensors_of
 
 DEFAULT_SHARD_BYTES = 5e9
 

@@ -10,6 +10,7 @@ tensor can be read without waiting for the GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,15 +34,31 @@ def choose_backend(name: str, head_size: int) -> str:
     return name
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoreRules:
+    """What happens to the scores of a layer before their softmax.
+
+    Attributes:
+        window: how many tokens, by position and itself among them, a token sees; None for all before it.
+        softcap: scores s become ``cap * tanh(s / cap)``; None leaves them.
+        sinks: each head has a learned score that takes its part of the softmax and gives nothing.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
 class PackedAttention(torch.nn.Module):
     """A ``core_attention`` of Megatron's layer specs for packed rows. It holds no parameters.
 
     Args:
         config: ``kv_channels`` and ``attention_dropout`` are read.
-        layer_number: Megatron passes it; every layer does the same here.
+        layer_number: Megatron passes it.
         backend: ``sdpa``: scaled_dot_product_attention, segment by segment; runs anywhere. ``flex``: FlexAttention with one
             block mask a pack, shared by all layers; trains on GPU only (it has no backward on CPU). ``te``: Transformer Engine,
             each segment a sequence, the keys of a shared prompt repeated for it; needs a GPU.
+        rules: what happens to the scores.
         softmax_scale: default ``1 / sqrt(D)``.
     """
 
@@ -51,6 +68,7 @@ class PackedAttention(torch.nn.Module):
         layer_number: int,
         *args: Any,
         backend: str = "sdpa",
+        rules: ScoreRules = ScoreRules(),
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +76,7 @@ class PackedAttention(torch.nn.Module):
         assert backend in BACKENDS, backend
         assert config.attention_dropout == 0.0, "dropout would make the loss depend on how the batch is cut"
         self.backend = backend
+        self.rules = rules
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels or 1)
         self.kernel = build_kernel(config, layer_number, self.softmax_scale) if backend == "te" else None
 

@@ -1,0 +1,117 @@
+"""The seam to Megatron's model: a packed row through its parts, ending in log-probs instead of logits.
+
+Written against what Megatron-Core's language models have in common (``embedding``, ``decoder``, ``output_layer``,
+``rotary_pos_emb``), whoever built them.
+
+Shape letters: T packed tokens, N scored tokens, H hidden, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
+from megatron_rmipo.model.vocabulary_shard import VocabularyShard
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringOptions:
+    """What scoring with a model needs to know beside the model.
+
+    Attributes:
+        vocab_size: real vocabulary, without padding for tensor parallelism.
+        chunk_size: vocabulary entries whose logits exist at a time.
+    """
+
+    vocab_size: int
+    chunk_size: int = 4096
+
+
+class LogprobHead(ColumnParallelLinear):
+    """The output layer, called for log-probs of targets instead of logits of every token.
+
+    It is a module call, not a function on the bare weight, because DDP gathers a module's parameters in hooks on that call.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None,
+        options: ScoringOptions,
+        reference: ReferenceHead | None = None,
+    ) -> Tensor:
+        """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
+
+        With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.head_logprobs`. The gradient of ``hidden`` is left
+        unreduced under sequence parallelism: the gather before it reduce-scatters.
+        """
+        own_weight = self.weight if weight is None else weight
+        logprobs = head_logprobs(
+            hidden,
+            own_weight,
+            target,
+            VocabularyShard(own_weight.shape[0], options.vocab_size, self.tp_group),
+            chunk_size=options.chunk_size,
+            reduce_hidden_grad=not self.config.sequence_parallel,
+            reference=reference,
+        )
+        return logprobs[0] if reference is None else logprobs
+
+
+def enable_scoring(model: Module) -> None:
+    """Make the output layer of a model, where this rank has it, one that gives log-probs.
+
+    The layer stays as its model built it (weight, sharding, tying); only what a call of it computes changes.
+    """
+    if model.post_process:
+        model.output_layer.__class__ = LogprobHead
+
+
+def score_row(
+    model: Any,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    segments: Tensor,
+    source: Tensor,
+    target: Tensor | None,
+    *,
+    options: ScoringOptions,
+    reference: ReferenceHead | None = None,
+) -> Tensor:
+    """Run a stage of a model over one packed row. Every tensor-parallel rank of the stage calls it together.
+
+    Args:
+        model: this rank's part of the model, not wrapped, with packed attention (see
+            :mod:`megatron_rmipo.model.attention.packed`) in its layers and a :class:`LogprobHead`.
+        token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
+        segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+        source: int64 ``[N]``, the token whose hidden state predicts.
+        target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
+        options: vocabulary and chunks.
+        reference: on the last stage: score the targets under mixtures with a reference model, too.
+
+    Returns:
+        On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
+        :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``), else hidden states
+        ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
+    """
+    hidden = model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None
+    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=model.rotary_pos_emb(position_ids))
+    assert isinstance(hidden, Tensor)
+    if not model.post_process:
+        return hidden
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=model.pg_collection.tp)
+    scored = hidden[:, 0].index_select(0, source)
+    if target is None:
+        return scored
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    logprobs: Tensor = model.output_layer(scored, target, weight=weight, options=options, reference=reference)
+    return logprobs
