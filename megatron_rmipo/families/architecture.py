@@ -48,6 +48,41 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that stands in the place of the MLP.
+
+    Attributes:
+        num_experts: of a layer.
+        per_token: how many of them a token goes through.
+        ffn_hidden_size: channels between the matrices of one.
+        dense_layers: layers (counted from 0) that have an ordinary MLP.
+        shared_ffn_hidden_size: channels of the experts that every token goes through, together; 0 for none.
+        score_function: what makes scores of the router's logits, ``softmax`` or ``sigmoid``.
+        normalized: the scores of a token's experts are made to sum to one.
+        score_bias: each expert has a number that is added to its score where experts are chosen, and only there; it is no
+            weight that is learned by gradients.
+        router_bias: the router's logits have a bias.
+        num_groups: groups of experts, of which a token may use ``groups_per_token``; None without groups.
+        scaling: factor of the scores that experts' outputs are weighted by.
+        aux_loss_coeff: of the load-balancing loss in the model's own training; preference training leaves it out by default.
+    """
+
+    num_experts: int
+    per_token: int
+    ffn_hidden_size: int
+    dense_layers: frozenset[int] = frozenset()
+    shared_ffn_hidden_size: int = 0
+    score_function: str = "softmax"
+    normalized: bool = True
+    score_bias: bool = False
+    router_bias: bool = False
+    num_groups: int | None = None
+    groups_per_token: int | None = None
+    scaling: float = 1.0
+    aux_loss_coeff: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelArchitecture:
     """A decoder-only transformer: RMSNorm, rotary embeddings, a gated MLP, grouped-query attention.
 
@@ -79,6 +114,7 @@ class ModelArchitecture:
         residual_multiplier: of what attention and MLP add to the residual stream.
         logit_multiplier: of the logits.
         logit_softcap: logits z become ``cap * tanh(z / cap)``; None leaves them.
+        experts: its mixture of experts; None in a dense model.
     """
 
     family: str
@@ -113,6 +149,17 @@ class ModelArchitecture:
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
+    experts: Experts | None = None
+
+    @property
+    def expert_layers(self) -> frozenset[int]:
+        """Layers (counted from 0) that have experts."""
+        return frozenset(range(self.num_layers)) - self.experts.dense_layers if self.experts else frozenset()
+
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        """Layers (counted from 0) that have an ordinary MLP."""
+        return frozenset(range(self.num_layers)) - self.expert_layers
 
     @property
     def query_size(self) -> int:

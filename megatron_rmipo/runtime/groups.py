@@ -31,6 +31,8 @@ class ProcessGroups:
         pp: ranks that hold the stages of one model replica, first stage first.
         dp: ranks that hold the same shard of different replicas.
         mp: all ranks of one model replica (TP x PP).
+        ep: ranks that hold different experts of the same layers; without experts this rank alone.
+        expert_tp: ranks that share each expert.
         world: every rank.
     """
 
@@ -38,6 +40,8 @@ class ProcessGroups:
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
     mp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    expert_tp: dist.ProcessGroup
     world: dist.ProcessGroup
 
     @property
@@ -106,6 +110,8 @@ def initialize_runtime(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     *,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
     backend: str | None = None,
     timeout_minutes: float = 10.0,
@@ -118,6 +124,8 @@ def initialize_runtime(
     Args:
         tensor_model_parallel_size: ranks that share each layer.
         pipeline_model_parallel_size: number of pipeline stages.
+        expert_model_parallel_size: ranks that hold different experts of a layer, out of the data- and tensor-parallel ones.
+        expert_tensor_parallel_size: ranks that share each expert; by default those that share each layer.
         seed: seeds Python, NumPy, torch and Megatron's per-rank trackers.
         backend: ``nccl`` or ``gloo``; by default nccl with CUDA, gloo without.
         timeout_minutes: a collective that waits longer than this fails on every rank.
@@ -150,6 +158,8 @@ def initialize_runtime(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
@@ -161,6 +171,8 @@ def initialize_runtime(
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         mp=parallel_state.get_model_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        expert_tp=parallel_state.get_expert_tensor_parallel_group(),
         world=world,
     )
 
