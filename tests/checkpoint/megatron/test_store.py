@@ -26,14 +26,17 @@ from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy, transformer_config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from tests.checkpoint.models import KINDS, write_hf_model
+from tests.checkpoint.models import KINDS, SPARSE_KINDS, write_hf_model
 from tests.harness import run_distributed
 
 pytestmark = pytest.mark.dist
 
 # Kinds that differ in how embeddings and heads are cut over both at once.
 BOTH_AT_ONCE = ("llama31", "llama32_tied", "mistral")
-LAYOUTS = [(kind, tp, pp) for kind in KINDS for tp, pp in ((2, 1), (1, 2), (2, 2)) if (tp, pp) != (2, 2) or kind in BOTH_AT_ONCE]
+DENSE_KINDS = [kind for kind in KINDS if kind not in SPARSE_KINDS]
+LAYOUTS = [
+    (kind, tp, pp) for kind in DENSE_KINDS for tp, pp in ((2, 1), (1, 2), (2, 2)) if (tp, pp) != (2, 2) or kind in BOTH_AT_ONCE
+]
 
 
 def start(hf: Path, tp: int, pp: int) -> tuple[PolicyModel, ProcessGroups]:
@@ -46,10 +49,10 @@ def read_and_save(hf: Path, out: Path, checkpoints: Path, tp: int, pp: int) -> A
     """From HF: logits, export, and a checkpoint."""
     model, groups = start(hf, tp, pp)
     arch = model.architecture
-    load_hf_weights(model, hf, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp, max_shard_bytes=60000)
+    load_hf_weights(model, hf, arch, groups=groups)
+    export_hf(model, arch, hf, out, dtype=None, groups=groups, max_shard_bytes=60000)
     with pytest.raises(ConversionError, match="exists and holds"):
-        export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp)
+        export_hf(model, arch, hf, out, dtype=None, groups=groups)
     state = {"step": 3, "consumed_pairs": 77}
     save_checkpoint(
         checkpoints, 3, model=model, optimizer=None, scheduler=None, train_state=state, config={}, assets_dir=hf, groups=groups
@@ -107,7 +110,7 @@ def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: s
 def save_without_space(hf: Path, checkpoints: Path) -> list[str]:
     """What is said where the disk is too small from the start, and where it fills up under rank 1's writers."""
     model, groups = start(hf, 2, 1)
-    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(model, hf, model.architecture, groups=groups)
 
     def save(iteration: int) -> None:
         save_checkpoint(
@@ -170,7 +173,7 @@ class Evil:
 def load_what_is_wrong(hf: Path, folder: Path) -> dict[str, str]:
     """What loading says of checkpoints that would run code, and of damage that no digest was there to find."""
     model, groups = start(hf, 2, 1)
-    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(model, hf, model.architecture, groups=groups)
 
     def save(name: str, **changes: Any) -> Path:
         arguments: dict[str, Any] = {"model": model, "optimizer": None, "scheduler": None, "train_state": {}, "config": {}}
