@@ -34,9 +34,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = _option(
         1, "Ranks that hold different experts of each layer (EP), out of the data- and tensor-parallel ones."
     )
-    expert_tensor_parallel_size: int | None = _option(
-        None, "Ranks that share each expert; unset: as many as share every layer."
-    )
+    expert_tensor_parallel_size: int | None = _option(None, "Ranks that share each expert; unset: as many as share every layer.")
     sequence_parallel: bool = _option(
         False, "Split activations outside attention and MLP over the tensor-parallel ranks, along the tokens. Needs TP > 1."
     )
@@ -113,7 +111,8 @@ class ExpertsConfig:
     )
     moe_router_dtype: Literal["fp32", "fp64"] = _option("fp32", "What routers compute in.")
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = _option(
-        "alltoall", "How tokens travel to experts of other ranks; flex: by the fused kernels of --moe-flex-dispatcher-backend (GPU)."
+        "alltoall",
+        "How tokens travel to other ranks' experts; flex: by the fused kernels of --moe-flex-dispatcher-backend (GPU).",
     )
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] | None = _option(
         None, "With --moe-token-dispatcher-type flex: whose kernels; unset: deepep."

@@ -71,7 +71,7 @@ class Tally:
 class Router(TopKRouter):
     """Megatron's router, whose auxiliary losses and statistics do not depend on how the global batch is cut.
 
-    It keeps statistics of gradient passes, and of a forward-only pass where :attr:`observes` is set; no other pass leaves a trace.
+    It keeps statistics of gradient passes, and of a forward-only pass where :attr:`observes` is set; others leave no trace.
 
     Args:
         config: the layers'.
@@ -197,7 +197,5 @@ def expert_layer(dense: ModuleSpec, arch: ModelArchitecture, config: Transformer
     mixture.submodules.router = partial(Router, has_bias=arch.experts.router_bias)
     # Of a dense layer a checkpoint names this norm as part of the MLP's first matrix, where Transformer Engine has it.
     names = {name: key for name, key in dense.submodules.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."}
-    submodules = dataclasses.replace(
-        dense.submodules, mlp=mixture, pre_mlp_layernorm=norm, sharded_state_dict_keys_map=names
-    )
+    submodules = dataclasses.replace(dense.submodules, mlp=mixture, pre_mlp_layernorm=norm, sharded_state_dict_keys_map=names)
     return ModuleSpec(module=dense.module, params=dense.params, submodules=submodules)

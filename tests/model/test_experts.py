@@ -144,6 +144,8 @@ def test_only_layers_that_have_experts_get_them(groups: ProcessGroups) -> None:
         ({"per_token": 7}, "7 of 6"),
     ],
 )
-def test_routers_that_megatron_computes_otherwise_are_refused(changes: dict[str, Any], reason: str, groups: ProcessGroups) -> None:
+def test_routers_that_megatron_computes_otherwise_are_refused(
+    changes: dict[str, Any], reason: str, groups: ProcessGroups
+) -> None:
     with pytest.raises(ConfigError, match=reason):
         build(dataclasses.replace(SOFTMAX, **changes), groups)
