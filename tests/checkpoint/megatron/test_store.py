@@ -45,10 +45,10 @@ def read_and_save(hf: Path, out: Path, checkpoints: Path, tp: int, pp: int) -> A
     """From HF: logits, export, and a checkpoint."""
     model, groups = start(hf, tp, pp)
     arch = model.architecture
-    load_hf_weights(model, hf, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp, max_shard_bytes=60000)
+    load_hf_weights(model, hf, arch, groups=groups)
+    export_hf(model, arch, hf, out, dtype=None, groups=groups, max_shard_bytes=60000)
     with pytest.raises(ConversionError, match="exists and holds"):
-        export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp)
+        export_hf(model, arch, hf, out, dtype=None, groups=groups)
     state = {"step": 3, "consumed_pairs": 77}
     save_checkpoint(
         checkpoints, 3, model=model, optimizer=None, scheduler=None, train_state=state, config={}, assets_dir=hf, groups=groups
@@ -106,7 +106,7 @@ def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: s
 def save_without_space(hf: Path, checkpoints: Path) -> list[str]:
     """What is said where the disk is too small from the start, and where it fills up under rank 1's writers."""
     model, groups = start(hf, 2, 1)
-    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(model, hf, model.architecture, groups=groups)
 
     def save(iteration: int) -> None:
         save_checkpoint(
@@ -169,7 +169,7 @@ class Evil:
 def load_what_is_wrong(hf: Path, folder: Path) -> dict[str, str]:
     """What loading says of checkpoints that would run code, and of damage that no digest was there to find."""
     model, groups = start(hf, 2, 1)
-    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(model, hf, model.architecture, groups=groups)
 
     def save(name: str, **changes: Any) -> Path:
         arguments: dict[str, Any] = {"model": model, "optimizer": None, "scheduler": None, "train_state": {}, "config": {}}
