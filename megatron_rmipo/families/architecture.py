@@ -195,11 +195,6 @@ class ModelArchitecture:
         """Channels of all key heads, and of all value heads."""
         return self.num_query_groups * self.kv_channels
 
-    @property
-    def shortest_window(self) -> int | None:
-        """Of the sliding windows of its layers; None where none has any."""
-        return min((kind.window for kind in self.layer_kinds if kind.window is not None), default=None)
-
     def kind_of(self, layer: int) -> LayerKind:
         """What the attention of ``layer`` (counted from 0) does."""
         return self.layer_kinds[layer] if self.layer_kinds else LayerKind()

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.attention.packed import PackedAttention, ScoreRules, choose_backend
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.hybrid import HybridModel
 from megatron_rmipo.model.packed_model import LogprobHead, enable_scoring
 from megatron_rmipo.model.transformer_engine import transformer_engine_available

@@ -36,6 +36,7 @@ WORLDS = {
         Case("sft", objective="sft", tokens_per_microbatch=120),
         Case("one pair a pack, tied", model="tied", tokens_per_microbatch=48),
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
+        Case("prompts not shared, mistral", model="mistral", share_prompts=False, tokens_per_microbatch=200),
     ],
     2: [
         Case("TP 2", tp=2, tokens_per_microbatch=200),
