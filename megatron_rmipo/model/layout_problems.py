@@ -72,6 +72,11 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--seq-length {config.data.seq_length} is longer than the model's max_position_embeddings "
             f"{arch.max_position_embeddings}; up to that would work"
         )
+    elif config.data.seq_length > arch.longest_sequence:
+        yield (
+            f"--seq-length {config.data.seq_length} is longer than {arch.longest_sequence} tokens, beyond which the model's "
+            f"rotary embeddings depend on how long a sequence is; up to {arch.longest_sequence} would work"
+        )
     if arch.shortest_window is not None and config.data.seq_length > arch.shortest_window:
         yield (
             f"--seq-length {config.data.seq_length} is longer than the model's sliding window of {arch.shortest_window} tokens, "
