@@ -80,6 +80,11 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--seq-length {config.data.seq_length} is longer than the model's max_position_embeddings "
             f"{arch.max_position_embeddings}; up to that would work"
         )
+    elif config.data.seq_length > arch.longest_sequence:
+        yield (
+            f"--seq-length {config.data.seq_length} is longer than {arch.longest_sequence} tokens, beyond which the model's "
+            f"rotary embeddings depend on how long a sequence is; up to {arch.longest_sequence} would work"
+        )
     if config.model.attention_backend == "te" and arch.attention_softcap is not None:
         yield (
             f"--attention-backend te caps no attention scores, and the model's are capped at {arch.attention_softcap:g}; flex "
