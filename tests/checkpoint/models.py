@@ -34,6 +34,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
     "initializer_range": 0.3,
 }
 
@@ -47,6 +48,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
+    "olmo2": ("olmo2", {"bos_token_id": None}),
+    "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)

@@ -22,6 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 20},
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 WORLDS = {
@@ -57,6 +58,8 @@ WORLDS = {
         Case("TP 2, qwen3", model="qwen3", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel, qwen3", model="qwen3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
+        Case("TP 2, sequence parallel, olmo2", model="olmo2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, olmo2", model="olmo2", pp=2, tokens_per_microbatch=120),
         Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
     ],
