@@ -43,6 +43,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
     "initializer_range": 0.3,
 }
 
@@ -60,6 +61,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
     "mistral": ("mistral", {"sliding_window": 7, "head_dim": 12, "rope_theta": 10000.0}),
+    "olmo2": ("olmo2", {"bos_token_id": None}),
+    "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
 }
 KINDS = tuple(_KINDS)

@@ -39,10 +39,8 @@ def read_train_and_write(case: Case, folder: str, pairs: PairCollection, groups:
     generator = torch.Generator().manual_seed(5)
     texts = [torch.randint(VOCAB, (length,), generator=generator) for length in TEXT_LENGTHS]
     agreement = compare_with_transformers(state.policy, hf, texts, groups, torch.float32)
-    if groups.dp_rank == 0:
-        out = Path(folder) / f"{case.name} written"
-        options: dict[str, Any] = {"dtype": None, "tp_group": groups.tp, "pp_group": groups.pp, "max_shard_bytes": 60000}
-        export_hf(state.policy, state.policy.architecture, hf, out, **options)
+    out = Path(folder) / f"{case.name} written"
+    export_hf(state.policy, state.policy.architecture, hf, out, dtype=None, groups=groups, max_shard_bytes=60000)
     result = loss_and_gradients(case, str(hf), pairs, ReferenceScores(str(hf), groups))
     return None if result is None else {**result, "agreement": agreement}
 

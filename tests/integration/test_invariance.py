@@ -22,11 +22,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
-    # Twice as long as its original context at most.
-    "yarn": {
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
-        "head_dim": 20,
-    },
 }
 WORLDS = {
     1: [
@@ -43,7 +38,6 @@ WORLDS = {
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
     ],
     2: [
-        Case("TP 2, yarn", model="yarn", tp=2, tokens_per_microbatch=200),
         Case("TP 2", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel, recomputation", tp=2, sequence_parallel=True, recompute="full"),

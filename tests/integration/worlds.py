@@ -167,10 +167,8 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     """Gradients as if they were weights of a Hugging Face checkpoint: the exporter puts shards and stages together."""
     for parameter in state.policy.parameters():
         parameter.data = parameter.main_grad.to(torch.float32)  # type: ignore[attr-defined]
-    if groups.dp_rank != 0:
-        return None
     folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder, src=0, group=groups.mp)
+    dist.broadcast_object_list(folder, src=0)
     out = Path(folder[0]) / "gradients"
     arch = state.policy.architecture
     export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, groups=groups)
