@@ -109,6 +109,7 @@ def install_cpu_runtime() -> bool:
     module_class: Any = torch.nn.Module
     module_class.cuda = lambda self, *args, **kwargs: self
     _patch_megatron_random()
+    _patch_megatron_dispatcher()
     # Entered once for the life of the process: Megatron-Core creates its tensors from many places.
     mode: Any = _CudaMeansCpu()
     mode.__enter__()
@@ -132,3 +133,14 @@ def _patch_megatron_random() -> None:
 
     module._get_cuda_rng_state = get_state
     module._set_cuda_rng_state = set_state
+
+
+def _patch_megatron_dispatcher() -> None:
+    # Of a tensor that never was on a GPU it leaves out the second half of its work.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    module: Any = token_dispatcher
+    module.maybe_move_tensor_to_cpu = to_cpu
