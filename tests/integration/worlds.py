@@ -82,7 +82,7 @@ def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: in
     """The policy with the Hugging Face weights, wrapped for training."""
     arch = read_architecture(hf_dir)
     policy = build_model(arch, case.config(), groups)
-    load_hf_weights(policy, hf_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(policy, hf_dir, arch, groups=groups)
     return build_training_state(policy, case.config(), groups, train_iters=train_iters)
 
 
@@ -108,7 +108,7 @@ def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> P
     """The frozen reference at the case's layout."""
     arch = read_architecture(reference_dir)
     reference = build_model(arch, case.config(), groups)
-    load_hf_weights(reference, reference_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(reference, reference_dir, arch, groups=groups)
     return reference.requires_grad_(False).eval()
 
 
@@ -184,7 +184,7 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     dist.broadcast_object_list(folder, src=0, group=groups.mp)
     out = Path(folder[0]) / "gradients"
     arch = state.policy.architecture
-    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, tp_group=groups.tp, pp_group=groups.pp)
+    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, groups=groups)
     if groups.rank != 0:
         return None
     gradients = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
