@@ -75,6 +75,12 @@ def expert_layout_problems(config: Config, arch: ModelArchitecture, world_size: 
         yield "--moe-router-bias-update-rate: this model's experts have no score biases; leave it out"
 
 
+def experts_cross_replicas(parallel: ParallelConfig) -> bool:
+    """Whether ranks of different model replicas (data-parallel ranks) meet in every layer of experts."""
+    tensor = parallel.tensor_model_parallel_size
+    return bool(tensor % (parallel.expert_model_parallel_size * expert_tensor_size(parallel)))
+
+
 def expert_tensor_size(parallel: ParallelConfig) -> int:
     """Ranks that share each expert."""
     given = parallel.expert_tensor_parallel_size

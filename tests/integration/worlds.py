@@ -23,6 +23,7 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
@@ -40,6 +41,8 @@ class Case:
     name: str
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
     tokens_per_microbatch: int = 10_000
     share_prompts: bool = True
@@ -50,14 +53,22 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
 
+    def layout(self) -> dict[str, int | None]:
+        """What the process groups are made of."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
+
     def config(self) -> Config:
         recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
         if self.recompute == "full":
             recompute.update(recompute_method="uniform", recompute_num_layers=1)
         return Config(
             parallel=ParallelConfig(
-                tensor_model_parallel_size=self.tp,
-                pipeline_model_parallel_size=self.pp,
+                **self.layout(),  # type: ignore[arg-type]
                 sequence_parallel=self.sequence_parallel,
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
@@ -89,6 +100,7 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         bos_token_id=BOS,
         columns=needs.columns,
         multiple_of=case.tp if case.sequence_parallel else 1,
+        equal_packs=experts_cross_replicas(case.config().parallel),
     )
     return BatchBuilder(pairs, layout)
 
@@ -193,11 +205,11 @@ def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[Res
 
     ``folder`` has each case's model and its reference in ``NAME/model`` and ``NAME/reference``.
     """
-    scores: dict[tuple[str, int], ReferenceScores] = {}
+    scores: dict[tuple[str, str], ReferenceScores] = {}
 
     def compute(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> Result:
         reference = f"{folder}/{case.model}/reference"
-        known = scores.setdefault((case.model, id(groups)), ReferenceScores(reference, groups))
+        known = scores.setdefault((case.model, str(case.layout())), ReferenceScores(reference, groups))
         return loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, known)
 
     return run_at_layouts(compute, cases, folder, pairs)
@@ -208,10 +220,11 @@ def run_at_layouts(
 ) -> list[Result]:
     """What ``compute`` gives for each case, one after the other in one set of processes, which are slow to start."""
     results: list[Result] = [None] * len(cases)
-    layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
+    layout_of = lambda number: str(cases[number].layout())  # noqa: E731
     # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
-    for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
-        groups = initialize_runtime(*layout)
+    for _, same in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
+        numbers = list(same)
+        groups = initialize_runtime(**cases[numbers[0]].layout())
         for number in numbers:
             results[number] = compute(cases[number], folder, pairs, groups)
         end_case()
