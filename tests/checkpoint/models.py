@@ -50,6 +50,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
     "olmo2": ("olmo2", {"bos_token_id": None}),
     "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 20, "attention_bias": True}),
+    "gemma_untied": ("gemma", {"head_dim": 10, "tie_word_embeddings": False}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)
@@ -65,7 +67,9 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                # Where transformers starts from zeros, one is added to it.
+                low = -0.5 if kind.startswith("gemma") else 0.5
+                parameter.uniform_(low, low + 1.0)
             elif name.endswith(".bias"):
                 parameter.uniform_(-0.5, 0.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)

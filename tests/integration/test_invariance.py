@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "biased attention": {"attention_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 20},
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "gemma": {"model_type": "gemma", "head_dim": 20},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 WORLDS = {
@@ -60,6 +61,8 @@ WORLDS = {
         Case("PP 2, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
         Case("TP 2, sequence parallel, olmo2", model="olmo2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, olmo2", model="olmo2", pp=2, tokens_per_microbatch=120),
+        Case("TP 2, sequence parallel, gemma", model="gemma", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, gemma", model="gemma", pp=2, tokens_per_microbatch=120),
         Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
     ],
