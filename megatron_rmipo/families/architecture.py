@@ -226,11 +226,6 @@ class ModelArchitecture:
         """In tokens, that the model takes and whose rotary embeddings are those of its ``ropes``."""
         return min([self.max_position_embeddings, *(rope.longest_sequence for rope in self.ropes if rope.longest_sequence)])
 
-    @property
-    def shortest_window(self) -> int | None:
-        """Of the sliding windows of its layers; None where none has any."""
-        return min((kind.window for kind in self.layer_kinds if kind.window is not None), default=None)
-
     def kind_of(self, layer: int) -> LayerKind:
         """What the attention of ``layer`` (counted from 0) does."""
         return self.layer_kinds[layer] if self.layer_kinds else LayerKind()

@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
-from megatron_rmipo.model.attention.packed import PackedAttention, ScoreRules, choose_backend
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device

@@ -15,6 +15,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.packed_model import ScoringOptions, enable_scoring, score_row
 from megatron_rmipo.model.rotary import PackedRotary
+from megatron_rmipo.model.vocabulary_shard import LogitRules
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -42,7 +43,7 @@ class PolicyModel(GPTModel):
             **kwargs,
         )
         self.architecture = arch
-        self.scoring_options = ScoringOptions(arch.vocab_size, chunk_size)
+        self.scoring_options = ScoringOptions(arch.vocab_size, chunk_size, LogitRules(arch.logit_multiplier, arch.logit_softcap))
         self.rotary_pos_emb = PackedRotary(arch)
         enable_scoring(self)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import LayerKind, Llama3Scaling, Rope, YarnScaling
@@ -145,12 +146,39 @@ def test_models_as_published_have_the_published_number_of_parameters(
     assert arch.layer_kinds == ()
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"max_window_layers": 2}, [None, None, 77]),
+        ({"max_window_layers": 0}, [77, 77, 77]),
+        ({"layer_types": [SLIDING, FULL, SLIDING]}, [77, None, 77]),
+        ({"layer_types": [FULL] * 3, "max_window_layers": 1}, []),
+        ({"sliding_window": None, "max_window_layers": 1}, []),
+        ({}, []),
+    ],
+)
+def test_layers_of_a_qwen_may_have_windows(tmp_path: Path, name: str, changes: dict[str, Any], windows: list[int | None]) -> None:
+    beside = {"architectures": [name], "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 77}
+    config = {**QWEN25_7B, **beside, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [kind.window for kind in read_architecture(tmp_path).layer_kinds] == windows
+    # transformers makes the same of it.
+    theirs = AutoConfig.for_model("qwen2" if name.startswith("Qwen2") else "qwen3", **config)
+    assert [theirs.sliding_window if kind == SLIDING else None for kind in theirs.layer_types] == (windows or [None] * 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, ["use_sliding_window is True", "qwen3"]),
-        ({"use_sliding_window": True}, ["use_sliding_window is True", "qwen2"]),
-        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, ["layer_types is 'sliding_attention'"]),
+        ({"layer_types": [FULL] * 27 + [SLIDING]}, ["layer_types has 'sliding_attention', but use_sliding_window is off"]),
+        ({"layer_types": [FULL] * 27 + ["linear_attention"]}, ["layer_types has 'linear_attention'", "'full_attention'"]),
+        ({"layer_types": [FULL] * 27}, ["layer_types must list a type for each of 28 layers"]),
+        ({"use_sliding_window": True, "max_window_layers": None}, ["max_window_layers must be a number of layers"]),
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 0}, ["sliding_window must be a positive"]),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, ["'mrope'"]),
     ],
 )
