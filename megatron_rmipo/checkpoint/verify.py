@@ -71,6 +71,7 @@ def policy_logits(policy: PolicyModel, token_ids: Tensor, groups: ProcessGroups)
         return None
     hook.remove()
     logits, _ = ColumnParallelLinear.forward(policy.output_layer, head["hidden"], weight=head["weight"])
+    logits = policy.scoring_options.logits.apply_(logits)
     parts = [torch.empty_like(logits) for _ in range(groups.tp_size)] if groups.tp_rank == 0 else None
     dist.gather(logits.contiguous(), parts, group=groups.tp, group_dst=0)
     return None if parts is None else torch.cat(parts, dim=-1)[:, : policy.architecture.vocab_size].float().cpu()

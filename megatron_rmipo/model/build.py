@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
-from megatron_rmipo.model.attention.packed import PackedAttention, ScoreRules, choose_backend
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.norms import RMSNorm, WholeNorm
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.residual import place_norms
@@ -60,15 +62,29 @@ class Attention(SelfAttention):
         submodules = dataclasses.replace(submodules, core_attention=core_attention)
         own_config = copy.copy(config)
         own_config.add_bias_linear = arch.attention_output_bias
+        # Turned queries and keys have a factor each; where all of their channels are turned, its square is one of the scores.
+        factor = 1.0 if kind.rope is None else arch.ropes[kind.rope].attention_factor ** 2
+        if factor != 1.0 and arch.turned_channels == arch.kv_channels:
+            own_config.softmax_scale = factor * (arch.attention_scale or 1 / math.sqrt(arch.kv_channels))
+            factor = 1.0
         super().__init__(own_config, submodules, layer_number, *args, **kwargs)
         # What training sets in the layers' configuration later is seen here, too.
         self.config = config
         self.rope = kind.rope
+        self.turned_channels, self.turned_factor = arch.turned_channels, factor
         if arch.qk_norm_whole:
             queries, keys = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
             tp_group, eps = self.pg_collection.tp, config.layernorm_epsilon
             self.q_layernorm = WholeNorm(config, queries * arch.kv_channels, eps, tp_group)
             self.k_layernorm = WholeNorm(config, keys * arch.kv_channels, eps, tp_group)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As Megatron's; those channels of queries, ``[T, 1, A, D]``, that will be turned have the factor of both sides."""
+        query, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.turned_factor != 1.0:
+            turned = query[..., : self.turned_channels] * self.turned_factor
+            query = torch.cat([turned, query[..., self.turned_channels :]], dim=-1)
+        return query, *others
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, with this layer's angles out of those of all kinds, ``[T, 1, K, D]``."""
@@ -126,6 +142,7 @@ def transformer_config(
         "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
         "qk_layernorm": arch.qk_norm,
+        "rotary_interleaved": arch.rotary_interleaved,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": groups.tp_size,

@@ -24,6 +24,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
 _COMMON: dict[str, Any] = {
     "vocab_size": 203,
     "hidden_size": 48,
@@ -44,6 +53,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama31": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama32_tied": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN_ROPE, "initializer_range": 0.2}),
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
     "qwen3": ("qwen3", {"head_dim": 20}),

@@ -24,7 +24,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 20},
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "gemma": {"model_type": "gemma", "head_dim": 20},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    # Twice as long as its original context at most.
+    "yarn": {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+        "head_dim": 20,
+    },
+    # With a window in the second stage's layers and the last of the first, shorter than most prompts and responses.
+    "qwen2": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 20},
 }
 WORLDS = {
     1: [
@@ -39,8 +52,10 @@ WORLDS = {
         Case("sft", objective="sft", tokens_per_microbatch=120),
         Case("one pair a pack, tied", model="tied", tokens_per_microbatch=48),
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
+        Case("prompts not shared, mistral", model="mistral", share_prompts=False, tokens_per_microbatch=200),
     ],
     2: [
+        Case("TP 2, yarn", model="yarn", tp=2, tokens_per_microbatch=200),
         Case("TP 2", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel, recomputation", tp=2, sequence_parallel=True, recompute="full"),
@@ -65,6 +80,8 @@ WORLDS = {
         Case("PP 2, gemma", model="gemma", pp=2, tokens_per_microbatch=120),
         Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
+        Case("TP 2, mistral", model="mistral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, mistral", model="mistral", pp=2, recompute="full", tokens_per_microbatch=120),
     ],
     4: [
         Case("TP 2 x PP 2", tp=2, pp=2, tokens_per_microbatch=120),
