@@ -33,6 +33,19 @@ YARN_ROPE = {
     "beta_slow": 0.5,
     "truncate": False,
 }
+LOCAL_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 30000.0, "factor": 8.0},
+    "sliding_attention": LOCAL_ROPE,
+}
+# Of ropes by type, transformers truncates whatever they say.
+OLMO3_ROPES = {
+    "full_attention": {name: value for name, value in YARN_ROPE.items() if name != "truncate"},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+# Not as transformers would have them where none are listed.
+MIXED_LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+SMALL_CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 _COMMON: dict[str, Any] = {
     "vocab_size": 203,
     "hidden_size": 48,
@@ -60,8 +73,17 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
     "olmo2": ("olmo2", {"bos_token_id": None}),
     "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {"rope_parameters": OLMO3_ROPES, "sliding_window": 16, "initializer_range": 0.2}),
+    "olmo3_tied": ("olmo3", {"tie_word_embeddings": True, "sliding_window": 16, "layer_types": MIXED_LAYERS}),
     "gemma": ("gemma", {"head_dim": 20, "attention_bias": True}),
     "gemma_untied": ("gemma", {"head_dim": 10, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"head_dim": 20, "query_pre_attn_scalar": 30, "sliding_window": 16, **SMALL_CAPS}),
+    "gemma2_untied": ("gemma2", {"head_dim": 10, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 20, "sliding_window": 16, "layer_types": MIXED_LAYERS, "rope_parameters": GEMMA3_ROPES},
+    ),
+    "gemma3_untied": ("gemma3_text", {"head_dim": 10, "tie_word_embeddings": False, "final_logit_softcapping": 9.0}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)

@@ -23,6 +23,27 @@ MODELS: dict[str, dict[str, Any]] = {
     "biased attention": {"attention_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 20},
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    # Three layers of four with a window.
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 5,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gemma2": {
+        **{"model_type": "gemma2", "head_dim": 20, "sliding_window": 5, "query_pre_attn_scalar": 30},
+        **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    },
+    "gemma3": {
+        **{"model_type": "gemma3_text", "head_dim": 20, "sliding_window": 5},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "gemma": {"model_type": "gemma", "head_dim": 20},
     # Twice as long as its original context at most.
     "yarn": {
@@ -74,10 +95,14 @@ WORLDS = {
         Case("TP 2, qwen3", model="qwen3", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel, qwen3", model="qwen3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
-        Case("TP 2, sequence parallel, olmo2", model="olmo2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("TP 2, olmo2", model="olmo2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, olmo2", model="olmo2", pp=2, tokens_per_microbatch=120),
-        Case("TP 2, sequence parallel, gemma", model="gemma", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("TP 2, olmo3", model="olmo3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, gemma", model="gemma", pp=2, tokens_per_microbatch=120),
+        Case("TP 2, gemma2", model="gemma2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, gemma2", model="gemma2", pp=2, recompute="full", tokens_per_microbatch=120),
+        Case("TP 2, gemma3", model="gemma3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, gemma3", model="gemma3", pp=2, tokens_per_microbatch=120),
         Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
         Case("TP 2, mistral", model="mistral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
