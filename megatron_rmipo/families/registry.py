@@ -6,8 +6,12 @@ from collections.abc import Mapping
 
 from megatron_rmipo.families.base import Family
 from megatron_rmipo.families.llama import LLAMA
+from megatron_rmipo.families.ministral import MINISTRAL, MINISTRAL3
 from megatron_rmipo.families.mistral import MISTRAL
+from megatron_rmipo.families.phi3 import PHI3
 from megatron_rmipo.families.qwen2 import QWEN2
 from megatron_rmipo.families.qwen3 import QWEN3
+from megatron_rmipo.families.smollm3 import SMOLLM3
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_ALL = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SMOLLM3, PHI3)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
