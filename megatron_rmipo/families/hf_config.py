@@ -18,7 +18,10 @@ from megatron_rmipo.families.registry import FAMILIES, REFUSED
 from megatron_rmipo.families.rope import read_rope
 
 # Read as they are, beside those of Fields; the rotary ones whichever of them a config holds.
-_OTHER_FIELDS = ("architectures", "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype")
+_OTHER_FIELDS = (
+    *("architectures", "rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"),
+    *("dtype", "torch_dtype"),
+)
 _DTYPES = ("float32", "float16", "bfloat16")
 
 

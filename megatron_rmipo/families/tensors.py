@@ -57,9 +57,9 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:
-            return ((query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
+            return _joined(rule, (query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
         case Layout.GATE_UP:
-            return ((ffn, *inputs), (ffn, *inputs))
+            return _joined(rule, (ffn, *inputs), (ffn, *inputs))
         case Layout.HEAD_COLUMNS:
             return ((hidden, query_rows),)
         case Layout.FFN_COLUMNS:
@@ -84,3 +84,8 @@ def layer_parameters(arch: ModelArchitecture, layer: int) -> Parameters:
         if rule.per_layer and arch.has(rule.only_with, layer):
             counts[not rule.is_cut] += math.prod(megatron_shape(rule, arch))
     return Parameters(*counts)
+
+
+def _joined(rule: Rule, *parts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of parts that are a source each, or of the one source that holds them all, one below the other."""
+    return parts if len(rule.sources) > 1 else ((sum(part[0] for part in parts), *parts[0][1:]),)

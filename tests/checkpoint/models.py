@@ -46,6 +46,21 @@ OLMO3_ROPES = {
 # Not as transformers would have them where none are listed.
 MIXED_LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 SMALL_CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.25, 2.0],
+    "long_factor": [1.0, 3.0, 9.0],
+}
+MINISTRAL3_ROPE = {
+    **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 128},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.1},
+}
+MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+# Larger scores than others', whose rounding would stand out.
+SMALL = {"initializer_range": 0.2}
+TIED, NO_PAD = {"tie_word_embeddings": True}, {"pad_token_id": None}
 _COMMON: dict[str, Any] = {
     "vocab_size": 203,
     "hidden_size": 48,
@@ -66,7 +81,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama31": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama32_tied": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama_yarn": ("llama", {"rope_parameters": YARN_ROPE, "initializer_range": 0.2}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN_ROPE, **SMALL}),
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
     "qwen3": ("qwen3", {"head_dim": 20}),
@@ -84,6 +99,17 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 20, "sliding_window": 16, "layer_types": MIXED_LAYERS, "rope_parameters": GEMMA3_ROPES},
     ),
     "gemma3_untied": ("gemma3_text", {"head_dim": 10, "tie_word_embeddings": False, "final_logit_softcapping": 9.0}),
+    # Windows where no rotary embeddings are, as where the config lists neither.
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 30, **NO_PAD}),
+    "smollm3_untied": ("smollm3", {"no_rope_layer_interval": 3, "tie_word_embeddings": False, "attention_bias": True, **NO_PAD}),
+    "phi3": ("phi3", {"sliding_window": 30, "head_dim": 12, **NO_PAD}),
+    # As Phi-4-mini: six of eight channels of a head are turned.
+    "phi4_mini": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128, **TIED, **NO_PAD}),
+    "ministral": (
+        "ministral",
+        {"sliding_window": 30, "layer_types": MIXED, "head_dim": 12, "rope_parameters": YARN_ROPE, **SMALL},
+    ),
+    "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)

@@ -58,6 +58,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "max_window_layers": 1,
     },
+    # Windows in the layers without rotary embeddings, one of each stage's.
+    "smollm3": {
+        **{"model_type": "smollm3", "pad_token_id": None, "no_rope_layer_interval": 2},
+        **{"use_sliding_window": True, "sliding_window": 6},
+    },
+    # Half of a head is turned, and what is turned is larger.
+    "phi3": {
+        **{"model_type": "phi3", "pad_token_id": None, "original_max_position_embeddings": 64},
+        "rope_parameters": {
+            **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            **{"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]},
+        },
+    },
     "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 20},
 }
 WORLDS = {
@@ -76,6 +89,8 @@ WORLDS = {
         Case("prompts not shared, mistral", model="mistral", share_prompts=False, tokens_per_microbatch=200),
     ],
     2: [
+        Case("TP 2, sequence parallel, phi3", model="phi3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, smollm3", model="smollm3", pp=2, tokens_per_microbatch=120),
         Case("TP 2, yarn", model="yarn", tp=2, tokens_per_microbatch=200),
         Case("TP 2", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
