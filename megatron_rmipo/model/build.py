@@ -23,7 +23,7 @@ from megatron_rmipo.config.schema import Config, ExpertsConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.model.attention.packed import PackedAttention, ScoreRules, choose_backend
-from megatron_rmipo.model.experts import expert_layer, expert_settings
+from megatron_rmipo.model.experts import expert_layer, expert_settings, keep_experts_apart
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
@@ -233,6 +233,7 @@ def build_policy(
         chunk_size=chunk_size,
     )
     model.to(current_device())
+    keep_experts_apart(model)
     return model
 
 

@@ -49,10 +49,24 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36},
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **{"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True},
+            **{"decoder_sparse_step": 2, "head_dim": 20, "tie_word_embeddings": True},
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral",)
+SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:

@@ -41,7 +41,13 @@ LAYOUTS = [
     for tp, pp in ((2, 1), (1, 2), (2, 2))
     if (tp, pp) != (2, 2) or kind in BOTH_AT_ONCE
 ]
-SPARSE_LAYOUTS = [("mixtral", (1, 1, 2)), ("mixtral", (2, 1, 2))]
+SPARSE_LAYOUTS = [
+    ("mixtral", (1, 1, 2)),
+    ("mixtral", (2, 1, 2)),
+    ("qwen2_moe", (2, 1, 2)),
+    ("qwen3_moe", (1, 1, 2)),
+    ("qwen3_moe", (1, 2, 2)),
+]
 Sizes = tuple[int, int, int]
 
 
