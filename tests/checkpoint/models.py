@@ -53,7 +53,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         {
             **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36},
-            "mlp_only_layers": [1],
+            "mlp_only_layers": [1, 2],
         },
     ),
     "qwen3_moe": (
