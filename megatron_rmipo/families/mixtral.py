@@ -44,7 +44,7 @@ MIXTRAL = dataclasses.replace(
     rules=sparse_rules(
         LLAMA.rules,
         (
-            *router_rules("block_sparse_moe.gate"),
+            *router_rules("block_sparse_moe.gate", joined="mlp.gate"),
             *expert_rules("block_sparse_moe.experts.{expert}", gate="w1", up="w3", down="w2"),
         ),
     ),
