@@ -68,11 +68,17 @@ def expert_layout_problems(config: Config, arch: ModelArchitecture, world_size: 
         )
     if config.model.recompute_method == "block":
         yield (
-            "--recompute-method block: Megatron's layers that are not recomputed do not tell a router which tokens count; uniform "
-            "would work"
+            "--recompute-method block: Megatron's layers that are not recomputed do not tell a router which tokens count; "
+            "uniform would work"
         )
     if config.experts.moe_router_bias_update_rate and not experts.score_bias:
         yield "--moe-router-bias-update-rate: this model's experts have no score biases; leave it out"
+
+
+def experts_cross_replicas(parallel: ParallelConfig) -> bool:
+    """Whether ranks of different model replicas (data-parallel ranks) meet in every layer of experts."""
+    tensor = parallel.tensor_model_parallel_size
+    return bool(tensor % (parallel.expert_model_parallel_size * expert_tensor_size(parallel)))
 
 
 def expert_tensor_size(parallel: ParallelConfig) -> int:

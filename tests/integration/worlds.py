@@ -22,6 +22,7 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
@@ -39,6 +40,8 @@ class Case:
     name: str
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
     tokens_per_microbatch: int = 10_000
     share_prompts: bool = True
@@ -49,14 +52,22 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
 
+    def layout(self) -> dict[str, int | None]:
+        """What the process groups are made of."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
+
     def config(self) -> Config:
         recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
         if self.recompute == "full":
             recompute.update(recompute_method="uniform", recompute_num_layers=1)
         return Config(
             parallel=ParallelConfig(
-                tensor_model_parallel_size=self.tp,
-                pipeline_model_parallel_size=self.pp,
+                **self.layout(),  # type: ignore[arg-type]
                 sequence_parallel=self.sequence_parallel,
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
@@ -88,6 +99,7 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         bos_token_id=BOS,
         columns=needs.columns,
         multiple_of=case.tp if case.sequence_parallel else 1,
+        equal_packs=experts_cross_replicas(case.config().parallel),
     )
     return BatchBuilder(pairs, layout)
 
