@@ -6,12 +6,19 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """The ``llama3`` frequency scaling of rotary embeddings (Llama 3.1 and 3.2).
+class LinearScaling:
+    """Every frequency is ``factor`` times slower."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Low frequencies are slowed down, high ones kept, the band between is blended (Llama 3.1 and 3.2).
 
     Attributes:
         factor: by how much low frequencies are slowed down.
-        low_freq_factor, high_freq_factor: the band between them is interpolated.
+        low_freq_factor, high_freq_factor: how often a frequency turns within the original context at either end of the band.
         original_max_position_embeddings: context length before scaling, in tokens.
     """
 
@@ -22,16 +29,54 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Low frequencies are slowed down, high ones kept, and between them the channels go linearly from one to the other.
+
+    Source: YaRN, arXiv 2309.00071.
+
+    Attributes:
+        factor: by how much low frequencies are slowed down.
+        original_max_position_embeddings: context length before scaling, in tokens.
+        beta_fast, beta_slow: how often a frequency turns within the original context at either end of the ramp.
+        truncate: the ramp begins and ends at whole channels.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """Each frequency is slowed down by a factor of its own (LongRoPE, arXiv 2402.13753).
+
+    Attributes:
+        short_factors: those for sequences within the original context, one a pair of channels.
+    """
+
+    short_factors: tuple[float, ...]
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """One kind of rotary embeddings of a model.
 
     Attributes:
         base: theta; channel pair i of D turns by ``base ** (-2 i / D)`` a position.
         scaling: how its frequencies are stretched over a longer context, or None.
+        attention_factor: what turned queries, and turned keys, are multiplied by.
+        longest_sequence: in tokens: a longer one is computed in another way, all of it; None where there is no such length.
     """
 
     base: float
     scaling: RopeScaling | None = None
+    attention_factor: float = 1.0
+    longest_sequence: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +158,7 @@ class ModelArchitecture:
         post_norm: their output is, before it is added to the residual stream.
         activation: of the gate, ``silu`` or ``gelu_tanh``.
         embedding_multiplier: of the embedded tokens.
+        embedding_multiplier_rounded: it is rounded to the dtype of the hidden states first.
         residual_multiplier: of what attention and MLP add to the residual stream.
         logit_multiplier: of the logits.
         logit_softcap: logits z become ``cap * tanh(z / cap)``; None leaves them.
@@ -148,6 +194,7 @@ class ModelArchitecture:
     post_norm: bool = False
     activation: str = "silu"
     embedding_multiplier: float = 1.0
+    embedding_multiplier_rounded: bool = False
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
@@ -196,9 +243,14 @@ class ModelArchitecture:
         return self.num_query_groups * self.kv_channels
 
     @property
-    def shortest_window(self) -> int | None:
-        """Of the sliding windows of its layers; None where none has any."""
-        return min((kind.window for kind in self.layer_kinds if kind.window is not None), default=None)
+    def turned_channels(self) -> int:
+        """Channels of a head that rotary embeddings turn."""
+        return self.kv_channels if self.rotary_channels is None else self.rotary_channels
+
+    @property
+    def longest_sequence(self) -> int:
+        """In tokens, that the model takes and whose rotary embeddings are those of its ``ropes``."""
+        return min([self.max_position_embeddings, *(rope.longest_sequence for rope in self.ropes if rope.longest_sequence)])
 
     def kind_of(self, layer: int) -> LayerKind:
         """What the attention of ``layer`` (counted from 0) does."""

@@ -57,6 +57,14 @@ class Fields:
         """Zero, or a positive number; null is zero."""
         return self.number(name) if self.get(name) else 0.0
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        values = self.get(name)
+        found = values if isinstance(values, list) else []
+        if not found or any(isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 for value in found):
+            raise self.error(name, f"must be a list of positive numbers, found {values!r:.60}")
+        return tuple(map(float, found))
+
     def one_of(self, name: str, allowed: Iterable[str]) -> str:
         """One of some names."""
         value, known = self.get(name), tuple(allowed)
@@ -70,6 +78,10 @@ class Fields:
         if not isinstance(value, dict):
             raise self.error(name, f"must be a mapping, found {value!r}")
         return Fields(value, defaults or {}, self.path, f"{self._within}{name}.")
+
+    def unread(self, harmless: Iterable[str]) -> dict[str, Any]:
+        """The fields that nobody read and that ask for something: what is off (false, null, zero, empty) does not."""
+        return {name: self._config[name] for name in self._config.keys() - self.read - set(harmless) if self._config[name]}
 
     def error(self, name: str, what: str) -> ConversionError:
         """The error that says ``what`` of the field ``name``."""

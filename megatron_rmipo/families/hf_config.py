@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.errors import ConversionError
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import LongRopeScaling, ModelArchitecture
 from megatron_rmipo.families.base import Family
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.harmless_fields import HARMLESS_FIELDS
@@ -71,13 +71,24 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     if "ropes" not in traits:
         traits["ropes"] = (read_rope(fields),)
     architecture = ModelArchitecture(family=family.name, **traits)
-    _refuse_unknown(config, {*family.only, *family.unread, *fields.read}, f"{path}: the {family.name} family")
+    _check_long_ropes(architecture, path)
+    _refuse_unknown(fields, {*family.only, *family.unread}, f"{path}: the {family.name} family")
     return architecture
 
 
-def _refuse_unknown(config: dict[str, Any], known: set[str], who: str) -> None:
-    """Refuse fields that nobody reads; one that is off (false, null, zero, empty) asks for nothing."""
-    unknown = {name: config[name] for name in config.keys() - known - {*_OTHER_FIELDS} - HARMLESS_FIELDS if config[name]}
+def _check_long_ropes(arch: ModelArchitecture, path: Path) -> None:
+    """Factors of single frequencies are as many as there are frequencies."""
+    for rope in arch.ropes:
+        if isinstance(rope.scaling, LongRopeScaling) and len(rope.scaling.short_factors) != arch.turned_channels // 2:
+            raise ConversionError(
+                f"{path}: short_factor has {len(rope.scaling.short_factors)} numbers, but rotary embeddings turn "
+                f"{arch.turned_channels // 2} pairs of channels."
+            )
+
+
+def _refuse_unknown(fields: Fields, known: set[str], who: str) -> None:
+    """Refuse fields that nobody reads."""
+    unknown = fields.unread({*known, *_OTHER_FIELDS} | HARMLESS_FIELDS)
     if unknown:
         listed = ", ".join(f"{name} (which is {value!r:.60})" for name, value in sorted(unknown.items()))
         raise ConversionError(

@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from megatron_rmipo.families.architecture import LayerKind
 from megatron_rmipo.families.fields import Fields
+from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
 
 def read_window(fields: Fields) -> Mapping[str, object]:
     """The sliding window, one for all layers, as a field of the architecture."""
-    if fields.get("sliding_window") is None:
-        return {}
-    return {"layer_kinds": (LayerKind(window=fields.count("sliding_window")),) * fields.count("num_hidden_layers")}
+    kind = FULL if fields.get("sliding_window") is None else SLIDING
+    return {"layer_kinds": read_layer_kinds(fields, [kind] * fields.count("num_hidden_layers"))}
 
 
 MISTRAL = dataclasses.replace(

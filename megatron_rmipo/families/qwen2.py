@@ -5,22 +5,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from megatron_rmipo.families.fields import Fields
+from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
-# Windows are off in all but a few of Qwen's models; where they are, these fields say nothing.
-WITHOUT_WINDOWS = ("sliding_window", "max_window_layers")
-FULL_ATTENTION_ONLY: Mapping[str, tuple[object, ...]] = {
-    "use_sliding_window": (False, None),
-    "layer_types": ("full_attention", None),
-}
+# Windows are off in all but a few of Qwen's models.
+WINDOW_DEFAULTS: Mapping[str, object] = {"sliding_window": 4096, "max_window_layers": 28}
+
+
+def read_qwen_windows(fields: Fields) -> Mapping[str, object]:
+    """The attention of layers of Qwen models, where those from ``max_window_layers`` on may have a window."""
+    windows, first, num_layers = (
+        fields.flag("use_sliding_window"),
+        fields.get("max_window_layers"),
+        fields.count("num_hidden_layers"),
+    )
+    if windows and fields.get("sliding_window") is not None:
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise fields.error("max_window_layers", f"must be a number of layers, found {first!r}")
+        default = [SLIDING if layer >= first else FULL for layer in range(num_layers)]
+    else:
+        if SLIDING in (fields.get("layer_types") or ()):
+            raise fields.error("layer_types", f"has {SLIDING!r}, but use_sliding_window is off")
+        default = [FULL] * num_layers
+    return {"layer_kinds": read_layer_kinds(fields, default)}
+
 
 QWEN2 = dataclasses.replace(
     LLAMA,
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
-    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
-    defaults={**LLAMA.defaults, "max_position_embeddings": 32768, "num_key_value_heads": 32},
-    unread=WITHOUT_WINDOWS,
+    only=COMMON_ONLY,
+    defaults={**LLAMA.defaults, **WINDOW_DEFAULTS, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    unread=(),
     switches={},
     always=("qkv_bias",),
+    read=read_qwen_windows,
 )

@@ -9,15 +9,16 @@ import dataclasses
 
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.llama import COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
-from megatron_rmipo.families.qwen2 import FULL_ATTENTION_ONLY, WITHOUT_WINDOWS
+from megatron_rmipo.families.qwen2 import WINDOW_DEFAULTS, read_qwen_windows
 
 QWEN3 = dataclasses.replace(
     LLAMA,
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
+    only=COMMON_ONLY,
     defaults={
         **LLAMA.defaults,
+        **WINDOW_DEFAULTS,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
@@ -28,7 +29,8 @@ QWEN3 = dataclasses.replace(
         Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.HEAD),
         Rule(MEGATRON_LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), Layout.HEAD),
     ),
-    unread=WITHOUT_WINDOWS,
+    unread=(),
     switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
     always=("qk_norm",),
+    read=read_qwen_windows,
 )

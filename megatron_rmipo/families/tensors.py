@@ -81,6 +81,10 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
             return ((arch.experts.num_experts, *inputs),)
         case Layout.GATE:
             return ((1, hidden),)
+        case Layout.QUERIES:
+            return ((query_rows,),)
+        case Layout.KEYS:
+            return ((key_rows,),)
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:

@@ -24,6 +24,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
 _COMMON: dict[str, Any] = {
     "vocab_size": 203,
     "hidden_size": 48,
@@ -34,6 +43,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
     "initializer_range": 0.3,
 }
 
@@ -43,11 +53,16 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama31": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama32_tied": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN_ROPE, "initializer_range": 0.2}),
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
+    # With a window in the second stage's layers and the last of the first, shorter than most prompts and responses.
+    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
-    "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
+    "mistral": ("mistral", {"sliding_window": 7, "head_dim": 12, "rope_theta": 10000.0}),
+    "olmo2": ("olmo2", {"bos_token_id": None}),
+    "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
     "qwen2_moe": (
         "qwen2_moe",

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_rmipo.errors import ConversionError
-from megatron_rmipo.families.architecture import LayerKind, Rope, RopeScaling
+from megatron_rmipo.families.architecture import LayerKind, Llama3Scaling, Rope, YarnScaling
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import num_parameters
 
@@ -48,7 +49,7 @@ def test_reads_llama31(tmp_path: Path) -> None:
     assert arch.family == "llama"
     assert (arch.num_layers, arch.hidden_size, arch.ffn_hidden_size) == (3, 96, 200)
     assert (arch.num_attention_heads, arch.num_query_groups, arch.kv_channels) == (6, 2, 16)
-    assert arch.ropes == (Rope(500000.0, RopeScaling(8.0, 1.0, 4.0, 8192)),)
+    assert arch.ropes == (Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)),)
     assert (arch.dtype, arch.tied_embeddings) == ("bfloat16", False)
 
 
@@ -57,6 +58,12 @@ def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:
     joined = {**LLAMA31["rope_scaling"], "rope_theta": 500000.0}
     after = read_architecture(write(tmp_path, rope_scaling="absent", rope_theta="absent", rope_parameters=joined))
     assert after == before
+
+
+def test_qwens_yarn_is_read_as_published(tmp_path: Path) -> None:
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    arch = read_architecture(write(tmp_path, architectures=["Qwen2ForCausalLM"], rope_scaling=scaling))
+    assert arch.ropes == (Rope(500000.0, YarnScaling(4.0, 32768), pytest.approx(1.1386294)),)
 
 
 def test_what_says_nothing_about_the_model_is_ignored(tmp_path: Path) -> None:
@@ -121,11 +128,18 @@ NEMO = {
     **{"hidden_size": 5120, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 40},
     **{"num_key_value_heads": 8, "max_position_embeddings": 1024000, "vocab_size": 131072},
 }
+OLMO2_7B: dict[str, Any] = {
+    **{"architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"},
+    **{"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
+    **{"num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_scaling": None},
+    **{"rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32", "vocab_size": 100352},
+}
 PUBLISHED = [
     (QWEN25_7B, 7_615_616_512),
     (QWEN25_05B, 494_032_768),
     (QWEN3_06B, 596_049_920),
     (NEMO, 12_247_782_400),
+    (OLMO2_7B, 7_298_617_344),
 ]
 
 
@@ -139,13 +153,40 @@ def test_models_as_published_have_the_published_number_of_parameters(
     assert arch.layer_kinds == ()
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"max_window_layers": 2}, [None, None, 77]),
+        ({"max_window_layers": 0}, [77, 77, 77]),
+        ({"layer_types": [SLIDING, FULL, SLIDING]}, [77, None, 77]),
+        ({"layer_types": [FULL] * 3, "max_window_layers": 1}, []),
+        ({"sliding_window": None, "max_window_layers": 1}, []),
+        ({}, []),
+    ],
+)
+def test_layers_of_a_qwen_may_have_windows(tmp_path: Path, name: str, changes: dict[str, Any], windows: list[int | None]) -> None:
+    beside = {"architectures": [name], "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 77}
+    config = {**QWEN25_7B, **beside, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [kind.window for kind in read_architecture(tmp_path).layer_kinds] == windows
+    # transformers makes the same of it.
+    theirs = AutoConfig.for_model("qwen2" if name.startswith("Qwen2") else "qwen3", **config)
+    assert [theirs.sliding_window if kind == SLIDING else None for kind in theirs.layer_types] == (windows or [None] * 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, ["use_sliding_window is True", "qwen3"]),
-        ({"use_sliding_window": True}, ["use_sliding_window is True", "qwen2"]),
-        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, ["layer_types is 'sliding_attention'"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'"]),
+        ({"layer_types": [FULL] * 27 + [SLIDING]}, ["layer_types has 'sliding_attention', but use_sliding_window is off"]),
+        ({"layer_types": [FULL] * 27 + ["linear_attention"]}, ["layer_types has 'linear_attention'", "'full_attention'"]),
+        ({"layer_types": [FULL] * 27}, ["layer_types must list a type for each of 28 layers"]),
+        ({"use_sliding_window": True, "max_window_layers": None}, ["max_window_layers must be a number of layers"]),
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 0}, ["sliding_window must be a positive"]),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, ["'mrope'"]),
     ],
 )
 def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict[str, Any], named: list[str]) -> None:
@@ -166,7 +207,18 @@ def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict
         ({"attention_bias": "yes"}, ["attention_bias must be true or false", "'yes'"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "'llama3'"]),
+        ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, ["'ntk'", "'llama3'", "'yarn'"]),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, ["rope_scaling.factor", "'4'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "mrope_section": [3, 5]}}, ["rope_scaling.mrope_section", "[3, 5]"]),
+        ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, ["rope_scaling.partial_rotary_factor", "0.5"]),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}},
+            ["short_factor has 1 numbers", "8 pairs"],
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": "2"}},
+            ["rope_scaling.long_factor must be a list of positive numbers", "'2'"],
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling.low_freq_factor"]),
         ({"num_hidden_layers": "absent"}, ["num_hidden_layers", "None"]),
         ({"num_key_value_heads": 4}, ["num_attention_heads 6", "num_key_value_heads 4"]),

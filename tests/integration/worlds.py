@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,8 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     """Gradients as if they were weights of a Hugging Face checkpoint: the exporter puts shards and stages together."""
     for parameter in state.policy.parameters():
         parameter.data = parameter.main_grad.to(torch.float32)  # type: ignore[attr-defined]
-    if groups.dp_rank != 0:
-        return None
     folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder, src=0, group=groups.mp)
+    dist.broadcast_object_list(folder, src=0)
     out = Path(folder[0]) / "gradients"
     arch = state.policy.architecture
     export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, groups=groups)
@@ -198,19 +197,34 @@ def end_case() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
-    """Several cases one after the other in one set of processes, which are slow to start.
+Result = dict[str, Any] | None
+
+
+def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[Result]:
+    """Loss and gradients of several cases.
 
     ``folder`` has each case's model and its reference in ``NAME/model`` and ``NAME/reference``.
     """
-    results: list[dict[str, Any] | None] = [None] * len(cases)
+    scores: dict[tuple[str, int], ReferenceScores] = {}
+
+    def compute(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> Result:
+        reference = f"{folder}/{case.model}/reference"
+        known = scores.setdefault((case.model, id(groups)), ReferenceScores(reference, groups))
+        return loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, known)
+
+    return run_at_layouts(compute, cases, folder, pairs)
+
+
+def run_at_layouts(
+    compute: Callable[[Case, str, PairCollection, ProcessGroups], Result], cases: list[Case], folder: str, pairs: PairCollection
+) -> list[Result]:
+    """What ``compute`` gives for each case, one after the other in one set of processes, which are slow to start."""
+    results: list[Result] = [None] * len(cases)
     layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
     # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
     for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
         groups = initialize_runtime(*layout)
-        scores = {case.model: ReferenceScores(f"{folder}/{case.model}/reference", groups) for case in cases}
         for number in numbers:
-            case = cases[number]
-            results[number] = loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, scores[case.model])
+            results[number] = compute(cases[number], folder, pairs, groups)
         end_case()
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.families.architecture import ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import LayerKind, ModelArchitecture, Rope
 from megatron_rmipo.model.flops import forward_cost_model, peak_flops
 from tests.integration.problem import collection
 
@@ -56,8 +57,9 @@ class PlainModel(torch.nn.Module):
 
     def forward(self, tokens: Tensor, visible: list[list[int]], sources: list[int]) -> Tensor:
         x = self.embedding[tokens]
-        for layer in self.layers:
-            x = x + self.attention(x, layer, visible)
+        for number, layer in enumerate(self.layers):
+            window = self.arch.kind_of(number).window
+            x = x + self.attention(x, layer, [keys if window is None else keys[-window:] for keys in visible])
             x = x + torch.mm(torch.mm(x, layer["gate"]) * torch.mm(x, layer["up"]), layer["down"])
         return torch.mm(x[sources], self.head)
 
@@ -102,11 +104,11 @@ def counted(model: PlainModel, visible: list[list[int]], sources: list[int], *, 
     return counter.get_total_flops()
 
 
-def pair_flops(lengths: tuple[int, int, int], **layout: Any) -> float:
+def pair_flops(lengths: tuple[int, int, int], *, arch: ModelArchitecture = ARCH, **layout: Any) -> float:
     """What a batch of one pair says that it costs."""
     pair = TokenizedPair(*(np.arange(length) + 3 for length in lengths))
     settings = {"tokens_per_microbatch": 100, "bos_token_id": 1, **layout}
-    builder = BatchBuilder(collection([pair]), BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(ARCH), **settings))
+    builder = BatchBuilder(collection([pair]), BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(arch), **settings))
     return builder.build(np.array([0])).cost
 
 
@@ -124,6 +126,16 @@ def test_gradient_pass(lengths: tuple[int, int, int], share: bool) -> None:
     assert flops == counted(model, visible, sources, backward=True)
     forward = counted(model, visible, sources, backward=False)
     assert pair_flops(lengths, share_prompts=share, forward_passes=2) == flops + 2 * forward
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 50])
+@pytest.mark.parametrize("share", [True, False])
+def test_layers_with_windows(window: int, share: bool) -> None:
+    arch = dataclasses.replace(ARCH, layer_kinds=(LayerKind(window), LayerKind()))
+    for lengths in LENGTHS:
+        prompt, *responses = lengths
+        visible, sources = row(prompt, responses, share=share)
+        assert pair_flops(lengths, arch=arch, share_prompts=share) == counted(PlainModel(arch), visible, sources, backward=True)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import Experts, LayerKind, ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import Experts, LongRopeScaling, ModelArchitecture, Rope
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -172,12 +172,6 @@ def test_query_groups_bound_tensor_parallelism_too() -> None:
     )
 
 
-def test_a_sliding_window_must_not_be_reached() -> None:
-    windowed = dataclasses.replace(ARCH, layer_kinds=(LayerKind(512),) * 6)
-    validate(config_of("--seq-length", "512"), windowed, 1)
-    assert "up to 512" in refusal("--seq-length", "513", architecture=windowed)
-
-
 @pytest.mark.parametrize(
     ("argv", "world_size"),
     [
@@ -232,3 +226,19 @@ def test_what_experts_cannot_work_with_is_refused(argv: tuple[str, ...], world_s
 def test_flags_of_experts_are_refused_for_a_model_without() -> None:
     message = refusal("--expert-model-parallel-size", "2", "--moe-aux-loss-coeff", "0.1", world_size=2)
     assert "--expert-model-parallel-size, --moe-aux-loss-coeff: this model has no experts; leave them out" in message
+
+
+def test_soft_caps_are_not_for_transformer_engine() -> None:
+    capped = dataclasses.replace(ARCH, attention_softcap=50.0)
+    validate(config_of("--attention-backend", "sdpa"), capped, 1)
+    refused = refusal("--attention-backend", "te", "--bf16", architecture=capped)
+    assert "--attention-backend te caps no attention scores, and the model's are capped at 50; flex would" in refused
+    assert "caps no attention scores" not in refusal("--attention-backend", "te", "--bf16")
+
+
+def test_rotary_embeddings_that_depend_on_the_length_must_not() -> None:
+    long = dataclasses.replace(ARCH, ropes=(Rope(1e4), Rope(1e4, LongRopeScaling((1.0,) * 4), 1.2, longest_sequence=700)))
+    validate(config_of("--seq-length", "700"), long, 1)
+    words = refusal("--seq-length", "701", architecture=long)
+    assert "--seq-length 701 is longer than 700 tokens, beyond which" in words
+    assert "up to 700 would work" in words

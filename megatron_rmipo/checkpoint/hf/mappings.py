@@ -30,10 +30,12 @@ class Segment:
 
 
 # The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them, where
-# one takes their output.
+# one takes their output. Those behind a linear stand in the sum that follows it.
 _LOCAL_NAMES = {
     "decoder.layers.input_layernorm.weight": "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
     "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+    "decoder.layers.self_attn_bda.post_layernorm.weight": "decoder.layers.self_attention.linear_proj.post_layernorm.weight",
+    "decoder.layers.mlp_bda.post_layernorm.weight": "decoder.layers.mlp.linear_fc2.post_layernorm.weight",
 }
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")

@@ -18,11 +18,20 @@ class CostModel:
         per_token: layers, for each token that runs through them.
         per_area: attention, for each (query, key) that is kept.
         per_scored_token: the output layer, for each token that is scored.
+        per_windowed_area: as ``per_area``, in layers where a token sees so many others: (tokens, cost), a window each.
     """
 
     per_token: float
     per_area: float
     per_scored_token: float
+    per_windowed_area: tuple[tuple[int, float], ...] = ()
+
+    def attention(self, area: Callable[[int | None], np.ndarray]) -> np.ndarray:
+        """The cost of attention, where ``area`` gives the (query, key) that are kept under a window, or under none."""
+        costs: np.ndarray = self.per_area * area(None)
+        for window, cost in self.per_windowed_area:
+            costs += cost * area(window)
+        return costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +61,14 @@ def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bo
     other = scored - lead
     first = np.where(lead > 0, prompt + lead - 1, 0)
     if share_prompts:
-        second = np.maximum(other - 1, 0)
-        area = _causal(first) + _causal(second) + second * prompt
+        second, before = np.maximum(other - 1, 0), prompt
     else:
-        second = np.where(other > 0, prompt + other - 1, 0)
-        area = _causal(first) + _causal(second)
+        second, before = np.where(other > 0, prompt + other - 1, 0), np.zeros_like(prompt)
+
+    def area(window: int | None) -> np.ndarray:
+        seen: np.ndarray = _area(first, window) + _area(before + second, window) - _area(before, window)
+        return seen
+
     return _sizes(first + second, area, scored, cost)
 
 
@@ -64,16 +76,18 @@ def unconditional_sizes(lengths: np.ndarray, cost: CostModel, *, has_context_tok
     """Sizes of the responses alone, laid out by :func:`megatron_rmipo.data.batches.packing.pack_responses`."""
     responses = np.asarray(lengths, dtype=np.int64)[:, 1 : 3 if with_rejected else 2]
     per_response = responses if has_context_token else np.maximum(responses - 1, 0)
-    return _sizes(per_response.sum(1), _causal(per_response).sum(1), per_response.sum(1), cost)
+    return _sizes(per_response.sum(1), lambda window: _area(per_response, window).sum(1), per_response.sum(1), cost)
 
 
-def _causal(length: np.ndarray) -> np.ndarray:
-    area: np.ndarray = length * (length + 1) // 2
+def _area(length: np.ndarray, window: int | None) -> np.ndarray:
+    """(query, key) that are kept in sequences of some lengths: a token sees itself and those before it, or the last of them."""
+    growing = length if window is None else np.minimum(length, window)
+    area: np.ndarray = growing * (growing + 1) // 2 + (length - growing) * growing
     return area
 
 
-def _sizes(tokens: np.ndarray, area: np.ndarray, scored: np.ndarray, cost: CostModel) -> PairSizes:
-    return PairSizes(tokens, cost.per_token * tokens + cost.per_area * area + cost.per_scored_token * scored)
+def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored: np.ndarray, cost: CostModel) -> PairSizes:
+    return PairSizes(tokens, cost.per_token * tokens + cost.attention(area) + cost.per_scored_token * scored)
 
 
 def check_capacity(sizes: PairSizes, max_tokens: int, describe: Callable[[int], str]) -> None:

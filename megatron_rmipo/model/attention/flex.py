@@ -1,7 +1,7 @@
 """FlexAttention over a packed row: the block mask, made on the CPU once a pack, and kernels compiled once a run.
 
 Shape letters: T packed tokens, B blocks of 128 tokens, S segments, P pieces (the part of one segment within one block), A query
-heads, G key/value heads, D head size.
+heads, G key/value heads, D head size, E size of a value.
 
 A kernel is compiled anew when anything changes that it was compiled for, so the lengths of rows must not be among these things:
 - every tensor goes in with its tokens as ``[B, 128]``, and B alone is marked as varying. The compiler then knows that a row ends
@@ -9,7 +9,8 @@ A kernel is compiled anew when anything changes that it was compiled for, so the
   equal the number of heads for the same number, and compile again for the next row;
 - the mask function and the BlockMask are made within the compiled function, out of tensors alone: a function or a number of the
   row handed in from outside would be one more thing to compare;
-- a row has two blocks at least: sizes of 1 are always compiled apart.
+- a row has two blocks at least: sizes of 1 are always compiled apart;
+- a sliding window is a matter of each token's bounds and of the tables, not of the kernel: layers with other windows share it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 from megatron_rmipo.model.attention.sdpa import attend_segments
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -36,12 +38,14 @@ LEAST_HEAD_SIZE = 16
 # More would mean that something of each row is compiled into its kernel.
 MOST_COMPILATIONS = 64
 _MIN_BLOCKS = 2
-# Of packs whose backward pass, or recomputation, is to come under pipeline parallelism. A mask that is not kept is made again.
-_PACKS_KEPT = 16
+# Of packs whose backward pass, or recomputation, is to come under pipeline parallelism; two of each where layers differ in their
+# window. A mask that is not kept is made again.
+_MASKS_KEPT = 32
 _logger = logging.getLogger(__name__)
 _fallbacks = 0
 _Flags = npt.NDArray[np.bool_]
 _Integers = npt.NDArray[np.int64]
+_Range = tuple[_Integers, _Integers]
 
 
 class RowMask(NamedTuple):
@@ -65,28 +69,39 @@ class RowMask(NamedTuple):
     full_q_indices: Tensor
 
 
-def attend_flex(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+def attend_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    scale: float,
+    rules: ScoreRules = PLAIN,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """FlexAttention within the segments of a row.
 
     Args:
         query: ``[T, A, D]``. T may be any number; unless it is one of whole blocks, two at least, padded copies are made.
-        key, value: ``[T, G, D]``.
+        key: ``[T, G, D]``.
+        value: ``[T, G, E]``.
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
         scale: of the scores.
+        rules: what else happens to them.
+        sinks: ``[A]``, where the rules have sinks.
 
     Returns:
-        ``[T, A, D]``.
+        ``[T, A, E]``.
     """
     num_tokens = query.shape[0]
     num_blocks = max(-(-num_tokens // BLOCK_TOKENS), _MIN_BLOCKS)
-    # Keyed by the content of the segments: all layers of a pack, and its recomputation, meet in one entry.
-    mask = _row_mask(segments.numpy().tobytes(), num_blocks, query.device)
+    # Keyed by the content of the segments: all layers of a pack with the same window, and its recomputation, meet in one entry.
+    mask = _row_mask(segments.numpy().tobytes(), num_blocks, rules.window, query.device)
     blocks = [_in_blocks(tensor, num_blocks) for tensor in (query, key, value)]
     try:
-        output: Tensor = _call_compiled(_compiled(query.device.type), *blocks, mask, scale)
+        output: Tensor = _call_compiled(_compiled(query.device.type), *blocks, mask, scale, rules.softcap, sinks)
     except FailOnRecompileLimitHit:
         _count_fallback()
-        return attend_segments(query, key, value, segments, scale)
+        return attend_segments(query, key, value, segments, scale, rules, sinks)
     return output[:num_tokens]
 
 
@@ -141,8 +156,10 @@ def _compiled(device_type: str) -> Any:
     return torch.compile(_attend_blocks, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, scale: float) -> Tensor:
-    """``[T, A, D]`` from queries ``[B, 128, A, D]``, keys and values ``[B, 128, G, D]``. This is what is compiled."""
+def _attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: RowMask, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """``[T, A, E]`` from queries ``[B, 128, A, D]``, keys ``[B, 128, G, D]``, values of E. This is what is compiled."""
     bounds, tables = mask[:3], mask[3:]
     lengths = [tensor.shape[0] for tensor in (key, value, *bounds)] + [size for table in tables for size in table.shape[2:]]
     for length in lengths:
@@ -156,6 +173,10 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, sca
         own = (k <= q) & (k >= own_start[q])
         prefix = (k >= prefix_start[q]) & (k < prefix_end[q])
         return own | prefix
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
 
     block_mask = BlockMask(
         seq_lengths=(query.shape[2], key.shape[2]),
@@ -171,15 +192,27 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, sca
         mask_mod=attends,
     )
     grouped = query.shape[1] != key.shape[1]
-    output = flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped)
-    assert isinstance(output, Tensor)
+    output, aux = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else cap,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=grouped,
+        return_aux=AuxRequest(lse=sinks is not None),
+    )
+    if sinks is not None:
+        # What a sink leaves of the softmax: exp(lse) / (exp(lse) + exp(sink)).
+        assert aux.lse is not None
+        output = output * torch.sigmoid(aux.lse - sinks[:, None]).to(output.dtype)[..., None]
     return output.squeeze(0).transpose(0, 1)
 
 
-@functools.lru_cache(maxsize=_PACKS_KEPT)
-def _row_mask(segments_bytes: bytes, num_blocks: int, device: torch.device) -> RowMask:
+@functools.lru_cache(maxsize=_MASKS_KEPT)
+def _row_mask(segments_bytes: bytes, num_blocks: int, window: int | None, device: torch.device) -> RowMask:
     """The mask of a row on the device, every dimension of B marked as varying."""
-    tensors = row_mask_arrays(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4), num_blocks)
+    tensors = row_mask_arrays(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4), num_blocks, window)
     mask = RowMask(*(to_device(torch.from_numpy(array), device) for array in tensors))
     for bound in mask[:3]:
         torch._dynamo.mark_dynamic(bound, 0)
@@ -188,38 +221,57 @@ def _row_mask(segments_bytes: bytes, num_blocks: int, device: torch.device) -> R
     return mask
 
 
-def row_mask_arrays(segments: _Integers, num_blocks: int) -> tuple[npt.NDArray[np.int32], ...]:
+def row_mask_arrays(segments: _Integers, num_blocks: int, window: int | None = None) -> tuple[npt.NDArray[np.int32], ...]:
     """The fields of :class:`RowMask` as NumPy arrays, from ``segments [S, 4]``. Exact, without the ``[T, T]`` mask.
 
     Args:
         segments: in the order of the row, which they cover without a gap.
         num_blocks: B; tokens behind the segments, up to the end of the last block, become a segment of their own.
+        window: how many tokens one sees, by position; None for all before it.
     """
     end = int(segments[-1, :2].sum())
     padding = num_blocks * BLOCK_TOKENS - end
     if padding:
         segments = np.vstack([segments, [[end, padding, 0, 0]]])
-    starts, lengths, prefix_start, prefix_length = segments.T
-    per_token = [np.repeat(bound, lengths) for bound in (starts, prefix_start, prefix_start + prefix_length)]
-    partial, full = _classify_blocks(segments, num_blocks)
+    token = np.arange(num_blocks * BLOCK_TOKENS)
+    owner = np.repeat(segments, segments[:, 1], axis=0)
+    prefix, own = _seen(owner, token, token, window)
+    bounds = (own[0], *prefix)
+    partial, full = _classify_blocks(segments, num_blocks, window)
     tables = [table for flags in (partial, full, partial.T, full.T) for table in _tables(flags)]
-    arrays = [*(bound.reshape(num_blocks, BLOCK_TOKENS) for bound in per_token), *tables]
+    arrays = [*(bound.reshape(num_blocks, BLOCK_TOKENS) for bound in bounds), *tables]
     return tuple(np.ascontiguousarray(array, dtype=np.int32) for array in arrays)
 
 
-def _classify_blocks(segments: _Integers, num_blocks: int) -> tuple[_Flags, _Flags]:
+def _classify_blocks(segments: _Integers, num_blocks: int, window: int | None) -> tuple[_Flags, _Flags]:
     """Bool ``[B, B]`` twice: blocks of keys of which a block of queries sees a part, and of which it sees everything."""
     edges = np.arange(num_blocks + 1) * BLOCK_TOKENS
     firsts = np.union1d(segments[:, 0], edges[:-1])
     lasts = np.append(firsts[1:], edges[-1]) - 1
     owner = segments[np.searchsorted(segments[:, 0], firsts, side="right") - 1]
-    in_prefix = _overlap(owner[:, 2], owner[:, 2] + owner[:, 3], edges)
-    # Within a piece each query sees one key more than the one before it: the first tells what all see, the last what any sees.
-    seen_by_all = in_prefix + _overlap(owner[:, 0], firsts + 1, edges) == BLOCK_TOKENS
-    seen_by_any = in_prefix + _overlap(owner[:, 0], lasts + 1, edges) > 0
+    # Within a piece each query sees one key more than the one before it, and under a window leaves one out: what all see lies
+    # between the first that the last one sees and the last that the first one sees; what any sees, the other way around.
+    seen_by_all = sum(_overlap(*keys, edges) for keys in _seen(owner, lasts, firsts, window)) == BLOCK_TOKENS
+    seen_by_any = sum(_overlap(*keys, edges) for keys in _seen(owner, firsts, lasts, window)) > 0
     heads = np.searchsorted(firsts, edges[:-1])
     full = np.logical_and.reduceat(seen_by_all, heads)
     return np.logical_or.reduceat(seen_by_any, heads) & ~full, full
+
+
+def _seen(owner: _Integers, since: _Integers, until: _Integers, window: int | None) -> tuple[_Range, _Range]:
+    """Keys from the first that token ``since`` sees to the last that ``until`` sees: (start, end) in the prefix, in the segment.
+
+    Args:
+        owner: ``[..., 4]``, the segment of both tokens.
+        since, until: int64 ``[...]``, tokens of the row.
+        window: how many tokens one sees.
+    """
+    start, _, prefix_start, prefix_length = owner.T
+    # Counted from where the prefix starts.
+    position = prefix_length + since - start
+    first = np.zeros_like(since) if window is None else np.maximum(position + 1 - window, 0)
+    in_prefix = (prefix_start + np.minimum(first, prefix_length), prefix_start + prefix_length)
+    return in_prefix, (start + np.maximum(first - prefix_length, 0), until + 1)
 
 
 def _overlap(start: _Integers, end: _Integers, edges: _Integers) -> _Integers:

@@ -6,7 +6,7 @@ and values of a prefix are repeated in front of those of each segment that reads
 gradients.
 
 Shape letters: T packed tokens, K keys (prefixes counted for each segment that reads them), S segments, A query heads, G key/value
-heads, D head size; heads are those of this rank.
+heads, D head size, E size of a value; heads are those of this rank.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.runtime.transfers import to_device
 
 _Integers = npt.NDArray[np.int64]
 # As in flex.
-_PACKS_KEPT = 16
+_LAYOUTS_KEPT = 32
 
 
 class VarlenLayout(NamedTuple):
@@ -43,9 +44,15 @@ class VarlenLayout(NamedTuple):
     max_seqlen_kv: int
 
 
-def varlen_layout(segments: _Integers) -> VarlenLayout:
-    """The layout, on the CPU, of ``segments [S, 4]``, which cover the row in its order without a gap."""
+def varlen_layout(segments: _Integers, window: int | None = None) -> VarlenLayout:
+    """The layout, on the CPU, of ``segments [S, 4]``, which cover the row in its order without a gap.
+
+    Tokens of a prefix that lie outside of the window of the first token behind it are left out.
+    """
     start, length, prefix_start, prefix_length = segments.T
+    if window is not None:
+        in_window = np.minimum(prefix_length, window - 1)
+        prefix_start, prefix_length = prefix_start + prefix_length - in_window, in_window
     kv_length = prefix_length + length
     key_index = None
     if prefix_length.any():
@@ -60,39 +67,65 @@ def _offsets(lengths: _Integers) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
-def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: float) -> torch.nn.Module:
-    """Transformer Engine's attention, without parameters. Megatron-Core's wrapper of it does not know the mask we need."""
+def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: float, rules: ScoreRules) -> torch.nn.Module:
+    """Transformer Engine's attention. Megatron-Core's wrapper of it does not know the mask we need.
+
+    It has no parameters, but where the rules have sinks their scores, ``softmax_offset [A]``.
+
+    Args:
+        config: of the layers.
+        layer_number: as Megatron passes it.
+        softmax_scale: factor of the scores.
+        rules: without soft cap, which the kernels do not know.
+    """
     from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
 
+    assert rules.softcap is None, "the flags are checked before"
     kernel: torch.nn.Module = DotProductAttention(
         num_attention_heads=config.num_attention_heads,
-        kv_channels=config.kv_channels,
+        kv_channels=_head_sizes(config),
         num_gqa_groups=config.num_query_groups,
         attention_dropout=0.0,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
+        # Aligned as the mask is, at the last query and the last key.
+        window_size=None if rules.window is None else (rules.window - 1, 0),
         tp_size=config.tensor_model_parallel_size,
         layer_number=layer_number,
         # Sequences may have more keys than queries.
         attention_type="cross",
         softmax_scale=softmax_scale,
+        # Older releases do not know the argument.
+        **({"softmax_type": "learnable"} if rules.sinks else {}),
     )
     return kernel
 
 
-def attend_varlen(kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> Tensor:
+def _head_sizes(config: TransformerConfig) -> tuple[int, int]:
+    """The channels of a query or key of one head, and of a value."""
+    if isinstance(config, MLATransformerConfig):
+        return config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+    assert config.kv_channels is not None
+    return config.kv_channels, config.kv_channels
+
+
+def attend_varlen(
+    kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, window: int | None = None
+) -> Tensor:
     """Attention within the segments of a row. Nothing is read back from the device.
 
     Args:
         kernel: from :func:`build_kernel`.
         query: ``[T, A, D]``.
-        key, value: ``[T, G, D]``.
+        key: ``[T, G, D]``.
+        value: ``[T, G, E]``.
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+        window: that of the rules the kernel was built for.
 
     Returns:
-        ``[T, A, D]``.
+        ``[T, A, E]``.
     """
-    layout = _layout_on_device(segments.numpy().tobytes(), query.device)
+    layout = _layout_on_device(segments.numpy().tobytes(), window, query.device)
     if layout.key_index is not None:
         key, value = key.index_select(0, layout.key_index), value.index_select(0, layout.key_index)
     output: Tensor = kernel(
@@ -101,6 +134,7 @@ def attend_varlen(kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Te
         value,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
+        window_size=None if window is None else (window - 1, 0),
         cu_seqlens_q=layout.cu_seqlens_q,
         cu_seqlens_kv=layout.cu_seqlens_kv,
         # Otherwise read from the device, which the host would have to wait for; so would be whether sequences are padded.
@@ -108,12 +142,12 @@ def attend_varlen(kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Te
         max_seqlen_kv=layout.max_seqlen_kv,
         pad_between_seqs=False,
     )
-    return output.view(query.shape)
+    return output.view(*query.shape[:2], value.shape[2])
 
 
-@functools.lru_cache(maxsize=_PACKS_KEPT)
-def _layout_on_device(segments_bytes: bytes, device: torch.device) -> VarlenLayout:
-    layout = varlen_layout(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4))
+@functools.lru_cache(maxsize=_LAYOUTS_KEPT)
+def _layout_on_device(segments_bytes: bytes, window: int | None, device: torch.device) -> VarlenLayout:
+    layout = varlen_layout(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4), window)
     return layout._replace(
         cu_seqlens_q=to_device(layout.cu_seqlens_q, device),
         cu_seqlens_kv=to_device(layout.cu_seqlens_kv, device),

@@ -23,14 +23,14 @@ def random_segments(seed: int, *, pairs: int, longest: int) -> Tensor:
     return torch.tensor(segments)
 
 
-def dense_mask(segments: Tensor) -> Tensor:
-    """Bool ``[T, T]``: own segment causally, and the prefix."""
+def dense_mask(segments: Tensor, window: int | None = None) -> Tensor:
+    """Bool ``[T, T]``: own segment causally, and the prefix; of these the last ``window`` by position."""
     num_tokens = int(segments[-1, :2].sum())
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     for start, length, prefix_start, prefix_length in segments.tolist():
         for query in range(start, start + length):
-            mask[query, start : query + 1] = True
-            mask[query, prefix_start : prefix_start + prefix_length] = True
+            seen = [*range(prefix_start, prefix_start + prefix_length), *range(start, query + 1)]
+            mask[query, seen if window is None else seen[-window:]] = True
     return mask
 
 

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from megatron_rmipo.model.attention import flex as block_masks
 from megatron_rmipo.model.attention.flex import RowMask, attend_flex, row_mask_arrays
 from megatron_rmipo.model.attention.packed import PackedAttention
+from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 from megatron_rmipo.model.attention.sdpa import attend_segments
 from tests.model.attention.rows import attention_config, dense_mask, random_segments
 
@@ -32,18 +33,19 @@ ROWS = {
 }
 
 
-def arrays_of(segments: Tensor, num_tokens: int) -> RowMask:
-    arrays = row_mask_arrays(segments.numpy(), max(2, -(-num_tokens // 128)))
+def arrays_of(segments: Tensor, num_tokens: int, window: int | None = None) -> RowMask:
+    arrays = row_mask_arrays(segments.numpy(), max(2, -(-num_tokens // 128)), window)
     return RowMask(*map(torch.from_numpy, arrays))
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 129, 300, 5000])
 @pytest.mark.parametrize("name", ROWS)
-def test_tables_are_those_that_torch_finds_in_the_dense_mask(name: str) -> None:
+def test_tables_are_those_that_torch_finds_in_the_dense_mask(name: str, window: int | None) -> None:
     segments, num_tokens = torch.tensor(ROWS[name][0]), ROWS[name][1]
-    ours = arrays_of(segments, num_tokens)
+    ours = arrays_of(segments, num_tokens, window)
     length = ours.own_start.numel()
     padded = torch.cat([segments, torch.tensor([[num_tokens, length - num_tokens, 0, 0]])]) if length > num_tokens else segments
-    mask = dense_mask(padded)
+    mask = dense_mask(padded, window)
     theirs = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, length, length, device="cpu")
     for field in RowMask._fields[3:]:
         ours_now, theirs_now = getattr(ours, field), getattr(theirs, field)
@@ -51,16 +53,17 @@ def test_tables_are_those_that_torch_finds_in_the_dense_mask(name: str) -> None:
         assert torch.equal(ours_now, theirs_now), field
 
 
+@pytest.mark.parametrize("window", [None, 1, 30, 70])
 @pytest.mark.parametrize("seed", range(4))
-def test_tables_and_bounds_together_say_the_mask_of_any_row(seed: int) -> None:
+def test_tables_and_bounds_together_say_the_mask_of_any_row(seed: int, window: int | None) -> None:
     segments = random_segments(seed, pairs=9, longest=90)
     num_tokens = int(segments[-1, :2].sum())
-    ours = arrays_of(segments, num_tokens)
+    ours = arrays_of(segments, num_tokens, window)
     length = ours.own_start.numel()
     q, k = torch.arange(length)[:, None], torch.arange(length)[None]
     own_start, prefix_start, prefix_end = (bound.flatten()[:, None] for bound in ours[:3])
     by_token = ((k <= q) & (k >= own_start)) | ((k >= prefix_start) & (k < prefix_end))
-    assert torch.equal(by_token[:num_tokens, :num_tokens], dense_mask(segments))
+    assert torch.equal(by_token[:num_tokens, :num_tokens], dense_mask(segments, window))
     # A kernel looks at no block that is in no table, and asks nothing of the tokens of a full one.
     for counts, indices, transposed in ((ours.kv_num_blocks, ours.kv_indices, False), (ours.q_num_blocks, ours.q_indices, True)):
         partial, full = listed(counts, indices), listed(*ours[5:7]) if not transposed else listed(*ours[9:11])
@@ -129,13 +132,16 @@ def test_the_compiler_knows_one_unknown_length_and_that_rows_end_with_a_block(mo
 
 @pytest.mark.usefixtures("compilations")
 @pytest.mark.skipif(not hasattr(torch_flex, "_validate_device"), reason="this torch has another check of the device")
-def test_gradients_are_those_of_sdpa_and_training_compiles_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rules", [PLAIN, ScoreRules(window=37, softcap=1.3, sinks=True)])
+def test_gradients_are_those_of_sdpa_and_training_compiles_once_more(rules: ScoreRules, monkeypatch: pytest.MonkeyPatch) -> None:
     """By FlexAttention's reference implementation, whose backward pass torch does not offer on the CPU but has."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
     compiled = torch.compile(block_masks._attend_blocks, backend="aot_eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr(block_masks, "_compiled", lambda device_type: compiled)
     config = attention_config(heads=6, groups=2, size=16)
-    flex, sdpa = (PackedAttention(config, layer_number=1, backend=backend) for backend in ("flex", "sdpa"))
+    flex, sdpa = (PackedAttention(config, layer_number=1, backend=backend, rules=rules) for backend in ("flex", "sdpa"))
+    if rules.sinks:
+        sdpa.load_state_dict(flex.state_dict())
     generator = torch.Generator().manual_seed(5)
     for seed, pairs in enumerate((6, 3, 9, 2, 12)):
         segments = random_segments(seed, pairs=pairs, longest=60)
@@ -146,6 +152,8 @@ def test_gradients_are_those_of_sdpa_and_training_compiles_once_more(monkeypatch
         for attention, mixed in zip((flex, sdpa), leaves, strict=True):
             attention(*mixed.split([6, 2, 2], dim=2), segments).backward(upstream)
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=2e-5)
+        if flex.softmax_offset is not None and sdpa.softmax_offset is not None:
+            torch.testing.assert_close(flex.softmax_offset.grad, sdpa.softmax_offset.grad, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             flex(*leaves[0].split([6, 2, 2], dim=2), segments)
         assert counters["stats"]["unique_graphs"] == 2

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from megatron_rmipo.model.attention import packed as attention
+from megatron_rmipo.model.attention import sdpa as segment_by_segment
 from megatron_rmipo.model.attention import te as varlen
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 from tests.model.attention.rows import attention_config, dense_mask, random_segments
 
@@ -19,23 +21,72 @@ HEADS, GROUPS, HEAD_SIZE = 6, 2, 16
 # A pair with a shared prompt (prompt 5, chosen 4, rejected 3), a plain sequence, a one-token segment, a shared prompt again.
 SEGMENTS = torch.tensor([[0, 9, 0, 0], [9, 3, 0, 5], [12, 7, 0, 0], [19, 1, 0, 0], [20, 2, 0, 0], [22, 6, 20, 2]])
 NUM_TOKENS = 28
+LONG_PREFIX = torch.tensor([[0, 9, 0, 0], [9, 8, 0, 5], [17, 11, 0, 9]])
 
 
-def inputs(dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(NUM_TOKENS, 1, heads, HEAD_SIZE) for heads in (HEADS, GROUPS, GROUPS)]
+# Rules of the scores, by what is odd about them: prompts here have 2 to 5 tokens, responses 3 to 7.
+RULES = {
+    "plain": ScoreRules(),
+    "a window of one": ScoreRules(window=1),
+    "a window shorter than prompts": ScoreRules(window=2),
+    "a window longer than most": ScoreRules(window=6),
+    "a window longer than all": ScoreRules(window=40),
+    "capped": ScoreRules(softcap=0.7),
+    "sinks": ScoreRules(sinks=True),
+    "all": ScoreRules(window=3, softcap=1.3, sinks=True),
+}
+
+
+def inputs(dtype: torch.dtype, segments: Tensor, value_size: int = HEAD_SIZE) -> list[Tensor]:
+    generator, num_tokens = torch.Generator().manual_seed(3), int(segments[-1, :2].sum())
+    shapes = [(num_tokens, 1, HEADS, HEAD_SIZE), (num_tokens, 1, GROUPS, HEAD_SIZE), (num_tokens, 1, GROUPS, value_size)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def dense_attention(leaves: list[Tensor], segments: Tensor, rules: ScoreRules, sinks: Tensor | None) -> Tensor:
+    query, key, value = leaves
     key, value = (tensor.repeat_interleave(HEADS // GROUPS, dim=2) for tensor in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query, key) / HEAD_SIZE**0.5
-    weights = scores.masked_fill(~dense_mask(SEGMENTS), float("-inf")).softmax(-1)
-    return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+    if rules.softcap is not None:
+        scores = rules.softcap * (scores / rules.softcap).tanh()
+    weights = scores.masked_fill(~dense_mask(segments, rules.window), float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp()[:, None, None]
+    return torch.einsum("bhqk,kbhd->qbhd", weights / total, value).flatten(2)
 
 
-def module(backend: str) -> PackedAttention:
-    return PackedAttention(attention_config(heads=HEADS, groups=GROUPS, size=HEAD_SIZE), layer_number=1, backend=backend)
+def module(backend: str, rules: ScoreRules = PLAIN, dtype: torch.dtype = torch.float32) -> PackedAttention:
+    config = attention_config(heads=HEADS, groups=GROUPS, size=HEAD_SIZE)
+    attention = PackedAttention(config, layer_number=1, backend=backend, rules=rules)
+    if attention.softmax_offset is not None:
+        with torch.no_grad():
+            attention.softmax_offset.copy_(torch.linspace(-1.5, 2.0, HEADS))
+    return attention.to(dtype)
+
+
+def compare_with_dense(
+    attention: PackedAttention, segments: Tensor, dtype: torch.dtype, tolerance: float, *, value_size: int, gradients: bool
+) -> None:
+    leaves, reference_leaves = inputs(dtype, segments, value_size), inputs(torch.float64, segments, value_size)
+    if attention.softmax_offset is not None:
+        reference_leaves.append(attention.softmax_offset.detach().double().requires_grad_())
+    reference = dense_attention(
+        reference_leaves[:3], segments, attention.rules, reference_leaves[3] if len(reference_leaves) > 3 else None
+    )
+    with torch.set_grad_enabled(gradients):
+        ours = attention(*leaves, segments)
+    torch.testing.assert_close(ours.double(), reference, rtol=tolerance, atol=tolerance)
+    if not gradients:
+        return
+    upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    ours.backward(upstream.to(dtype))
+    reference.backward(upstream)
+    if attention.softmax_offset is not None:
+        leaves.append(attention.softmax_offset)
+    for leaf, reference_leaf in zip(leaves, reference_leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.double(), reference_leaf.grad, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(("on_gpu", "head_size", "backend"), [(True, 16, "flex"), (True, 15, "sdpa"), (False, 16, "sdpa")])
@@ -47,22 +98,20 @@ def test_auto_takes_flex_where_there_is_a_gpu_and_heads_are_wide_enough(
     assert choose_backend("flex", head_size) == "flex"
 
 
-def test_values_and_gradients_match_dense_attention() -> None:
-    leaves, reference_leaves = inputs(torch.float64), inputs(torch.float64)
-    ours = module("sdpa")(*leaves, SEGMENTS)
-    reference = dense_attention(*reference_leaves)
-    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
-    upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    ours.backward(upstream)
-    reference.backward(upstream)
-    for leaf, reference_leaf in zip(leaves, reference_leaves, strict=True):
-        torch.testing.assert_close(leaf.grad, reference_leaf.grad, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("most_queries", [512, 2])
+@pytest.mark.parametrize("name", RULES)
+def test_values_and_gradients_match_dense_attention(name: str, most_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_by_segment, "_MOST_QUERIES", most_queries)
+    for segments, value_size in ((SEGMENTS, 16), (SEGMENTS, 7), (LONG_PREFIX, 16), (SEGMENTS * torch.tensor([1, 1, 0, 0]), 16)):
+        attention = module("sdpa", RULES[name], torch.float64)
+        compare_with_dense(attention, segments, torch.float64, 1e-10, value_size=value_size, gradients=True)
 
 
-def test_flex_forward_matches_dense_attention() -> None:
-    leaves = [leaf.detach() for leaf in inputs(torch.float32)]
-    ours = module("flex")(*leaves, SEGMENTS)
-    torch.testing.assert_close(ours, dense_attention(*leaves), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", RULES)
+def test_flex_forward_matches_dense_attention(name: str) -> None:
+    for segments, value_size in ((SEGMENTS, 16), (SEGMENTS, 32), (LONG_PREFIX, 16)):
+        attention = module("flex", RULES[name])
+        compare_with_dense(attention, segments, torch.float32, 1e-5, value_size=value_size, gradients=False)
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 8])
@@ -72,47 +121,59 @@ def test_flex_forward_matches_sdpa_on_rows_of_several_blocks(pairs: int) -> None
     # Keys and values as views of one tensor, as Megatron's layers give them.
     mixed = torch.randn(int(segments[-1, :2].sum()), 1, HEADS + 2 * GROUPS, HEAD_SIZE, generator=generator)
     query, key, value = mixed.split([HEADS, GROUPS, GROUPS], dim=2)
-    expected = module("sdpa")(query, key, value, segments)
-    torch.testing.assert_close(module("flex")(query, key, value, segments), expected, rtol=1e-4, atol=1e-5)
+    # One layer after the other, as in a model that alternates.
+    for window in (None, 37, 150, 1):
+        ours, reference = (module(backend, ScoreRules(window=window)) for backend in ("flex", "sdpa"))
+        expected = reference(query, key, value, segments)
+        torch.testing.assert_close(ours(query, key, value, segments), expected, rtol=1e-4, atol=1e-5)
 
 
 class PlainVarlen(torch.nn.Module):
     """What Transformer Engine's attention promises of THD tensors with the bottom-right causal mask, sequence by sequence."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float) -> None:
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float, rules: ScoreRules) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.rules = softmax_scale, rules
+        if rules.sinks:
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(HEADS))
         self.calls: list[dict[str, Any]] = []
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         self.calls.append(options)
         q_ends, kv_ends = options["cu_seqlens_q"].tolist(), options["cu_seqlens_kv"].tolist()
         assert (q_ends[-1], kv_ends[-1]) == (query.shape[0], key.shape[0])
-        outputs = []
+        outputs, window = [], options["window_size"]
+        assert window is None or window[1] == 0
         for number in range(len(q_ends) - 1):
             queries = query[q_ends[number] : q_ends[number + 1]]
             keys, values = (part[kv_ends[number] : kv_ends[number + 1]].repeat_interleave(3, dim=1) for part in (key, value))
             scores = torch.einsum("qhd,khd->hqk", queries, keys) * self.softmax_scale
             later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
-            outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, float("-inf")).softmax(-1), values))
+            hidden = (
+                later
+                if window is None
+                else later | torch.ones_like(later).tril(scores.shape[2] - scores.shape[1] - window[0] - 1)
+            )
+            weights = scores.masked_fill(hidden, float("-inf")).exp()
+            total = weights.sum(-1, keepdim=True)
+            total = total + self.softmax_offset.exp()[:, None, None] if self.rules.sinks else total
+            outputs.append(torch.einsum("hqk,khd->qhd", weights / total, values))
         return torch.cat(outputs).flatten(1)
 
 
-LONG_PREFIX = torch.tensor([[0, 9, 0, 0], [9, 8, 0, 5], [17, 11, 0, 9]])
+@pytest.mark.parametrize("name", [name for name, rules in RULES.items() if rules.softcap is None])
+def test_te_hands_over_sequences_that_give_the_same_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "build_kernel", PlainVarlen)
+    for segments, value_size in ((SEGMENTS, 16), (SEGMENTS, 7), (LONG_PREFIX, 16), (SEGMENTS * torch.tensor([1, 1, 0, 0]), 16)):
+        te = module("te", RULES[name], torch.float64)
+        compare_with_dense(te, segments, torch.float64, 1e-10, value_size=value_size, gradients=True)
 
 
 @pytest.mark.parametrize("segments", [SEGMENTS, SEGMENTS * torch.tensor([1, 1, 0, 0]), LONG_PREFIX])
-def test_te_hands_over_sequences_that_give_the_same_attention(segments: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_te_is_told_the_lengths_of_sequences(segments: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "build_kernel", PlainVarlen)
-    te, sdpa = module("te"), module("sdpa")
-    leaves, reference_leaves = inputs(torch.float64), inputs(torch.float64)
-    ours, reference = te(*leaves, segments), sdpa(*reference_leaves, segments)
-    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
-    upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    ours.backward(upstream)
-    reference.backward(upstream)
-    for leaf, reference_leaf in zip(leaves, reference_leaves, strict=True):
-        torch.testing.assert_close(leaf.grad, reference_leaf.grad, rtol=1e-9, atol=1e-9)
+    te = module("te")
+    te(*inputs(torch.float32, segments), segments)
     assert isinstance(te.kernel, PlainVarlen)
     (options,) = te.kernel.calls
     assert {options["cu_seqlens_q"].dtype, options["cu_seqlens_kv"].dtype} == {torch.int32}
@@ -135,6 +196,14 @@ def test_the_layout_of_sequences_repeats_each_prefix_before_its_segment() -> Non
     assert (layout.max_seqlen_q, layout.max_seqlen_kv) == (4, 5)
 
 
+def test_a_window_leaves_out_what_of_a_prefix_no_query_sees() -> None:
+    layout = varlen.varlen_layout(torch.tensor([[0, 4, 0, 0], [4, 2, 1, 3], [6, 1, 0, 0], [7, 3, 6, 1]]).numpy(), window=3)
+    assert layout.cu_seqlens_kv.tolist() == [0, 4, 8, 9, 13]
+    assert layout.key_index is not None
+    assert layout.key_index.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 6, 7, 8, 9]
+    assert varlen.varlen_layout(SEGMENTS.numpy(), window=1).key_index is None
+
+
 def test_no_backend_leaves_anything_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stateful(PlainVarlen):
         def get_extra_state(self) -> Tensor:
@@ -150,10 +219,10 @@ def test_no_backend_leaves_anything_in_a_checkpoint(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 def test_flex_gradients_match_dense_attention_on_gpu() -> None:
-    leaves = [leaf.detach().cuda().requires_grad_() for leaf in inputs(torch.float32)]
-    reference_leaves = inputs(torch.float64)
+    leaves = [leaf.detach().cuda().requires_grad_() for leaf in inputs(torch.float32, SEGMENTS)]
+    reference_leaves = inputs(torch.float64, SEGMENTS)
     ours = module("flex")(*leaves, SEGMENTS)
-    reference = dense_attention(*reference_leaves)
+    reference = dense_attention(reference_leaves, SEGMENTS, PLAIN, None)
     upstream = torch.randn(reference.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     ours.backward(upstream.float().cuda())
     reference.backward(upstream)
