@@ -18,7 +18,15 @@ from megatron_rmipo.families.expert_rules import (
     sparse_rules,
 )
 from megatron_rmipo.families.fields import Fields
+from megatron_rmipo.families.llama import COMMON_ONLY
 from megatron_rmipo.families.qwen2 import QWEN2
+
+# Windows are off in all of Qwen's sparse models; where they are, these fields say nothing.
+WITHOUT_WINDOWS = ("sliding_window", "max_window_layers")
+FULL_ATTENTION_ONLY: Mapping[str, tuple[object, ...]] = {
+    "use_sliding_window": (False, None),
+    "layer_types": ("full_attention", None),
+}
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
@@ -39,6 +47,7 @@ QWEN2_MOE = dataclasses.replace(
     QWEN2,
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
+    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
     defaults={
         **QWEN2.defaults,
         "num_key_value_heads": 16,
@@ -59,6 +68,7 @@ QWEN2_MOE = dataclasses.replace(
             shared_gate_rule("mlp.shared_expert_gate"),
         ),
     ),
+    unread=WITHOUT_WINDOWS,
     switches={"qkv_bias": ("qkv_bias",)},
     always=(),
     read=_read,

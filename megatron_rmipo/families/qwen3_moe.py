@@ -12,7 +12,8 @@ from megatron_rmipo.families.architecture import Experts
 from megatron_rmipo.families.expert_fields import read_dense_layers, read_num_experts
 from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
 from megatron_rmipo.families.fields import Fields
-from megatron_rmipo.families.llama import LLAMA
+from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.qwen2_moe import FULL_ATTENTION_ONLY, WITHOUT_WINDOWS
 from megatron_rmipo.families.qwen3 import QWEN3
 
 
@@ -32,6 +33,7 @@ QWEN3_MOE = dataclasses.replace(
     QWEN3,
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
+    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
     defaults={
         **LLAMA.defaults,
         "max_position_embeddings": 32768,
@@ -43,5 +45,6 @@ QWEN3_MOE = dataclasses.replace(
         "router_aux_loss_coef": 0.001,
     },
     rules=sparse_rules(QWEN3.rules, (*router_rules("mlp.gate"), *expert_rules("mlp.experts.{expert}"))),
+    unread=WITHOUT_WINDOWS,
     read=_read,
 )

@@ -9,11 +9,12 @@ from megatron_rmipo.families.llama import LLAMA
 from megatron_rmipo.families.mistral import MISTRAL
 from megatron_rmipo.families.mixtral import MIXTRAL
 from megatron_rmipo.families.olmo2 import OLMO2
+from megatron_rmipo.families.olmoe import OLMOE
 from megatron_rmipo.families.qwen2 import QWEN2
 from megatron_rmipo.families.qwen2_moe import QWEN2_MOE
 from megatron_rmipo.families.qwen3 import QWEN3
 from megatron_rmipo.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)
 }

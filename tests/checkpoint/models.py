@@ -64,6 +64,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {"bos_token_id": None}),
     "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 36, "bos_token_id": None}),
     "qwen2_moe": (
         "qwen2_moe",
         {
@@ -81,7 +82,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
+SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:

@@ -15,7 +15,7 @@ from megatron_rmipo.checkpoint.verify import compare_with_transformers
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups
-from tests.checkpoint.models import KINDS, write_hf_model
+from tests.checkpoint.models import KINDS, SPARSE_KINDS, write_hf_model
 from tests.harness import run_distributed
 from tests.integration.problem import VOCAB, DenseProblem, collection, make_pairs
 from tests.integration.test_invariance import check
@@ -29,6 +29,11 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
         {"pp": 2, "recompute": "full", "tokens_per_microbatch": 120},
     ],
+}
+# What has no experts is not spread over ranks by them.
+EXPERT_LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    2: [{"ep": 2, "tokens_per_microbatch": 120}],
+    4: [{"ep": 2, "tp": 2, "sequence_parallel": True, "tokens_per_microbatch": 120}],
 }
 
 
@@ -61,17 +66,18 @@ def generated(directory: Path) -> list[int]:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", sorted(LAYOUTS))
+@pytest.mark.parametrize("world_size", sorted(LAYOUTS.keys() | EXPERT_LAYOUTS.keys()))
 def test_every_kind_agrees_with_transformers(world_size: int, tmp_path: Path) -> None:
     pairs = make_pairs(NUM_PAIRS)
-    cases = [
-        Case(f"{kind} {number}", model=kind, **layout) for number, layout in enumerate(LAYOUTS[world_size]) for kind in KINDS
-    ]
+    layouts = [(kind, layout) for layout in LAYOUTS.get(world_size, []) for kind in KINDS]
+    layouts += [(kind, layout) for layout in EXPERT_LAYOUTS.get(world_size, []) for kind in SPARSE_KINDS]
+    cases = [Case(f"{kind} {number}", model=kind, **layout) for number, (kind, layout) in enumerate(layouts)]
     for kind in KINDS:
         write_hf_model(tmp_path / kind, kind)
     run = functools.partial(run_at_layouts, read_train_and_write)
     results = run_distributed(run, world_size, cases, str(tmp_path), collection(pairs), seconds=900)[0]
-    answers = {kind: DenseProblem(tmp_path / kind, tmp_path / kind, pairs).answer(build_objective("rmipo", {})) for kind in KINDS}
+    kinds = {kind for kind, _ in layouts}
+    answers = {kind: DenseProblem(tmp_path / kind, tmp_path / kind, pairs).answer(build_objective("rmipo", {})) for kind in kinds}
     failures = {}
     for case, result in zip(cases, results, strict=True):
         try:
