@@ -56,12 +56,15 @@ class Rule:
         layout: how the sources are laid out in it.
         only_with: the trait of the architecture that says whether a model, or one of its layers, has such a tensor; None where
             all have.
+        joined: Hugging Face name of one tensor that may stand for the sources in a checkpoint, which holds them one after
+            another, of all experts where every one has such; it is read, and never written.
     """
 
     megatron: str
     sources: tuple[str, ...]
     layout: Layout
     only_with: str | None = None
+    joined: str | None = None
 
     @property
     def per_layer(self) -> bool:

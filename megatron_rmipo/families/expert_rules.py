@@ -36,14 +36,21 @@ def sparse_rules(dense: Sequence[Rule], experts: Sequence[Rule]) -> tuple[Rule, 
     return tuple(rules)
 
 
-def router_rules(router: str) -> tuple[Rule, ...]:
+def router_rules(router: str, joined: str | None = None) -> tuple[Rule, ...]:
     """The router.
 
     Args:
         router: its Hugging Face name within the layer, such as ``mlp.gate``.
+        joined: its name beside experts that are stored together, where that is another.
     """
     return (
-        Rule(_MLP + "router.weight", (f"{HF_LAYER}{router}.weight",), Layout.EXPERTS, only_with="expert_layers"),
+        Rule(
+            _MLP + "router.weight",
+            (f"{HF_LAYER}{router}.weight",),
+            Layout.EXPERTS,
+            only_with="expert_layers",
+            joined=None if joined is None else f"{HF_LAYER}{joined}.weight",
+        ),
         Rule(
             _MLP + "router.expert_bias",
             (f"{HF_LAYER}{router}.e_score_correction_bias",),
@@ -54,7 +61,7 @@ def router_rules(router: str) -> tuple[Rule, ...]:
 
 
 def expert_rules(expert: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Rule, ...]:
-    """The experts of a layer, each with tensors of its own in Hugging Face files.
+    """The experts of a layer, each with tensors of its own in Hugging Face files, or all in two as transformers holds them.
 
     Args:
         expert: name of an expert within the layer, such as ``mlp.experts.{expert}``.
@@ -62,8 +69,20 @@ def expert_rules(expert: str, gate: str = "gate_proj", up: str = "up_proj", down
     """
     gate, up, down = (f"{HF_LAYER}{expert}.{name}.weight" for name in (gate, up, down))
     return (
-        Rule(_MLP + "experts.experts.linear_fc1.weight", (gate, up), Layout.GATE_UP, only_with="expert_layers"),
-        Rule(_MLP + "experts.experts.linear_fc2.weight", (down,), Layout.FFN_COLUMNS, only_with="expert_layers"),
+        Rule(
+            _MLP + "experts.experts.linear_fc1.weight",
+            (gate, up),
+            Layout.GATE_UP,
+            only_with="expert_layers",
+            joined=HF_LAYER + "mlp.experts.gate_up_proj",
+        ),
+        Rule(
+            _MLP + "experts.experts.linear_fc2.weight",
+            (down,),
+            Layout.FFN_COLUMNS,
+            only_with="expert_layers",
+            joined=HF_LAYER + "mlp.experts.down_proj",
+        ),
     )
 
 

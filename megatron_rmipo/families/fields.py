@@ -28,6 +28,10 @@ class Fields:
         self.read.add(name)
         return self._config[name] if name in self._config else self._defaults.get(name)
 
+    def is_given(self, name: str) -> bool:
+        """Whether the config itself holds a value."""
+        return self._config.get(name) is not None
+
     def count(self, name: str) -> int:
         """A positive integer."""
         value = self.get(name)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from megatron_rmipo.families.architecture import Experts
+from megatron_rmipo.families.expert_fields import read_num_experts
 from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
@@ -17,7 +18,7 @@ from megatron_rmipo.families.mistral import read_windows
 
 def _read(fields: Fields) -> Mapping[str, object]:
     experts = Experts(
-        num_experts=fields.count("num_local_experts"),
+        num_experts=read_num_experts(fields),
         per_token=fields.count("num_experts_per_tok"),
         ffn_hidden_size=fields.count("intermediate_size"),
         aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
@@ -36,14 +37,14 @@ MIXTRAL = dataclasses.replace(
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "rope_theta": 1000000.0,
-        "num_local_experts": 8,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.001,
     },
     rules=sparse_rules(
         LLAMA.rules,
         (
-            *router_rules("block_sparse_moe.gate"),
+            *router_rules("block_sparse_moe.gate", joined="mlp.gate"),
             *expert_rules("block_sparse_moe.experts.{expert}", gate="w1", up="w3", down="w2"),
         ),
     ),

@@ -14,15 +14,18 @@ from megatron_rmipo.families.mistral import MISTRAL
 from megatron_rmipo.families.mixtral import MIXTRAL
 from megatron_rmipo.families.olmo2 import OLMO2
 from megatron_rmipo.families.olmo3 import OLMO3
+from megatron_rmipo.families.olmoe import OLMOE
 from megatron_rmipo.families.phi3 import PHI3
 from megatron_rmipo.families.qwen2 import QWEN2
+from megatron_rmipo.families.qwen2_moe import QWEN2_MOE
 from megatron_rmipo.families.qwen3 import QWEN3
+from megatron_rmipo.families.qwen3_moe import QWEN3_MOE
 from megatron_rmipo.families.smollm3 import SMOLLM3
 
 _ALL = (
     *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SMOLLM3, PHI3),
     *(OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3),
-    MIXTRAL,
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 

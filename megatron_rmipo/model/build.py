@@ -23,7 +23,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import ScoreRules
-from megatron_rmipo.model.experts import expert_layer, expert_settings
+from megatron_rmipo.model.experts import expert_layer, expert_settings, keep_experts_apart
 from megatron_rmipo.model.norms import RMSNorm, WholeNorm
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.residual import place_norms
@@ -235,6 +235,7 @@ def build_policy(
         chunk_size=chunk_size,
     )
     model.to(current_device())
+    keep_experts_apart(model)
     return model
 
 

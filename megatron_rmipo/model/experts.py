@@ -128,6 +128,17 @@ def routers(model: torch.nn.Module) -> Iterator[Router]:
     return (module for module in model.modules() if isinstance(module, Router))
 
 
+def keep_experts_apart(model: torch.nn.Module) -> None:
+    """Have Megatron reduce and optimize the weights of experts apart from others', over the ranks that hold the same experts.
+
+    With one expert-parallel rank Megatron takes them for weights like others: checkpoints of the optimizer would then differ in
+    form, and experts that tensor-parallel ranks hold whole would miss each other's tokens.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
 def expert_settings(arch: ModelArchitecture, groups: ProcessGroups, flags: ExpertsConfig) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig for a model's experts; none for a dense model.
 
@@ -146,6 +157,7 @@ def expert_settings(arch: ModelArchitecture, groups: ProcessGroups, flags: Exper
         # Layers that are all alike are numbered by checkpoints in one tensor.
         "moe_layer_freq": [int(arch.has("expert_layers", layer)) for layer in range(arch.num_layers)] if arch.dense_layers else 1,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": experts.shared_gate,
         "expert_model_parallel_size": groups.ep.size(),
         "expert_tensor_parallel_size": groups.expert_tp.size(),
         "moe_router_topk": experts.per_token,

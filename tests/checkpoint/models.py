@@ -114,10 +114,25 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 36, "bos_token_id": None}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36},
+            "mlp_only_layers": [1, 2],
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **{"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True},
+            **{"decoder_sparse_step": 2, "head_dim": 20, "tie_word_embeddings": True},
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral",)
+SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:

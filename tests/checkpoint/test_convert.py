@@ -24,7 +24,7 @@ from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iterati
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import num_parameters
-from tests.checkpoint.models import KINDS, write_hf_model
+from tests.checkpoint.models import KINDS, SPARSE_KINDS, write_hf_model
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -76,6 +76,31 @@ def test_head_stored_beside_a_tied_embedding(tmp_path: Path) -> None:
     save_file(stored, source / "model.safetensors")
     with pytest.raises(ConversionError, match=r"lm_head\.weight differs"):
         convert_hf_to_megatron(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_experts_stored_together_are_read_as_those_stored_apart(tmp_path: Path, kind: str) -> None:
+    source = write_hf_model(tmp_path / "in", kind)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "joined", save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors(tmp_path / "joined"))
+    convert_hf_to_megatron(tmp_path / "joined", tmp_path / "checkpoint")
+    convert_megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same(tensors(source), tensors(tmp_path / "out"))
+
+
+def test_missing_experts_are_named_on_one_screen(tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "in", "qwen3_moe")
+    stored = tensors(source)
+    for name in [name for name in stored if ".experts.7." in name or name.endswith("layers.3.mlp.experts.2.up_proj.weight")]:
+        del stored[name]
+    save_file(stored, source / "model.safetensors")
+    with pytest.raises(ConversionError) as caught:
+        convert_hf_to_megatron(source, tmp_path / "checkpoint")
+    message = str(caught.value)
+    assert "missing (7): model.layers.1.mlp.experts.7.down_proj.weight, model.layers.1.mlp.experts.7.gate_proj.weight" in message
+    assert "model.layers.3.mlp.experts.2.up_proj.weight" in message
+    assert len(message) < 1000
 
 
 def _truncate(source: Path) -> None:

@@ -11,7 +11,7 @@ from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_piec
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.registry import FAMILIES
-from megatron_rmipo.families.tensors import source_shapes, tensors_of
+from megatron_rmipo.families.tensors import megatron_shape, source_shapes, tensors_of
 
 
 def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
@@ -21,6 +21,7 @@ def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
         ConversionError: weights are missing, truncated or of other shapes, or a tensor is not mapped or not used.
     """
     files = WeightFiles(hf_dir)
+    _split_joined(files, arch)
     check_keys(files.tensors, arch, str(hf_dir))
     for rule, place in tensors_of(arch):
         for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True):
@@ -28,6 +29,22 @@ def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
     if arch.tied_embeddings:
         _check_tied_head(files, arch)
     return files
+
+
+def _split_joined(files: WeightFiles, arch: ModelArchitecture) -> None:
+    """Give what is stored joined the names of its parts; where those are stored, too, it is left as what nothing uses."""
+    parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule, place in tensors_of(arch):
+        joined = rule.joined.format(layer=place.layer) if rule.joined is not None else ""
+        if joined in files:
+            parts.setdefault(joined, []).extend(zip(rule.source_names(place), source_shapes(rule, arch), strict=True))
+            experts = (arch.experts.num_experts,) if arch.experts is not None and rule.per_expert else ()
+            shapes[joined] = (*experts, *megatron_shape(rule, arch))
+    for joined, there in parts.items():
+        files.expect(joined, shapes[joined])
+        if not any(name in files for name, _ in there):
+            files.split(joined, there)
 
 
 def _check_tied_head(files: WeightFiles, arch: ModelArchitecture) -> None:

@@ -34,12 +34,16 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies (``position``, in bytes from the start of its file) and what it is."""
+    """Where a tensor lies (``position``, in bytes from the start of its file) and what it is.
+
+    The file has no name for one that is a part of another.
+    """
 
     path: Path
     position: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_part: bool = False
 
 
 class WeightFiles:
@@ -78,6 +82,15 @@ class WeightFiles:
             )
         return stored
 
+    def split(self, joined: str, parts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Take the parts of a tensor, by name and shape, which fill it one after another, for tensors in its place."""
+        stored = self.tensors.pop(joined)
+        position = stored.position
+        for name, shape in parts:
+            self.tensors[name] = StoredTensor(stored.path, position, shape, stored.dtype, is_part=True)
+            position += math.prod(shape) * stored.dtype.itemsize
+        assert position - stored.position == math.prod(stored.shape) * stored.dtype.itemsize
+
     def read(self, name: str, start: int, rows: Tensor, columns: slice = slice(None)) -> None:
         """Fill ``rows`` with those of a tensor from row ``start`` on, of a matrix with the selected columns alone.
 
@@ -94,10 +107,11 @@ class WeightFiles:
         whole = rows.shape[1:] == stored.shape[1:]
         direct = whole and rows.is_cpu and rows.dtype == stored.dtype and rows.is_contiguous()
         try:
-            if whole:
-                data = rows if direct else torch.empty(rows.shape, dtype=stored.dtype)
+            if whole or stored.is_part:
+                data = rows if direct else torch.empty((rows.shape[0], *stored.shape[1:]), dtype=stored.dtype)
                 row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
                 read_into(data, stored.path, stored.position + start * row_bytes)
+                data = data if whole else data[:, columns]
             else:
                 with safe_open(stored.path, framework="pt", device="cpu") as file:
                     data = file.get_slice(name)[start : start + rows.shape[0], columns]

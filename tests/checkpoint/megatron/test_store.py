@@ -32,11 +32,17 @@ from tests.harness import run_distributed
 
 pytestmark = pytest.mark.dist
 
-# Kinds that differ in how embeddings and heads are cut; every kind, without checkpoints, is in tests/families.
+# Kinds that differ in how embeddings, heads and experts are cut; every kind, without checkpoints, is in tests/families.
 LAYOUTS = [
-    *(("llama31", (2, 1, 1)), ("mistral", (1, 2, 1)), ("llama31", (2, 2, 1)), ("llama32_tied", (2, 2, 1)), ("qwen3", (2, 2, 1))),
+    ("llama31", (2, 1, 1)),
+    ("mistral", (1, 2, 1)),
+    ("llama31", (2, 2, 1)),
+    ("llama32_tied", (2, 2, 1)),
+    ("qwen3", (2, 2, 1)),
+    ("mixtral", (2, 1, 2)),
+    ("qwen2_moe", (1, 1, 2)),
+    ("qwen3_moe", (1, 2, 2)),
 ]
-SPARSE_LAYOUTS = [("mixtral", (1, 1, 2)), ("mixtral", (2, 1, 2))]
 Sizes = tuple[int, int, int]
 
 
@@ -88,7 +94,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "sizes"), LAYOUTS + SPARSE_LAYOUTS)
+@pytest.mark.parametrize(("kind", "sizes"), LAYOUTS)
 def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: str, sizes: Sizes) -> None:
     hf = write_hf_model(tmp_path / "hf", kind)
     num_ranks = math.prod(sizes)

@@ -1,0 +1,48 @@
+"""OLMoE: experts in every layer, and queries and keys normed over all heads together.
+
+Source of the names: ``OlmoeForCausalLM`` of transformers, ``GPTModel`` of Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from megatron_rmipo.families.architecture import Experts
+from megatron_rmipo.families.expert_fields import read_num_experts
+from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
+from megatron_rmipo.families.fields import Fields
+from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.norm_places import WHOLE_QK_NORMS
+
+
+def _read(fields: Fields) -> Mapping[str, object]:
+    experts = Experts(
+        num_experts=read_num_experts(fields),
+        per_token=fields.count("num_experts_per_tok"),
+        ffn_hidden_size=fields.count("intermediate_size"),
+        normalized=fields.flag("norm_topk_prob"),
+        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
+    )
+    return {"experts": experts}
+
+
+OLMOE = dataclasses.replace(
+    LLAMA,
+    name="olmoe",
+    architectures=("OlmoeForCausalLM",),
+    only={**COMMON_ONLY, "clip_qkv": (None,)},
+    defaults={
+        **LLAMA.defaults,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "router_aux_loss_coef": 0.01,
+    },
+    rules=sparse_rules((*LLAMA.rules, *WHOLE_QK_NORMS), (*router_rules("mlp.gate"), *expert_rules("mlp.experts.{expert}"))),
+    unread=(),
+    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    always=("qk_norm_whole",),
+    read=_read,
+)

@@ -1,0 +1,75 @@
+"""Qwen2-MoE and Qwen1.5-MoE: experts in most layers, and one more that every token goes through, weighted by a gate.
+
+Source of the names: ``Qwen2MoeForCausalLM`` of transformers, ``GPTModel`` of Megatron-Core; all but the experts are Qwen2's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from megatron_rmipo.families.architecture import Experts
+from megatron_rmipo.families.expert_fields import read_dense_layers, read_num_experts
+from megatron_rmipo.families.expert_rules import (
+    expert_rules,
+    router_rules,
+    shared_expert_rules,
+    shared_gate_rule,
+    sparse_rules,
+)
+from megatron_rmipo.families.fields import Fields
+from megatron_rmipo.families.llama import COMMON_ONLY
+from megatron_rmipo.families.qwen2 import QWEN2
+
+# Windows are off in all of Qwen's sparse models; where they are, these fields say nothing.
+WITHOUT_WINDOWS = ("sliding_window", "max_window_layers")
+FULL_ATTENTION_ONLY: Mapping[str, tuple[object, ...]] = {
+    "use_sliding_window": (False, None),
+    "layer_types": ("full_attention", None),
+}
+
+
+def _read(fields: Fields) -> Mapping[str, object]:
+    experts = Experts(
+        num_experts=read_num_experts(fields),
+        per_token=fields.count("num_experts_per_tok"),
+        ffn_hidden_size=fields.count("moe_intermediate_size"),
+        dense_layers=read_dense_layers(fields),
+        shared_ffn_hidden_size=fields.count("shared_expert_intermediate_size"),
+        shared_gate=True,
+        normalized=fields.flag("norm_topk_prob"),
+        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
+    )
+    return {"experts": experts}
+
+
+QWEN2_MOE = dataclasses.replace(
+    QWEN2,
+    name="qwen2_moe",
+    architectures=("Qwen2MoeForCausalLM",),
+    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
+    defaults={
+        **QWEN2.defaults,
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": 0.001,
+    },
+    rules=sparse_rules(
+        QWEN2.rules,
+        (
+            *router_rules("mlp.gate"),
+            *expert_rules("mlp.experts.{expert}"),
+            *shared_expert_rules("mlp.shared_expert"),
+            shared_gate_rule("mlp.shared_expert_gate"),
+        ),
+    ),
+    unread=WITHOUT_WINDOWS,
+    switches={"qkv_bias": ("qkv_bias",)},
+    always=(),
+    read=_read,
+)

@@ -1,0 +1,50 @@
+"""Qwen3-MoE: Qwen3 with experts in most layers.
+
+Source of the names: ``Qwen3MoeForCausalLM`` of transformers, ``GPTModel`` of Megatron-Core; all but the experts are Qwen3's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from megatron_rmipo.families.architecture import Experts
+from megatron_rmipo.families.expert_fields import read_dense_layers, read_num_experts
+from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
+from megatron_rmipo.families.fields import Fields
+from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.qwen2_moe import FULL_ATTENTION_ONLY, WITHOUT_WINDOWS
+from megatron_rmipo.families.qwen3 import QWEN3
+
+
+def _read(fields: Fields) -> Mapping[str, object]:
+    experts = Experts(
+        num_experts=read_num_experts(fields),
+        per_token=fields.count("num_experts_per_tok"),
+        ffn_hidden_size=fields.count("moe_intermediate_size"),
+        dense_layers=read_dense_layers(fields),
+        normalized=fields.flag("norm_topk_prob"),
+        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
+    )
+    return {"experts": experts}
+
+
+QWEN3_MOE = dataclasses.replace(
+    QWEN3,
+    name="qwen3_moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
+    defaults={
+        **LLAMA.defaults,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": 0.001,
+    },
+    rules=sparse_rules(QWEN3.rules, (*router_rules("mlp.gate"), *expert_rules("mlp.experts.{expert}"))),
+    unread=WITHOUT_WINDOWS,
+    read=_read,
+)
