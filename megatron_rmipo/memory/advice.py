@@ -176,7 +176,7 @@ def _measures(
         yield _Measure("--use-distributed-optimizer --no-load-optim", parallel=shards)
 
 
-def _experts_fit(arch: ModelArchitecture, parallel: ParallelConfig, ranks: int, **changes: int) -> bool:
+def _experts_fit(arch: ModelArchitecture, parallel: ParallelConfig, ranks: int, **changes: Any) -> bool:
     """Whether the experts can be spread over the tensor- and data-parallel ranks of a stage, with changed flags."""
     parallel = dataclasses.replace(parallel, **changes)
     size, shards = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
