@@ -41,6 +41,7 @@ class Layout(enum.Enum):
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut
+    # The sources of these may also be one, which holds them all, one below the other.
     QKV = "qkv"  # per key/value group: its queries, its key, its value; rows cut
     GATE_UP = "gate_up"  # gate, then up; each of the two is cut, so a rank's rows are two runs
 

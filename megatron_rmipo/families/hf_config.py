@@ -14,11 +14,14 @@ from megatron_rmipo.families.architecture import LongRopeScaling, ModelArchitect
 from megatron_rmipo.families.base import Family
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.harmless_fields import HARMLESS_FIELDS
-from megatron_rmipo.families.registry import FAMILIES
+from megatron_rmipo.families.registry import FAMILIES, REFUSED
 from megatron_rmipo.families.rope import read_rope
 
 # Read as they are, beside those of Fields; the rotary ones whichever of them a config holds.
-_OTHER_FIELDS = ("architectures", "rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype")
+_OTHER_FIELDS = (
+    *("architectures", "rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"),
+    *("dtype", "torch_dtype"),
+)
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -118,6 +121,9 @@ def _family_of(config: dict[str, Any], path: Path) -> Family:
     for family in FAMILIES.values():
         if any(architecture in family.architectures for architecture in names):
             return family
+    for name in names:
+        if name in REFUSED:
+            raise ConversionError(f"{path}: {name} is not supported: {REFUSED[name]}.")
     shown = f"architectures is {found!r}" if found else "architectures is missing"
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     raise ConversionError(f"{path}: {shown}. Known architectures: {known}.")

@@ -13,8 +13,8 @@ from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
 
-def read_window(fields: Fields) -> Mapping[str, object]:
-    """The sliding window, one for all layers, as a field of the architecture."""
+def read_windows(fields: Fields) -> Mapping[str, object]:
+    """The attention of the layers, all with the window unless the config lists them."""
     kind = FULL if fields.get("sliding_window") is None else SLIDING
     return {"layer_kinds": read_layer_kinds(fields, [kind] * fields.count("num_hidden_layers"))}
 
@@ -27,5 +27,5 @@ MISTRAL = dataclasses.replace(
     defaults={**LLAMA.defaults, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     unread=(),
     switches={},
-    read=read_window,
+    read=read_windows,
 )

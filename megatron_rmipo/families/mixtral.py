@@ -13,7 +13,7 @@ from megatron_rmipo.families.expert_fields import read_num_experts
 from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
-from megatron_rmipo.families.mistral import read_window
+from megatron_rmipo.families.mistral import read_windows
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
@@ -23,7 +23,7 @@ def _read(fields: Fields) -> Mapping[str, object]:
         ffn_hidden_size=fields.count("intermediate_size"),
         aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
     )
-    return {"experts": experts, **read_window(fields)}
+    return {"experts": experts, **read_windows(fields)}
 
 
 MIXTRAL = dataclasses.replace(

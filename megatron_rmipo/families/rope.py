@@ -55,7 +55,7 @@ def read_partial_rope(fields: Fields, renamed: Mapping[str, str] | None = None) 
 
 def rope_mapping(fields: Fields) -> Fields:
     """The mapping of a config that describes its rotary embeddings, in either spelling; empty where there is none."""
-    return fields.mapping("rope_parameters" if fields.get("rope_parameters") else "rope_scaling")
+    return fields.mapping("rope_scaling" if fields.get("rope_scaling") else "rope_parameters")
 
 
 def rope_of(rope: Fields, config: Fields, renamed: Mapping[str, str] | None = None) -> Rope:

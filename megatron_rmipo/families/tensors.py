@@ -88,9 +88,9 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:
-            return ((query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
+            return _joined(rule, (query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
         case Layout.GATE_UP:
-            return ((ffn, *inputs), (ffn, *inputs))
+            return _joined(rule, (ffn, *inputs), (ffn, *inputs))
         case Layout.HEAD_COLUMNS:
             return ((hidden, query_rows),)
         case Layout.FFN_COLUMNS:
@@ -122,3 +122,8 @@ def layer_parameters(arch: ModelArchitecture, layer: int) -> Parameters:
         else:
             whole += count
     return Parameters(cut, whole, expert, arch.experts.num_experts if arch.experts and expert else 0)
+
+
+def _joined(rule: Rule, *parts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of parts that are a source each, or of the one source that holds them all, one below the other."""
+    return parts if len(rule.sources) > 1 else ((sum(part[0] for part in parts), *parts[0][1:]),)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rmipo.model.products import accumulation_dtype, add_product, product
-from megatron_rmipo.model.vocabulary_shard import LogitStatistics, VocabularyShard, logits_grad
+from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, LogitStatistics, VocabularyShard, logits_grad
 from megatron_rmipo.model.weight_gradient import WeightGrad, call_for_weight, refuse_weight_in_buffer
 
 
@@ -34,11 +34,13 @@ class ReferenceHead:
         hidden: ``[N, H']``, its hidden states of the same scored tokens, without gradient; replicated over the group.
         weight: ``[V_padded / tp, H']``, this rank's rows of its output layer, sharded like the policy's.
         epsilon: share of the reference in a mixture.
+        rules: what makes its logits of the products of these two.
     """
 
     hidden: Tensor
     weight: Tensor
     epsilon: float
+    rules: LogitRules = PLAIN_LOGITS
 
 
 def linear_logprobs(
@@ -50,6 +52,7 @@ def linear_logprobs(
     vocab_size: int | None = None,
     chunk_size: int = 4096,
     reduce_hidden_grad: bool = True,
+    rules: LogitRules = PLAIN_LOGITS,
 ) -> Tensor:
     """Log-probability of each target under ``softmax(hidden @ weight.T)``, the vocabulary sharded over ``group``.
 
@@ -72,6 +75,7 @@ def linear_logprobs(
         chunk_size: logits of all N tokens are made for this many vocabulary entries at a time, forward and backward.
         reduce_hidden_grad: whether the gradient of ``hidden`` is summed over the group here. Pass False where the caller's
             own backward does that, such as a gather from a sequence-parallel region.
+        rules: what makes logits of ``hidden @ weight.T``.
 
     Returns:
         fp32 ``[N]``, replicated over the group.
@@ -82,7 +86,9 @@ def linear_logprobs(
 
     def score(hidden: Tensor, weight: Tensor) -> Tensor:
         shard = VocabularyShard(weight.shape[0], vocab_size, group)
-        return head_logprobs(hidden, weight, target, shard, chunk_size=chunk_size, reduce_hidden_grad=reduce_hidden_grad)[0]
+        return head_logprobs(
+            hidden, weight, target, shard, chunk_size=chunk_size, reduce_hidden_grad=reduce_hidden_grad, rules=rules
+        )[0]
 
     if isinstance(weight, torch.nn.Module):
         return call_for_weight(weight, score, hidden)
@@ -98,6 +104,7 @@ def head_logprobs(
     *,
     chunk_size: int,
     reduce_hidden_grad: bool,
+    rules: LogitRules = PLAIN_LOGITS,
     reference: ReferenceHead | None = None,
 ) -> Tensor:
     """:func:`linear_logprobs` within a call of the module that holds the weight; with a reference also under mixtures of both.
@@ -106,7 +113,7 @@ def head_logprobs(
     ``[N, V]`` logits are ever whole or gathered.
 
     Args:
-        hidden, weight, target, chunk_size, reduce_hidden_grad: as there.
+        hidden, weight, target, chunk_size, reduce_hidden_grad, rules: as there.
         shard: of the weight's rows; its group calls this together.
         reference: scores the targets under its logits r, and under two mixtures of them with the policy's f.
 
@@ -120,7 +127,7 @@ def head_logprobs(
         assert hidden.shape[0] == reference.hidden.shape[0], (hidden.shape, reference.hidden.shape)
         assert weight.shape[0] == reference.weight.shape[0], (weight.shape, reference.weight.shape)
     function: Any = _LinearLogprobs
-    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, reference)
+    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, rules, reference)
     return logprobs
 
 
@@ -156,13 +163,14 @@ class _LinearLogprobs(torch.autograd.Function):
         shard: VocabularyShard,
         chunk_size: int,
         reduce_hidden_grad: bool,
+        rules: LogitRules,
         reference: ReferenceHead | None,
     ) -> Tensor:
         local = shard.local_target(target)
         statistics = LogitStatistics.empty(hidden, 1 if reference is None else 4, hidden.shape[0])
         scratch = _scratch(hidden, shard.valid_rows, chunk_size)
         for chunk in _chunks(shard.valid_rows, chunk_size):
-            for row, logits in _logits_to_score(hidden, weight, reference, chunk, scratch):
+            for row, logits in _logits_to_score(hidden, weight, rules, reference, chunk, scratch):
                 statistics[row].add(logits, local - chunk.start)
                 # Gone before the next are made.
                 del logits
@@ -170,7 +178,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, local, log_sum_exp[0])
         # The parameter itself: its main_grad is not on the tensor that autograd saves.
         ctx.weight = weight
-        ctx.shard, ctx.chunk_size, ctx.reduce_hidden_grad = shard, chunk_size, reduce_hidden_grad
+        ctx.shard, ctx.chunk_size, ctx.reduce_hidden_grad, ctx.rules = shard, chunk_size, reduce_hidden_grad, rules
         return logprobs
 
     @staticmethod
@@ -184,18 +192,20 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight = WeightGrad(ctx.weight, ctx.next_functions[1][0], shard.valid_rows) if needs_weight else None
         scratch = _scratch(hidden, shard.valid_rows, ctx.chunk_size)
         for chunk in _chunks(shard.valid_rows, ctx.chunk_size):
-            logits = _chunk_logits(hidden, weight, chunk, scratch)
-            grad_logits = logits_grad(logits, log_sum_exp, local - chunk.start, grad).to(weight.dtype)
+            logits = _chunk_logits(hidden, weight, ctx.rules, chunk, scratch)
+            slope = ctx.rules.slope(logits)
+            grad_logits = logits_grad(logits, log_sum_exp, local - chunk.start, grad)
+            grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).to(weight.dtype)
             if grad_hidden is not None:
                 add_product(grad_hidden, grad_logits, weight[chunk])
             if grad_weight is not None:
                 grad_weight.put(chunk, grad_logits.t(), hidden)
-            del logits, grad_logits
+            del logits, slope, grad_logits
         if grad_hidden is not None:
             if shard.group is not None and ctx.reduce_hidden_grad:
                 dist.all_reduce(grad_hidden, group=shard.group)
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), *[None] * 6
 
 
 class _LogitsLogprobs(torch.autograd.Function):
@@ -241,12 +251,12 @@ def _scratch(hidden: Tensor, rows: int, chunk_size: int) -> Tensor | None:
 
 
 def _logits_to_score(
-    hidden: Tensor, weight: Tensor, reference: ReferenceHead | None, chunk: slice, scratch: Tensor | None
+    hidden: Tensor, weight: Tensor, rules: LogitRules, reference: ReferenceHead | None, chunk: slice, scratch: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(row of the result, logits of a chunk that may be overwritten): the policy's; with a reference its own and two mixtures."""
-    policy = _chunk_logits(hidden, weight, chunk, scratch)
+    policy = _chunk_logits(hidden, weight, rules, chunk, scratch)
     if reference is not None:
-        other = _chunk_logits(reference.hidden, reference.weight, chunk)
+        other = _chunk_logits(reference.hidden, reference.weight, reference.rules, chunk)
         # Where both models agree to the bit, so do the mixtures. One mixture exists at a time.
         yield 2, torch.lerp(policy, other, -reference.epsilon)
         yield 3, torch.lerp(policy, other, reference.epsilon)
@@ -254,6 +264,7 @@ def _logits_to_score(
     yield 0, policy
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, chunk: slice, scratch: Tensor | None = None) -> Tensor:
+def _chunk_logits(hidden: Tensor, weight: Tensor, rules: LogitRules, chunk: slice, scratch: Tensor | None = None) -> Tensor:
     shape = (hidden.shape[0], chunk.stop - chunk.start)
-    return product(hidden, weight[chunk].t(), out=None if scratch is None else scratch[: shape[0] * shape[1]].view(shape))
+    out = None if scratch is None else scratch[: shape[0] * shape[1]].view(shape)
+    return rules.apply_(product(hidden, weight[chunk].t(), out=out))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
-from megatron_rmipo.model.vocabulary_shard import VocabularyShard
+from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,12 @@ class ScoringOptions:
     Attributes:
         vocab_size: real vocabulary, without padding for tensor parallelism.
         chunk_size: vocabulary entries whose logits exist at a time.
+        logits: what makes them of the products of hidden states and head.
     """
 
     vocab_size: int
     chunk_size: int = 4096
+    logits: LogitRules = PLAIN_LOGITS
 
 
 class LogprobHead(ColumnParallelLinear):
@@ -64,6 +66,7 @@ class LogprobHead(ColumnParallelLinear):
             VocabularyShard(own_weight.shape[0], options.vocab_size, self.tp_group),
             chunk_size=options.chunk_size,
             reduce_hidden_grad=not self.config.sequence_parallel,
+            rules=options.logits,
             reference=reference,
         )
         return logprobs[0] if reference is None else logprobs
@@ -100,7 +103,7 @@ def score_row(
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
         source: int64 ``[N]``, the token whose hidden state predicts.
         target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
-        options: vocabulary and chunks.
+        options: vocabulary, chunks, and what logits are.
         reference: on the last stage: score the targets under mixtures with a reference model, too.
         uncounted: bool ``[T]``: tokens that experts' routers leave out of their statistics and losses; None for none.
 

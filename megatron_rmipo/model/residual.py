@@ -45,8 +45,10 @@ class ResidualSum(torch.nn.Module):
 
     def _add(self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         output, bias = output_with_bias
-        added: Tensor = self.post_layernorm(output if bias is None else output + bias)
-        return residual + (added if self.multiplier == 1.0 else added * self.multiplier)
+        # Megatron turns gradients on around this call, whatever the pass.
+        with torch.set_grad_enabled(output.requires_grad or residual.requires_grad):
+            added: Tensor = self.post_layernorm(output if bias is None else output + bias)
+            return residual + (added if self.multiplier == 1.0 else added * self.multiplier)
 
 
 class ScaledEmbedding(LanguageModelEmbedding):

@@ -54,6 +54,34 @@ class VocabularyShard:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogitRules:
+    """What some models do to the product of hidden states and head, before it is their logits.
+
+    Attributes:
+        multiplier: of the product.
+        softcap: logits z, multiplied, become ``cap * tanh(z / cap)``; None leaves them.
+    """
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, product: Tensor) -> Tensor:
+        """Logits, in the place of the product."""
+        if self.softcap is None:
+            return product if self.multiplier == 1.0 else product.mul_(self.multiplier)
+        return product.mul_(self.multiplier / self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | float | None:
+        """The derivative of the logits by the product, from the logits; None where it is 1."""
+        if self.softcap is None:
+            return None if self.multiplier == 1.0 else self.multiplier
+        return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.multiplier)
+
+
+PLAIN_LOGITS = LogitRules()
+
+
+@dataclasses.dataclass(frozen=True)
 class LogitStatistics:
     """What a shard's logits say of each token's log-prob, gathered chunk by chunk; fp32 (fp64 for fp64 inputs) ``[..., N]`` each.
 

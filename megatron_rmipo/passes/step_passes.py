@@ -134,7 +134,8 @@ def prepare_batch(
         with trace_range("reference pass"):
             keep = lambda row, output: output  # noqa: E731
             hidden = run_rows(reference, batch.conditional, keep, name="reference pass", backward=False, scores=False)
-        references = [ReferenceHead(one, reference.head_weight(), needs.perturbation) for one in hidden]
+        rules = reference.scoring_options.logits
+        references = [ReferenceHead(one, reference.head_weight(), needs.perturbation, rules) for one in hidden]
     if not groups.is_last_stage:
         return Prepared(None, {}, [])
     prepared = objective.prepare(_whole_batch(batch, scores, mismatched, groups), state)

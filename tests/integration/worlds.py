@@ -205,11 +205,11 @@ def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[Res
 
     ``folder`` has each case's model and its reference in ``NAME/model`` and ``NAME/reference``.
     """
-    scores: dict[tuple[str, int], ReferenceScores] = {}
+    scores: dict[tuple[str, str], ReferenceScores] = {}
 
     def compute(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> Result:
         reference = f"{folder}/{case.model}/reference"
-        known = scores.setdefault((case.model, id(groups)), ReferenceScores(reference, groups))
+        known = scores.setdefault((case.model, str(case.layout())), ReferenceScores(reference, groups))
         return loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, known)
 
     return run_at_layouts(compute, cases, folder, pairs)
@@ -220,10 +220,11 @@ def run_at_layouts(
 ) -> list[Result]:
     """What ``compute`` gives for each case, one after the other in one set of processes, which are slow to start."""
     results: list[Result] = [None] * len(cases)
-    layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
+    layout_of = lambda number: str(cases[number].layout())  # noqa: E731
     # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
-    for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
-        groups = initialize_runtime(*layout)
+    for _, same in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
+        numbers = list(same)
+        groups = initialize_runtime(**cases[numbers[0]].layout())
         for number in numbers:
             results[number] = compute(cases[number], folder, pairs, groups)
         end_case()

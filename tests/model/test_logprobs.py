@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs, linear_logprobs, vocab_parallel_logprobs
-from megatron_rmipo.model.vocabulary_shard import VocabularyShard
+from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
 from tests.harness import run_distributed
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37
@@ -28,10 +28,17 @@ def dense_problem(padded_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, target, torch.randn(NUM_TOKENS, generator=generator, dtype=torch.float64)
 
 
-def dense_reference(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dense_logits(hidden: Tensor, weight: Tensor, rules: LogitRules) -> Tensor:
+    logits = rules.multiplier * (hidden @ weight.t())
+    return logits if rules.softcap is None else rules.softcap * (logits / rules.softcap).tanh()
+
+
+def dense_reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, rules: LogitRules = PLAIN_LOGITS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs, hidden gradient, weight gradient, logits gradient) by plain torch in float64, padding columns left out."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logits = hidden @ weight[:VOCAB].t()
+    logits = dense_logits(hidden, weight[:VOCAB], rules)
     logits.retain_grad()
     logprobs = torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0]
     logprobs.backward(grad)
@@ -41,6 +48,8 @@ def dense_reference(hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor
     return logprobs.detach(), hidden.grad, weight.grad, logits.grad
 
 
+# What logits are, of each case below: of a model that scales them, of one that caps them, of one that does both, of others.
+RULES = [LogitRules(0.3), LogitRules(softcap=3.0), PLAIN_LOGITS, LogitRules(1.7, 5.0), PLAIN_LOGITS]
 # (rows of the padded weight, vocabulary entries of a chunk, whether the hidden gradient is reduced). With 80 rows on four ranks
 # the last rank and a part of the one before it hold padding alone.
 CASES = [(40, 5, True), (40, 100, False), (48, 3, True), (80, 3, True), (80, 13, False)]
@@ -52,16 +61,22 @@ def all_cases_on_this_rank() -> list[dict[str, Tensor]]:
     group = torch.distributed.group.WORLD
     assert group is not None
     results = []
-    for padded_rows, chunk_size, reduce_hidden_grad in CASES:
+    for (padded_rows, chunk_size, reduce_hidden_grad), rules in zip(CASES, RULES, strict=True):
         rows = padded_rows // group.size()
         shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
         hidden, weight, target, grad = dense_problem(padded_rows)
         leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
         logprobs = linear_logprobs(
-            *leaves, target, group, vocab_size=VOCAB, chunk_size=chunk_size, reduce_hidden_grad=reduce_hidden_grad
+            *leaves,
+            target,
+            group,
+            vocab_size=VOCAB,
+            chunk_size=chunk_size,
+            reduce_hidden_grad=reduce_hidden_grad,
+            rules=rules,
         )
         logprobs.backward(grad)
-        logits = (hidden @ weight.t())[:, shard].clone().requires_grad_()
+        logits = dense_logits(hidden, weight, rules)[:, shard].clone().requires_grad_()
         before = logits.detach().clone()
         plain = vocab_parallel_logprobs(logits, target, group, vocab_size=VOCAB)
         plain.backward(grad)
@@ -77,7 +92,7 @@ def test_both_forms_match_dense_float64_at_every_shard(world_size: int) -> None:
     by_rank = run_distributed(all_cases_on_this_rank, world_size)
     exact = {"rtol": 1e-12, "atol": 1e-12}
     for number, (padded_rows, _, reduce_hidden_grad) in enumerate(CASES):
-        logprobs, hidden_grad, weight_grad, logits_grad = dense_reference(*dense_problem(padded_rows))
+        logprobs, hidden_grad, weight_grad, logits_grad = dense_reference(*dense_problem(padded_rows), RULES[number])
         results = [result[number] for result in by_rank]
         for result in results:
             torch.testing.assert_close(result["logprobs"], logprobs, **exact)
@@ -184,11 +199,12 @@ def test_a_module_is_called_and_one_without_a_weight_is_refused() -> None:
         linear_logprobs(hidden, torch.nn.LayerNorm(HIDDEN, elementwise_affine=False), target)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 100])
-def test_gradcheck(chunk_size: int) -> None:
+@pytest.mark.parametrize(("chunk_size", "rules"), [(1, PLAIN_LOGITS), (4, LogitRules(0.7, 4.0)), (100, PLAIN_LOGITS)])
+def test_gradcheck(chunk_size: int, rules: LogitRules) -> None:
     hidden, weight, target, _ = dense_problem(VOCAB + 3)
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, target, vocab_size=VOCAB, chunk_size=chunk_size), leaves)
+    options: dict[str, Any] = {"vocab_size": VOCAB, "chunk_size": chunk_size, "rules": rules}
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, target, **options), leaves)
 
 
 def test_gradcheck_of_the_plain_form() -> None:
@@ -223,21 +239,20 @@ def reference_problem(padded_rows: int) -> tuple[Tensor, Tensor]:
     return hidden, torch.randn(padded_rows, HIDDEN, generator=generator, dtype=torch.float64)
 
 
-def dense_perturbed(padded_rows: int) -> Tensor:
+def dense_perturbed(padded_rows: int, rules: LogitRules, reference_rules: LogitRules) -> Tensor:
     """``[4, N]`` log-probs under f, r and both mixtures, by plain torch in float64."""
     hidden, weight, target, _ = dense_problem(padded_rows)
     reference_hidden, reference_weight = reference_problem(padded_rows)
-    policy = hidden @ weight[:VOCAB].t()
-    reference = reference_hidden @ reference_weight[:VOCAB].t()
+    policy = dense_logits(hidden, weight[:VOCAB], rules)
+    reference = dense_logits(reference_hidden, reference_weight[:VOCAB], reference_rules)
     mixtures = [policy, reference, (1 + EPSILON) * policy - EPSILON * reference, (1 - EPSILON) * policy + EPSILON * reference]
     return torch.stack([torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0] for logits in mixtures])
 
 
 def perturbed(
-    hidden: Tensor, weight: Tensor, target: Tensor, reference: ReferenceHead, shard: VocabularyShard, *, chunk_size: int
+    hidden: Tensor, weight: Tensor, target: Tensor, reference: ReferenceHead, shard: VocabularyShard, **options: Any
 ) -> Tensor:
-    options = {"chunk_size": chunk_size, "reduce_hidden_grad": True}
-    return head_logprobs(hidden, weight, target, shard, reference=reference, **options)  # type: ignore[arg-type]
+    return head_logprobs(hidden, weight, target, shard, reference=reference, reduce_hidden_grad=True, **options)
 
 
 def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
@@ -248,15 +263,16 @@ def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
     results = []
     original, calls = torch.distributed.all_reduce, []
     torch.distributed.all_reduce = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
-    for padded_rows, chunk_size, _ in CASES:
+    for number, (padded_rows, chunk_size, _) in enumerate(CASES):
         rows = padded_rows // group.size()
         shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
         hidden, weight, target, grad = dense_problem(padded_rows)
         reference_hidden, reference_weight = reference_problem(padded_rows)
         leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
-        reference = ReferenceHead(reference_hidden, reference_weight[shard], EPSILON)
+        reference = ReferenceHead(reference_hidden, reference_weight[shard], EPSILON, RULES[number - 1])
+        vocabulary = VocabularyShard(rows, VOCAB, group)
         calls.clear()
-        logprobs = perturbed(*leaves, target, reference, VocabularyShard(rows, VOCAB, group), chunk_size=chunk_size)
+        logprobs = perturbed(*leaves, target, reference, vocabulary, chunk_size=chunk_size, rules=RULES[number])
         num_collectives = len(calls)
         logprobs[0].backward(grad)
         assert leaves[0].grad is not None
@@ -271,10 +287,10 @@ def test_perturbed_logprobs_match_dense_float64_in_two_collectives(world_size: i
     by_rank = run_distributed(perturbed_on_this_rank, world_size)
     exact = {"rtol": 1e-12, "atol": 1e-12}
     for number, (padded_rows, _, _) in enumerate(CASES):
-        _, hidden_grad, weight_grad, _ = dense_reference(*dense_problem(padded_rows))
+        _, hidden_grad, weight_grad, _ = dense_reference(*dense_problem(padded_rows), RULES[number])
         for result in by_rank:
             logprobs, ours_hidden_grad, _, num_collectives = result[number]
-            torch.testing.assert_close(logprobs, dense_perturbed(padded_rows), **exact)
+            torch.testing.assert_close(logprobs, dense_perturbed(padded_rows, RULES[number], RULES[number - 1]), **exact)
             torch.testing.assert_close(ours_hidden_grad, hidden_grad, **exact)
             assert num_collectives == 2
         torch.testing.assert_close(torch.cat([result[number][2] for result in by_rank]), weight_grad, **exact)

@@ -69,13 +69,12 @@ def segments_of(rule: Rule, arch: ModelArchitecture) -> list[Segment]:
         return [Segment(source, 0, shape[0]) for source, shape in enumerate(source_shapes(rule, arch))]
     key_rows = arch.kv_channels
     query_rows = arch.num_attention_heads // arch.num_query_groups * key_rows
+    queries, keys = arch.query_size, arch.key_size
+    starts = ((0, 0), (1, 0), (2, 0)) if len(rule.sources) > 1 else ((0, 0), (0, queries), (0, queries + keys))
     segments = []
     for group in range(arch.num_query_groups):
-        segments += [
-            Segment(0, group * query_rows, query_rows),
-            Segment(1, group * key_rows, key_rows),
-            Segment(2, group * key_rows, key_rows),
-        ]
+        for (source, start), rows in zip(starts, (query_rows, key_rows, key_rows), strict=True):
+            segments.append(Segment(source, start + group * rows, rows))
     return segments
 
 

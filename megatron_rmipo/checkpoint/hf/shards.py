@@ -127,9 +127,11 @@ def source_rows(
         read: gives Megatron rows ``[start, stop)``.
     """
     columns = megatron_shape(rule, arch)[1:]
-    position = 0
+    found, position = [], 0
     for segment in segments_of(rule, arch):
         if segment.source == source:
-            for low, high in row_pieces((segment.rows, *columns), dtype):
-                yield read(position + low, position + high)
+            found.append((segment.start, position, segment.rows))
         position += segment.rows
+    for _, first, rows in sorted(found):
+        for low, high in row_pieces((rows, *columns), dtype):
+            yield read(first + low, first + high)

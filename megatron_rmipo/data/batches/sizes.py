@@ -28,9 +28,9 @@ class CostModel:
 
     def attention(self, area: Callable[[int | None], np.ndarray]) -> np.ndarray:
         """The cost of attention, where ``area`` gives the (query, key) that are kept under a window, or under none."""
-        costs: np.ndarray = self.per_area * area(None)
+        costs: np.ndarray = np.multiply(area(None), self.per_area)
         for window, cost in self.per_windowed_area:
-            costs += cost * area(window)
+            np.add(costs, cost * area(window), out=costs)
         return costs
 
 
