@@ -186,7 +186,6 @@ def expert_settings(arch: ModelArchitecture, groups: ProcessGroups, flags: Exper
         "moe_router_enable_expert_bias": experts.score_bias,
         "moe_router_bias_update_rate": flags.moe_router_bias_update_rate,
         "moe_router_dtype": flags.moe_router_dtype,
-        "moe_shared_expert_gate": experts.shared_gate,
         # Megatron's own would be a loss of each micro-batch. The coefficients are for our router to read.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": flags.moe_aux_loss_coeff,
