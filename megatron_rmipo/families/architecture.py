@@ -162,6 +162,13 @@ class ModelArchitecture:
         return frozenset(range(self.num_layers)) - self.expert_layers
 
     @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Channels between the matrices of MLPs that every token of a layer goes through: ordinary ones, shared experts."""
+        dense = (self.ffn_hidden_size,) if self.dense_layers else ()
+        shared = (self.experts.shared_ffn_hidden_size,) if self.experts and self.experts.shared_ffn_hidden_size else ()
+        return dense + shared
+
+    @property
     def query_size(self) -> int:
         """Channels of all query heads."""
         return self.num_attention_heads * self.kv_channels

@@ -55,6 +55,10 @@ class _InertStream:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _inert_function()
 
+    def record_event(self, event: Any = None) -> _InertStream:
+        """An event that has happened."""
+        return _InertStream()
+
     def __enter__(self) -> None:
         return None
 
