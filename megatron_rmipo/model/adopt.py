@@ -25,7 +25,7 @@ from torch.nn import Module
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.attention.packed import PackedAttention, ScoreRules, choose_backend
 from megatron_rmipo.model.hybrid import HybridModel
-from megatron_rmipo.model.packed_model import LogprobHead, enable_scoring
+from megatron_rmipo.model.packed_model import LogprobHead, enable_scoring, unwrapped
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 
 _MODELS = (GPTModel,) if HybridModel is None else (GPTModel, HybridModel)
@@ -78,14 +78,6 @@ def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:
     if rotary is not None and not isinstance(rotary, PositionRotary):
         _put_before(PositionRotary, rotary, table=_angles(rotary, inner.max_sequence_length))
     enable_scoring(inner)
-
-
-def unwrapped(model: Module) -> Any:
-    """The model inside of wrappers for data parallelism and mixed precision."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
 
 
 def _put_before(mixin: type, module: Module, **held: Any) -> None:

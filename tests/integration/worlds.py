@@ -7,7 +7,7 @@ import itertools
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class Case:
     objective: str = "rmipo"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
+    model_class: Literal["gpt", "hybrid"] = "gpt"
 
     def config(self) -> Config:
         recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
@@ -62,7 +63,7 @@ class Case:
                 overlap_grad_reduce=self.overlap,
                 overlap_param_gather=self.overlap and self.distributed_optimizer,
             ),
-            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_size=7, **recompute),
+            model=ModelConfig(model_class=self.model_class, make_vocab_size_divisible_by=8, logprob_chunk_size=7, **recompute),
             optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
         )
 

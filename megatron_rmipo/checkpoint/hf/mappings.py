@@ -32,6 +32,8 @@ LOCAL_NAMES = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 
+# HybridModel names the norm behind the last layer otherwise than GPTModel and checkpoints do.
+_FINAL_NORM = {"decoder.final_norm.weight": "decoder.final_layernorm.weight"}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -39,7 +41,7 @@ def canonical_name(parameter: str) -> tuple[str, int | None]:
     """Checkpoint name of a module's parameter, without the layer number, and that number as the module counts it."""
     match = _LAYER_NAME.fullmatch(parameter)
     if not match:
-        return parameter, None
+        return _FINAL_NORM.get(parameter, parameter), None
     rest = LOCAL_NAMES.get(match[2], match[2])
     return f"decoder.layers.{rest}", int(match[1])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import megatron_shape, rules_of, source_shapes, tensors_of
+from megatron_rmipo.model.packed_model import unwrapped
 
 TensorId = tuple[str, int | None]
 
@@ -71,12 +71,11 @@ def local_parameters(model: Module, arch: ModelArchitecture) -> dict[TensorId, P
     Raises:
         ConversionError: the model has parameters that a checkpoint of ``arch`` does not hold.
     """
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module  # DDP and mixed-precision wrappers
+    inner = unwrapped(model)
     family = FAMILIES[arch.family]
     known = {rule.megatron for rule in rules_of(arch)} | {family.head}
     first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
+    layers_each = getattr(inner, "layers_each", 1)
     found: dict[TensorId, Parameter] = {}
     unknown = []
     for full_name, parameter in inner.named_parameters():
@@ -86,7 +85,7 @@ def local_parameters(model: Module, arch: ModelArchitecture) -> dict[TensorId, P
             continue
         if name == family.head and arch.tied_embeddings:
             name = family.embedding
-        found[name, None if local_layer is None else first_layer + local_layer] = parameter
+        found[name, None if local_layer is None else (first_layer + local_layer) // layers_each] = parameter
     if unknown:
         raise ConversionError(
             f"The model has {len(unknown)} parameters that its {arch.family} checkpoint does not hold: "
