@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,6 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import megatron_shape, rules_of, source_shapes, tensors_of
-from megatron_rmipo.model.packed_model import unwrapped
 
 TensorId = tuple[str, int | None]
 
@@ -71,7 +71,10 @@ def local_parameters(model: Module, arch: ModelArchitecture) -> dict[TensorId, P
     Raises:
         ConversionError: the model has parameters that a checkpoint of ``arch`` does not hold.
     """
-    inner = unwrapped(model)
+    # Not by the seam to Megatron's models: converters use this file, too, and need no Megatron-Core.
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module  # DDP and mixed-precision wrappers
     family = FAMILIES[arch.family]
     known = {rule.megatron for rule in rules_of(arch)} | {family.head}
     first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
