@@ -103,7 +103,7 @@ def _verify(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tens
         dtype = _DTYPES[flags.dtype]
         policy = build_policy(arch, transformer_config(arch, groups, dtype=dtype), groups)
         if flags.load is None:
-            load_hf_weights(policy, flags.hf_model, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+            load_hf_weights(policy, flags.hf_model, arch, groups=groups)
         else:
             load_checkpoint(
                 flags.load,

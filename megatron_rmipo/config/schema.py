@@ -227,6 +227,7 @@ class LoggingConfig:
 
     log_interval: int = _option(1, "Steps between log lines and records of metrics.jsonl.")
     log_dir: str | None = _option(None, "Directory of metrics.jsonl and config.yaml; unset: SAVE/logs, or runs/rmipo.", "DIR")
+    log_expert_load: bool = _option(False, "Log every expert's share of its layer's tokens, too, not the imbalance alone.")
     tensorboard_dir: str | None = _option(None, "Also write TensorBoard events to this directory.", "DIR")
     wandb_project: str | None = _option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
     wandb_exp_name: str | None = _option(None, "Name of the Weights & Biases run.")

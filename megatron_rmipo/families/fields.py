@@ -49,6 +49,10 @@ class Fields:
             raise self.error(name, f"must be a positive number, found {value!r}")
         return float(value)
 
+    def nonnegative(self, name: str) -> float:
+        """Zero, or a positive number; null is zero."""
+        return self.number(name) if self.get(name) else 0.0
+
     def one_of(self, name: str, allowed: Iterable[str]) -> str:
         """One of some names."""
         value, known = self.get(name), tuple(allowed)

@@ -13,7 +13,8 @@ from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
 
-def _read(fields: Fields) -> Mapping[str, object]:
+def read_window(fields: Fields) -> Mapping[str, object]:
+    """The sliding window, one for all layers, as a field of the architecture."""
     if fields.get("sliding_window") is None:
         return {}
     return {"layer_kinds": (LayerKind(window=fields.count("sliding_window")),) * fields.count("num_hidden_layers")}
@@ -27,5 +28,5 @@ MISTRAL = dataclasses.replace(
     defaults={**LLAMA.defaults, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     unread=(),
     switches={},
-    read=_read,
+    read=read_window,
 )

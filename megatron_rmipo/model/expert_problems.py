@@ -68,11 +68,17 @@ def expert_layout_problems(config: Config, arch: ModelArchitecture, world_size: 
         )
     if config.model.recompute_method == "block":
         yield (
-            "--recompute-method block: Megatron's layers that are not recomputed do not tell a router which tokens count; uniform "
-            "would work"
+            "--recompute-method block: Megatron's layers that are not recomputed do not tell a router which tokens count; "
+            "uniform would work"
         )
     if config.experts.moe_router_bias_update_rate and not experts.score_bias:
         yield "--moe-router-bias-update-rate: this model's experts have no score biases; leave it out"
+
+
+def experts_cross_replicas(parallel: ParallelConfig) -> bool:
+    """Whether ranks of different model replicas (data-parallel ranks) meet in every layer of experts."""
+    tensor = parallel.tensor_model_parallel_size
+    return bool(tensor % (parallel.expert_model_parallel_size * expert_tensor_size(parallel)))
 
 
 def expert_tensor_size(parallel: ParallelConfig) -> int:
@@ -84,9 +90,10 @@ def expert_tensor_size(parallel: ParallelConfig) -> int:
 def _without_experts(config: Config) -> Iterator[str]:
     given = [flag_of("expert_model_parallel_size")] if config.parallel.expert_model_parallel_size > 1 else []
     given += [flag_of("expert_tensor_parallel_size")] if config.parallel.expert_tensor_parallel_size is not None else []
-    given += [
-        flag_of(field.name) for field in dataclasses.fields(ExpertsConfig) if getattr(config.experts, field.name) != field.default
-    ]
+    defaults = ExpertsConfig()
+    names = [field.name for field in dataclasses.fields(ExpertsConfig)]
+    given += [flag_of(name) for name in names if getattr(config.experts, name) != getattr(defaults, name)]
+    given += [flag_of("log_expert_load")] if config.logging.log_expert_load else []
     if given:
         yield f"{', '.join(given)}: this model has no experts; leave {'it' if len(given) == 1 else 'them'} out"
 

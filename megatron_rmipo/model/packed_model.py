@@ -96,6 +96,7 @@ def score_row(
     *,
     options: ScoringOptions,
     reference: ReferenceHead | None = None,
+    uncounted: Tensor | None = None,
 ) -> Tensor:
     """Run a stage of a model over one packed row. Every tensor-parallel rank of the stage calls it together.
 
@@ -109,6 +110,7 @@ def score_row(
         target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
         options: vocabulary and chunks.
         reference: on the last stage: score the targets under mixtures with a reference model, too.
+        uncounted: bool ``[T]``: tokens that experts' routers leave out of their statistics and losses; None for none.
 
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
@@ -118,8 +120,13 @@ def score_row(
     hidden = model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None
     # Models without rotary embeddings have no such part.
     rotary = getattr(model, "rotary_pos_emb", None)
-    angles = None if rotary is None else rotary(position_ids)
-    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=angles)
+    angles, further = None if rotary is None else rotary(position_ids), {}
+    if uncounted is not None:
+        shards, rank = (
+            (model.pg_collection.tp.size(), model.pg_collection.tp.rank()) if model.config.sequence_parallel else (1, 0)
+        )
+        further["padding_mask"] = uncounted.chunk(shards)[rank][:, None]
+    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=angles, **further)
     assert isinstance(hidden, Tensor)
     if not model.post_process:
         return hidden

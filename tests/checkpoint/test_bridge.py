@@ -99,7 +99,6 @@ class Provider:
             rotary_base=arch.ropes[0].base,
             pg_collection=pg_collection,
         )
-        self.pg_collection = pg_collection
         models = [model]
         for hook in self._hooks:
             models = hook(models)
@@ -107,6 +106,9 @@ class Provider:
 
 
 class AutoBridge:
+    # What the package reads from Megatron's parallel state.
+    groups: ProcessGroups
+
     def __init__(self, path: str) -> None:
         self.path, self.arch = Path(path), read_architecture(Path(path))
 
@@ -117,19 +119,17 @@ class AutoBridge:
         return cls(path)
 
     def to_megatron_provider(self, load_weights: bool = True) -> Provider:
-        self.provider = Provider(self.arch)
+        provider = Provider(self.arch)
         if load_weights:
-            self.provider.register_pre_wrap_hook(self._load)
-        return self.provider
+            provider.register_pre_wrap_hook(self._load)
+        return provider
 
     def _load(self, models: list[Any]) -> list[Any]:
-        group = self.provider.pg_collection.tp
-        load_hf_weights(models[0], self.path, self.arch, tp_rank=group.rank(), tp_size=group.size())
+        load_hf_weights(models[0], self.path, self.arch, groups=self.groups)
         return models
 
     def save_hf_pretrained(self, model: list[Any], path: str, show_progress: bool = True) -> None:
-        found = self.provider.pg_collection
-        export_hf(model[0], self.arch, self.path, Path(path), dtype=None, tp_group=found.tp, pp_group=found.pp)
+        export_hf(model[0], self.arch, self.path, Path(path), dtype=None, groups=self.groups)
 
 
 def install_stand_in() -> None:
@@ -143,7 +143,7 @@ def score_and_export(cases: list[Case], folder: str, pairs: Any) -> list[Any]:
     install_stand_in()
 
     def build(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
-        parallel = config.parallel
+        parallel, AutoBridge.groups = config.parallel, groups
         hf_dir = Path(folder) / "llama" / "model"
         bridged = build_bridged_policy(hf_dir, groups, max_length=256, sequence_parallel=parallel.sequence_parallel, chunk_size=7)
         bridged.export(Path(folder) / f"exported-{parallel.tensor_model_parallel_size}")
@@ -192,6 +192,7 @@ def refusals(hf_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"Megatron-Bridge is not installed\. .* pip install megatron-bridge"):
         build_bridged_policy(hf_dir, groups, max_length=64)
     install_stand_in()
+    AutoBridge.groups = groups
     with pytest.raises(ConversionError, match=r"holds no config\.json"):
         build_bridged_policy(hf_dir.parent, groups, max_length=64)
     other = hf_dir.parent / "gpt2"

@@ -22,6 +22,7 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
@@ -39,6 +40,8 @@ class Case:
     name: str
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
     tokens_per_microbatch: int = 10_000
     share_prompts: bool = True
@@ -50,14 +53,22 @@ class Case:
     model: str = "llama"
     model_class: Literal["gpt", "hybrid"] = "gpt"
 
+    def layout(self) -> dict[str, int | None]:
+        """What the process groups are made of."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
+
     def config(self) -> Config:
         recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
         if self.recompute == "full":
             recompute.update(recompute_method="uniform", recompute_num_layers=1)
         return Config(
             parallel=ParallelConfig(
-                tensor_model_parallel_size=self.tp,
-                pipeline_model_parallel_size=self.pp,
+                **self.layout(),  # type: ignore[arg-type]
                 sequence_parallel=self.sequence_parallel,
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
@@ -72,7 +83,7 @@ def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: in
     """The policy with the Hugging Face weights, wrapped for training."""
     arch = read_architecture(hf_dir)
     policy = build_model(arch, case.config(), groups)
-    load_hf_weights(policy, hf_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(policy, hf_dir, arch, groups=groups)
     return build_training_state(policy, case.config(), groups, train_iters=train_iters)
 
 
@@ -89,6 +100,7 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         bos_token_id=BOS,
         columns=needs.columns,
         multiple_of=case.tp if case.sequence_parallel else 1,
+        equal_packs=experts_cross_replicas(case.config().parallel),
     )
     return BatchBuilder(pairs, layout)
 
@@ -97,7 +109,7 @@ def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> P
     """The frozen reference at the case's layout."""
     arch = read_architecture(reference_dir)
     reference = build_model(arch, case.config(), groups)
-    load_hf_weights(reference, reference_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(reference, reference_dir, arch, groups=groups)
     return reference.requires_grad_(False).eval()
 
 
@@ -173,7 +185,7 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     dist.broadcast_object_list(folder, src=0, group=groups.mp)
     out = Path(folder[0]) / "gradients"
     arch = state.policy.architecture
-    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, tp_group=groups.tp, pp_group=groups.pp)
+    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, groups=groups)
     if groups.rank != 0:
         return None
     gradients = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
