@@ -69,6 +69,11 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
         "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."
     )
+    model_class: Literal["gpt", "hybrid"] = _option(
+        "gpt",
+        "Megatron-Core's class of the model: GPTModel, or HybridModel where it has one (0.19); they compute the same, and a "
+        "checkpoint of one goes on as the other.",
+    )
     attention_backend: Literal["auto", "sdpa", "flex", "te"] = _option(
         "auto",
         "Attention over packed pairs; te: Transformer Engine; auto: flex with CUDA and heads of 16 or more, sdpa elsewhere.",
