@@ -156,6 +156,7 @@ class ModelArchitecture:
         post_norm: their output is, before it is added to the residual stream.
         activation: of the gate, ``silu`` or ``gelu_tanh``.
         embedding_multiplier: of the embedded tokens.
+        embedding_multiplier_rounded: it is rounded to the dtype of the hidden states first.
         residual_multiplier: of what attention and MLP add to the residual stream.
         logit_multiplier: of the logits.
         logit_softcap: logits z become ``cap * tanh(z / cap)``; None leaves them.
@@ -191,6 +192,7 @@ class ModelArchitecture:
     post_norm: bool = False
     activation: str = "silu"
     embedding_multiplier: float = 1.0
+    embedding_multiplier_rounded: bool = False
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None

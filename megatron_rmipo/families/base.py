@@ -18,6 +18,8 @@ class Layout(enum.Enum):
 
     WHOLE = "whole"  # one source over the hidden channels; every rank holds all of it
     HEAD = "head"  # one source over the channels of one head; every rank holds all of it
+    QUERIES = "queries"  # one source over the channels of the query heads; cut
+    KEYS = "keys"  # one source over the channels of the key heads; cut
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_rmipo.families.base import Family
+from megatron_rmipo.families.gemma import GEMMA
+from megatron_rmipo.families.granite import GRANITE
 from megatron_rmipo.families.llama import LLAMA
 from megatron_rmipo.families.ministral import MINISTRAL, MINISTRAL3
 from megatron_rmipo.families.mistral import MISTRAL
+from megatron_rmipo.families.olmo2 import OLMO2
 from megatron_rmipo.families.phi3 import PHI3
 from megatron_rmipo.families.qwen2 import QWEN2
 from megatron_rmipo.families.qwen3 import QWEN3
 from megatron_rmipo.families.smollm3 import SMOLLM3
 
-_ALL = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SMOLLM3, PHI3)
+_ALL = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SMOLLM3, PHI3, OLMO2, GEMMA, GRANITE)
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

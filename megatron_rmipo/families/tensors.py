@@ -50,6 +50,10 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
             return ((hidden,),)
         case Layout.HEAD:
             return ((arch.kv_channels,),)
+        case Layout.QUERIES:
+            return ((query_rows,),)
+        case Layout.KEYS:
+            return ((key_rows,),)
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:

@@ -169,12 +169,13 @@ def _sequence_shards(config: Config) -> int:
 def _layer_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
     """Elements per token that autograd keeps of one layer of a rank, without full recomputation."""
     tp = config.parallel.tensor_model_parallel_size
-    # Both norms' inputs and outputs.
-    hidden = 4 * arch.hidden_size / _sequence_shards(config)
+    # The residual stream twice; what comes of the norms before attention and MLP, and what goes into those after.
+    norms = arch.pre_norm + arch.post_norm
+    hidden = (2 + 2 * norms) * arch.hidden_size / _sequence_shards(config)
     if not fused:
         # What torch's norm in parts keeps, in fp32.
         parts = 3 if config.model.bf16 else 2
-        hidden += parts * arch.hidden_size * FP32_BYTES / _element_bytes(config) / _sequence_shards(config)
+        hidden += norms * parts * arch.hidden_size * FP32_BYTES / _element_bytes(config) / _sequence_shards(config)
     # The projection's output, which holds the values; rotated queries and keys; their cosines and sines; what goes on.
     attention = (3 * arch.query_size + 3 * arch.key_size) / tp + 4 * arch.kv_channels
     if config.model.recompute_granularity != "selective":
@@ -186,11 +187,14 @@ def _layer_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> 
 
 def _qk_norm_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
     """Elements per token that autograd keeps of a layer's norms of queries and keys."""
-    if not arch.qk_norm:
+    if not arch.qk_norm and not arch.qk_norm_whole:
         return 0.0
     both = arch.query_size + arch.key_size
-    if fused:
-        kept: float = both
+    if arch.qk_norm_whole:
+        # In fp32, what goes in and what comes of it, before its weight; it has no fused kernel.
+        kept: float = 2 * both * FP32_BYTES / _element_bytes(config)
+    elif fused:
+        kept = both
     elif config.model.bf16:
         # In fp32, what goes in and what comes of it.
         kept = 2 * both * FP32_BYTES / _element_bytes(config)
@@ -220,8 +224,9 @@ def _forward_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -
 def _attention_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
     """Elements per token that a layer's attention holds while it norms or rotates queries: the most of it, with large heads."""
     queries, keys = arch.query_size, arch.key_size
-    rotating = (1 if fused else 3) * queries + arch.qk_norm * keys
-    norming = 3 * queries * FP32_BYTES / _element_bytes(config) if arch.qk_norm and not fused else 0.0
+    rotating = (1 if fused else 3) * queries + (arch.qk_norm or arch.qk_norm_whole) * keys
+    in_parts = arch.qk_norm_whole or (arch.qk_norm and not fused)
+    norming = 3 * queries * FP32_BYTES / _element_bytes(config) if in_parts else 0.0
     # The projection's output and the queries out of it; angles, cosines and sines.
     return (2 * queries + 2 * keys + max(rotating, norming)) / config.parallel.tensor_model_parallel_size + 3 * arch.kv_channels
 

@@ -1,12 +1,10 @@
-"""The policy as Megatron-Core builds it: its configuration, its layer spec with our attention inside, this rank's part of it.
-
-Shape letter: H hidden.
-"""
+"""The policy as Megatron-Core builds it: its configuration, its layer spec with our attention inside, this rank's part of it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -24,33 +22,13 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import ScoreRules
+from megatron_rmipo.model.norms import RMSNorm, WholeNorm
 from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.residual import place_norms
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for the local layer spec, of hidden states, or of the channels of each head.
-
-    Megatron-Core's wrapper around torch's norm refuses sequence parallelism; this one marks its weight, so that Megatron sums
-    its gradient over the tensor-parallel group.
-
-    Args:
-        config: ``sequence_parallel`` and ``params_dtype`` are read.
-        hidden_size: how many channels are normed together: H, or those of a head.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__()
-        device = "cpu" if config.use_cpu_initialization else current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalize the last dimension (statistics in fp32 for lower dtypes)."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class Attention(SelfAttention):
@@ -94,6 +72,11 @@ class Attention(SelfAttention):
         self.config = config
         self.rope = kind.rope
         self.turned_channels, self.turned_factor = arch.turned_channels, factor
+        if arch.qk_norm_whole:
+            queries, keys = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+            tp_group, eps = self.pg_collection.tp, config.layernorm_epsilon
+            self.q_layernorm = WholeNorm(config, queries * arch.kv_channels, eps, tp_group)
+            self.k_layernorm = WholeNorm(config, keys * arch.kv_channels, eps, tp_group)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """As Megatron's; those channels of queries, ``[T, 1, A, D]``, that will be turned have the factor of both sides."""
@@ -153,8 +136,9 @@ def transformer_config(
         "softmax_scale": arch.attention_scale,
         "layernorm_epsilon": arch.layernorm_epsilon,
         "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": arch.zero_centered_norm,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": _ACTIVATIONS[arch.activation],
         "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
         "qk_layernorm": arch.qk_norm,
@@ -182,7 +166,8 @@ def transformer_config(
         "apply_rope_fusion": use_te,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": on_gpu,
-        "bias_activation_fusion": on_gpu,
+        # Megatron's fused GELU is the approximation by tanh under the name of the exact one.
+        "bias_activation_fusion": on_gpu and arch.activation == "silu",
         "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
         "batch_p2p_comm": on_gpu,
     }
@@ -261,6 +246,7 @@ def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_ba
         if arch.qk_norm:
             layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    place_norms(layer, arch, config)
     attention = layer.submodules.self_attention
     attention.module = Attention
     attention.params = {**attention.params, "arch": arch, "backend": attention_backend}

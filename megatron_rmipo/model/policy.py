@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.packed_model import ScoringOptions, enable_scoring, score_row
+from megatron_rmipo.model.residual import scale_embedding
 from megatron_rmipo.model.rotary import PackedRotary
 from megatron_rmipo.model.vocabulary_shard import LogitRules
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -45,6 +46,7 @@ class PolicyModel(GPTModel):
         self.architecture = arch
         self.scoring_options = ScoringOptions(arch.vocab_size, chunk_size, LogitRules(arch.logit_multiplier, arch.logit_softcap))
         self.rotary_pos_emb = PackedRotary(arch)
+        scale_embedding(self, arch)
         enable_scoring(self)
 
     def forward(

@@ -45,6 +45,7 @@ MINISTRAL3_ROPE = {
     **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.1},
 }
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 1.5}
 # Larger scores than others', whose rounding would stand out.
 SMALL = {"initializer_range": 0.2}
 TIED, NO_PAD = {"tie_word_embeddings": True}, {"pad_token_id": None}
@@ -58,6 +59,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
     "initializer_range": 0.3,
 }
 
@@ -83,6 +85,12 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 30, "layer_types": MIXED, "head_dim": 12, "rope_parameters": YARN_ROPE, **SMALL},
     ),
     "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
+    "olmo2": ("olmo2", {"bos_token_id": None}),
+    "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 20, "attention_bias": True}),
+    "gemma_untied": ("gemma", {"head_dim": 10, "tie_word_embeddings": False}),
+    "granite": ("granite", {**GRANITE, **TIED, "rope_parameters": YARN_ROPE}),
+    "granite_untied": ("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)
@@ -98,7 +106,9 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                # Where transformers starts from zeros, one is added to it.
+                low = -0.5 if kind.startswith("gemma") else 0.5
+                parameter.uniform_(low, low + 1.0)
             elif name.endswith(".bias"):
                 parameter.uniform_(-0.5, 0.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)

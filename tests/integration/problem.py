@@ -95,6 +95,8 @@ def make_hf_model(directory: Path, *, model_type: str = "llama", layers: int = 4
         "rms_norm_eps": 1e-5,
         "bos_token_id": BOS,
         "eos_token_id": 2,
+        # transformers gives the embedding of a padding token no gradient.
+        "pad_token_id": None,
         "initializer_range": 0.08,
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**settings, **changes})).to(torch.float32)

@@ -22,6 +22,8 @@ MODELS: dict[str, dict[str, Any]] = {
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 20},
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "gemma": {"model_type": "gemma", "head_dim": 20},
     # Twice as long as its original context at most.
     "yarn": {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
@@ -39,6 +41,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm3": {
         **{"model_type": "smollm3", "pad_token_id": None, "no_rope_layer_interval": 2},
         **{"use_sliding_window": True, "sliding_window": 6},
+    },
+    "granite": {
+        **{"model_type": "granite", "tie_word_embeddings": True, "embedding_multiplier": 6.0, "attention_multiplier": 0.2},
+        **{"residual_multiplier": 0.6, "logits_scaling": 1.5},
     },
     # Half of a head is turned, and what is turned is larger.
     "phi3": {
@@ -67,6 +73,7 @@ WORLDS = {
     ],
     2: [
         Case("TP 2, sequence parallel, phi3", model="phi3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, granite", model="granite", pp=2, recompute="full", tokens_per_microbatch=120),
         Case("PP 2, smollm3", model="smollm3", pp=2, tokens_per_microbatch=120),
         Case("TP 2, yarn", model="yarn", tp=2, tokens_per_microbatch=200),
         Case("TP 2", tp=2, tokens_per_microbatch=200),
@@ -87,6 +94,10 @@ WORLDS = {
         Case("TP 2, qwen3", model="qwen3", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel, qwen3", model="qwen3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
+        Case("TP 2, sequence parallel, olmo2", model="olmo2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, olmo2", model="olmo2", pp=2, tokens_per_microbatch=120),
+        Case("TP 2, sequence parallel, gemma", model="gemma", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, gemma", model="gemma", pp=2, tokens_per_microbatch=120),
         Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
         Case("TP 2, mistral", model="mistral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),

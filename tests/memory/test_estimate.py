@@ -29,6 +29,8 @@ from tests.integration.worlds import end_case
 
 ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 1000, 4096, (Rope(1e4),), 1e-5)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm_whole": True}
+GEMMA = {"post_norm": True, "zero_centered_norm": True, "activation": "gelu_tanh", "embedding_multiplier": 8.0}
 # Name -> changes of the model, and of its flags.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
@@ -39,6 +41,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head size": ({"kv_channels": 40}, {}),
     "norms of queries and keys": ({"kv_channels": 40, "qk_norm": True}, {}),
     "norms of queries and keys, bf16": ({"kv_channels": 40, "qk_norm": True}, {"bf16": True}),
+    "norms after": (OLMO2, {}),
+    "norms after, bf16": (OLMO2 | {"kv_channels": 40}, {"bf16": True}),
+    "norms before and after": (GEMMA, {}),
+    "norms before and after, bf16": (GEMMA | {"hidden_size": 136}, {"bf16": True}),
     "biases": ({"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}, {}),
     "selective": ({}, {"recompute_granularity": "selective"}),
     "full": ({}, FULL),

@@ -26,10 +26,13 @@ class Segment:
     rows: int
 
 
-# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them.
+# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them. Those
+# behind a linear stand in the sum that follows it.
 LOCAL_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "self_attn_bda.post_layernorm.weight": "self_attention.linear_proj.post_layernorm.weight",
+    "mlp_bda.post_layernorm.weight": "mlp.linear_fc2.post_layernorm.weight",
 }
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
