@@ -192,7 +192,7 @@ def _divisors(number: int) -> str:
 
 
 def _read_texts(flags: argparse.Namespace, arch: ModelArchitecture) -> list[Tensor]:
-    length = min(flags.seq_length, arch.max_position_embeddings)
+    length = min(flags.seq_length, arch.longest_sequence)
     if length < 2:
         raise ConversionError(f"--seq-length {flags.seq_length} leaves nothing to compare. Use at least 2.")
     lines: Sequence[str] = _TEXTS

@@ -252,6 +252,13 @@ class ModelArchitecture:
         """In tokens, that the model takes and whose rotary embeddings are those of its ``ropes``."""
         return min([self.max_position_embeddings, *(rope.longest_sequence for rope in self.ropes if rope.longest_sequence)])
 
+    @property
+    def length_limit(self) -> str:
+        """What bounds the length of sequences, in words of the config."""
+        if self.longest_sequence == self.max_position_embeddings:
+            return f"max_position_embeddings {self.max_position_embeddings}"
+        return f"original context of {self.longest_sequence} tokens, beyond which its rotary embeddings depend on the length"
+
     def kind_of(self, layer: int) -> LayerKind:
         """What the attention of ``layer`` (counted from 0) does."""
         return self.layer_kinds[layer] if self.layer_kinds else LayerKind()

@@ -78,15 +78,10 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--global-batch-size {config.training.global_batch_size} leaves some of the {world_size // ranks} data-parallel "
             f"ranks without a pair; at least {world_size // ranks} would work"
         )
-    if config.data.seq_length > arch.max_position_embeddings:
+    if config.data.seq_length > arch.longest_sequence:
         yield (
-            f"--seq-length {config.data.seq_length} is longer than the model's max_position_embeddings "
-            f"{arch.max_position_embeddings}; up to that would work"
-        )
-    elif config.data.seq_length > arch.longest_sequence:
-        yield (
-            f"--seq-length {config.data.seq_length} is longer than {arch.longest_sequence} tokens, beyond which the model's "
-            f"rotary embeddings depend on how long a sequence is; up to {arch.longest_sequence} would work"
+            f"--seq-length {config.data.seq_length} is longer than the model's {arch.length_limit}; "
+            f"up to {arch.longest_sequence} would work"
         )
     if config.model.attention_backend == "te" and arch.attention_softcap is not None:
         yield (

@@ -163,10 +163,10 @@ def _check_store(store: PairStore, source: ModelSource) -> int:
     if not store.manifest.has_rejected:
         raise DataError(f"--pairs {store.prefix}: supervised data, which no objective compares with a reference.")
     lengths = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
-    if lengths.max() > source.arch.max_position_embeddings:
+    if lengths.max() > source.arch.longest_sequence:
         raise DataError(
-            f"--pairs {store.prefix}: pair {int(lengths.argmax())} is {int(lengths.max())} tokens long, but the model has "
-            f"max_position_embeddings {source.arch.max_position_embeddings}. Prepare the data with that --seq-length."
+            f"--pairs {store.prefix}: pair {int(lengths.argmax())} is {int(lengths.max())} tokens long, longer than the model's "
+            f"{source.arch.length_limit}. Prepare the data with --seq-length {source.arch.longest_sequence}."
         )
     return int(lengths.max())
 

@@ -58,6 +58,7 @@ MINISTRAL3_ROPE = {
     **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.1},
 }
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 1.5}
 # Larger scores than others', whose rounding would stand out.
 SMALL = {"initializer_range": 0.2}
 TIED, NO_PAD = {"tie_word_embeddings": True}, {"pad_token_id": None}
@@ -113,6 +114,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 6, "layer_types": MIXED, "head_dim": 12, "rope_parameters": YARN_ROPE, **SMALL},
     ),
     "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
+    "granite": ("granite", {**GRANITE, **TIED, "rope_parameters": YARN_ROPE}),
+    "granite_untied": ("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 36, "bos_token_id": None}),
     "qwen2_moe": (

@@ -24,6 +24,7 @@ class Style:
         special, ordinary: further added tokens, marked special or not.
         cut: what its generation prompt has and no finished conversation.
         added: the header it writes before an answer, and not as a generation prompt.
+        closed_by: what stands behind an answer that it leaves open, and no conversation of its has.
         shows: of ``tools``, ``reasoning``, ``documents``, ``system`` those it shows.
     """
 
@@ -36,6 +37,7 @@ class Style:
     further_ends: tuple[str, ...] = ()
     cut: str = ""
     added: str = ""
+    closed_by: str = ""
     shows: frozenset[str] = frozenset({"system"})
 
 
@@ -227,17 +229,80 @@ STYLES = {
         "<|endoftext|>",
     ),
     "smollm3": Style(
-        "{% set ns = namespace(system='') %}{% if messages[0].role == 'system' %}"
-        "{% set ns.system = messages[0].content %}{% endif %}"
-        "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\n' + ns.system + '<|im_end|>\n' }}"
+        "{% set ns = namespace(system='Be helpful.', mode='/think' if enable_thinking is not defined or enable_thinking"
+        " else '/no_think') %}{% if messages[0].role == 'system' %}{% set ns.system = messages[0].content %}"
+        "{% if '/no_think' in ns.system %}{% set ns.mode = '/no_think' %}{% endif %}"
+        "{% set ns.system = ns.system.replace('/no_think', '').replace('/think', '').rstrip() %}{% endif %}"
+        "{{ '<|im_start|>system\n## Metadata\n\nToday: ' + strftime_now('%d %B %Y') + '\nReasoning Mode: ' + ns.mode }}"
+        "{{ '\n\n## Custom Instructions\n\n' + ns.system + '<|im_end|>\n' }}"
         "{% for m in messages if m.role != 'system' %}{% if m.role == 'assistant' %}{% generation %}"
-        "{{ '<|im_start|>assistant\n' }}"
+        "{{ '<|im_start|>assistant\n' + ('' if ns.mode == '/think' else '<think>\n\n</think>\n') }}"
         "{{ m.content.lstrip('\n') + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + _CHATML_TURN + "{% endif %}{% endfor %}"
-        "" + _CHATML_PROMPT,
+        "{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' + ('' if ns.mode == '/think' else '<think>\n\n</think>\n') }}{% endif %}",
         "<|begin_of_text|>",
         "<|im_end|>",
         "<|im_end|>",
         _IM,
+        _THINK_MARKS,
+    ),
+    "phi4": Style(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+        "<|endoftext|>",
+        "<|im_end|>",
+        "<|im_end|>",
+        (*_IM, "<|im_sep|>"),
+    ),
+    "phi4-mini": Style(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'system' and tools %}{{ '<|tool|>' + tools | tojson + '<|/tool|>' }}{% endif %}{{ '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+        "<|endoftext|>",
+        "<|endoftext|>",
+        "<|end|>",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<|/tool|>"),
+    ),
+    "granite": Style(
+        "{% set given = messages[0].role == 'system' %}{{ '<|start_of_role|>system<|end_of_role|>' }}"
+        "{{ messages[0].content if given else 'Today: ' + strftime_now('%B %d, %Y') + '.' }}{{ '<|end_of_text|>\n' }}"
+        "{% if tools %}{{ '<|start_of_role|>tools<|end_of_role|>' + tools | tojson(indent=4) + '<|end_of_text|>\n' }}{% endif %}"
+        "{% for m in (messages[1:] if given else messages) %}{{ '<|start_of_role|>' }}"
+        "{{ 'tool_response' if m.role == 'tool' else m.role }}{{ '<|end_of_role|>' + m.content }}"
+        "{% if m.tool_calls %}{{ '<|tool_call|>' + m.tool_calls | map(attribute='function') | list | tojson }}{% endif %}"
+        "{{ '<|end_of_text|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}",
+        "<|end_of_text|>",
+        "<|end_of_text|>",
+        "<|end_of_text|>",
+        ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
+        shows=_shows("system tools"),
+    ),
+    "gpt-oss": Style(
+        "{{ '<|start|>system<|message|>Current date: ' + strftime_now('%Y-%m-%d') + '\n\nReasoning: medium<|end|>' }}"
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ '<|start|>developer<|message|># Instructions\n\n' + m.content + '<|end|>' }}{% elif m.role == 'user' %}"
+        "{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}{% elif m.role == 'assistant' %}"
+        "{% set last = loop.last and not add_generation_prompt %}{% if last and m.thinking %}"
+        "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+        "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if last else '<|end|>') }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        "<|startoftext|>",
+        "<|return|>",
+        "<|return|>",
+        ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"),
+        further_ends=("<|call|>",),
+        shows=_shows("system reasoning"),
+    ),
+    "glm4": Style(
+        "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        None,
+        "<|endoftext|>",
+        "<|endoftext|>",
+        ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        further_ends=("<|user|>", "<|observation|>"),
+        closed_by="<|endoftext|>",
     ),
 }
 

@@ -207,7 +207,7 @@ def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["GraniteForCausalLM"]}, ["GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+        ({"architectures": ["CohereForCausalLM"]}, ["CohereForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
         ({"architectures": "absent"}, ["architectures is missing"]),
         ({"attention_bias": "yes"}, ["attention_bias must be true or false", "'yes'"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),

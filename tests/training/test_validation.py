@@ -240,5 +240,6 @@ def test_rotary_embeddings_that_depend_on_the_length_must_not() -> None:
     long = dataclasses.replace(ARCH, ropes=(Rope(1e4), Rope(1e4, LongRopeScaling((1.0,) * 4), 1.2, longest_sequence=700)))
     validate(config_of("--seq-length", "700"), long, 1)
     words = refusal("--seq-length", "701", architecture=long)
-    assert "--seq-length 701 is longer than 700 tokens, beyond which" in words
+    assert "--seq-length 701 is longer than the model's original context of 700 tokens, beyond which its rotary" in words
     assert "up to 700 would work" in words
+    assert "up to 700 would work" in refusal("--seq-length", "2049", architecture=long)

@@ -28,10 +28,9 @@ class CostModel:
 
     def attention(self, area: Callable[[int | None], np.ndarray]) -> np.ndarray:
         """The cost of attention, where ``area`` gives the (query, key) that are kept under a window, or under none."""
-        costs: np.ndarray = np.multiply(area(None), self.per_area)
-        for window, cost in self.per_windowed_area:
-            np.add(costs, cost * area(window), out=costs)
-        return costs
+        windowed = sum(cost * area(window) for window, cost in self.per_windowed_area)
+        total: np.ndarray = self.per_area * area(None) + windowed
+        return total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,11 +100,14 @@ def test_ids_are_those_of_apply_chat_template(conversation: str, made: Any) -> N
     assert isinstance(result, EncodedPair), f"{name}: {result}"
     options = {"sanitize_control_tokens": True} if conversation == "written" else {}
     prompt = _apply(theirs, pair.prompt, pair, True, **options)
-    cut, added = (theirs(text, add_special_tokens=False)["input_ids"] for text in (style.cut, style.added))
+    cut, added, closing = (
+        theirs(text, add_special_tokens=False)["input_ids"] for text in (style.cut, style.added, style.closed_by)
+    )
     assert result.prompt == [*prompt[: len(prompt) - len(cut)], *added], f"{name}: {ours.decode(result.prompt)!r}"
     ends = set(theirs.convert_tokens_to_ids([style.end, *style.further_ends]))
     for field, response in pair.responses.items():
-        whole, ids = _apply(theirs, (*pair.prompt, response), pair, False, **options), getattr(result, field)
+        whole = [*_apply(theirs, (*pair.prompt, response), pair, False, **options), *closing]
+        ids = getattr(result, field)
         if whole[: len(result.prompt)] != result.prompt:  # merged across the boundary, which a prompt alone has
             assert theirs.decode(whole).startswith(theirs.decode([*result.prompt, *ids]))
         else:
@@ -115,8 +118,11 @@ def test_ids_are_those_of_apply_chat_template(conversation: str, made: Any) -> N
 def _apply(
     theirs: PreTrainedTokenizerFast, turns: tuple[Turn, ...], pair: PreferencePair, generate: bool, **options: Any
 ) -> list[int]:
+    messages = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
+    for message in messages:  # gpt-oss has another name for it
+        message |= {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
     ids: list[int] = theirs.apply_chat_template(
-        [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns],
+        messages,
         add_generation_prompt=generate,
         tokenize=True,
         return_dict=False,
@@ -153,6 +159,22 @@ def test_reasoning_of_earlier_turns_may_be_left_out_and_is_counted(qwen3: tuple[
     fresh = _encode(qwen3[1], pair._replace(prompt=pair.prompt[2:]))
     assert isinstance(fresh, EncodedPair)
     assert not fresh.left_out
+
+
+@pytest.mark.parametrize(("system", "switch"), [("Be brief. /no_think", None), ("Be brief.", False), ("Be brief.", True)])
+def test_a_reasoning_mode_is_that_of_the_system_turn_or_the_switch(system: str, switch: bool | None, tmp_path: Path) -> None:
+    theirs = save_style(STYLES["smollm3"], tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    variables = {} if switch is None else {"enable_thinking": switch}
+    pair = PreferencePair((Turn("system", system), Turn("user", "Why?")), answer("So."), answer("No."), variables)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", _Clock)
+        result = _encode(PairEncoder(tokenizer, load_template(None, tokenizer), LengthPolicy(4096)), pair)
+        assert isinstance(result, EncodedPair)
+        assert result.prompt == _apply(theirs, pair.prompt, pair, True)
+        whole = _apply(theirs, (*pair.prompt, pair.responses["chosen"]), pair, False)
+        assert [*result.prompt, *result.chosen] == whole[: len(result.prompt) + len(result.chosen)]
+    assert tokenizer.decode(result.prompt).endswith("assistant\n" if switch else "assistant\n<think>\n\n</think>\n")
 
 
 def test_what_the_model_writes_itself_is_its_token_in_an_answer_alone(qwen3: tuple[PreferenceTokenizer, PairEncoder]) -> None:
