@@ -99,6 +99,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 20, "sliding_window": 16, "layer_types": MIXED_LAYERS, "rope_parameters": GEMMA3_ROPES},
     ),
     "gemma3_untied": ("gemma3_text", {"head_dim": 10, "tie_word_embeddings": False, "final_logit_softcapping": 9.0}),
+    "glm": ("glm", {"head_dim": 12, "tie_word_embeddings": True, "attention_bias": False}),
+    "glm4": ("glm4", {"head_dim": 20, "partial_rotary_factor": 0.3}),
+    "glm4_tied": ("glm4", {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 6}),
     # Windows where no rotary embeddings are, as where the config lists neither.
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 30, **NO_PAD}),
     "smollm3_untied": ("smollm3", {"no_rope_layer_interval": 3, "tie_word_embeddings": False, "attention_bias": True, **NO_PAD}),

@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "glm4": {"model_type": "glm4", "head_dim": 20, "rms_norm_eps": 1e-4},
     "gemma2": {
         **{"model_type": "gemma2", "head_dim": 20, "sliding_window": 5, "query_pre_attn_scalar": 30},
         **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
@@ -114,6 +115,8 @@ WORLDS = {
         Case("PP 2, olmo2", model="olmo2", pp=2, tokens_per_microbatch=120),
         Case("TP 2, olmo3", model="olmo3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, gemma", model="gemma", pp=2, tokens_per_microbatch=120),
+        Case("TP 2, glm4", model="glm4", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, glm4", model="glm4", pp=2, tokens_per_microbatch=120),
         Case("TP 2, gemma2", model="gemma2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, gemma2", model="gemma2", pp=2, recompute="full", tokens_per_microbatch=120),
         Case("TP 2, gemma3", model="gemma3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
