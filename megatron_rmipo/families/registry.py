@@ -8,6 +8,8 @@ from megatron_rmipo.families.base import Family
 from megatron_rmipo.families.gemma import GEMMA
 from megatron_rmipo.families.gemma2 import GEMMA2
 from megatron_rmipo.families.gemma3 import GEMMA3
+from megatron_rmipo.families.glm import GLM
+from megatron_rmipo.families.glm4 import GLM4
 from megatron_rmipo.families.granite import GRANITE
 from megatron_rmipo.families.llama import LLAMA
 from megatron_rmipo.families.ministral import MINISTRAL, MINISTRAL3
@@ -25,7 +27,7 @@ from megatron_rmipo.families.smollm3 import SMOLLM3
 
 _ALL = (
     *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SMOLLM3, PHI3),
-    *(OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, GRANITE),
+    *(OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, GLM, GLM4, GRANITE),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

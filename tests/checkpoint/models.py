@@ -103,6 +103,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 20, "sliding_window": 5, "layer_types": MIXED_LAYERS, "rope_parameters": GEMMA3_ROPES},
     ),
     "gemma3_untied": ("gemma3_text", {"head_dim": 10, "tie_word_embeddings": False, "final_logit_softcapping": 9.0}),
+    "glm": ("glm", {"head_dim": 12, "tie_word_embeddings": True, "attention_bias": False}),
+    "glm4": ("glm4", {"head_dim": 20, "partial_rotary_factor": 0.3}),
+    "glm4_tied": ("glm4", {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 6}),
     # Windows where no rotary embeddings are, as where the config lists neither.
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 6, **NO_PAD}),
     "smollm3_untied": ("smollm3", {"no_rope_layer_interval": 3, "tie_word_embeddings": False, "attention_bias": True, **NO_PAD}),
@@ -116,7 +119,6 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
     "granite": ("granite", {**GRANITE, **TIED, "rope_parameters": YARN_ROPE}),
     "granite_untied": ("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
-    "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 36, "bos_token_id": None}),
     "qwen2_moe": (
