@@ -20,44 +20,12 @@ FAILED_ROWS=()
 # choose_grid NAME: the inputs and settings of a grid whose runs go to $WORK_DIR/NAME; with a real model, WORK_DIR is work/NAME.
 choose_grid() {
     GRID=$1
-    if [[ -n "${STEPS:-}" && -n "${EPOCHS:-}" ]]; then die "STEPS=$STEPS and EPOCHS=$EPOCHS: set one of them"; fi
     # The tables show the first and the last evaluation.
     EVAL_INTERVAL=${EVAL_INTERVAL:-0}
     choose_inputs "$1" 6e-7
-    TP=${TP:-$((GPUS_PER_NODE < 4 ? GPUS_PER_NODE : 4))}
-    MODEL_ARGS=(
-        "${PRECISION_ARGS[@]}"
-        --attention-backend auto
-    )
-    MODEL_PARALLEL_ARGS=(
-        --tensor-model-parallel-size "$TP"
-        --pipeline-model-parallel-size "$PP"
-        --use-distributed-optimizer
-        --overlap-grad-reduce
-        --overlap-param-gather
-    )
-    if ((TP > 1)); then MODEL_PARALLEL_ARGS+=(--sequence-parallel); fi
-    TRAINING_ARGS=(
-        --global-batch-size "$GLOBAL_BATCH_SIZE"
-        --seq-length "$SEQ_LENGTH"
-        --tokens-per-microbatch "$TOKENS_PER_MICROBATCH"
-        --lr-decay-style cosine
-        --lr-warmup-fraction 0.1
-        --clip-grad 1.0
-        --seed 1234
-    )
-    SFT_ARGS=(
-        --objective sft
-        --lr "$SFT_LR"
-        --epochs "$SFT_EPOCHS"
-    )
-    if [[ -n "${STEPS:-}" ]]; then LENGTH_ARGS=(--train-iters "$STEPS"); else LENGTH_ARGS=(--epochs "$EPOCHS"); fi
-    LOGGING_ARGS=(
-        --log-interval "$LOG_INTERVAL"
-        --eval-interval "$EVAL_INTERVAL"
-        --save-interval "$SAVE_INTERVAL"
-        --keep-last 1
-    )
+    TP=${TP:-$(share_over 4)}
+    set_arguments
+    LOGGING_ARGS+=(--keep-last 1)
 }
 
 # check_only NAME...: stop where ONLY names something else.

@@ -25,6 +25,7 @@ OVERLONG=${OVERLONG:-drop}
 HELD_OUT_SPLIT=${HELD_OUT_SPLIT:-80,20}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-8}
 TOKENS_PER_MICROBATCH=${TOKENS_PER_MICROBATCH:-2048}
+if [[ -z "${EPOCHS:-}" ]]; then STEPS=${STEPS:-12}; fi
 # Before and after.
 EVAL_INTERVAL=${EVAL_INTERVAL:-0}
 choose_inputs smollm2 1e-5
@@ -34,46 +35,8 @@ TP=${TP:-1}
 # A CPU is slow in anything but fp32.
 if (($(count_gpus) == 0)); then PRECISION_ARGS=(--no-bf16); fi
 
-MODEL_ARGS=(
-    "${PRECISION_ARGS[@]}"
-    --attention-backend auto
-)
-MODEL_PARALLEL_ARGS=(
-    --tensor-model-parallel-size "$TP"
-    --pipeline-model-parallel-size "$PP"
-    --use-distributed-optimizer
-)
-TRAINING_ARGS=(
-    --global-batch-size "$GLOBAL_BATCH_SIZE"
-    --seq-length "$SEQ_LENGTH"
-    --tokens-per-microbatch "$TOKENS_PER_MICROBATCH"
-    --lr-decay-style cosine
-    --lr-warmup-fraction 0.1
-    --clip-grad 1.0
-    --seed 1234
-)
-SFT_ARGS=(
-    --objective sft
-    --lr "$SFT_LR"
-    --epochs "$SFT_EPOCHS"
-)
-RMIPO_ARGS=(
-    --objective rmipo
-    --beta 2.0
-    --gamma-min 0.3
-    --gamma-max 1.6
-    --lr "$LR"
-    --train-iters "${STEPS:-12}"
-    --eval-pairs "${EVAL_PAIRS:-64}"
-)
-DATA_ARGS=(
-    --data-path "$WORK_DIR/data/train"
-)
-LOGGING_ARGS=(
-    --log-interval "$LOG_INTERVAL"
-    --eval-interval "$EVAL_INTERVAL"
-    --save-interval "$SAVE_INTERVAL"
-)
+set_arguments
+RMIPO_ARGS+=(--eval-pairs "${EVAL_PAIRS:-64}")
 
 # A download that was cut short goes on; only a whole one gets the name.
 if [[ "$HF_MODEL" == "$DOWNLOADED" && ! -e "$HF_MODEL/config.json" ]]; then

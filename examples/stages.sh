@@ -8,10 +8,12 @@
 #   DATA_FLAGS, VALID_FLAGS, SFT_FLAGS  further flags of preprocess_preferences.py for each, such as "--columns prompt=question"
 #   SFT_DATA        fine-tune on these first (the Base setting of the paper): supervised rows (messages, or prompt and completion), or
 #                   preference data, of which the chosen responses count
+#   STEPS or EPOCHS length of the preference training (one epoch)
+#   EMBEDDED_FLAGS  of examples/embedded/make_inputs.py, for the embedded example
 #   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
 #                   without it
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them
-#   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP      the layout; WORK_DIR must be shared by the nodes
+#   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP   the layout; WORK_DIR must be shared by the nodes
 #   Relative paths are read from where the script is started.
 #   STAGE_TIMEOUT_MINUTES   how long the other nodes wait for a stage of the first one (240); FAILURE_GRACE_SECONDS  how long its failure
 #                   may be that of an earlier start (60)
@@ -165,9 +167,12 @@ prepare_start() {
     HELD_OUT=(--split "${HELD_OUT_SPLIT:-99,1}")
     START="$WORK_DIR/base"
     if [[ -n "${EMBEDDED:-}" ]]; then
-        MADE_FROM=("--setting=--seed 1")
+        local flags=(--seed 1)
+        if [[ -n "${SHAPE:-}" ]]; then flags+=(--shape "$SHAPE"); fi
+        if [[ -n "${EMBEDDED_FLAGS:-}" ]]; then read -ra flags <<<"${flags[*]} $EMBEDDED_FLAGS"; fi
+        MADE_FROM=("--setting=${flags[*]}")
         stage "make the embedded inputs" "$HF_MODEL/config.json" "$INPUTS" \
-            python "$ROOT/examples/embedded/make_inputs.py" --output "$INPUTS" --seed 1
+            python "$ROOT/examples/embedded/make_inputs.py" --output "$INPUTS" "${flags[@]}"
     elif ! is_dry && [[ ! -e "$HF_MODEL/config.json" ]]; then
         die_without_model
     fi
@@ -236,7 +241,7 @@ check_nodes() {
 # Where to run: the GPUs of each node, or two processes over gloo on the CPU.
 set_layout() {
     local gpus given_rank=${NODE_RANK:-}
-    check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT TP PP WORKERS OMP_NUM_THREADS SEQ_LENGTH TOKENS_PER_MICROBATCH \
+    check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT TP PP EP WORKERS OMP_NUM_THREADS SEQ_LENGTH TOKENS_PER_MICROBATCH \
         GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_PAIRS SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
     gpus=$(count_gpus)
     GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
@@ -246,7 +251,6 @@ set_layout() {
     MASTER_ADDR=${MASTER_ADDR:-localhost}
     # Runs beside each other on one machine must not meet on one port; several nodes must agree on one.
     MASTER_PORT=${MASTER_PORT:-$((NUM_NODES > 1 ? 6000 : 20000 + $$ % 20000))}
-    PP=${PP:-1}
     if ((gpus == 0)); then
         local threads=$(($(count_cores) / GPUS_PER_NODE))
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rmipo.command import run_command
-from megatron_rmipo.embedded.model import save_model
+from megatron_rmipo.embedded.model import SHAPES, save_model
 from megatron_rmipo.embedded.pairs import Row, make_rows, tokenizer_texts
 from megatron_rmipo.embedded.tokenizer import save_tokenizer, train_sentencepiece
 from megatron_rmipo.errors import ConfigError
@@ -20,7 +20,9 @@ VOCAB_SIZE = 1024
 TOKENIZER_TEXTS = 1500
 
 
-def make_inputs(directory: Path, *, seed: int, num_supervised: int, num_train: int, num_held_out: int) -> None:
+def make_inputs(
+    directory: Path, *, seed: int, num_supervised: int, num_train: int, num_held_out: int, shape: str = "llama3"
+) -> None:
     """Write ``model/`` (config, safetensors, tokenizer) and ``sft.jsonl``, ``train.jsonl``, ``heldout.jsonl``.
 
     The directory appears whole or not at all; the same arguments write the same bytes.
@@ -39,7 +41,7 @@ def make_inputs(directory: Path, *, seed: int, num_supervised: int, num_train: i
             _write_rows(unfinished / f"{name}.jsonl", rows)
         texts = [*tokenizer_texts(TOKENIZER_TEXTS, seed), "system", "user", "assistant"]
         tokenizer = save_tokenizer(train_sentencepiece(texts, VOCAB_SIZE), unfinished / "model")
-        save_model(unfinished / "model", tokenizer, seed)
+        save_model(unfinished / "model", tokenizer, seed, shape)
         if directory.exists():
             directory.rmdir()
         os.replace(unfinished, directory)
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; must not hold anything yet")
     parser.add_argument("--seed", type=int, default=1, help="of the text and the weights (default: %(default)s)")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="llama3", help="the model whose architecture the small one has (default: %(default)s)"
+    )
     parser.add_argument("--sft-rows", type=int, default=8192, help="supervised examples (default: %(default)s)")
     parser.add_argument("--train-pairs", type=int, default=2048, help="preference pairs to train on (default: %(default)s)")
     parser.add_argument("--heldout-pairs", type=int, default=256, help="preference pairs held out (default: %(default)s)")
@@ -71,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_supervised=arguments.sft_rows,
             num_train=arguments.train_pairs,
             num_held_out=arguments.heldout_pairs,
+            shape=arguments.shape,
         )
         print(f"wrote {arguments.output}: model/, sft.jsonl, train.jsonl, heldout.jsonl")
 

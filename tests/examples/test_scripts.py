@@ -20,9 +20,16 @@ from megatron_rmipo.training.validation import problems_without_model
 
 ROOT = Path(__file__).parent.parent.parent
 LAPTOP = "run_rmipo_smollm2.sh"
-# Those of the paper's models and settings.
-SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("run_*.sh") if path.name != LAPTOP)
 LLAMA = "run_rmipo_llama3_8b.sh"
+# Script -> tensor, pipeline and expert parallel size of the embedded example on two ranks, and of the real model on eight.
+SCRIPTS = {
+    LLAMA: ((2, 1, 1), (4, 1, 1)),
+    "run_rmipo_mistral_7b.sh": ((2, 1, 1), (4, 1, 1)),
+    "run_rmipo_qwen3_8b.sh": ((2, 1, 1), (4, 1, 1)),
+    "run_rmipo_gemma3_12b.sh": ((2, 1, 1), (8, 1, 1)),
+    "run_rmipo_llama3_70b.sh": ((1, 2, 1), (8, 1, 1)),
+    "run_rmipo_qwen3_30b_a3b.sh": ((1, 1, 2), (1, 1, 8)),
+}
 TWO_NODES = {"NUM_NODES": "2", "MASTER_ADDR": "first"}
 # A stand-in notes how it was called and writes what the real command writes last.
 STAND_IN = """#!/usr/bin/env bash
@@ -106,6 +113,12 @@ def trainings(output: str) -> list[Config]:
     return [parse_arguments(line[line.index("megatron_rmipo.train") + 1 :]) for line in lines]
 
 
+def layout_of(config: Config) -> tuple[int, int, int]:
+    parallel = config.parallel
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    return sizes
+
+
 def own_inputs(tmp_path: Path) -> dict[str, str]:
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
@@ -114,6 +127,10 @@ def own_inputs(tmp_path: Path) -> dict[str, str]:
     for name in ("pairs", "sft"):
         (tmp_path / f"{name}.jsonl").write_text(f"a row of {name}")
     return {"HF_MODEL": str(model), "DATA": str(tmp_path / "pairs.jsonl")}
+
+
+def test_every_script_is_in_the_table() -> None:
+    assert {*SCRIPTS, LAPTOP} == {path.name for path in (ROOT / "examples").glob("run_*.sh")}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -126,7 +143,7 @@ def test_a_dry_run_prints_commands_that_parse_and_does_nothing(script: str, tmp_
     assert (sft.objective.objective, rmipo.objective.objective) == ("sft", "rmipo")
     for config in (sft, rmipo):
         assert problems_without_model(config) == []
-        assert config.parallel.tensor_model_parallel_size == 2
+        assert layout_of(config) == SCRIPTS[script][0]
     for command in commands(output):
         if command[1] != "-m":
             assert Path(command[1]).is_file(), command[1]
@@ -149,7 +166,7 @@ def test_own_inputs_train_with_the_papers_settings(script: str, tmp_path: Path) 
     assert 3e-7 <= config.optimizer.lr <= 1e-6
     assert config.model.bf16
     assert config.parallel.use_distributed_optimizer
-    assert config.parallel.tensor_model_parallel_size == 4
+    assert layout_of(config) == SCRIPTS[script][1]
 
 
 def test_the_script_for_a_laptop_names_its_model_and_holds_out_a_fifth(tmp_path: Path) -> None:
