@@ -69,6 +69,11 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
         "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."
     )
+    model_class: Literal["gpt", "hybrid"] = _option(
+        "gpt",
+        "Megatron-Core's class of the model: GPTModel, or HybridModel where it has one (0.19); they compute the same, and a "
+        "checkpoint of one goes on as the other.",
+    )
     attention_backend: Literal["auto", "sdpa", "flex", "te"] = _option(
         "auto",
         "Attention over packed pairs; te: Transformer Engine; auto: flex with CUDA and heads of 16 or more, sdpa elsewhere.",
@@ -222,6 +227,7 @@ class LoggingConfig:
 
     log_interval: int = _option(1, "Steps between log lines and records of metrics.jsonl.")
     log_dir: str | None = _option(None, "Directory of metrics.jsonl and config.yaml; unset: SAVE/logs, or runs/rmipo.", "DIR")
+    log_expert_load: bool = _option(False, "Log every expert's share of its layer's tokens, too, not the imbalance alone.")
     tensorboard_dir: str | None = _option(None, "Also write TensorBoard events to this directory.", "DIR")
     wandb_project: str | None = _option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
     wandb_exp_name: str | None = _option(None, "Name of the Weights & Biases run.")

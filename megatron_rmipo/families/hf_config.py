@@ -14,8 +14,9 @@ from megatron_rmipo.families.architecture import LongRopeScaling, ModelArchitect
 from megatron_rmipo.families.base import Family
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.harmless_fields import HARMLESS_FIELDS
-from megatron_rmipo.families.registry import FAMILIES, REFUSED
+from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.rope import read_rope
+from megatron_rmipo.families.unbuilt import UNBUILT
 
 # Read as they are, beside those of Fields; the rotary ones whichever of them a config holds.
 _OTHER_FIELDS = (
@@ -121,9 +122,9 @@ def _family_of(config: dict[str, Any], path: Path) -> Family:
     for family in FAMILIES.values():
         if any(architecture in family.architectures for architecture in names):
             return family
-    for name in names:
-        if name in REFUSED:
-            raise ConversionError(f"{path}: {name} is not supported: {REFUSED[name]}.")
+    unbuilt = next((name for name in names if name in UNBUILT), None)
+    if unbuilt is not None:
+        raise ConversionError(f"{path}: {unbuilt} is not supported: {UNBUILT[unbuilt]}.")
     shown = f"architectures is {found!r}" if found else "architectures is missing"
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     raise ConversionError(f"{path}: {shown}. Known architectures: {known}.")

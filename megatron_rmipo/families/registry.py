@@ -28,11 +28,3 @@ _ALL = (
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
-
-# Architectures that hold more than a model of text, and why they are refused.
-REFUSED: Mapping[str, str] = {
-    "Gemma3ForConditionalGeneration": (
-        "its weights have a vision tower, which would be lost. Save its language model as a Gemma3ForCausalLM first; "
-        "docs/checkpoints.md says how"
-    )
-}

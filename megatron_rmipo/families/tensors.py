@@ -108,6 +108,14 @@ def num_parameters(arch: ModelArchitecture) -> int:
     return sum(math.prod(megatron_shape(rule, arch)) for rule, _ in tensors_of(arch))
 
 
+def active_parameters(arch: ModelArchitecture) -> int:
+    """Numbers in the weights that a token goes through: of each layer's experts as many as it takes."""
+    if arch.experts is None:
+        return num_parameters(arch)
+    idle = arch.experts.num_experts - arch.experts.per_token
+    return num_parameters(arch) - sum(idle * layer_parameters(arch, layer).expert for layer in arch.expert_layers)
+
+
 def layer_parameters(arch: ModelArchitecture, layer: int) -> Parameters:
     """Numbers in the weights of ``layer`` (counted from 0)."""
     cut = whole = expert = 0

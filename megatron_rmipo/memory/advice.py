@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.schema import Config, ParallelConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import PackMemory, PackSize, pack_memory, standing_memory
+from megatron_rmipo.model.expert_problems import expert_tensor_size
 from megatron_rmipo.model.transformer_engine import fp8_width_problems
 
 # Packs of other sizes leave gaps between them: of what is free, this much is taken as usable.
@@ -154,7 +155,18 @@ def _measures(
     ranks = config.parallel.tensor_model_parallel_size * dp_size
     shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, *arch.mlp_widths, ranks)
     divisors = [size for size in range(config.parallel.tensor_model_parallel_size + 1, shared + 1) if shared % size == 0]
-    larger = [size for size in divisors if not any(fp8_width_problems(config.model, arch, size))]
+    larger = [
+        size
+        for size in divisors
+        if not any(fp8_width_problems(config.model, arch, size))
+        and _experts_fit(arch, config.parallel, ranks, tensor_model_parallel_size=size)
+    ]
+    present = config.parallel.expert_model_parallel_size
+    numbers = range(present + 1, arch.experts.num_experts + 1) if arch.experts else range(0)
+    fitting = (size for size in numbers if _experts_fit(arch, config.parallel, ranks, expert_model_parallel_size=size))
+    wider = next(fitting, None)
+    if wider is not None:
+        yield _Measure(f"--expert-model-parallel-size {wider}", parallel={"expert_model_parallel_size": wider})
     if larger:
         yield _Measure(
             f"--tensor-model-parallel-size {larger[0]} --sequence-parallel",
@@ -162,6 +174,14 @@ def _measures(
         )
     if shards and optimizer == "saved":
         yield _Measure("--use-distributed-optimizer --no-load-optim", parallel=shards)
+
+
+def _experts_fit(arch: ModelArchitecture, parallel: ParallelConfig, ranks: int, **changes: Any) -> bool:
+    """Whether the experts can be spread over the tensor- and data-parallel ranks of a stage, with changed flags."""
+    parallel = dataclasses.replace(parallel, **changes)
+    size, shards = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
+    experts = arch.experts
+    return experts is None or not (experts.num_experts % size or experts.ffn_hidden_size % shards or ranks % (size * shards))
 
 
 def _together(measures: list[_Measure]) -> list[_Measure]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.schema import Config, ParallelConfig
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.families.tensors import layer_parameters
+from megatron_rmipo.model.expert_problems import expert_tensor_size
 
 FP32_BYTES = 4
 
@@ -92,11 +93,17 @@ def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int, *, tr
     vocabulary = padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, tp) * arch.hidden_size / tp
     # The first stage embeds, the last one scores.
     tables = 2 if pp == 1 and not arch.tied_embeddings else 1
-    parameters = _stage_layer_parameters(arch, tp, pp) + tables * vocabulary
+    dense, expert = _stage_layer_parameters(arch, config.parallel)
+    dense += tables * vocabulary
+    parameters = dense + expert
     weights = parameters * _element_bytes(config)
     if not trains:
         return StandingMemory(weights)
-    share = parameters * FP32_BYTES / (dp_size if config.parallel.use_distributed_optimizer else 1)
+    share = parameters * FP32_BYTES
+    if config.parallel.use_distributed_optimizer:
+        # Ranks that hold the same experts are fewer than those that hold the same of the rest.
+        expert_dp_size = dp_size * tp / _expert_ranks(config.parallel)
+        share = (dense / dp_size + expert / expert_dp_size) * FP32_BYTES
     return StandingMemory(
         weights,
         gradients=parameters * FP32_BYTES,
@@ -105,11 +112,24 @@ def standing_memory(arch: ModelArchitecture, config: Config, dp_size: int, *, tr
     )
 
 
-def _stage_layer_parameters(arch: ModelArchitecture, tp: int, pp: int) -> float:
-    """Numbers in a rank's shard of the layers, on the stage that has most."""
-    layers = [counts.cut / tp + counts.whole for counts in (layer_parameters(arch, layer) for layer in range(arch.num_layers))]
-    per_stage = max(1, arch.num_layers // pp)
-    return max(sum(layers[first : first + per_stage]) for first in range(0, arch.num_layers, per_stage))
+def _stage_layer_parameters(arch: ModelArchitecture, parallel: ParallelConfig) -> tuple[float, float]:
+    """Numbers in a rank's shard of the layers, on the stage that has most: without experts, in experts."""
+    layers = [
+        (
+            counts.cut / parallel.tensor_model_parallel_size + counts.whole,
+            counts.num_experts * counts.expert / _expert_ranks(parallel),
+        )
+        for counts in (layer_parameters(arch, layer) for layer in range(arch.num_layers))
+    ]
+    per_stage = max(1, arch.num_layers // parallel.pipeline_model_parallel_size)
+    stages = [layers[first : first + per_stage] for first in range(0, arch.num_layers, per_stage)]
+    totals = [(sum(dense for dense, _ in stage), sum(expert for _, expert in stage)) for stage in stages]
+    return max(totals, key=sum)
+
+
+def _expert_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that the experts of a layer are spread over."""
+    return parallel.expert_model_parallel_size * expert_tensor_size(parallel)
 
 
 def pack_memory(
@@ -205,19 +225,51 @@ def _qk_norm_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -
 
 
 def _mlp_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
+    """Elements per token that autograd keeps of a layer's MLP, or of its experts: mean over the layers."""
     # Gate and up, and their product; in parts also what goes into it.
-    return (3 if fused else 5) * arch.ffn_hidden_size / config.parallel.tensor_model_parallel_size
+    each, tp = 3 if fused else 5, config.parallel.tensor_model_parallel_size
+    dense = each * arch.ffn_hidden_size / tp
+    experts = arch.experts
+    if experts is None:
+        return dense
+    # The product is weighted, in parts one tensor more. Routers keep tables of the experts, in fp32.
+    weighted = (each if fused else each + 1) * experts.per_token * experts.ffn_hidden_size / tp
+    tables = 4 * experts.num_experts * FP32_BYTES / _element_bytes(config) / _sequence_shards(config)
+    sparse = each * experts.shared_ffn_hidden_size / tp + weighted + _sent_elements(arch, config.parallel) + tables
+    share = len(arch.expert_layers) / arch.num_layers
+    return share * sparse + (1 - share) * dense
+
+
+def _sent_elements(arch: ModelArchitecture, parallel: ParallelConfig) -> float:
+    """Elements per token of a copy for each expert that it goes through, where these are as busy as each other."""
+    assert arch.experts is not None
+    return arch.experts.per_token * arch.hidden_size * expert_tensor_size(parallel) / parallel.tensor_model_parallel_size
+
+
+def _running_elements(arch: ModelArchitecture, config: Config, *, copies: float, each: float) -> float:
+    """Elements per token that a layer of experts holds while these run, one after the other."""
+    experts, tp = arch.experts, config.parallel.tensor_model_parallel_size
+    assert experts is not None
+    one = each * experts.per_token * experts.ffn_hidden_size / experts.num_experts / tp
+    tables = 4 * experts.num_experts * FP32_BYTES / _element_bytes(config) / _sequence_shards(config)
+    return copies * _sent_elements(arch, config.parallel) + one + tables
 
 
 def _working_elements(arch: ModelArchitecture, config: Config) -> float:
     """Elements per token that the backward of a layer needs beside what was kept: the MLP's gradients weigh most."""
     tp = config.parallel.tensor_model_parallel_size
-    return 2 * arch.ffn_hidden_size / tp + arch.hidden_size / _sequence_shards(config)
+    dense = 2 * arch.ffn_hidden_size / tp if arch.dense_layers else 0.0
+    sparse = _running_elements(arch, config, copies=2, each=2) if arch.experts else 0.0
+    return max(dense, sparse) + arch.hidden_size / _sequence_shards(config)
 
 
 def _forward_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> float:
     """Elements per token that a layer holds at most in a forward-only pass."""
-    working = max(_attention_elements(arch, config, fused=fused), _mlp_elements(arch, config, fused=fused))
+    each = 3 if fused else 5
+    mlp = each * arch.ffn_hidden_size / config.parallel.tensor_model_parallel_size if arch.dense_layers else 0.0
+    # Tokens sorted, and what comes of each expert; part of them twice, when it is put together.
+    mixture = _running_elements(arch, config, copies=3.5, each=each) if arch.experts else 0.0
+    working = max(_attention_elements(arch, config, fused=fused), mlp, mixture)
     return 4 * arch.hidden_size / _sequence_shards(config) + working
 
 

@@ -26,7 +26,8 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.hybrid import HybridModel
-from megatron_rmipo.model.packed_model import LogprobHead, enable_scoring
+from megatron_rmipo.model.packed_model import LogprobHead, ScoringOptions, enable_scoring, unwrapped
+from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 
 _MODELS = (GPTModel,) if HybridModel is None else (GPTModel, HybridModel)
@@ -81,12 +82,29 @@ def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:
     enable_scoring(inner)
 
 
-def unwrapped(model: Module) -> Any:
-    """The model inside of wrappers for data parallelism and mixed precision."""
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
+def adopt_policy(model: Module, *, vocab_size: int, chunk_size: int = 4096, attention_backend: str = "auto") -> PolicyModel:
+    """Adopt a model and make it a policy: its own call, too, then takes a packed row, as that of one built here does.
+
+    Unlike :func:`adopt_model` it leaves its owner no other forward pass.
+
+    Args:
+        model: as there.
+        vocab_size: real vocabulary, without padding for tensor parallelism.
+        chunk_size: vocabulary entries whose logits exist at a time.
+        attention_backend: as there.
+
+    Returns:
+        The model, without wrappers. It has no ``architecture``.
+
+    Raises:
+        ConfigError: as there.
+    """
+    adopt_model(model, attention_backend=attention_backend)
+    policy = unwrapped(model)
+    policy.scoring_options = ScoringOptions(vocab_size, chunk_size)
+    _put_before(PolicyModel, policy)
+    assert isinstance(policy, PolicyModel)
+    return policy
 
 
 def _put_before(mixin: type, module: Module, **held: Any) -> None:

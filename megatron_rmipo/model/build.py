@@ -24,8 +24,9 @@ from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.experts import expert_layer, expert_settings, keep_experts_apart
+from megatron_rmipo.model.hybrid import LAYERS_EACH, NO_HYBRID_MODEL, HybridPolicy, hybrid_config, hybrid_stack
 from megatron_rmipo.model.norms import RMSNorm, WholeNorm
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import GPTPolicy, PolicyModel
 from megatron_rmipo.model.residual import place_norms
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
@@ -208,6 +209,7 @@ def build_policy(
     attention_backend: str = "auto",
     make_vocab_size_divisible_by: int = 128,
     chunk_size: int = 4096,
+    model_class: str = "gpt",
 ) -> PolicyModel:
     """Build this rank's part of the policy, with random weights. Every rank calls it together.
 
@@ -219,28 +221,46 @@ def build_policy(
             and with heads of 16 or more, sdpa elsewhere.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
         chunk_size: vocabulary entries whose logits exist at a time.
+        model_class: of Megatron's, ``gpt`` or ``hybrid``; both compute the same.
 
     Raises:
-        ConfigError: Transformer Engine's attention is asked for and absent.
+        ConfigError: Transformer Engine's attention is asked for and absent, or the class is.
     """
     backend = choose_backend(attention_backend, arch.kv_channels)
     if backend == "te" and not transformer_engine_available():
         raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
-    model = PolicyModel(
-        config,
-        _block_spec(arch, config, backend),
-        arch,
-        groups,
-        vocab_size=padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size),
-        chunk_size=chunk_size,
-    )
+    vocab_size = padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size)
+    model: PolicyModel
+    if model_class == "hybrid":
+        if HybridPolicy is None:
+            raise ConfigError(f"--model-class hybrid: {NO_HYBRID_MODEL}.")
+        stack = hybrid_stack(*_layer_specs(arch, config, backend, layers_each=LAYERS_EACH))
+        model = HybridPolicy(hybrid_config(config), stack, arch, groups, vocab_size=vocab_size, chunk_size=chunk_size)
+    else:
+        block = _block_spec(arch, config, backend)
+        model = GPTPolicy(config, block, arch, groups, vocab_size=vocab_size, chunk_size=chunk_size)
     model.to(current_device())
     keep_experts_apart(model)
     return model
 
 
 def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
-    """Megatron's own layer spec with our attention inside, and norms that allow sequence parallelism."""
+    """The layers of this stage of a GPTModel."""
+    dense, sparse, norm = _layer_specs(arch, config, attention_backend)
+    first = get_transformer_layer_offset(config)
+    layers = range(first, first + get_num_layers_to_build(config))
+    specs = [sparse if arch.has("expert_layers", number) else dense for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _layer_specs(
+    arch: ModelArchitecture, config: TransformerConfig, attention_backend: str, layers_each: int = 1
+) -> tuple[ModuleSpec, ModuleSpec, Any]:
+    """Megatron's own spec of a dense and of a sparse layer with our attention inside, and norms that allow sequence parallelism.
+
+    Returns:
+        The two (the same in a model without experts), and the class of norms.
+    """
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -255,12 +275,8 @@ def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_ba
     place_norms(layer, arch, config)
     attention = layer.submodules.self_attention
     attention.module = Attention
-    attention.params = {**attention.params, "arch": arch, "backend": attention_backend}
-    sparse = expert_layer(layer, arch, config, norm) if arch.experts else layer
-    first = get_transformer_layer_offset(config)
-    layers = range(first, first + get_num_layers_to_build(config))
-    specs = [sparse if arch.has("expert_layers", number) else layer for number in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+    attention.params = {**attention.params, "arch": arch, "backend": attention_backend, "layers_each": layers_each}
+    return layer, expert_layer(layer, arch, config, norm) if arch.experts else layer, norm
 
 
 def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
@@ -285,4 +301,5 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         attention_backend=config.model.attention_backend,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         chunk_size=config.model.logprob_chunk_size,
+        model_class=config.model.model_class,
     )

@@ -90,9 +90,10 @@ def expert_tensor_size(parallel: ParallelConfig) -> int:
 def _without_experts(config: Config) -> Iterator[str]:
     given = [flag_of("expert_model_parallel_size")] if config.parallel.expert_model_parallel_size > 1 else []
     given += [flag_of("expert_tensor_parallel_size")] if config.parallel.expert_tensor_parallel_size is not None else []
-    given += [
-        flag_of(field.name) for field in dataclasses.fields(ExpertsConfig) if getattr(config.experts, field.name) != field.default
-    ]
+    defaults = ExpertsConfig()
+    names = [field.name for field in dataclasses.fields(ExpertsConfig)]
+    given += [flag_of(name) for name in names if getattr(config.experts, name) != getattr(defaults, name)]
+    given += [flag_of("log_expert_load")] if config.logging.log_expert_load else []
     if given:
         yield f"{', '.join(given)}: this model has no experts; leave {'it' if len(given) == 1 else 'them'} out"
 

@@ -56,8 +56,7 @@ class Tally:
         return cls(*(torch.zeros(size, dtype=torch.float64, device=current_device()) for size in sizes))
 
     def add(self, logits: Tensor, routing_map: Tensor, scores: Tensor, balanced_map: Tensor, counted: Tensor) -> None:
-        """Add tokens, ``[T, E]`` each, of which ``counted [T]`` (0 or 1) says whether they count."""
-        counted = counted.to(torch.float64)
+        """Add tokens, ``[T, E]`` each, of which float64 ``counted [T]`` (0 or 1) says whether they count."""
         self.choices += counted @ routing_map.to(torch.float64)
         self.balanced_choices += counted @ balanced_map.to(torch.float64)
         self.scores += counted @ scores.detach().to(torch.float64)
@@ -81,8 +80,10 @@ class Router(TopKRouter):
     Attributes:
         tally: see :class:`Tally`.
         observes: also keep statistics of forward-only passes.
-        expert_weights: ``[E]``, the gradient of the load-balancing loss by a token's scores, or None where it is off.
+        expert_weights: float64 ``[E]``, the gradient of the load-balancing loss by a token's scores, or None where it is off.
         z_weight: of a token's squared logsumexp in the loss; 0 where that is off.
+
+    Both are set for each global batch (:mod:`megatron_rmipo.passes.expert_load`).
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, has_bias: bool, **kwargs: Any) -> None:
@@ -90,6 +91,7 @@ class Router(TopKRouter):
         own_config.add_bias_linear = has_bias
         super().__init__(own_config, *args, **kwargs)
         self.config = config
+        self.expert_bias: Tensor | None
         self.tally = Tally.zeros(self.num_experts)
         self.observes = False
         self.expert_weights: Tensor | None = None
@@ -101,19 +103,33 @@ class Router(TopKRouter):
         if not (trains or self.observes):
             chosen: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
             return chosen
-        shape, logits = logits.shape, logits.view(-1, self.num_experts)
-        counted = torch.ones_like(logits[:, 0]) if padding_mask is None else (~padding_mask.reshape(-1)).to(logits.dtype)
-        if trains and self.z_weight:
-            z_loss = self.z_weight * (torch.logsumexp(logits, dim=-1).square() * counted).sum()
-            logits = MoEAuxLossAutoScaler.apply(logits, z_loss)
+        counted = torch.ones(logits.shape[0]) if padding_mask is None else ~padding_mask.reshape(-1)
+        counted = counted.to(logits.device, torch.float64)
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        logits = logits.view(-1, self.num_experts)
         balanced_map, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-        probs, routing_map = super().routing(logits.view(shape), padding_mask=padding_mask)
         with torch.no_grad():
             self.tally.add(logits, routing_map, scores, balanced_map, counted)
         if trains and self.expert_weights is not None:
-            balance_loss = (counted * (scores @ self.expert_weights.to(scores.dtype))).sum()
-            probs = MoEAuxLossAutoScaler.apply(probs, balance_loss)
+            probs = MoEAuxLossAutoScaler.apply(probs, counted @ (scores.double() @ self.expert_weights))
         return probs, routing_map
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[T, E]`` whose backward adds that of the z-loss, for tokens that count (``padding_mask [T]`` is false)."""
+        if not (self.z_weight and self.training and torch.is_grad_enabled()):
+            return logits
+        squares = torch.logsumexp(logits, dim=-1).square()
+        losses = squares if padding_mask is None else squares.masked_fill(padding_mask, 0.0)
+        attached: Tensor = MoEAuxLossAutoScaler.apply(logits, self.z_weight * losses.sum())
+        return attached
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Router:
+        # Score biases decide between scores that bf16 cannot tell apart; Megatron restores the dtype, not what was rounded.
+        exact: Tensor | None = self.expert_bias
+        super()._apply(*args, **kwargs)
+        if exact is not None:
+            self.expert_bias = exact.to(self.weight.device)
+        return self
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         # Megatron's own counts padding, or fails at it; what forward-only passes choose is not counted by either.
@@ -170,8 +186,10 @@ def expert_settings(arch: ModelArchitecture, groups: ProcessGroups, flags: Exper
         "moe_router_enable_expert_bias": experts.score_bias,
         "moe_router_bias_update_rate": flags.moe_router_bias_update_rate,
         "moe_router_dtype": flags.moe_router_dtype,
-        # Ours are the router's own.
+        # Megatron's own would be a loss of each micro-batch. The coefficients are for our router to read.
         "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": flags.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": flags.moe_z_loss_coeff or None,
         "moe_grouped_gemm": flags.moe_grouped_gemm,
         "moe_token_dispatcher_type": flags.moe_token_dispatcher_type,
         "moe_permute_fusion": flags.moe_permute_fusion,
@@ -206,7 +224,9 @@ def expert_layer(dense: ModuleSpec, arch: ModelArchitecture, config: Transformer
         num_experts=arch.experts.num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    mixture.submodules.router = partial(Router, has_bias=arch.experts.router_bias)
+    # Megatron-Core 0.19 gives a partial call where 0.16 gives a spec.
+    parts = mixture.keywords["submodules"] if isinstance(mixture, partial) else mixture.submodules
+    parts.router = partial(Router, has_bias=arch.experts.router_bias)
     # Of a dense layer a checkpoint names this norm as part of the MLP's first matrix, where Transformer Engine has it.
     names = {name: key for name, key in dense.submodules.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."}
     submodules = dataclasses.replace(dense.submodules, mlp=mixture, pre_mlp_layernorm=norm, sharded_state_dict_keys_map=names)

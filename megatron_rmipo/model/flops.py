@@ -2,6 +2,7 @@
 
 Counted are the multiplications and additions of matrix products that the loss needs: layers for each token that stands in the
 packed row, attention for each (query, key) that is kept, the output layer for each scored token; backward twice the forward.
+Of experts those count that a token goes through.
 Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, biases,
 rotary embeddings, softmax and the optimizer are left out as usual. Layers with a sliding window keep the scores within it.
 """
@@ -69,11 +70,16 @@ def _contains(words: list[str], part: list[str]) -> bool:
 def forward_cost_model(arch: ModelArchitecture) -> CostModel:
     """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token."""
     projections = arch.hidden_size * (2 * arch.query_size + 2 * arch.key_size)
-    mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
+    mlps = len(arch.dense_layers) * 3 * arch.hidden_size * arch.ffn_hidden_size
+    if arch.experts is not None:
+        experts = arch.experts
+        channels = experts.per_token * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+        router = experts.num_experts + experts.shared_gate
+        mlps += len(arch.expert_layers) * arch.hidden_size * (3 * channels + router)
     windows = Counter(arch.kind_of(layer).window for layer in range(arch.num_layers))
     per_area = 4.0 * arch.query_size
     return CostModel(
-        per_token=2.0 * arch.num_layers * (projections + mlp),
+        per_token=2.0 * (arch.num_layers * projections + mlps),
         per_area=per_area * windows.pop(None, 0),
         per_windowed_area=tuple((window, per_area * layers) for window, layers in windows.items() if window is not None),
         per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,

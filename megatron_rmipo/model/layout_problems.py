@@ -13,6 +13,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
 from megatron_rmipo.model.expert_problems import expert_kernel_problems, expert_layout_problems
+from megatron_rmipo.model.hybrid import NO_HYBRID_MODEL, HybridModel
 from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
 from megatron_rmipo.torchrun import read_launch
 
@@ -43,6 +44,8 @@ def machine_problems(config: Config) -> Iterator[str]:
     yield from _device_problems(config)
     yield from transformer_engine_problems(config.model)
     yield from expert_kernel_problems(config.experts, config.model)
+    if config.model.model_class == "hybrid" and HybridModel is None:
+        yield f"--model-class hybrid: {NO_HYBRID_MODEL}"
 
 
 def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) -> Iterator[str]:

@@ -81,6 +81,14 @@ def enable_scoring(model: Module) -> None:
         model.output_layer.__class__ = LogprobHead
 
 
+def unwrapped(model: Module) -> Any:
+    """The model inside of wrappers for data parallelism and mixed precision."""
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
+
+
 def score_row(
     model: Any,
     token_ids: Tensor,

@@ -1,4 +1,4 @@
-"""The policy: Megatron-Core's GPTModel over packed rows, ending in log-probs instead of logits.
+"""The policy: a model of Megatron-Core's over packed rows, ending in log-probs instead of logits.
 
 Shape letters: T packed tokens, N scored tokens, H hidden, tp tensor-parallel size.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -20,29 +21,24 @@ from megatron_rmipo.model.vocabulary_shard import LogitRules
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose forward takes a packed row and, on the last pipeline stage, returns log-probs of the scored tokens.
+class PolicyModel(LanguageModule):
+    """What a policy is beside the class of Megatron's that it is built of: that class's parts, called for a packed row.
 
-    Parameters, their names and ``sharded_state_dict`` are GPTModel's own, so its checkpoints are Megatron checkpoints.
+    Its forward takes a packed row and, on the last pipeline stage, returns log-probs of the scored tokens. Parameters and their
+    names are the class's own; ``sharded_state_dict`` has GPTModel's keys, so its checkpoints are Megatron checkpoints.
+
+    Attributes:
+        architecture: the model.
+        scoring_options: vocabulary and chunks.
+        layers_each: layers of Megatron's that make one of the model's.
     """
 
-    def __init__(
-        self, config: TransformerConfig, spec: Any, arch: ModelArchitecture, groups: ProcessGroups, **kwargs: Any
-    ) -> None:
-        chunk_size, vocab_size = kwargs.pop("chunk_size"), kwargs.pop("vocab_size")
-        super().__init__(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=vocab_size,
-            max_sequence_length=arch.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
-            parallel_output=True,
-            share_embeddings_and_output_weights=arch.tied_embeddings,
-            position_embedding_type="rope",
-            pg_collection=groups.megatron_collection(),
-            **kwargs,
-        )
+    architecture: ModelArchitecture
+    scoring_options: ScoringOptions
+    layers_each = 1
+
+    def become_policy(self, arch: ModelArchitecture, chunk_size: int) -> None:
+        """What every class does once its parts are built."""
         self.architecture = arch
         self.scoring_options = ScoringOptions(arch.vocab_size, chunk_size, LogitRules(arch.logit_multiplier, arch.logit_softcap))
         self.rotary_pos_emb = PackedRotary(arch)
@@ -68,3 +64,42 @@ class PolicyModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return weight
+
+
+class GPTPolicy(PolicyModel, GPTModel):
+    """A policy of the class GPTModel.
+
+    Args:
+        config: of :func:`megatron_rmipo.model.build.transformer_config`.
+        spec: the layers of this stage.
+        arch: the model.
+        groups: the process groups of this rank.
+        vocab_size: padded for tensor parallelism.
+        chunk_size: vocabulary entries whose logits exist at a time.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: Any,
+        arch: ModelArchitecture,
+        groups: ProcessGroups,
+        *,
+        vocab_size: int,
+        chunk_size: int,
+    ) -> None:
+        super().__init__(config=config, transformer_layer_spec=spec, vocab_size=vocab_size, **model_arguments(arch, groups))
+        self.become_policy(arch, chunk_size)
+
+
+def model_arguments(arch: ModelArchitecture, groups: ProcessGroups) -> dict[str, Any]:
+    """What Megatron's classes of language models are all told."""
+    return {
+        "max_sequence_length": arch.max_position_embeddings,
+        "pre_process": groups.is_first_stage,
+        "post_process": groups.is_last_stage,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": arch.tied_embeddings,
+        "position_embedding_type": "rope",
+        "pg_collection": groups.megatron_collection(),
+    }

@@ -50,7 +50,8 @@ def batch_layout(
         conditional_layout(config, arch, dp_rank=dp_rank, dp_size=dp_size),
         with_rejected=needs.rejected,
         unconditional=unconditional,
-        forward_passes=int(needs.batch) + int(needs.perturbation is not None),
+        # The load-balancing loss has to know the global batch's choices first.
+        forward_passes=int(needs.batch) + int(needs.perturbation is not None) + int(config.experts.moe_aux_loss_coeff > 0),
         bos_token_id=context_token_id,
         columns=needs.columns,
     )

@@ -69,6 +69,7 @@ _FIELDS: dict[type, Sequence[str]] = {
         "load_hf",
         "reference_cache",
         "transformer_impl",
+        "model_class",
         "attention_backend",
         "bf16",
         "make_vocab_size_divisible_by",

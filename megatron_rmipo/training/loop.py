@@ -16,6 +16,7 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.attention.flex import num_fallbacks
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.passes.expert_load import take_expert_load
 from megatron_rmipo.passes.step_passes import PairMetrics
 from megatron_rmipo.reports.metrics import summarize, summarize_held_out
 from megatron_rmipo.reports.profiler import StepProfiler
@@ -177,6 +178,7 @@ def _record(run: Run, batch: RankBatch, outcome: StepOutcome) -> dict[str, float
         "grad_norm": outcome.grad_norm,
         "skipped_steps": run.progress.skipped_steps,
         **summarize(metrics.values, metrics.distributions),
+        **take_expert_load(run.state.policy, run.groups, each=run.config.logging.log_expert_load),
         **run.throughput.take(),
         **({"flex_fallbacks": num_fallbacks()} if num_fallbacks() else {}),
     }

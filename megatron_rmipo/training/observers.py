@@ -10,8 +10,10 @@ import torch
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
-from megatron_rmipo.families.tensors import num_parameters
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
+from megatron_rmipo.model.expert_problems import expert_tensor_size
 from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
@@ -48,7 +50,7 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
 def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: ContextToken) -> None:
     """The first words of a run: what is trained on what, for how long, how, and where it goes; then what may not be meant."""
     config, progress, say = run.config, run.progress, run.reporter.say
-    say(f"model: {num_parameters(source.arch):,} parameters ({source.arch.family}), {_where_it_starts(source, progress)}")
+    say(f"model: {_size(source.arch)} ({source.arch.family}), {_where_it_starts(source, progress)}")
     say(f"data: {len(run.pairs.pairs):,} pairs to train on, {_held_out(run)}")
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
     weighted = ", losses times each pair's weight" if config.objective.pair_weight else ""
@@ -97,6 +99,13 @@ def _say_context(unconditional: str | None, context: ContextToken, reporter: Rep
         reporter.say("log p(y): each response alone, its first token not scored")
 
 
+def _size(arch: ModelArchitecture) -> str:
+    if arch.experts is None:
+        return f"{num_parameters(arch):,} parameters"
+    experts = f"{arch.experts.per_token} of {arch.experts.num_experts} experts"
+    return f"{num_parameters(arch):,} parameters, of which {active_parameters(arch):,} are active for a token ({experts})"
+
+
 def _where_it_starts(source: ModelSource, progress: Progress) -> str:
     return f"from {f'step {progress.step} of ' if progress.step else ''}{source.directory}"
 
@@ -116,6 +125,8 @@ def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
         "weights gathered during the forward pass": parallel.overlap_param_gather,
     }
     sizes = f"TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}"
+    if parallel.expert_model_parallel_size > 1:
+        sizes += f", experts over EP {parallel.expert_model_parallel_size} x TP {expert_tensor_size(parallel)}"
     ranks = f"{groups.world_size} rank{'s' * (groups.world_size > 1)} ({sizes})"
     return ", ".join([ranks, *(text for text, used in switches.items() if used)])
 

@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.contract import check_state
+from megatron_rmipo.passes.expert_load import set_auxiliary_losses
 from megatron_rmipo.passes.step_passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.reports.timers import PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -49,6 +50,7 @@ def train_step(
     state.optimizer.zero_grad()
     with timer.phase("before"):
         prepared = _prepare(state, batch, objective, groups)
+        set_auxiliary_losses(state.model, state.policy, batch, groups)
     state.model.train()
     with timer.phase("gradient"):
         metrics = gradient_pass(state.model, batch, objective, prepared, groups)

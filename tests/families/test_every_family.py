@@ -30,6 +30,17 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"pp": 2, "recompute": "full", "tokens_per_microbatch": 120},
     ],
 }
+# Those of kinds with experts besides.
+SPARSE_LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [],
+    2: [{"ep": 2, "tokens_per_microbatch": 150}],
+    4: [
+        {"ep": 2, "tokens_per_microbatch": 150},
+        {"ep": 2, "pp": 2, "tokens_per_microbatch": 120, "recompute": "full"},
+        {"ep": 2, "tp": 2, "etp": 1, "sequence_parallel": True, "tokens_per_microbatch": 200},
+        {"ep": 2, "tp": 2, "etp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
+    ],
+}
 
 
 def read_train_and_write(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> dict[str, Any] | None:
@@ -57,19 +68,6 @@ def generated(directory: Path) -> list[int]:
     prompt = torch.arange(3, 12)[None]
     tokens = model.generate(prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt), pad_token_id=0)
     return [int(token) for token in tokens[0]]
-
-
-# Those of kinds with experts besides.
-SPARSE_LAYOUTS: dict[int, list[dict[str, Any]]] = {
-    1: [],
-    2: [{"ep": 2, "tokens_per_microbatch": 150}],
-    4: [
-        {"ep": 2, "tokens_per_microbatch": 150},
-        {"ep": 2, "pp": 2, "tokens_per_microbatch": 120, "recompute": "full"},
-        {"ep": 2, "tp": 2, "etp": 1, "sequence_parallel": True, "tokens_per_microbatch": 200},
-        {"ep": 2, "tp": 2, "etp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
-    ],
-}
 
 
 @pytest.mark.dist

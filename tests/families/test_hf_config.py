@@ -13,7 +13,9 @@ from transformers import AutoConfig
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import LayerKind, Llama3Scaling, Rope, YarnScaling
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import num_parameters
+from megatron_rmipo.families.unbuilt import UNBUILT
 
 LLAMA31: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,6 +53,16 @@ def test_reads_llama31(tmp_path: Path) -> None:
     assert (arch.num_attention_heads, arch.num_query_groups, arch.kv_channels) == (6, 2, 16)
     assert arch.ropes == (Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)),)
     assert (arch.dtype, arch.tied_embeddings) == ("bfloat16", False)
+
+
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "NemotronHForCausalLM"])
+def test_architectures_known_not_to_be_built_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConversionError, match=f"{name} is not supported: the state of its .* layers after a prompt"):
+        read_architecture(write(tmp_path, architectures=[name]))
+
+
+def test_no_family_is_said_not_to_be_built() -> None:
+    assert not UNBUILT.keys() & {name for family in FAMILIES.values() for name in family.architectures}
 
 
 def test_rope_parameters_of_transformers_5_say_the_same(tmp_path: Path) -> None:

@@ -77,8 +77,10 @@ def check(case: Case, result: dict[str, Any], answer: tuple[float, dict[str, Ten
         approximately = pytest.approx(values.tolist(), rel=1e-4, abs=1e-4, nan_ok=True)
         assert found.tolist() == approximately, (case.name, name)
     assert result["gradients"].keys() == gradients.keys()
+    largest = max(gradient.norm() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        error = (result["gradients"][name].double() - gradient).norm() / gradient.norm()
+        # Some gradients are nothing but rounding: a bias of keys that are not turned changes no score against another.
+        error = (result["gradients"][name].double() - gradient).norm() / max(gradient.norm(), 1e-4 * largest)
         assert error < 1e-4, (case.name, name, float(error))
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class Case:
     objective: str = "rmipo"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
+    model_class: Literal["gpt", "hybrid"] = "gpt"
 
     def layout(self) -> dict[str, int | None]:
         """What the process groups are made of."""
@@ -74,7 +75,7 @@ class Case:
                 overlap_grad_reduce=self.overlap,
                 overlap_param_gather=self.overlap and self.distributed_optimizer,
             ),
-            model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_size=7, **recompute),
+            model=ModelConfig(model_class=self.model_class, make_vocab_size_divisible_by=8, logprob_chunk_size=7, **recompute),
             optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
         )
 

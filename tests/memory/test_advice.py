@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_rmipo.families.architecture import ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
 from megatron_rmipo.memory.advice import USABLE_SHARE, Shortage, suggestions, update_suggestions
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 
@@ -165,3 +165,12 @@ def test_for_the_update_what_stands_is_made_smaller() -> None:
         [9 * 8.03e9 / 2 / GIB, 18 * 8.03e9 / 2 / GIB], abs=0.02
     )
     assert update_suggestions(ARCH, config(parallel={"use_distributed_optimizer": True}), 1) == []
+
+
+def test_experts_are_spread_further_where_ranks_allow() -> None:
+    sparse = dataclasses.replace(ARCH, family="mixtral", experts=Experts(6, 2, 14336))
+    flags = config(parallel={"expert_model_parallel_size": 2, "use_distributed_optimizer": True})
+    # Of 24 ranks; experts are cut in two, as tensor parallelism cuts the rest.
+    lines = update_suggestions(sparse, flags, 12)
+    assert any(line.startswith("--expert-model-parallel-size 3 (") for line in lines), lines
+    assert not any("expert" in line for line in update_suggestions(sparse, flags, 4)), "neither 3 x 2 nor 6 x 2 divides 8"

@@ -14,8 +14,8 @@ from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, P
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.families.architecture import ModelArchitecture, Rope
-from megatron_rmipo.families.tensors import num_parameters
+from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
+from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
@@ -58,6 +58,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_layers": 1, "hidden_size": 512, "vocab_size": 2000},
         {"logprob_chunk_size": 2000, "bf16": True},
     ),
+    "experts": ({"hidden_size": 136, "experts": Experts(8, 2, 96)}, {}),
+    "experts, bf16": ({"experts": Experts(8, 4, 40)}, {"bf16": True}),
+    "many experts": ({"experts": Experts(64, 4, 24)}, {}),
+    "shared experts": ({"experts": Experts(8, 2, 96, dense_layers=frozenset({0}), shared_ffn_hidden_size=80)}, {}),
     "whole vocabulary": ({"num_layers": 1, "vocab_size": 5000}, {"logprob_chunk_size": 5000}),
 }
 
@@ -144,6 +148,27 @@ def test_what_stands_follows_from_the_number_of_parameters() -> None:
     assert shared.weights == pytest.approx(PARAMETERS + 64 * 4096, rel=1e-6)
     staged = standing_memory(LLAMA_3_8B, llama(bf16=True, pipeline_model_parallel_size=2), dp_size=1)
     assert staged.weights == pytest.approx(PARAMETERS, rel=1e-4)
+
+
+def test_experts_stand_on_the_ranks_that_hold_them() -> None:
+    mixtral = ModelArchitecture(
+        "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, 32768, (Rope(1e6),), 1e-5, experts=Experts(8, 2, 14336)
+    )
+    # As published: 46.7 B, of which a token uses 12.9 B.
+    total, expert = 46_702_792_704, 32 * 3 * 4096 * 14336
+    assert num_parameters(mixtral) == total
+    assert active_parameters(mixtral) == total - 6 * expert
+    assert active_parameters(LLAMA_3_8B) == PARAMETERS
+    rest = total - 8 * expert
+    one = standing_memory(mixtral, llama(), dp_size=8)
+    assert one.weights == pytest.approx(4 * total, rel=1e-4)
+    spread = llama(expert_model_parallel_size=4, use_distributed_optimizer=True)
+    shared = standing_memory(mixtral, spread, dp_size=8)
+    assert shared.weights == pytest.approx(4 * (rest + 2 * expert), rel=1e-4)
+    # The same experts are on two ranks of eight, the rest is on all.
+    assert shared.moments == pytest.approx(8 * (rest / 8 + 2 * expert / 2), rel=1e-4)
+    cut = llama(expert_model_parallel_size=2, tensor_model_parallel_size=2)
+    assert standing_memory(mixtral, cut, dp_size=4).weights == pytest.approx(4 * (rest / 2 + 2 * expert), rel=1e-3)
 
 
 def test_norms_and_biases_after_a_sum_are_whole_on_every_rank() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.adopt import adopt_model
 from megatron_rmipo.model.build import RMSNorm
+from megatron_rmipo.model.hybrid import HybridModel, hybrid_config, hybrid_stack
 from megatron_rmipo.model.packed_model import ScoringOptions, score_row
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
@@ -39,10 +40,11 @@ YARN = {
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """How somebody else builds a model: arguments of GPTModel, and fields of its configuration."""
+    """How somebody else builds a model: arguments of its class, fields of its configuration, and whether it is a HybridModel."""
 
     model: dict[str, Any] = dataclasses.field(default_factory=lambda: {"position_embedding_type": "rope"})
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hybrid: bool = False
 
 
 KINDS = {
@@ -56,9 +58,11 @@ KINDS = {
     "learned positions": Built({"position_embedding_type": "learned_absolute"}),
     "no positions": Built({"position_embedding_type": "none"}),
 }
+if HybridModel is not None:
+    KINDS["hybrid"] = Built(hybrid=True)
 
 
-def build(built: Built, groups: ProcessGroups, norm: Any = None) -> GPTModel:
+def build(built: Built, groups: ProcessGroups, norm: Any = None) -> Any:
     torch.manual_seed(4)
     settings: dict[str, Any] = {
         "num_layers": 3,
@@ -82,19 +86,15 @@ def build(built: Built, groups: ProcessGroups, norm: Any = None) -> GPTModel:
     if built.model.get("position_embedding_type") == "yarn":
         for name, value in YARN.items():
             setattr(config, name, value)
+    further = {"max_sequence_length": LONGEST, "parallel_output": False, "pg_collection": groups.megatron_collection()}
     spec: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     if norm is not None:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec = TransformerBlockSubmodules(layer_specs=[spec] * 3, layer_norm=norm)
-    return GPTModel(
-        config,
-        spec,
-        vocab_size=PADDED,
-        max_sequence_length=LONGEST,
-        parallel_output=False,
-        pg_collection=groups.megatron_collection(),
-        **built.model,
-    )
+    if built.hybrid:
+        stack = hybrid_stack(spec, spec, RMSNorm)
+        return HybridModel(hybrid_config(config), stack, PADDED, hybrid_layer_pattern="*-*-*-", **further, **built.model)
+    return GPTModel(config, spec, PADDED, **further, **built.model)
 
 
 def make_tokens(multiple_of: int) -> list[list[Tensor]]:
@@ -105,7 +105,7 @@ def make_tokens(multiple_of: int) -> list[list[Tensor]]:
     return [[torch.randint(VOCAB, (length,), generator=generator) for length in pair] for pair in lengths]
 
 
-def apart(model: GPTModel, pairs: list[list[Tensor]], multiple_of: int) -> Tensor:
+def apart(model: Any, pairs: list[list[Tensor]], multiple_of: int) -> Tensor:
     """Log-probs of every response token, each response in a row of its own through the model's own forward pass."""
     scores = []
     for prompt, *responses in pairs:
@@ -119,7 +119,7 @@ def apart(model: GPTModel, pairs: list[list[Tensor]], multiple_of: int) -> Tenso
     return torch.cat(scores)
 
 
-def packed(model: GPTModel, pairs: list[list[Tensor]]) -> Tensor:
+def packed(model: Any, pairs: list[list[Tensor]]) -> Tensor:
     """The same in one row, each prompt once."""
     tokens, positions, segments, source, target = [], [], [], [], []
     start = 0
@@ -136,7 +136,7 @@ def packed(model: GPTModel, pairs: list[list[Tensor]]) -> Tensor:
     return score_row(model, *row, options=ScoringOptions(VOCAB, chunk_size=7))
 
 
-def scores_and_gradients(model: GPTModel, scores: Tensor, groups: ProcessGroups) -> tuple[Tensor, dict[str, Tensor]]:
+def scores_and_gradients(model: Any, scores: Tensor, groups: ProcessGroups) -> tuple[Tensor, dict[str, Tensor]]:
     weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(2))
     (scores * weights).sum().backward()
     gradients = {}
@@ -168,7 +168,7 @@ def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
             adopt_model(model)
         assert keys == (sorted(model.state_dict()), sorted(model.sharded_state_dict())), name
         for layer in model.decoder.layers:
-            # What recomputation of attention asks for.
+            # What recomputation of attention asks for; layers of MLPs have none.
             layer.self_attention.checkpoint_core_attention = tp == 1
         found[name] = first, scores_and_gradients(model, packed(model, pairs), groups)
         torch.testing.assert_close(apart(model, pairs, tp).detach(), first[0], rtol=0, atol=0)

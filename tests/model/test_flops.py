@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.families.architecture import LayerKind, ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import Experts, LayerKind, ModelArchitecture, Rope
 from megatron_rmipo.model.flops import forward_cost_model, peak_flops
 from tests.integration.problem import collection
 
@@ -169,6 +169,15 @@ def test_the_mismatched_pass_is_forward_only_over_prompts_with_other_responses()
     # The second pair's longer response is cut to what the longest row, of nine tokens, leaves behind a prompt of five.
     expected = [row(5, [2, 4], share=True), row(3, [4, 3], share=True)]
     assert costs[1] - costs[0] == sum(counted(PlainModel(ARCH), *one, backward=False) for one in expected)
+
+
+def test_of_experts_count_those_that_a_token_goes_through() -> None:
+    experts = Experts(6, 2, 14, dense_layers=frozenset({0}), shared_ffn_hidden_size=10)
+    sparse = forward_cost_model(dataclasses.replace(ARCH, experts=experts))
+    plain = forward_cost_model(ARCH)
+    # One layer has two experts of 14 channels, 10 shared ones and a router in the place of an MLP of 28.
+    assert plain.per_token - sparse.per_token == 2 * 20 * (3 * (28 - 2 * 14 - 10) - 6)
+    assert (sparse.per_area, sparse.per_scored_token) == (plain.per_area, plain.per_scored_token)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.encoding.context_token import ContextToken
+from megatron_rmipo.families.architecture import Experts, ModelArchitecture
 from megatron_rmipo.families.tensors import num_parameters
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
@@ -47,6 +48,7 @@ def first_words(
     warning: str = "",
     context: ContextToken = CONTEXT,
     columns: tuple[str, ...] = (),
+    arch: ModelArchitecture = ARCH,
 ) -> list[str]:
     stream = io.StringIO()
     progress = Progress(step=3, consumed_pairs=384)
@@ -64,7 +66,7 @@ def first_words(
             total_pairs=896,
             reporter=reporter,
         )
-        source: Any = SimpleNamespace(arch=ARCH, directory=Path("run"))
+        source: Any = SimpleNamespace(arch=arch, directory=Path("run"))
         say_what_runs(run, source, StartingPoint(progress, {}, resumes=True, warning=warning), context)
     return stream.getvalue().splitlines()
 
@@ -78,6 +80,16 @@ def test_what_matters_is_said_in_ten_lines(tmp_path: Path) -> None:
     assert lines[4] == "length: 7 steps of 128 pairs, 0.5 epochs"
     assert lines[6] == "layout: 4 ranks (TP 2 x PP 1 x DP 2), sequence parallel, distributed optimizer"
     assert lines[7] == "precision: bf16, fp32 master weights; attention sdpa"
+
+
+def test_a_sparse_model_says_what_is_active(tmp_path: Path) -> None:
+    arch = dataclasses.replace(ARCH, family="mixtral", experts=Experts(8, 2, 40))
+    config = parse_arguments([*BASE, "--expert-model-parallel-size", "4"])
+    lines = first_words(tmp_path, config, pairs=1792, held_out=0, evaluated=0, arch=arch)
+    total = num_parameters(arch)
+    active = total - ARCH.num_layers * 6 * 3 * ARCH.hidden_size * 40
+    assert f"model: {total:,} parameters, of which {active:,} are active for a token (2 of 8 experts) (mixtral)" in lines[0]
+    assert any(line.endswith("TP 2 x PP 1 x DP 2, experts over EP 4 x TP 1)") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ _LOCAL_NAMES = {
     "decoder.layers.mlp_bda.post_layernorm.weight": "decoder.layers.mlp.linear_fc2.post_layernorm.weight",
 }
 
+# HybridModel names the norm behind the last layer otherwise than GPTModel and checkpoints do.
+_FINAL_NORM = {"decoder.final_norm.weight": "decoder.final_layernorm.weight"}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # Experts one by one, and all of a rank in one grouped linear layer.
 _EXPERT_NAMES = (
@@ -53,7 +55,7 @@ def canonical_names(parameter: str) -> tuple[tuple[str, ...], Place]:
     """
     match = _LAYER_NAME.fullmatch(parameter)
     if not match:
-        return (parameter,), Place()
+        return (_FINAL_NORM.get(parameter, parameter),), Place()
     rest, expert = match[2], None
     for pattern in _EXPERT_NAMES:
         if found := pattern.fullmatch(rest):

@@ -55,19 +55,23 @@ def local_tensors(model: Module, arch: ModelArchitecture, groups: ProcessGroups)
     Raises:
         ConversionError: the model has parameters that a checkpoint of ``arch`` does not hold.
     """
+    # Not by the seam to Megatron's models: converters use this file, too, and need no Megatron-Core.
     inner: Any = model
     while hasattr(inner, "module"):
         inner = inner.module  # DDP and mixed-precision wrappers
     family = FAMILIES[arch.family]
     known = {(rule.megatron, place) for rule, place in tensors_of(arch)}
     first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
+    layers_each = getattr(inner, "layers_each", 1)
     first_expert = groups.ep.rank() * arch.experts.num_experts // groups.ep.size() if arch.experts else 0
     found: dict[TensorId, Tensor] = {}
     unknown = []
     parameters = dict(inner.named_parameters())
     for full_name, tensor in {**parameters, **dict(inner.named_buffers())}.items():
         names, local = canonical_names(full_name)
-        place = Place(_counted_from(first_layer, local.layer), _counted_from(first_expert, local.expert))
+        layer = _counted_from(first_layer, local.layer)
+        block = None if layer is None else layer // layers_each
+        place = Place(block, _counted_from(first_expert, local.expert))
         if arch.tied_embeddings and names == (family.head,):
             names = (family.embedding,)
         name = next((name for name in names if (name, place) in known), None)

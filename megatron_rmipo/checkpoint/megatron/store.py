@@ -41,6 +41,7 @@ from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteratio
 from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
 from megatron_rmipo.checkpoint.whole_directories import check_space, is_full
 from megatron_rmipo.errors import CheckpointError, DirectoryTakenError, RmipoError
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.first_failure import lost_a_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -188,7 +189,7 @@ def load_checkpoint(
         # What one rank meets while it reads, not every version of torch raises on all.
         loaded = on_every_rank(groups.world, lambda: _read(path, state))
         # Transformer Engine unpickles its state here.
-        _unwrap(model).load_state_dict(loaded["model"], strict=False)
+        unwrapped(model).load_state_dict(loaded["model"], strict=False)
         if with_optimizer is not None:
             load_optimizer(with_optimizer, loaded["optimizer"])
         elif optimizer is not None:
@@ -215,7 +216,7 @@ def _sharded_state(
     model: Module, optimizer: Any | None, scheduler: Any | None, groups: ProcessGroups, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {"dp_cp_group": groups.dp, **_SHARDING}
-    weights = _unwrap(model).sharded_state_dict(metadata=metadata)
+    weights = unwrapped(model).sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         make_adam_state(optimizer)
@@ -253,13 +254,6 @@ def _optimizer_kind(optimizer: Any | None) -> str | None:
 
 def _layout(groups: ProcessGroups) -> dict[str, int]:
     return {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
-
-
-def _unwrap(model: Module) -> Any:
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module
-    return inner
 
 
 def _bytes_to_write(state: dict[str, Any], groups: ProcessGroups) -> int:

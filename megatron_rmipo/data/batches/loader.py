@@ -95,6 +95,7 @@ class RankBatch:
         columns: column -> fp32 ``[P]``, numbers beside the global batch's pairs, the same on every rank.
         mean_chosen_length: scored chosen tokens per pair, over the global batch; 1 where no row has a chosen response.
         num_tokens: tokens of all ranks' rows, each row counted once, padding left out.
+        num_gradient_tokens: those of the gradient pass alone.
         num_padding: padding tokens of this rank's rows.
         cost: of all ranks' passes, forward and backward, by the layout's cost model.
         lengths: int32 ``[P, 3]``, prompt, chosen and rejected tokens of the global batch.
@@ -109,6 +110,7 @@ class RankBatch:
     columns: dict[str, np.ndarray]
     mean_chosen_length: float
     num_tokens: int
+    num_gradient_tokens: int
     num_padding: int
     cost: float
     lengths: np.ndarray
@@ -160,6 +162,7 @@ class BatchBuilder:
             columns=self.pairs.values_of(pair_indices, layout.columns),
             mean_chosen_length=mean_chosen_length or float(lengths[:, 1].mean()) or 1.0,
             num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
+            num_gradient_tokens=int(passes[0].sizes.tokens.sum()),
             cost=float(costs.sum()),
             num_padding=sum(row.num_padding for part in rows for row in part),
             lengths=lengths,
