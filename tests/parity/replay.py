@@ -126,14 +126,13 @@ def replay_on_this_rank(directory: str, layout: Layout) -> dict[str, Any]:
         assert outcome.updated
         steps.append({"grad_norm": outcome.grad_norm, **{name: v.tolist() for name, v in outcome.metrics.values.items()}})
     weights = None
-    if groups.dp_rank == 0:
-        out = [tempfile.mkdtemp()]
-        dist.broadcast_object_list(out, src=0, group=groups.mp)
-        final = Path(out[0]) / "final"
-        export_hf(policy, arch, source / "model", final, dtype=torch.float32, groups=groups)
-        if groups.rank == 0:
-            tensors = {name: tensor.double() for path in final.glob("*.safetensors") for name, tensor in load_file(path).items()}
-            weights = {name: {"l2": tensor.norm().item(), "sum": tensor.sum().item()} for name, tensor in tensors.items()}
+    out = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(out, src=0, group=groups.world)
+    final = Path(out[0]) / "final"
+    export_hf(policy, arch, source / "model", final, dtype=torch.float32, groups=groups)
+    if groups.rank == 0:
+        tensors = {name: tensor.double() for path in final.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        weights = {name: {"l2": tensor.norm().item(), "sum": tensor.sum().item()} for name, tensor in tensors.items()}
     shutdown_runtime()
     return {"steps": steps, "final_weights": weights}
 
