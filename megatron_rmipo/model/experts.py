@@ -219,12 +219,12 @@ def _router_problems(experts: Experts) -> Iterator[str]:
 def expert_layer(dense: ModuleSpec, arch: ModelArchitecture, config: TransformerConfig, norm: type) -> ModuleSpec:
     """The layer spec ``dense`` with experts in the place of its MLP, and ``norm`` before them."""
     assert arch.experts is not None
-    mixture = get_moe_module_spec(
+    mixture: Any = get_moe_module_spec(
         use_te=config.transformer_impl == "transformer_engine",
         num_experts=arch.experts.num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    # Megatron-Core 0.19 gives a partial call where 0.16 gives a spec.
+    # A spec, or from Megatron-Core 0.19 on the call that builds the layer.
     parts = mixture.keywords["submodules"] if isinstance(mixture, partial) else mixture.submodules
     parts.router = partial(Router, has_bias=arch.experts.router_bias)
     # Of a dense layer a checkpoint names this norm as part of the MLP's first matrix, where Transformer Engine has it.
