@@ -80,6 +80,8 @@ def check(case: Case, result: dict[str, Any], answer: tuple[float, dict[str, Ten
     for name, gradient in gradients.items():
         error = (result["gradients"][name].double() - gradient).norm() / gradient.norm()
         assert error < 1e-4, (case.name, name, float(error))
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert result["norm"] == pytest.approx(norm, rel=1e-4), case.name
 
 
 def _question(case: Case) -> str:
