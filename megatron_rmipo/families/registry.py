@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_rmipo.families.base import Family
+from megatron_rmipo.families.gpt_oss import GPT_OSS
 from megatron_rmipo.families.llama import LLAMA
 from megatron_rmipo.families.mistral import MISTRAL
 from megatron_rmipo.families.mixtral import MIXTRAL
@@ -12,4 +13,4 @@ from megatron_rmipo.families.olmo2 import OLMO2
 from megatron_rmipo.families.qwen2 import QWEN2
 from megatron_rmipo.families.qwen3 import QWEN3
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, MIXTRAL)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, MIXTRAL, GPT_OSS)}

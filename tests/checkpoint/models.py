@@ -64,10 +64,18 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {"bos_token_id": None}),
     "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **{"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24, "head_dim": 20, "sliding_window": 7},
+            # So small that many a gate and up is beyond it.
+            **{"swiglu_limit": 1.5, "rope_parameters": YARN_ROPE, "initializer_range": 0.2},
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral",)
+SPARSE_KINDS = ("mixtral", "gpt_oss")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:
@@ -81,7 +89,7 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith(".bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.uniform_(-0.5, 0.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     return directory
