@@ -36,7 +36,7 @@ pytestmark = pytest.mark.dist
 LAYOUTS = [
     *(("llama31", (2, 1, 1)), ("mistral", (1, 2, 1)), ("llama31", (2, 2, 1)), ("llama32_tied", (2, 2, 1)), ("qwen3", (2, 2, 1))),
 ]
-SPARSE_LAYOUTS = [("mixtral", (1, 1, 2)), ("mixtral", (2, 1, 2))]
+SPARSE_LAYOUTS = [("mixtral", (1, 1, 2)), ("mixtral", (2, 1, 2)), ("gpt_oss", (2, 1, 2))]
 Sizes = tuple[int, int, int]
 
 
