@@ -16,7 +16,7 @@ from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_me
 from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.families.tensors import source_shapes, tensors_of
+from megatron_rmipo.families.tensors import stored_tensors
 
 TO_MEGATRON, TO_HF = DIRECTIONS = ("HF to Megatron", "Megatron to HF")
 
@@ -124,11 +124,7 @@ def plan_weights(directory: Path) -> list[TensorPlan]:
         ConversionError: its sizes make no model.
     """
     arch = read_architecture(directory)
-    return [
-        TensorPlan(name, shape, torch.bfloat16)
-        for rule, place in tensors_of(arch)
-        for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True)
-    ]
+    return [TensorPlan(name, shape, torch.bfloat16) for name, (_, shape) in stored_tensors(arch).items()]
 
 
 def write_random_weights(directory: Path, plan: Sequence[TensorPlan], max_shard_bytes: float, seed: int) -> None:

@@ -174,7 +174,8 @@ def _entries_of(
     for place in places:
         key, index, sizes_before = location_of(rule.megatron, place, arch, apart=arch.has_mixed_layers)
         sizes[key] = sizes_before
-        for start, stop in row_pieces(shape, target):
+        # What is transposed on the way is read whole.
+        for start, stop in [(0, shape[0])] if rule.is_stacked else row_pieces(shape, target):
             box = (*(1 for _ in index), stop - start, *shape[1:])
             fill = partial(_fill_piece, files, rule, place, arch, start)
             pieces.setdefault(key, []).append(Piece((*index, start, *(0 for _ in shape[1:])), box, fill))

@@ -108,6 +108,7 @@ class Experts:
         score_bias: each expert has a number that is added to its score where experts are chosen, and only there; it is no
             weight that is learned by gradients.
         router_bias: the router's logits have a bias.
+        bias: an expert's gate, up and down have biases.
         num_groups: groups of experts, of which a token may use ``groups_per_token``; None without groups.
         scaling: factor of the scores that experts' outputs are weighted by.
         aux_loss_coeff: of the load-balancing loss in the model's own training; preference training leaves it out by default.
@@ -123,6 +124,7 @@ class Experts:
     normalized: bool = True
     score_bias: bool = False
     router_bias: bool = False
+    bias: bool = False
     num_groups: int | None = None
     groups_per_token: int | None = None
     scaling: float = 1.0
@@ -156,7 +158,9 @@ class ModelArchitecture:
         zero_centered_norm: norms multiply by one plus their weight.
         pre_norm: the input of attention and MLP is normed.
         post_norm: their output is, before it is added to the residual stream.
-        activation: of the gate, ``silu`` or ``gelu_tanh``.
+        activation: of the gate, ``silu`` or ``gelu_tanh``; or ``clamped_swiglu``: of gate g, at most ``activation_limit``, and up
+            u, at most that far from zero, the MLP makes ``(u + 1) * g * sigmoid(1.702 g)``.
+        activation_limit: that of ``clamped_swiglu``; None for other activations.
         embedding_multiplier: of the embedded tokens.
         embedding_multiplier_rounded: it is rounded to the dtype of the hidden states first.
         residual_multiplier: of what attention and MLP add to the residual stream.
@@ -193,6 +197,7 @@ class ModelArchitecture:
     pre_norm: bool = True
     post_norm: bool = False
     activation: str = "silu"
+    activation_limit: float | None = None
     embedding_multiplier: float = 1.0
     embedding_multiplier_rounded: bool = False
     residual_multiplier: float = 1.0
@@ -219,6 +224,16 @@ class ModelArchitecture:
     def score_bias_layers(self) -> frozenset[int]:
         """Layers (counted from 0) whose experts have numbers that are added to their scores where they are chosen."""
         return self.expert_layers if self.experts and self.experts.score_bias else frozenset()
+
+    @property
+    def router_bias_layers(self) -> frozenset[int]:
+        """Layers (counted from 0) whose router's logits have a bias."""
+        return self.expert_layers if self.experts and self.experts.router_bias else frozenset()
+
+    @property
+    def expert_bias_layers(self) -> frozenset[int]:
+        """Layers (counted from 0) whose experts have biases."""
+        return self.expert_layers if self.experts and self.experts.bias else frozenset()
 
     @property
     def has_mixed_layers(self) -> bool:

@@ -38,12 +38,14 @@ class Layout(enum.Enum):
     GATE = "gate"  # one source of one row over the hidden channels; every rank holds all of it
     QUERIES = "queries"  # one source over the channels of the query heads; cut
     KEYS = "keys"  # one source over the channels of the key heads; cut
+    HEADS = "heads"  # one source with a number a query head; cut
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut
     # The sources of these may also be one, which holds them all, one below the other.
     QKV = "qkv"  # per key/value group: its queries, its key, its value; rows cut
     GATE_UP = "gate_up"  # gate, then up; each of the two is cut, so a rank's rows are two runs
+    GATE_UP_IN_TURNS = "gate_up_in_turns"  # the same of one source, whose rows are gate, up, gate, up ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Rule:
     def per_expert(self) -> bool:
         """Whether every expert of a layer has such a tensor."""
         return ".mlp.experts." in self.megatron
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether its source is one tensor of all experts, ``[experts, ...]``, whose matrices are transposed."""
+        return self.per_expert and not any("{expert}" in source for source in self.sources)
 
     @property
     def of_shared_experts(self) -> bool:

@@ -51,6 +51,7 @@ def router_rules(router: str, joined: str | None = None) -> tuple[Rule, ...]:
             only_with="expert_layers",
             joined=None if joined is None else f"{HF_LAYER}{joined}.weight",
         ),
+        Rule(_MLP + "router.bias", (f"{HF_LAYER}{router}.bias",), Layout.EXPERTS, only_with="router_bias_layers"),
         Rule(
             _MLP + "router.expert_bias",
             (f"{HF_LAYER}{router}.e_score_correction_bias",),
@@ -83,6 +84,22 @@ def expert_rules(expert: str, gate: str = "gate_proj", up: str = "up_proj", down
             only_with="expert_layers",
             joined=HF_LAYER + "mlp.experts.down_proj",
         ),
+    )
+
+
+def stacked_expert_rules(experts: str) -> tuple[Rule, ...]:
+    """The experts of a layer, which have biases, each kind of tensor of all of them in one of Hugging Face files.
+
+    Args:
+        experts: their name within the layer, such as ``mlp.experts``.
+    """
+    both, down = f"{HF_LAYER}{experts}.gate_up_proj", f"{HF_LAYER}{experts}.down_proj"
+    linear_fc1, linear_fc2 = _MLP + "experts.experts.linear_fc1.", _MLP + "experts.experts.linear_fc2."
+    return (
+        Rule(linear_fc1 + "weight", (both,), Layout.GATE_UP_IN_TURNS, only_with="expert_layers"),
+        Rule(linear_fc1 + "bias", (both + "_bias",), Layout.GATE_UP_IN_TURNS, only_with="expert_bias_layers"),
+        Rule(linear_fc2 + "weight", (down,), Layout.FFN_COLUMNS, only_with="expert_layers"),
+        Rule(linear_fc2 + "bias", (down + "_bias",), Layout.WHOLE, only_with="expert_bias_layers"),
     )
 
 

@@ -38,6 +38,7 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     path = Path(hf_dir) / "config.json"
     config = _read_json(path)
     family = _family_of(config, path)
+    _refuse_quantized(config, path)
     for field, allowed in family.only.items():
         found = config.get(field)
         # A list says it layer by layer.
@@ -78,6 +79,18 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
     _check_long_ropes(architecture, path)
     _refuse_unknown(fields, {*family.only, *family.unread}, f"{path}: the {family.name} family")
     return architecture
+
+
+def _refuse_quantized(config: dict[str, Any], path: Path) -> None:
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        asked = "quantization_config=Mxfp4Config(dequantize=True)" if method == "mxfp4" else "dequantized"
+        raise ConversionError(
+            f"{path}: quantization_config says that the weights are quantized ({method!r}). Load the model with transformers in "
+            f"bfloat16 (AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16, {asked}), save it with save_pretrained, and "
+            "name that directory."
+        )
 
 
 def _check_long_ropes(arch: ModelArchitecture, path: Path) -> None:

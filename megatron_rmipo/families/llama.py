@@ -9,11 +9,10 @@ from megatron_rmipo.families.base import Family, Layout, Rule
 HF_LAYER = "model.layers.{layer}."
 MEGATRON_LAYER = "decoder.layers."
 
-# What families of this kind have in common: no other activation, no dropout, nothing quantized, whole heads rotated.
+# What families of this kind have in common: no other activation, no dropout, whole heads rotated.
 COMMON_ONLY: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0.0, None),
-    "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
 }
 

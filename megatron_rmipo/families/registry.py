@@ -10,6 +10,7 @@ from megatron_rmipo.families.gemma2 import GEMMA2
 from megatron_rmipo.families.gemma3 import GEMMA3
 from megatron_rmipo.families.glm import GLM
 from megatron_rmipo.families.glm4 import GLM4
+from megatron_rmipo.families.gpt_oss import GPT_OSS
 from megatron_rmipo.families.granite import GRANITE
 from megatron_rmipo.families.llama import LLAMA
 from megatron_rmipo.families.ministral import MINISTRAL, MINISTRAL3
@@ -28,6 +29,6 @@ from megatron_rmipo.families.smollm3 import SMOLLM3
 _ALL = (
     *(LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SMOLLM3, PHI3),
     *(OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, GLM, GLM4, GRANITE),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

@@ -47,12 +47,14 @@ def tensors_of(arch: ModelArchitecture) -> list[tuple[Rule, Place]]:
 
 def _tensors_of_layer(rules: list[Rule], arch: ModelArchitecture, layer: int) -> list[tuple[Rule, Place]]:
     experts = range(arch.experts.num_experts) if arch.experts else ()
-    # All of one expert stand together where the first of its rules does.
-    of_experts = [rule for rule in rules if rule.per_expert]
+    # All of one expert stand together where the first of its rules does, but for what one source holds of all experts.
+    of_experts = [rule for rule in rules if rule.per_expert and not rule.is_stacked]
     tensors: list[tuple[Rule, Place]] = []
     for rule in rules:
         if not rule.per_expert:
             tensors.append((rule, Place(layer)))
+        elif rule.is_stacked:
+            tensors += [(rule, Place(layer, expert)) for expert in experts]
         elif rule is of_experts[0]:
             tensors += [(rule, Place(layer, expert)) for expert in experts for rule in of_experts]
     return tensors
@@ -67,8 +69,26 @@ def ffn_channels(rule: Rule, arch: ModelArchitecture) -> int:
     return arch.ffn_hidden_size
 
 
-def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
+def stored_tensors(arch: ModelArchitecture) -> dict[str, tuple[Rule, tuple[int, ...]]]:
+    """Every Hugging Face tensor of the model by name, in the order a checkpoint is written: its rule and its shape."""
+    return {
+        name: (rule, shape)
+        for rule, place in tensors_of(arch)
+        for name, shape in zip(rule.source_names(place), stored_shapes(rule, arch), strict=True)
+    }
+
+
+def stored_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
     """Shapes of the Hugging Face tensors of a rule."""
+    shapes = source_shapes(rule, arch)
+    if not rule.is_stacked:
+        return shapes
+    assert arch.experts is not None
+    return tuple((arch.experts.num_experts, *reversed(shape)) for shape in shapes)
+
+
+def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the sources of a rule's tensor; those in a tensor of all experts as if each were one of its own."""
     hidden, ffn, query_rows, key_rows = arch.hidden_size, ffn_channels(rule, arch), arch.query_size, arch.key_size
     inputs = () if rule.is_bias else (hidden,)
     match rule.layout:
@@ -85,12 +105,16 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
             return ((query_rows,),)
         case Layout.KEYS:
             return ((key_rows,),)
+        case Layout.HEADS:
+            return ((arch.num_attention_heads,),)
         case Layout.VOCABULARY:
             return ((arch.vocab_size, hidden),)
         case Layout.QKV:
             return _joined(rule, (query_rows, *inputs), (key_rows, *inputs), (key_rows, *inputs))
         case Layout.GATE_UP:
             return _joined(rule, (ffn, *inputs), (ffn, *inputs))
+        case Layout.GATE_UP_IN_TURNS:
+            return ((2 * ffn, *inputs),)
         case Layout.HEAD_COLUMNS:
             return ((hidden, query_rows),)
         case Layout.FFN_COLUMNS:

@@ -31,7 +31,12 @@ from megatron_rmipo.model.residual import place_norms
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
-_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+def _quick_gelu(gate: Tensor) -> Tensor:
+    return gate * torch.sigmoid(1.702 * gate)
+
+
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "clamped_swiglu": _quick_gelu}
 
 
 class Attention(SelfAttention):
@@ -144,6 +149,8 @@ def transformer_config(
         "layernorm_zero_centered_gamma": arch.zero_centered_norm,
         "gated_linear_unit": True,
         "activation_func": _ACTIVATIONS[arch.activation],
+        "activation_func_clamp_value": arch.activation_limit,
+        "glu_linear_offset": float(arch.activation == "clamped_swiglu"),
         "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
         "qk_layernorm": arch.qk_norm,

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_rmipo.config.schema import ExpertsConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture
+from megatron_rmipo.model.expert_biases import with_biases
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 # Megatron-Core 0.16 looks this up in its router, and defines it only where Transformer Engine is installed.
@@ -227,6 +228,8 @@ def expert_layer(dense: ModuleSpec, arch: ModelArchitecture, config: Transformer
     # A spec, or from Megatron-Core 0.19 on the call that builds the layer.
     parts = mixture.keywords["submodules"] if isinstance(mixture, partial) else mixture.submodules
     parts.router = partial(Router, has_bias=arch.experts.router_bias)
+    if arch.experts.bias:
+        parts.experts = with_biases(parts.experts)
     # Of a dense layer a checkpoint names this norm as part of the MLP's first matrix, where Transformer Engine has it.
     names = {name: key for name, key in dense.submodules.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."}
     submodules = dataclasses.replace(dense.submodules, mlp=mixture, pre_mlp_layernorm=norm, sharded_state_dict_keys_map=names)

@@ -135,10 +135,18 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"decoder_sparse_step": 2, "head_dim": 20, "tie_word_embeddings": True},
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **{"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24, "head_dim": 20, "sliding_window": 7},
+            # So small that many a gate and up is beyond it.
+            **{"swiglu_limit": 1.5, "rope_parameters": YARN_ROPE, "initializer_range": 0.2},
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:
@@ -154,7 +162,7 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
                 # Where transformers starts from zeros, one is added to it.
                 low = -0.5 if kind.startswith("gemma") else 0.5
                 parameter.uniform_(low, low + 1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.uniform_(-0.5, 0.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     return directory

@@ -82,6 +82,8 @@ def check(case: Case, result: dict[str, Any], answer: tuple[float, dict[str, Ten
         # Some gradients are nothing but rounding: a bias of keys that are not turned changes no score against another.
         error = (result["gradients"][name].double() - gradient).norm() / max(gradient.norm(), 1e-4 * largest)
         assert error < 1e-4, (case.name, name, float(error))
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert result["norm"] == pytest.approx(norm, rel=1e-4), case.name
 
 
 def _question(case: Case) -> str:

@@ -164,6 +164,8 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     prepared = prepare_batch(state.model, batch, objective, objective.initial_state(), groups, reference)
     state.model.train()
     metrics = gradient_pass(state.model, batch, objective, prepared, groups)
+    state.optimizer.prepare_grads()
+    norm = float(state.optimizer.get_grad_norm())
     gradients = gather_gradients(state, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
     if gradients is None:
@@ -172,6 +174,7 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
         "loss": metrics.values["loss"].double().mean().item(),
         "metrics": metrics.values,
         "gradients": gradients,
+        "norm": norm,
         "packs": num_packs,
     }
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -126,6 +127,36 @@ def test_a_layer_of_experts_computes_what_transformers_does(family: Any, groups:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-4)
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() < 1e-5 * one.norm()
+
+
+def test_experts_with_biases_compute_what_those_of_gpt_oss_do(groups: ProcessGroups) -> None:
+    config = GptOssConfig(**SIZES, num_local_experts=6, intermediate_size=FFN, swiglu_limit=0.7)
+    config._experts_implementation = "eager"
+    theirs: Any = GptOssMLP(config)
+    generator = torch.Generator().manual_seed(5)
+    for tensor in theirs.parameters():
+        tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    experts = dataclasses.replace(SOFTMAX, router_bias=True, bias=True)
+    arch = dataclasses.replace(ARCH, experts=experts, activation="clamped_swiglu", activation_limit=0.7)
+    flags = transformer_config(arch, groups, experts=ExpertsConfig(moe_router_dtype="fp64"))
+    ours: Any = build_policy(arch, flags, groups).decoder.layers[1].mlp.double()
+    ours.router.weight.data.copy_(theirs.router.weight)
+    ours.router.bias.data.copy_(theirs.router.bias)
+    for number, expert in enumerate(ours.experts.local_experts):
+        in_turns, bias = theirs.experts.gate_up_proj[number], theirs.experts.gate_up_proj_bias[number]
+        expert.linear_fc1.weight.data.copy_(torch.cat([in_turns[:, ::2], in_turns[:, 1::2]], dim=1).T)
+        expert.linear_fc1.bias.data.copy_(torch.cat([bias[::2], bias[1::2]]))
+        expert.linear_fc2.weight.data.copy_(theirs.experts.down_proj[number].T)
+        expert.linear_fc2.bias.data.copy_(theirs.experts.down_proj_bias[number])
+    hidden = torch.randn(NUM_TOKENS, 1, HIDDEN, generator=generator, dtype=torch.float64)
+    found, expected = ours(hidden)[0].flatten(), theirs(hidden.view(1, NUM_TOKENS, HIDDEN))[0].flatten()
+    # Megatron's softmax is in fp32.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    bias_gradient = torch.stack([expert.linear_fc2.bias.grad for expert in ours.experts.local_experts])
+    for one, other in ((bias_gradient, theirs.experts.down_proj_bias.grad), (ours.router.bias.grad, theirs.router.bias.grad)):
+        assert (one - other).norm() < 1e-5 * other.norm()
 
 
 def test_only_layers_that_have_experts_get_them(groups: ProcessGroups) -> None:

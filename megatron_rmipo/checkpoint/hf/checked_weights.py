@@ -11,7 +11,7 @@ from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_piec
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.registry import FAMILIES
-from megatron_rmipo.families.tensors import megatron_shape, source_shapes, tensors_of
+from megatron_rmipo.families.tensors import megatron_shape, source_shapes, stored_tensors, tensors_of
 
 
 def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
@@ -23,9 +23,8 @@ def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
     files = WeightFiles(hf_dir)
     _split_joined(files, arch)
     check_keys(files.tensors, arch, str(hf_dir))
-    for rule, place in tensors_of(arch):
-        for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True):
-            files.expect(name, shape)
+    for name, (_, shape) in stored_tensors(arch).items():
+        files.expect(name, shape)
     if arch.tied_embeddings:
         _check_tied_head(files, arch)
     return files

@@ -22,11 +22,17 @@ TensorId = tuple[str, Place]
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Rows ``[start, start + rows)`` of source number ``source``, at this place of the Megatron tensor."""
+    """Rows of source number ``source`` from ``start`` on, every ``step``-th, at this place of the Megatron tensor."""
 
     source: int
     start: int
     rows: int
+    step: int = 1
+
+    @property
+    def places(self) -> slice:
+        """The rows of the source."""
+        return slice(self.start, self.start + self.rows * self.step, self.step)
 
 
 # The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them, where
@@ -67,6 +73,10 @@ def canonical_names(parameter: str) -> tuple[tuple[str, ...], Place]:
 
 def segments_of(rule: Rule, arch: ModelArchitecture) -> list[Segment]:
     """The rows of the Megatron tensor, from first to last, as runs of rows of its sources."""
+    if rule.layout is Layout.GATE_UP_IN_TURNS:
+        assert rule.is_stacked, "other sources are read and written by rows that follow each other"
+        rows = source_shapes(rule, arch)[0][0] // 2
+        return [Segment(0, first, rows, step=2) for first in (0, 1)]
     if rule.layout is not Layout.QKV:
         return [Segment(source, 0, shape[0]) for source, shape in enumerate(source_shapes(rule, arch))]
     key_rows = arch.kv_channels
@@ -87,7 +97,7 @@ def segments_in(segments: Iterable[Segment], start: int, stop: int) -> list[Segm
     for segment in segments:
         low, high = max(start, position), min(stop, position + segment.rows)
         if low < high:
-            found.append(Segment(segment.source, segment.start + low - position, high - low))
+            found.append(Segment(segment.source, segment.start + (low - position) * segment.step, high - low, segment.step))
         position += segment.rows
     return found
 

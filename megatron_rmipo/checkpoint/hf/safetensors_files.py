@@ -120,6 +120,18 @@ class WeightFiles:
         if not direct:
             rows.copy_(data)
 
+    def read_lines(self, name: str, start: int, lines: Tensor) -> None:
+        """Fill ``lines [L, D]``, on the CPU and of the tensor's dtype, with those from ``start`` on of a tensor ``[..., D]``.
+
+        Raises:
+            ConversionError: the file cannot be read.
+        """
+        stored = self.tensors[name]
+        try:
+            read_into(lines, stored.path, stored.position + start * stored.shape[-1] * stored.dtype.itemsize)
+        except OSError as error:
+            raise ConversionError(f"{stored.path} cannot be read: {error}") from error
+
 
 def row_pieces(shape: Sequence[int], dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
     """Runs of rows ``[start, stop)`` of a tensor, each of at most about :data:`PIECE_BYTES`."""
@@ -159,6 +171,7 @@ class ShardedWriter:
         self._shard_of = {tensor.name: i for i, shard in enumerate(self._shards) for tensor in shard}
         self._plan = plan
         self._written: dict[str, str] = {}
+        self._missing_bytes = 0
         self._stream: Any = None
 
     def __enter__(self) -> ShardedWriter:
@@ -168,27 +181,27 @@ class ShardedWriter:
         self.close()
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Write the next tensor, given as pieces along its rows; each is converted to the planned dtype.
+        """Write the next tensor, or more of one that was begun, given as pieces along its rows.
+
+        Each piece is converted to the planned dtype.
 
         Raises:
             OSError: the file system refuses.
         """
-        planned = self._plan[len(self._written)]
+        if not self._missing_bytes:
+            self._begin_tensor(name)
+        planned = self._plan[len(self._written) - 1]
         assert planned.name == name, (planned.name, name)
-        shard = self._shard_of[name]
-        if planned is self._shards[shard][0]:
-            self._begin(shard)
-        written = 0
         for piece in pieces:
             data = piece.detach().to(device="cpu", dtype=planned.dtype).contiguous()
             self._stream.write(bytes_of(data))
-            written += data.numel() * data.element_size()
-        assert written == planned.num_bytes, (name, written, planned.num_bytes)
-        self._written[name] = self._file_name(shard)
+            self._missing_bytes -= data.numel() * data.element_size()
+        assert self._missing_bytes >= 0, (name, self._missing_bytes)
 
     def finish(self) -> None:
         """Write the index, where there is more than one file, and flush everything to the disk."""
         assert len(self._written) == len(self._plan), "tensors were planned and not written"
+        assert not self._missing_bytes, "the last tensor is not whole"
         self._end()
         if len(self._shards) > 1:
             index = {
@@ -206,6 +219,13 @@ class ShardedWriter:
     def _file_name(self, shard: int) -> str:
         count = len(self._shards)
         return SINGLE_NAME if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+    def _begin_tensor(self, name: str) -> None:
+        planned, shard = self._plan[len(self._written)], self._shard_of[name]
+        assert planned.name == name, (planned.name, name)
+        if planned is self._shards[shard][0]:
+            self._begin(shard)
+        self._written[name], self._missing_bytes = self._file_name(shard), planned.num_bytes
 
     def _begin(self, shard: int) -> None:
         self._end()
@@ -293,7 +313,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
         if dtype not in _DTYPES:
-            raise ConversionError(f"{path}: {name} is stored as {dtype}; supported are {', '.join(_DTYPES)}.")
+            raise ConversionError(
+                f"{path}: {name} is stored as {dtype}; supported are {', '.join(_DTYPES)}. Quantized weights must be dequantized "
+                "and saved again, with transformers, before."
+            )
         if begin < 0 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
             raise ConversionError(
                 f"{path} has a damaged header: {name}, {dtype} {list(shape)}, is not what bytes {begin} to {end} hold. "

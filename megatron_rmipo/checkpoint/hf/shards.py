@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.mappings import segments_in, segments_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
+from megatron_rmipo.checkpoint.hf.stacks import fill_from_stack, lines_of_stack
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
-from megatron_rmipo.families.tensors import ffn_channels, megatron_shape, source_shapes
+from megatron_rmipo.families.tensors import ffn_channels, megatron_shape, stored_shapes
 
 
 def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
@@ -29,7 +30,7 @@ def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tup
     """
     if rule.cuts_columns or not rule.is_cut:
         return [(0, num_rows)]
-    if rule.layout is Layout.GATE_UP:
+    if rule.layout in (Layout.GATE_UP, Layout.GATE_UP_IN_TURNS):
         half, part = num_rows // 2, num_rows // 2 // tp_size
         return [(start + tp_rank * part, start + (tp_rank + 1) * part) for start in (0, half)]
     part = num_rows // tp_size
@@ -54,9 +55,9 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
             return None if columns[0] % tp_size else (rows, columns[0] // tp_size)
         case Layout.VOCABULARY:
             return None if padded_vocab_size % tp_size else (padded_vocab_size // tp_size, *columns)
-        case Layout.QKV | Layout.QUERIES | Layout.KEYS:
+        case Layout.QKV | Layout.QUERIES | Layout.KEYS | Layout.HEADS:
             return None if arch.num_query_groups % tp_size else (rows // tp_size, *columns)
-        case Layout.GATE_UP:
+        case Layout.GATE_UP | Layout.GATE_UP_IN_TURNS:
             return None if ffn_channels(rule, arch) % tp_size else (rows // tp_size, *columns)
 
 
@@ -74,10 +75,14 @@ def fill_rows(
     Returns:
         How many were filled; those beyond the tensor, which are vocabulary padding, were left as they are.
     """
-    names, shapes = rule.source_names(place), source_shapes(rule, arch)
+    names, shapes = rule.source_names(place), stored_shapes(rule, arch)
     stored = [files.expect(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    segments = segments_in(segments_of(rule, arch), start, start + rows.shape[0])
+    if rule.is_stacked:
+        fill_from_stack(rows, files, rule, place, segments, columns)
+        return rows.shape[0]
     position = 0
-    for segment in segments_in(segments_of(rule, arch), start, start + rows.shape[0]):
+    for segment in segments:
         source = stored[segment.source]
         for low, high in row_pieces(source.shape, source.dtype, segment.start, segment.start + segment.rows):
             files.read(names[segment.source], low, rows[position : position + high - low], columns)
@@ -119,6 +124,8 @@ def source_rows(
 ) -> Iterator[Tensor]:
     """A Hugging Face tensor, piece by piece from its first row to its last, out of the Megatron tensor that holds it.
 
+    Of a tensor of all experts it is what that holds of one.
+
     Args:
         rule: the Megatron tensor.
         arch: the model.
@@ -126,6 +133,9 @@ def source_rows(
         dtype: dtype of the Megatron tensor, for the size of pieces.
         read: gives Megatron rows ``[start, stop)``.
     """
+    if rule.is_stacked:
+        yield from lines_of_stack(rule, arch, dtype, read)
+        return
     columns = megatron_shape(rule, arch)[1:]
     found, position = [], 0
     for segment in segments_of(rule, arch):

@@ -15,7 +15,7 @@ from megatron_rmipo.checkpoint.hf.shards import source_rows
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space, new_directory
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Place, Rule
-from megatron_rmipo.families.tensors import source_shapes, tensors_of
+from megatron_rmipo.families.tensors import stored_tensors
 
 DEFAULT_SHARD_BYTES = 5e9
 
@@ -67,11 +67,7 @@ def write_hf_directory(
         OSError: the file system refuses; nothing is left of ``save_dir``.
     """
     check_output_directory(save_dir, "--save-hf")
-    plan = [
-        TensorPlan(name, shape, dtypes[rule.megatron])
-        for rule, place in tensors_of(arch)
-        for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True)
-    ]
+    plan = [TensorPlan(name, shape, dtypes[rule.megatron]) for name, (rule, shape) in stored_tensors(arch).items()]
     check_space(save_dir, sum(tensor.num_bytes for tensor in plan))
     with new_directory(save_dir) as directory:
         copy_hf_assets(assets_dir, directory)

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.dist
 # Kinds that differ in how embeddings, heads and experts are cut; every kind, without checkpoints, is in tests/families.
 LAYOUTS = [
     *(("llama31", (2, 1, 1)), ("mistral", (1, 2, 1)), ("llama31", (2, 2, 1)), ("llama32_tied", (2, 2, 1)), ("qwen3", (2, 2, 1))),
-    *(("mixtral", (2, 1, 2)), ("qwen2_moe", (1, 1, 2)), ("qwen3_moe", (1, 2, 2))),
+    *(("mixtral", (2, 1, 2)), ("qwen2_moe", (1, 1, 2)), ("qwen3_moe", (1, 2, 2)), ("gpt_oss", (2, 1, 2))),
 ]
 Sizes = tuple[int, int, int]
 
