@@ -126,8 +126,8 @@ def plan_weights(directory: Path) -> list[TensorPlan]:
     arch = read_architecture(directory)
     return [
         TensorPlan(name, shape, torch.bfloat16)
-        for rule, layer in tensors_of(arch)
-        for name, shape in zip(rule.source_names(layer), source_shapes(rule, arch), strict=True)
+        for rule, place in tensors_of(arch)
+        for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True)
     ]
 
 

@@ -64,7 +64,7 @@ def build_state(
     config = trainer_config(bf16=bf16, recompute_granularity=recompute_granularity, tensor_model_parallel_size=groups.tp_size)
     policy = build_model(arch, config, groups)
     if model_dir is not None:
-        load_hf_weights(policy, model_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+        load_hf_weights(policy, model_dir, arch, groups=groups)
     return build_training_state(policy, config, groups, train_iters=1000)
 
 

@@ -23,12 +23,12 @@ mp.set_forkserver_preload(
 )
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, seconds: float = TIMEOUT_SECONDS) -> list[Any]:
     """Call ``function(*args)`` on every rank of a fresh world; what each returned, by rank.
 
     The function is a module-level one and sets up its own process groups from the environment, as under torchrun. What it
     returns travels through a file (torch.save). A rank that raises fails the call with its traceback; ranks left waiting for it
-    are ended.
+    are ended, and so are all of a world that takes longer than ``seconds``.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
@@ -39,7 +39,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
         for process in ranks:
             process.start()
         try:
-            _wait(ranks, Path(folder))
+            _wait(ranks, Path(folder), seconds)
         finally:
             for process in ranks:
                 if process.is_alive():
@@ -48,7 +48,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _wait(ranks: list[Any], folder: Path) -> None:
+def _wait(ranks: list[Any], folder: Path, seconds: float) -> None:
     waited = 0.0
     while any(process.is_alive() for process in ranks):
         for process in ranks:
@@ -61,8 +61,8 @@ def _wait(ranks: list[Any], folder: Path) -> None:
             # The others are given a moment, so that a failure they share is told by the first.
             texts = [path.read_text() for path in sorted(folder.glob("*.error"))]
             raise AssertionError(f"ranks {failed} failed\n" + "\n".join(texts))
-        if waited > TIMEOUT_SECONDS:
-            raise AssertionError(f"no end after {TIMEOUT_SECONDS} seconds")
+        if waited > seconds:
+            raise AssertionError(f"no end after {seconds} seconds")
 
 
 def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

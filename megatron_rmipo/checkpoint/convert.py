@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
+from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
+from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
-from megatron_rmipo.checkpoint.hf.weights import open_weights
-from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, write_hf_directory
+from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, dtype_to_store, write_hf_directory
 from megatron_rmipo.checkpoint.megatron.commit import abandon_checkpoint, begin_checkpoint, commit_checkpoint
 from megatron_rmipo.checkpoint.megatron.digests import check_digests, damage
 from megatron_rmipo.checkpoint.megatron.directory import (
@@ -26,26 +27,18 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     find_checkpoint,
     hf_assets_directory,
 )
+from megatron_rmipo.checkpoint.megatron.keys import Location, extra_state_keys, location_of
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
 from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, check_output_directory, check_space
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.base import Layout, Place, Rule
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.families.tensors import megatron_shape, rules_of, tensors_of
+from megatron_rmipo.families.tensors import megatron_shape, tensors_of
 from megatron_rmipo.runtime.messages import warn
 
-# Modules whose extra state (fp8 scales) Megatron-Core's layers, local or Transformer Engine's, look for in a checkpoint.
-_STATEFUL = (
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _COMMON = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -72,11 +65,11 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     files = open_weights(hf_dir, arch)
     save_dir = Path(save_dir)
     check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, OWNER_NAME))
-    entries = [_entry(files, rule, arch, _DTYPES[dtype] if dtype else None) for rule in rules_of(arch)]
+    entries = _entries(files, arch, _DTYPES[dtype] if dtype else None)
     try:
         check_space(save_dir, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
         with DirectoryOwner(save_dir):
-            return _write_release(save_dir, hf_dir, entries, _extra_state_keys(arch))
+            return _write_release(save_dir, hf_dir, entries, extra_state_keys(arch))
     except OSError as error:
         raise ConversionError(
             f"--save {save_dir} cannot be written: {error}. Free some space or name another directory."
@@ -132,13 +125,15 @@ def convert_megatron_to_hf(
     assets = Path(assets_dir) if assets_dir is not None else hf_assets_directory(Path(load_dir), found)
     arch = read_architecture(assets)
     reader = TorchDistReader(path)
-    keys = _locate(reader, arch)
+    locations = _locate(reader, arch)
+    asked = _DTYPES[dtype] if dtype else None
     dtypes = {
-        rule.megatron: _DTYPES[dtype] if dtype else reader.dtype(keys[rule.megatron, layer][0])
-        for rule, layer in tensors_of(arch)
+        rule.megatron: dtype_to_store(rule, reader.dtype(locations[rule.megatron, place].key), asked)
+        for rule, place in tensors_of(arch)
     }
+    tensors = _tensors(reader, locations, arch)
     try:
-        write_hf_directory(Path(save_dir), assets, arch, _tensors(reader, keys, arch), dtypes, max_shard_bytes=max_shard_bytes)
+        write_hf_directory(Path(save_dir), assets, arch, tensors, dtypes, max_shard_bytes=max_shard_bytes)
     except OSError as error:
         raise ConversionError(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
@@ -155,61 +150,64 @@ def _refuse_damage(path: Path) -> None:
         )
 
 
-def _entry(files: WeightFiles, rule: Rule, arch: ModelArchitecture, dtype: torch.dtype | None) -> Entry:
+def _entries(files: WeightFiles, arch: ModelArchitecture, dtype: torch.dtype | None) -> list[Entry]:
+    places: dict[Rule, list[Place]] = {}
+    for rule, place in tensors_of(arch):
+        places.setdefault(rule, []).append(place)
+    return [entry for rule, there in places.items() for entry in _entries_of(files, rule, there, arch, dtype)]
+
+
+def _entries_of(
+    files: WeightFiles, rule: Rule, places: list[Place], arch: ModelArchitecture, dtype: torch.dtype | None
+) -> Iterator[Entry]:
     shape = megatron_shape(rule, arch)
-    layers = range(arch.num_layers) if rule.per_layer else [None]
-    stored = {files.tensors[name].dtype for layer in layers for name in rule.source_names(layer)}
+    stored = {files.tensors[name].dtype for place in places for name in rule.source_names(place)}
     if dtype is None and len(stored) > 1:
         found = ", ".join(sorted(str(item).removeprefix("torch.") for item in stored))
         raise ConversionError(
             f"{files.directory}: {', '.join(rule.sources)} are stored partly in {found}, which one Megatron tensor cannot hold. "
             "Choose one with --dtype."
         )
-    target = dtype or stored.pop()
-    pieces = []
-    for layer in layers:
-        prefix, ones = ((), ()) if layer is None else ((layer,), (1,))
+    target = dtype_to_store(rule, stored.pop(), dtype)
+    pieces: dict[str, list[Piece]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for place in places:
+        key, index, sizes_before = location_of(rule.megatron, place, arch, apart=arch.has_mixed_layers)
+        sizes[key] = sizes_before
         for start, stop in row_pieces(shape, target):
-            box = (stop - start, *shape[1:])
-            fill = partial(_fill_piece, files, rule, layer, arch, start)
-            pieces.append(Piece((*prefix, start, *(0 for _ in shape[1:])), (*ones, *box), fill))
-    return Entry(rule.megatron, (arch.num_layers, *shape) if rule.per_layer else shape, target, tuple(pieces))
+            box = (*(1 for _ in index), stop - start, *shape[1:])
+            fill = partial(_fill_piece, files, rule, place, arch, start)
+            pieces.setdefault(key, []).append(Piece((*index, start, *(0 for _ in shape[1:])), box, fill))
+    for key, there in pieces.items():
+        yield Entry(key, (*sizes[key], *shape), target, tuple(there))
 
 
-def _fill_piece(files: WeightFiles, rule: Rule, layer: int | None, arch: ModelArchitecture, start: int, piece: Tensor) -> None:
-    fill_rows(piece if layer is None else piece[0], files, rule, layer, arch, start)
+def _fill_piece(files: WeightFiles, rule: Rule, place: Place, arch: ModelArchitecture, start: int, piece: Tensor) -> None:
+    rows = piece.view(piece.shape[piece.dim() - len(megatron_shape(rule, arch)) :])
+    fill_rows(rows, files, rule, place, arch, start)
 
 
-def _extra_state_keys(arch: ModelArchitecture) -> list[str]:
-    layers = [f"shard_{layer}_{arch.num_layers}" for layer in range(arch.num_layers)]
-    modules = (*_STATEFUL, *(_QK_NORMS if arch.qk_norm else ()))
-    keys = [f"decoder.layers.{module}._extra_state/{layer}" for module in modules for layer in layers]
-    return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
-
-
-def _locate(reader: TorchDistReader, arch: ModelArchitecture) -> dict[tuple[str, int | None], tuple[str, int | None]]:
-    """Entry and index in it of every tensor of the model; entries of all layers, or one entry a layer.
+def _locate(reader: TorchDistReader, arch: ModelArchitecture) -> dict[TensorId, Location]:
+    """Where every tensor of the model is stored: in entries of all layers, or in one entry a layer.
 
     Raises:
         ConversionError: tensors are missing, of other shapes, or not those of the model.
     """
-    found: dict[tuple[str, int | None], tuple[str, int | None]] = {}
+    found: dict[TensorId, Location] = {}
     faults = []
-    for rule, layer in tensors_of(arch):
-        shape = megatron_shape(rule, arch)
-        apart = rule.megatron.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
-        key, index = (apart, None) if apart in reader.tensors else (rule.megatron, layer)
-        if key not in reader.tensors:
-            faults.append(f"{key} is missing")
+    for rule, place in tensors_of(arch):
+        forms = [location_of(rule.megatron, place, arch, apart=apart) for apart in (True, False)]
+        location = next((form for form in forms if form.key in reader.tensors), None)
+        if location is None:
+            faults.append(f"{forms[not arch.has_mixed_layers].key} is missing")
             continue
-        expected = shape if index is None else (arch.num_layers, *shape)
-        stored = reader.shape(key)
-        rows = 0 if index is None else 1
+        expected, stored = (*location.sizes, *megatron_shape(rule, arch)), reader.shape(location.key)
+        rows = len(location.sizes)
         padded = rule.layout is Layout.VOCABULARY and stored[1:] == expected[1:] and stored[rows] >= expected[rows]
         if stored != expected and not padded:
-            faults.append(f"{key} is {list(stored)}, but config.json makes it {list(expected)}")
-        found[rule.megatron, layer] = key, index
-    used = {key for key, _ in found.values()}
+            faults.append(f"{location.key} is {list(stored)}, but config.json makes it {list(expected)}")
+        found[rule.megatron, place] = location
+    used = {location.key for location in found.values()}
     weights = ("embedding.", "decoder.", "output_layer.", "mtp.")
     faults += [f"{key} is not a tensor of the model" for key in reader.tensors if key.startswith(weights) and key not in used]
     if faults:
@@ -219,9 +217,7 @@ def _locate(reader: TorchDistReader, arch: ModelArchitecture) -> dict[tuple[str,
     return found
 
 
-def _tensors(
-    reader: TorchDistReader, keys: dict[tuple[str, int | None], tuple[str, int | None]], arch: ModelArchitecture
-) -> Iterator[MegatronTensor]:
-    for rule, layer in tensors_of(arch):
-        key, index = keys[rule.megatron, layer]
-        yield MegatronTensor(rule, layer, reader.dtype(key), partial(reader.read_rows, key, index))
+def _tensors(reader: TorchDistReader, locations: dict[TensorId, Location], arch: ModelArchitecture) -> Iterator[MegatronTensor]:
+    for rule, place in tensors_of(arch):
+        key, index, _ = locations[rule.megatron, place]
+        yield MegatronTensor(rule, place, reader.dtype(key), partial(reader.read_rows, key, index))

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.hf.weights import load_hf_weights, open_weights
+from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
+from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
     checkpoint_path,
@@ -126,7 +127,7 @@ def checkpoint_to_go_on_from(flags: CheckpointConfig) -> Path | None:
 def load_weights(source: ModelSource, model: PolicyModel, groups: ProcessGroups) -> None:
     """Load weights, and nothing else, into this rank's part of a bare model. All ranks call it together."""
     if source.hf_weights is not None:
-        load_hf_weights(model, source.hf_weights, source.arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+        load_hf_weights(model, source.hf_weights, source.arch, groups=groups)
         return
     assert source.checkpoint is not None
     load_checkpoint(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -42,38 +42,30 @@ def policy_logits(policy: PolicyModel, token_ids: Tensor, groups: ProcessGroups)
     """Logits of one text, through every stage. All ranks of one model replica call it together.
 
     Args:
-        policy: this rank's part of the model, without sequence parallelism.
+        policy: this rank's part of the model.
         token_ids: int64 ``[T]``.
         groups: the process groups of this rank.
 
     Returns:
         fp32 ``[T, V]`` on the CPU on the first tensor-parallel rank of the last stage, None elsewhere.
     """
-    num_tokens = token_ids.numel()
+    num_tokens, shards = token_ids.numel(), groups.tp_size if policy.config.sequence_parallel else 1
+    padding = -num_tokens % shards
+    tokens, source = F.pad(token_ids, (0, padding)), torch.arange(num_tokens, device=token_ids.device)
+    # Padding is a segment of its own, which no token of the text attends to.
+    segments = torch.tensor([[0, num_tokens, 0, 0], [num_tokens, padding, 0, 0]][: 2 if padding else 1], dtype=torch.int64)
     if not groups.is_first_stage:
-        hidden = torch.empty(
-            (num_tokens, 1, policy.config.hidden_size), dtype=policy.config.params_dtype, device=token_ids.device
-        )
+        shape = (tokens.numel() // shards, 1, policy.config.hidden_size)
+        hidden = torch.empty(shape, dtype=policy.config.params_dtype, device=token_ids.device)
         dist.recv(hidden, group=groups.pp, group_src=groups.pp_rank - 1)
         policy.set_input_tensor([hidden])
-    head: dict[str, Any] = {}
-    hook = None
-    if groups.is_last_stage:
-        # The policy ends in log-probs; what goes into its head is what logits are made of.
-        hook = policy.output_layer.register_forward_pre_hook(
-            lambda module, args, kwargs: head.update(hidden=args[0], weight=kwargs["weight"]), with_kwargs=True
-        )
-    positions = torch.arange(num_tokens, device=token_ids.device)
-    segments = torch.tensor([[0, num_tokens, 0, 0]], dtype=torch.int64)
-    output = policy(token_ids, positions, segments, positions, token_ids)
-    if hook is None:
+    output = policy(tokens, torch.arange(tokens.numel(), device=token_ids.device), segments, source, None)
+    if not groups.is_last_stage:
         dist.send(output.contiguous(), group=groups.pp, group_dst=groups.pp_rank + 1)
         return None
-    hook.remove()
-    logits, _ = ColumnParallelLinear.forward(policy.output_layer, head["hidden"], weight=head["weight"])
-    logits = policy.scoring_options.logits.apply_(logits)
+    logits = policy.scoring_options.logits.apply_(F.linear(output, policy.head_weight()))
     parts = [torch.empty_like(logits) for _ in range(groups.tp_size)] if groups.tp_rank == 0 else None
-    dist.gather(logits.contiguous(), parts, group=groups.tp, group_dst=0)
+    dist.gather(logits, parts, group=groups.tp, group_dst=0)
     return None if parts is None else torch.cat(parts, dim=-1)[:, : policy.architecture.vocab_size].float().cpu()
 
 

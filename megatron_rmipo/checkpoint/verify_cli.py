@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iteration", type=iteration_argument, metavar="N|release", help="which checkpoint of --load")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="TP")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="PP")
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="EP")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text a line (default: three built-in sentences)")
     parser.add_argument(
         "--seq-length", type=int, default=512, help="longer texts are cut to this many tokens (default: %(default)s)"
@@ -91,12 +93,17 @@ def _start(flags: argparse.Namespace) -> None:
 def _verify(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tensor]) -> Agreement:
     with Rendezvous() as rendezvous:
         rendezvous.compare(told_facts(vars(flags), rendezvous.launch.local_rank) | dataclasses.asdict(arch))
-        groups = initialize_runtime(flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, rendezvous=rendezvous)
+        groups = initialize_runtime(
+            flags.tensor_model_parallel_size,
+            flags.pipeline_model_parallel_size,
+            expert_model_parallel_size=flags.expert_model_parallel_size,
+            rendezvous=rendezvous,
+        )
     try:
         dtype = _DTYPES[flags.dtype]
         policy = build_policy(arch, transformer_config(arch, groups, dtype=dtype), groups)
         if flags.load is None:
-            load_hf_weights(policy, flags.hf_model, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+            load_hf_weights(policy, flags.hf_model, arch, groups=groups)
         else:
             load_checkpoint(
                 flags.load,
@@ -152,28 +159,36 @@ def _rank(
 
 
 def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace, launch: Launch) -> int:
-    """The number of ranks, TP x PP."""
-    tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
-    if tp < 1 or arch.num_query_groups % tp or arch.ffn_hidden_size % tp:
-        fitting = [
-            n for n in range(1, arch.num_query_groups + 1) if not arch.num_query_groups % n and not arch.ffn_hidden_size % n
-        ]
+    """The number of ranks, TP x PP x EP."""
+    tp, pp, ep = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, flags.expert_model_parallel_size
+    widths = arch.mlp_widths + ((arch.experts.ffn_hidden_size,) if arch.experts else ())
+    shared = math.gcd(arch.num_query_groups, *widths)
+    if tp < 1 or shared % tp:
         raise ConversionError(
             f"--tensor-model-parallel-size {tp} does not divide the model's {arch.num_query_groups} key/value heads and "
-            f"{arch.ffn_hidden_size} feed-forward channels. Use one of {', '.join(map(str, fitting))}."
+            f"{' and '.join(map(str, dict.fromkeys(widths)))} feed-forward channels. Use one of {_divisors(shared)}."
         )
     if pp < 1 or arch.num_layers % pp:
-        fitting = [n for n in range(1, arch.num_layers + 1) if not arch.num_layers % n]
         raise ConversionError(
             f"--pipeline-model-parallel-size {pp} does not divide the model's {arch.num_layers} layers. "
-            f"Use one of {', '.join(map(str, fitting))}."
+            f"Use one of {_divisors(arch.num_layers)}."
         )
-    world_size: int = tp * pp
+    num_experts = arch.experts.num_experts if arch.experts else 1
+    if ep < 1 or num_experts % ep:
+        raise ConversionError(
+            f"--expert-model-parallel-size {ep} does not divide the model's experts ({num_experts}). "
+            f"Use one of {_divisors(num_experts)}."
+        )
+    world_size: int = tp * pp * ep
     if launch.address and launch.world_size != world_size:
         raise ConversionError(
-            f"torchrun started {launch.world_size} ranks, but TP {tp} x PP {pp} is {world_size}. Start it alone."
+            f"torchrun started {launch.world_size} ranks, but TP {tp} x PP {pp} x EP {ep} is {world_size}. Start it alone."
         )
     return world_size
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def _read_texts(flags: argparse.Namespace, arch: ModelArchitecture) -> list[Tensor]:
@@ -204,8 +219,9 @@ def _read_texts(flags: argparse.Namespace, arch: ModelArchitecture) -> list[Tens
 
 def _show(agreement: Agreement, flags: argparse.Namespace) -> None:
     source = "weights of --hf-model" if flags.load is None else f"{flags.load}"
-    layout = f"TP {flags.tensor_model_parallel_size}, PP {flags.pipeline_model_parallel_size}, {flags.dtype}"
-    print(f"{source} against transformers on {flags.hf_model} ({layout}), {agreement.num_tokens} tokens")
+    layout = f"TP {flags.tensor_model_parallel_size}, PP {flags.pipeline_model_parallel_size}"
+    experts = f", EP {flags.expert_model_parallel_size}" if flags.expert_model_parallel_size > 1 else ""
+    print(f"{source} against transformers on {flags.hf_model} ({layout}{experts}, {flags.dtype}), {agreement.num_tokens} tokens")
     print(f"  max |logit difference|  {agreement.max_difference:.3g}")
     print(f"  mean KL                 {agreement.mean_kl:.3g} nats")
     print(f"  top-1 agreement         {100 * agreement.top1:.2f} %")

@@ -11,6 +11,7 @@ from megatron_rmipo.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    ExpertsConfig,
     ModelConfig,
     OptimizerConfig,
     ProfilingConfig,
@@ -35,6 +36,7 @@ def config_problems(config: Config) -> Iterator[str]:
     yield from exclusive_problems(config)
     yield from parallel_problems(config)
     yield from recompute_problems(config.model)
+    yield from expert_problems(config.experts)
     yield from _data_flags(config.data)
     yield from _optimizer_flags(config.optimizer, config.training)
     yield from _training_flags(config.training)
@@ -48,6 +50,7 @@ def parallel_problems(config: Config) -> Iterator[str]:
     """Faults of the flags of parallelism."""
     parallel = config.parallel
     yield from _at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    yield from _at_least(1, parallel, "expert_model_parallel_size", "expert_tensor_parallel_size")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size 2 or more; leave it out at 1"
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
@@ -64,6 +67,13 @@ def recompute_problems(model: ModelConfig) -> Iterator[str]:
         yield "--recompute-granularity full needs a method and a number: --recompute-method uniform --recompute-num-layers 1"
     if not full and (model.recompute_method is not None or model.recompute_num_layers is not None):
         yield "--recompute-method and --recompute-num-layers belong to --recompute-granularity full"
+
+
+def expert_problems(experts: ExpertsConfig) -> Iterator[str]:
+    """Faults of the flags of experts."""
+    yield from _at_least(0, experts, "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+    if experts.moe_flex_dispatcher_backend and experts.moe_token_dispatcher_type != "flex":
+        yield "--moe-flex-dispatcher-backend does nothing without --moe-token-dispatcher-type flex"
 
 
 def _data_flags(data: DataConfig) -> Iterator[str]:

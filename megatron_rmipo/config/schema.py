@@ -31,6 +31,10 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = _option(1, "Ranks that share every layer and the vocabulary (TP).")
     pipeline_model_parallel_size: int = _option(1, "Pipeline stages (PP); each holds an equal number of layers.")
+    expert_model_parallel_size: int = _option(
+        1, "Ranks that hold different experts of each layer (EP), out of the data- and tensor-parallel ones."
+    )
+    expert_tensor_parallel_size: int | None = _option(None, "Ranks that share each expert; unset: as many as share every layer.")
     sequence_parallel: bool = _option(
         False, "Split activations outside attention and MLP over the tensor-parallel ranks, along the tokens. Needs TP > 1."
     )
@@ -90,6 +94,33 @@ class ModelConfig:
     logprob_chunk_size: int = _option(
         4096, "Vocabulary entries whose logits exist at one time in the LM head; lower takes less memory."
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Experts: how tokens reach them, and what is done about their load."""
+
+    moe_aux_loss_coeff: float = _option(
+        0.0,
+        "Weight of the load-balancing loss over the global batch's tokens; off by default: preference data are narrow, and would "
+        "pull at a balance that pre-training made. Costs a forward pass.",
+    )
+    moe_z_loss_coeff: float = _option(0.0, "Weight of the loss that keeps router logits small; 0: off.")
+    moe_router_bias_update_rate: float = _option(
+        0.0, "How far a step moves the score biases of experts towards even load, in models that have them; 0: frozen."
+    )
+    moe_router_dtype: Literal["fp32", "fp64"] = _option("fp32", "What routers compute in.")
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = _option(
+        "alltoall",
+        "How tokens travel to other ranks' experts; flex: by the fused kernels of --moe-flex-dispatcher-backend (GPU).",
+    )
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] | None = _option(
+        None, "With --moe-token-dispatcher-type flex: whose kernels; unset: deepep."
+    )
+    moe_grouped_gemm: bool = _option(
+        False, "One matrix product for all experts of a rank instead of one each. Needs Transformer Engine's layers."
+    )
+    moe_permute_fusion: bool = _option(False, "Sort tokens by expert in fused kernels. Needs Transformer Engine.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +262,7 @@ class Config:
 
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

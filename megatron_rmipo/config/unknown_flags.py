@@ -76,10 +76,15 @@ _ANSWERS = {
         "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels num_query_groups group_query_attention "
         "max_position_embeddings position_embedding_type use_rotary_position_embeddings rotary_base rotary_percent normalization "
         "norm_epsilon swiglu disable_bias_linear add_qkv_bias untie_embeddings_and_output_weights init_method_std vocab_size "
-        "use_checkpoint_args use_mcore_models"
+        "use_checkpoint_args use_mcore_models num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk "
+        "moe_router_pre_softmax moe_router_score_function moe_router_enable_expert_bias moe_router_num_groups "
+        "moe_router_group_topk moe_router_topk_scaling_factor moe_shared_expert_intermediate_size"
     ),
+    "use --moe-token-dispatcher-type flex": "moe_enable_deepep",
+    "the load-balancing loss is that of the global batch, always": "moe_router_load_balancing_type",
+    "no token is dropped": "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
     "not supported yet": (
-        "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size num_experts optimizer_cpu_offload "
+        "context_parallel_size optimizer_cpu_offload "
         "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank async_save rampup_batch_size"
     ),
     "use --epochs or --train-iters": "train_samples",

@@ -102,6 +102,7 @@ class Experts:
         ffn_hidden_size: channels between the matrices of one.
         dense_layers: layers (counted from 0) that have an ordinary MLP.
         shared_ffn_hidden_size: channels of the experts that every token goes through, together; 0 for none.
+        shared_gate: what those give is weighted by the sigmoid of a number that each token makes.
         score_function: what makes scores of the router's logits, ``softmax`` or ``sigmoid``.
         normalized: the scores of a token's experts are made to sum to one.
         score_bias: each expert has a number that is added to its score where experts are chosen, and only there; it is no
@@ -117,6 +118,7 @@ class Experts:
     ffn_hidden_size: int
     dense_layers: frozenset[int] = frozenset()
     shared_ffn_hidden_size: int = 0
+    shared_gate: bool = False
     score_function: str = "softmax"
     normalized: bool = True
     score_bias: bool = False
@@ -207,6 +209,28 @@ class ModelArchitecture:
     def dense_layers(self) -> frozenset[int]:
         """Layers (counted from 0) that have an ordinary MLP."""
         return frozenset(range(self.num_layers)) - self.expert_layers
+
+    @property
+    def shared_expert_layers(self) -> frozenset[int]:
+        """Layers (counted from 0) that have experts, and some that every token goes through."""
+        return self.expert_layers if self.experts and self.experts.shared_ffn_hidden_size else frozenset()
+
+    @property
+    def score_bias_layers(self) -> frozenset[int]:
+        """Layers (counted from 0) whose experts have numbers that are added to their scores where they are chosen."""
+        return self.expert_layers if self.experts and self.experts.score_bias else frozenset()
+
+    @property
+    def has_mixed_layers(self) -> bool:
+        """Whether some layers have experts and others an ordinary MLP."""
+        return bool(self.expert_layers and self.dense_layers)
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Channels between the matrices of MLPs that every token of a layer goes through: ordinary ones, shared experts."""
+        dense = (self.ffn_hidden_size,) if self.dense_layers else ()
+        shared = (self.experts.shared_ffn_hidden_size,) if self.experts and self.experts.shared_ffn_hidden_size else ()
+        return dense + shared
 
     @property
     def query_size(self) -> int:

@@ -1,7 +1,7 @@
 """What a model family is: the terms in which its file says how Hugging Face writes it and how Megatron names it.
 
-Names of Megatron tensors are those of its distributed checkpoints, without the layer number; ``{layer}`` stands in Hugging
-Face names.
+Names of Megatron tensors are those of its distributed checkpoints, without the numbers of layer and expert; ``{layer}`` and
+``{expert}`` stand in Hugging Face names.
 """
 
 from __future__ import annotations
@@ -9,15 +9,33 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from megatron_rmipo.families.fields import Fields
 
 
+class Place(NamedTuple):
+    """Where in a model a tensor stands.
+
+    Attributes:
+        layer: counted from 0; None outside the layers.
+        expert: counted from 0 over all of the layer; None for what is not one expert's.
+    """
+
+    layer: int | None = None
+    expert: int | None = None
+
+
 class Layout(enum.Enum):
-    """How a Megatron tensor is made of its sources and cut by tensor parallelism. A bias is laid out as its weight's rows are."""
+    """How a Megatron tensor is made of its sources and cut by tensor parallelism. A bias is laid out as its weight's rows are.
+
+    What is one expert's is cut by expert tensor parallelism, all else by tensor parallelism.
+    """
 
     WHOLE = "whole"  # one source over the hidden channels; every rank holds all of it
     HEAD = "head"  # one source over the channels of one head; every rank holds all of it
+    EXPERTS = "experts"  # one source with a row, or a number, an expert; every rank holds all of it
+    GATE = "gate"  # one source of one row over the hidden channels; every rank holds all of it
     QUERIES = "queries"  # one source over the channels of the query heads; cut
     KEYS = "keys"  # one source over the channels of the key heads; cut
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
@@ -33,7 +51,7 @@ class Rule:
     """One Megatron tensor and the Hugging Face tensors it holds.
 
     Attributes:
-        megatron: its name, ``layers.`` without a number standing for every layer.
+        megatron: its name, ``layers.`` without a number standing for every layer, ``mlp.experts.`` for every expert.
         sources: Hugging Face names, in the order the layout takes them.
         layout: how the sources are laid out in it.
         only_with: the trait of the architecture that says whether a model, or one of its layers, has such a tensor; None where
@@ -51,23 +69,38 @@ class Rule:
         return self.megatron.startswith("decoder.layers.")
 
     @property
+    def per_expert(self) -> bool:
+        """Whether every expert of a layer has such a tensor."""
+        return ".mlp.experts." in self.megatron
+
+    @property
+    def of_shared_experts(self) -> bool:
+        """Whether it belongs to the experts that every token goes through."""
+        return ".mlp.shared_experts." in self.megatron
+
+    @property
     def is_bias(self) -> bool:
         """Whether it is a vector with an entry a row of its weight."""
-        return self.megatron.endswith(".bias")
+        return self.megatron.endswith(".bias") or self.is_buffer
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is no parameter, which gradients change, but a number an expert that its router is steered by."""
+        return self.megatron.endswith(".expert_bias")
 
     @property
     def is_cut(self) -> bool:
         """Whether tensor parallelism cuts it."""
-        return self.layout not in (Layout.WHOLE, Layout.HEAD)
+        return self.layout not in (Layout.WHOLE, Layout.HEAD, Layout.EXPERTS, Layout.GATE)
 
     @property
     def cuts_columns(self) -> bool:
         """Whether tensor parallelism cuts columns (otherwise rows, or nothing)."""
         return self.layout in (Layout.HEAD_COLUMNS, Layout.FFN_COLUMNS)
 
-    def source_names(self, layer: int | None) -> tuple[str, ...]:
-        """Hugging Face names of the sources in ``layer`` (counted from 0)."""
-        return tuple(name.format(layer=layer) for name in self.sources)
+    def source_names(self, place: Place) -> tuple[str, ...]:
+        """Hugging Face names of the sources of the tensor at ``place``."""
+        return tuple(name.format(layer=place.layer, expert=place.expert) for name in self.sources)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,10 @@ class Fields:
             raise self.error(name, f"must be a positive number, found {value!r}")
         return float(value)
 
+    def nonnegative(self, name: str) -> float:
+        """Zero, or a positive number; null is zero."""
+        return self.number(name) if self.get(name) else 0.0
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
         values = self.get(name)

@@ -24,5 +24,7 @@ _ABOUT_GENERATION = (
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
 )
+# What a mixture of experts is trained with besides, by others.
+_ABOUT_ROUTERS = ("output_router_logits", "router_jitter_noise")
 
-HARMLESS_FIELDS = frozenset((*_ABOUT_THE_FILE, *_ABOUT_THE_RUN, *_ABOUT_GENERATION))
+HARMLESS_FIELDS = frozenset((*_ABOUT_THE_FILE, *_ABOUT_THE_RUN, *_ABOUT_GENERATION, *_ABOUT_ROUTERS))

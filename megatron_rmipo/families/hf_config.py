@@ -14,7 +14,7 @@ from megatron_rmipo.families.architecture import LongRopeScaling, ModelArchitect
 from megatron_rmipo.families.base import Family
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.harmless_fields import HARMLESS_FIELDS
-from megatron_rmipo.families.registry import FAMILIES
+from megatron_rmipo.families.registry import FAMILIES, REFUSED
 from megatron_rmipo.families.rope import read_rope
 
 # Read as they are, beside those of Fields; the rotary ones whichever of them a config holds.
@@ -121,6 +121,9 @@ def _family_of(config: dict[str, Any], path: Path) -> Family:
     for family in FAMILIES.values():
         if any(architecture in family.architectures for architecture in names):
             return family
+    for name in names:
+        if name in REFUSED:
+            raise ConversionError(f"{path}: {name} is not supported: {REFUSED[name]}.")
     shown = f"architectures is {found!r}" if found else "architectures is missing"
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     raise ConversionError(f"{path}: {shown}. Known architectures: {known}.")

@@ -7,7 +7,12 @@ from megatron_rmipo.families.llama import HF_LAYER, LLAMA, MEGATRON_LAYER
 
 LLAMA_WITHOUT_LAYER_NORMS = tuple(rule for rule in LLAMA.rules if not rule.megatron.endswith("layer_norm_weight"))
 
-# Of all heads together.
+# Queries and keys, normed head by head.
+QK_NORMS = (
+    Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.HEAD),
+    Rule(MEGATRON_LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), Layout.HEAD),
+)
+# Over all heads together.
 WHOLE_QK_NORMS = (
     Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.QUERIES),
     Rule(MEGATRON_LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), Layout.KEYS),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.families.base import Layout, Rule
-from megatron_rmipo.families.llama import COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
+from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.norm_places import QK_NORMS
 from megatron_rmipo.families.qwen2 import WINDOW_DEFAULTS, read_qwen_windows
 
 QWEN3 = dataclasses.replace(
@@ -26,8 +26,7 @@ QWEN3 = dataclasses.replace(
     },
     rules=(
         *LLAMA.rules,
-        Rule(MEGATRON_LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), Layout.HEAD),
-        Rule(MEGATRON_LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), Layout.HEAD),
+        *QK_NORMS,
     ),
     unread=(),
     switches={"attention_bias": ("qkv_bias", "attention_output_bias")},

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.base import Layout, Place, Rule
 from megatron_rmipo.families.registry import FAMILIES
 
 
@@ -15,11 +15,15 @@ class Parameters(NamedTuple):
 
     Attributes:
         cut: in those that tensor parallelism cuts.
-        whole: in those that every tensor-parallel rank holds: norms, and biases that are added after a sum.
+        whole: in those that every tensor-parallel rank holds: norms, routers, and biases that are added after a sum.
+        expert: in one expert's; which ranks hold it, expert parallelism and expert tensor parallelism say.
+        num_experts: how many of those there are; 0 in a dense layer.
     """
 
     cut: int
     whole: int
+    expert: int = 0
+    num_experts: int = 0
 
 
 def rules_of(arch: ModelArchitecture) -> tuple[Rule, ...]:
@@ -29,27 +33,54 @@ def rules_of(arch: ModelArchitecture) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if not (arch.tied_embeddings and rule.megatron == family.head))
 
 
-def tensors_of(arch: ModelArchitecture) -> list[tuple[Rule, int | None]]:
-    """Every tensor of the model as (rule, layer), layer None outside the layers, in the order a checkpoint is written."""
+def tensors_of(arch: ModelArchitecture) -> list[tuple[Rule, Place]]:
+    """Every tensor of the model and where it stands, in the order a checkpoint is written."""
     rules = rules_of(arch)
     first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
-    layer_rules = [rule for rule in rules if rule.per_layer]
     before = [rule for rule in rules[:first_layer_rule] if not rule.per_layer]
     after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
-    tensors: list[tuple[Rule, int | None]] = [(rule, None) for rule in before]
-    tensors += [(rule, layer) for layer in range(arch.num_layers) for rule in layer_rules if arch.has(rule.only_with, layer)]
-    return tensors + [(rule, None) for rule in after]
+    tensors = [(rule, Place()) for rule in before]
+    for layer in range(arch.num_layers):
+        tensors += _tensors_of_layer([rule for rule in rules if rule.per_layer and arch.has(rule.only_with, layer)], arch, layer)
+    return tensors + [(rule, Place()) for rule in after]
+
+
+def _tensors_of_layer(rules: list[Rule], arch: ModelArchitecture, layer: int) -> list[tuple[Rule, Place]]:
+    experts = range(arch.experts.num_experts) if arch.experts else ()
+    # All of one expert stand together where the first of its rules does.
+    of_experts = [rule for rule in rules if rule.per_expert]
+    tensors: list[tuple[Rule, Place]] = []
+    for rule in rules:
+        if not rule.per_expert:
+            tensors.append((rule, Place(layer)))
+        elif rule is of_experts[0]:
+            tensors += [(rule, Place(layer, expert)) for expert in experts for rule in of_experts]
+    return tensors
+
+
+def ffn_channels(rule: Rule, arch: ModelArchitecture) -> int:
+    """Channels between the matrices of the MLP that a rule's tensor belongs to: a layer's own, an expert, the shared experts."""
+    if arch.experts is not None and rule.per_expert:
+        return arch.experts.ffn_hidden_size
+    if arch.experts is not None and rule.of_shared_experts:
+        return arch.experts.shared_ffn_hidden_size
+    return arch.ffn_hidden_size
 
 
 def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...], ...]:
     """Shapes of the Hugging Face tensors of a rule."""
-    hidden, ffn, query_rows, key_rows = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.key_size
+    hidden, ffn, query_rows, key_rows = arch.hidden_size, ffn_channels(rule, arch), arch.query_size, arch.key_size
     inputs = () if rule.is_bias else (hidden,)
     match rule.layout:
         case Layout.WHOLE:
             return ((hidden,),)
         case Layout.HEAD:
             return ((arch.kv_channels,),)
+        case Layout.EXPERTS:
+            assert arch.experts is not None
+            return ((arch.experts.num_experts, *inputs),)
+        case Layout.GATE:
+            return ((1, hidden),)
         case Layout.QUERIES:
             return ((query_rows,),)
         case Layout.KEYS:
@@ -73,17 +104,24 @@ def megatron_shape(rule: Rule, arch: ModelArchitecture) -> tuple[int, ...]:
 
 
 def num_parameters(arch: ModelArchitecture) -> int:
-    """Numbers in the model's weights, without padding of the vocabulary."""
+    """Numbers in the model's weights, all experts among them, without padding of the vocabulary."""
     return sum(math.prod(megatron_shape(rule, arch)) for rule, _ in tensors_of(arch))
 
 
 def layer_parameters(arch: ModelArchitecture, layer: int) -> Parameters:
     """Numbers in the weights of ``layer`` (counted from 0)."""
-    counts = [0, 0]
+    cut = whole = expert = 0
     for rule in rules_of(arch):
-        if rule.per_layer and arch.has(rule.only_with, layer):
-            counts[not rule.is_cut] += math.prod(megatron_shape(rule, arch))
-    return Parameters(*counts)
+        if not (rule.per_layer and arch.has(rule.only_with, layer)):
+            continue
+        count = math.prod(megatron_shape(rule, arch))
+        if rule.per_expert:
+            expert += count
+        elif rule.is_cut:
+            cut += count
+        else:
+            whole += count
+    return Parameters(cut, whole, expert, arch.experts.num_experts if arch.experts and expert else 0)
 
 
 def _joined(rule: Rule, *parts: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

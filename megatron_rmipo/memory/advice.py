@@ -152,7 +152,7 @@ def _measures(
             model={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         )
     ranks = config.parallel.tensor_model_parallel_size * dp_size
-    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size, ranks)
+    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, *arch.mlp_widths, ranks)
     divisors = [size for size in range(config.parallel.tensor_model_parallel_size + 1, shared + 1) if shared % size == 0]
     larger = [size for size in divisors if not any(fp8_width_problems(config.model, arch, size))]
     if larger:

@@ -15,13 +15,15 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.schema import Config, ExpertsConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import ScoreRules
+from megatron_rmipo.model.experts import expert_layer, expert_settings
 from megatron_rmipo.model.norms import RMSNorm, WholeNorm
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.residual import place_norms
@@ -106,6 +108,7 @@ def transformer_config(
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
     recompute_num_layers: int | None = None,
+    experts: ExpertsConfig | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
     """Megatron's TransformerConfig of a model of the Llama kind, for packed rows of varying length.
@@ -120,10 +123,11 @@ def transformer_config(
         fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
         sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
         recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
+        experts: how tokens reach experts, and what is done about their load, in a model that has them.
         **overrides: further TransformerConfig fields.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and absent.
+        ConfigError: Transformer Engine is asked for and absent, or the model's router is not built.
     """
     on_gpu, use_te = torch.cuda.is_available(), _uses_transformer_engine(transformer_impl, fp8_format)
     settings: dict[str, Any] = {
@@ -174,6 +178,7 @@ def transformer_config(
     if fp8_format is not None:
         # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
         settings.update(fp8=fp8_format, fp8_recipe=fp8_recipe or "delayed", tp_only_amax_red=True)
+    settings.update(expert_settings(arch, groups, experts or ExpertsConfig()))
     return TransformerConfig(**{**settings, **overrides})
 
 
@@ -238,9 +243,9 @@ def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_ba
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm), TENorm
     else:
-        layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         if arch.qk_norm:
@@ -250,7 +255,11 @@ def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_ba
     attention = layer.submodules.self_attention
     attention.module = Attention
     attention.params = {**attention.params, "arch": arch, "backend": attention_backend}
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
+    sparse = expert_layer(layer, arch, config, norm) if arch.experts else layer
+    first = get_transformer_layer_offset(config)
+    layers = range(first, first + get_num_layers_to_build(config))
+    specs = [sparse if arch.has("expert_layers", number) else layer for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
 def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
@@ -266,6 +275,7 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         recompute_granularity=config.model.recompute_granularity,
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
+        experts=config.experts,
     )
     return build_policy(
         arch,

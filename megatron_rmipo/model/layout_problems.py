@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_rmipo.config.flag_problems import parallel_problems, recompute_problems, refuse
+from megatron_rmipo.config.flag_problems import expert_problems, parallel_problems, recompute_problems, refuse
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
+from megatron_rmipo.model.expert_problems import expert_kernel_problems, expert_layout_problems
 from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
 from megatron_rmipo.torchrun import read_launch
 
@@ -28,7 +29,12 @@ def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, wo
         training=dataclasses.replace(config.training, global_batch_size=world_size),
         model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None),
     )
-    flags = [*parallel_problems(config), *recompute_problems(config.model), *machine_problems(config)]
+    flags = [
+        *parallel_problems(config),
+        *recompute_problems(config.model),
+        *expert_problems(config.experts),
+        *machine_problems(config),
+    ]
     refuse([*flags, *layout_problems(config, architecture, world_size)])
 
 
@@ -36,6 +42,7 @@ def machine_problems(config: Config) -> Iterator[str]:
     """What this machine, its devices and what is installed for them, cannot do."""
     yield from _device_problems(config)
     yield from transformer_engine_problems(config.model)
+    yield from expert_kernel_problems(config.experts, config.model)
 
 
 def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) -> Iterator[str]:
@@ -43,12 +50,13 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
     tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     if tensor < 1 or pipeline < 1:
         return
-    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)
+    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, *arch.mlp_widths)
     works = _divisors(shared)
     if tensor not in works:
+        mlps = "".join(f" and {width} MLP channels" for width in arch.mlp_widths)
         yield (
             f"--tensor-model-parallel-size {tensor} does not divide the model's {arch.num_attention_heads} attention heads, "
-            f"{arch.num_query_groups} key/value heads and {arch.ffn_hidden_size} MLP channels alike; would work: {_list(works)}"
+            f"{arch.num_query_groups} key/value heads{mlps} alike; would work: {_list(works)}"
         )
     if arch.num_layers % pipeline:
         yield (
@@ -84,6 +92,7 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         )
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)
+    yield from expert_layout_problems(config, arch, world_size)
     layers = arch.num_layers // pipeline
     if config.model.recompute_num_layers is not None and config.model.recompute_num_layers > layers:
         yield (

@@ -43,17 +43,21 @@ class LogprobHead(ColumnParallelLinear):
     def forward(
         self,
         hidden: Tensor,
-        target: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
         *,
-        weight: Tensor | None,
-        options: ScoringOptions,
+        target: Tensor | None = None,
+        options: ScoringOptions | None = None,
         reference: ReferenceHead | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
         With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.head_logprobs`. The gradient of ``hidden`` is left
-        unreduced under sequence parallelism: the gather before it reduce-scatters.
+        unreduced under sequence parallelism: the gather before it reduce-scatters. Without targets it is Megatron's own call.
         """
+        if target is None:
+            return super().forward(hidden, weight, runtime_gather_output)
+        assert options is not None
         own_weight = self.weight if weight is None else weight
         logprobs = head_logprobs(
             hidden,
@@ -87,18 +91,21 @@ def score_row(
     *,
     options: ScoringOptions,
     reference: ReferenceHead | None = None,
+    uncounted: Tensor | None = None,
 ) -> Tensor:
     """Run a stage of a model over one packed row. Every tensor-parallel rank of the stage calls it together.
 
     Args:
         model: this rank's part of the model, not wrapped, with packed attention (see
-            :mod:`megatron_rmipo.model.attention.packed`) in its layers and a :class:`LogprobHead`.
+            :mod:`megatron_rmipo.model.attention.packed`) in its layers and a :class:`LogprobHead`: our own, or one that
+            :func:`megatron_rmipo.model.adopt.adopt_model` made so.
         token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
         source: int64 ``[N]``, the token whose hidden state predicts.
         target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
         options: vocabulary, chunks, and what logits are.
         reference: on the last stage: score the targets under mixtures with a reference model, too.
+        uncounted: bool ``[T]``: tokens that experts' routers leave out of their statistics and losses; None for none.
 
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
@@ -106,7 +113,14 @@ def score_row(
         ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
     """
     hidden = model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None
-    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=model.rotary_pos_emb(position_ids))
+    # Models without rotary embeddings have no such part.
+    rotary, further = getattr(model, "rotary_pos_emb", None), {}
+    angles = None if rotary is None else rotary(position_ids)
+    if uncounted is not None:
+        tp_group = model.pg_collection.tp
+        shards, rank = (tp_group.size(), tp_group.rank()) if model.config.sequence_parallel else (1, 0)
+        further["padding_mask"] = uncounted.chunk(shards)[rank][:, None]
+    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=angles, **further)
     assert isinstance(hidden, Tensor)
     if not model.post_process:
         return hidden
@@ -116,5 +130,5 @@ def score_row(
     if target is None:
         return scored
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    logprobs: Tensor = model.output_layer(scored, target, weight=weight, options=options, reference=reference)
+    logprobs: Tensor = model.output_layer(scored, weight, target=target, options=options, reference=reference)
     return logprobs

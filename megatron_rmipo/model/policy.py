@@ -57,10 +57,11 @@ class PolicyModel(GPTModel):
         source: Tensor,
         target: Tensor | None,
         reference: ReferenceHead | None = None,
+        uncounted: Tensor | None = None,
     ) -> Tensor:
         """Run this stage over one packed row: :func:`megatron_rmipo.model.packed_model.score_row`."""
-        options = self.scoring_options
-        return score_row(self, token_ids, position_ids, segments, source, target, options=options, reference=reference)
+        further: dict[str, Any] = {"options": self.scoring_options, "reference": reference, "uncounted": uncounted}
+        return score_row(self, token_ids, position_ids, segments, source, target, **further)
 
     def head_weight(self) -> Tensor:
         """``[V_padded / tp, H]``: this rank's rows of the output layer, tied or not. On the last stage alone."""

@@ -9,6 +9,7 @@ from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
+from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.transformer_engine import fp8_multiple
 from megatron_rmipo.objectives.base import LogpNeeds
@@ -23,6 +24,7 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         cost=forward_cost_model(arch),
         share_prompts=config.model.share_prompts,
+        equal_packs=arch.experts is not None and experts_cross_replicas(parallel),
         multiple_of=_row_multiple(
             config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         ),

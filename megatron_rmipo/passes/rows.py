@@ -102,7 +102,9 @@ def _on_device(row: PackedRow) -> PackedRow:
 
 
 def _output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | None, *, scores: bool) -> Tensor:
-    extra = {} if reference is None else {"reference": reference}
+    extra: dict[str, Any] = {} if reference is None else {"reference": reference}
+    if getattr(model.config, "num_moe_experts", None):
+        extra["uncounted"] = _uncounted(row)
     output: Tensor = model(
         token_ids=row.token_ids,
         position_ids=row.position_ids,
@@ -112,6 +114,12 @@ def _output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | N
         **extra,
     )
     return output
+
+
+def _uncounted(row: PackedRow) -> Tensor:
+    """Which tokens of a row stand for nothing: padding, and all of a filler; bool ``[T]`` on the row's device."""
+    places = torch.arange(row.num_tokens, device=row.token_ids.device)
+    return (places >= row.num_tokens - row.num_padding) | (row.pair_numbers < 0).all()
 
 
 def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Tensor, non_loss_data: bool) -> Any:

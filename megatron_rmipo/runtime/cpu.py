@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -54,6 +56,10 @@ class _InertStream:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _inert_function()
+
+    def record_event(self, event: Any = None) -> _InertStream:
+        """An event that has happened."""
+        return _InertStream()
 
     def __enter__(self) -> None:
         return None
@@ -105,6 +111,8 @@ def install_cpu_runtime() -> bool:
     module_class: Any = torch.nn.Module
     module_class.cuda = lambda self, *args, **kwargs: self
     _patch_megatron_random()
+    _patch_megatron_dispatcher()
+    _patch_megatron_uneven_collectives()
     # Entered once for the life of the process: Megatron-Core creates its tensors from many places.
     mode: Any = _CudaMeansCpu()
     mode.__enter__()
@@ -128,3 +136,46 @@ def _patch_megatron_random() -> None:
 
     module._get_cuda_rng_state = get_state
     module._set_cuda_rng_state = set_state
+
+
+def _patch_megatron_dispatcher() -> None:
+    # Of a tensor that never was on a GPU it leaves out the second half of its work.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    module: Any = token_dispatcher
+    module.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _patch_megatron_uneven_collectives() -> None:
+    # gloo gathers and scatters equal parts alone; tensor-parallel ranks of experts hold as many tokens as happen to go there.
+    from megatron.core.tensor_parallel import mappings
+
+    module: Any = mappings
+    gather_even, scatter_even = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather_even)
+    def gather(part: Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            gathered: Tensor = gather_even(part, group, None, use_global_buffer)
+            return gathered
+        longest = max(output_split_sizes)
+        padded = torch.cat([part, part.new_zeros(longest - part.shape[0], *part.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([one[:size] for one, size in zip(parts, output_split_sizes, strict=True)])
+
+    @functools.wraps(scatter_even)
+    def scatter(whole: Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            scattered: Tensor = scatter_even(whole, group, None, use_global_buffer)
+            return scattered
+        total = whole.clone()
+        dist.all_reduce(total, group=group)
+        parts: Any = torch.split(total, input_split_sizes)
+        own: Tensor = parts[group.rank()].clone()
+        return own
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather, scatter

@@ -132,7 +132,8 @@ def initialize_runtime(
         rendezvous: where the ranks have met; by default they meet now.
 
     Raises:
-        ConfigError: the world size is not a multiple of TP x PP, or torchrun's environment is incomplete.
+        ConfigError: the world size is not a multiple of TP x PP, or of EP x expert TP x PP, or torchrun's environment is
+            incomplete.
         RmipoError: a rank did not come.
     """
     hide_deprecation_banners()
@@ -146,6 +147,12 @@ def initialize_runtime(
             f"--tensor-model-parallel-size {tensor_model_parallel_size} x --pipeline-model-parallel-size "
             f"{pipeline_model_parallel_size} needs a number of ranks that is a multiple of {model_ranks}, but there are "
             f"{world_size}. Start {model_ranks * max(1, world_size // model_ranks)} ranks with torchrun --nproc-per-node."
+        )
+    expert_ranks = expert_model_parallel_size * (expert_tensor_parallel_size or tensor_model_parallel_size)
+    if world_size // pipeline_model_parallel_size % expert_ranks:
+        raise ConfigError(
+            f"--expert-model-parallel-size {expert_model_parallel_size}: experts over {expert_ranks} ranks do not divide the "
+            f"{world_size // pipeline_model_parallel_size} ranks of a pipeline stage."
         )
     # From here on a rank that fails does so in a collective, for the others too.
     store = rendezvous.connect()

@@ -15,7 +15,15 @@ from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
-from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, LoggingConfig, ModelConfig, ParallelConfig
+from megatron_rmipo.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ExpertsConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.mismatch import MismatchedStore
@@ -67,10 +75,19 @@ _FIELDS: dict[type, Sequence[str]] = {
         "share_prompts",
         "logprob_chunk_size",
     ),
+    ExpertsConfig: (
+        "moe_router_dtype",
+        "moe_token_dispatcher_type",
+        "moe_flex_dispatcher_backend",
+        "moe_grouped_gemm",
+        "moe_permute_fusion",
+    ),
     DataConfig: ("tokens_per_microbatch",),
     ParallelConfig: (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
         "sequence_parallel",
         "distributed_backend",
         "distributed_timeout_minutes",
@@ -113,6 +130,8 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         rendezvous=rendezvous,

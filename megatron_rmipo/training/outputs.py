@@ -124,18 +124,16 @@ def save_hf(
     stopped = False
     with stop:
         try:
-            if groups.dp_rank == 0:
-                is_kept = config.checkpoint.save is not None
-                export_hf(
-                    state.policy,
-                    source.arch,
-                    source.assets,
-                    Path(config.checkpoint.save_hf),
-                    dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
-                    tp_group=groups.tp,
-                    pp_group=groups.pp,
-                    before_each=partial(stop.check, "", groups.mp) if is_kept else lambda: None,
-                )
+            is_kept = config.checkpoint.save is not None
+            export_hf(
+                state.policy,
+                source.arch,
+                source.assets,
+                Path(config.checkpoint.save_hf),
+                dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
+                groups=groups,
+                before_each=partial(stop.check, "", groups.world) if is_kept else lambda: None,
+            )
         except RunStopped:
             stopped = True
 
@@ -143,7 +141,6 @@ def save_hf(
             name = config.checkpoint.save_hf
             return f"before the export to {name} was complete. {where_it_stands(config, progress)}" if stopped else ""
 
-        # The other replicas wait for it here.
         text = on_first_rank(groups.world, end)
     if text:
         raise RunStopped(text)

@@ -33,6 +33,19 @@ YARN_ROPE = {
     "beta_slow": 0.5,
     "truncate": False,
 }
+LOCAL_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 30000.0, "factor": 8.0},
+    "sliding_attention": LOCAL_ROPE,
+}
+# Of ropes by type, transformers truncates whatever they say.
+OLMO3_ROPES = {
+    "full_attention": {name: value for name, value in YARN_ROPE.items() if name != "truncate"},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+# Not as transformers would have them where none are listed.
+MIXED_LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+SMALL_CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -72,28 +85,42 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_yarn": ("llama", {"rope_parameters": YARN_ROPE, **SMALL}),
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
+    # With a window in the second stage's layers and the last of the first, shorter than most prompts and responses.
+    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
+    "mistral": ("mistral", {"sliding_window": 7, "head_dim": 12, "rope_theta": 10000.0}),
+    "olmo2": ("olmo2", {"bos_token_id": None}),
+    "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {"rope_parameters": OLMO3_ROPES, "sliding_window": 5, "initializer_range": 0.2}),
+    "olmo3_tied": ("olmo3", {"tie_word_embeddings": True, "sliding_window": 5, "layer_types": MIXED_LAYERS}),
+    "gemma": ("gemma", {"head_dim": 20, "attention_bias": True}),
+    "gemma_untied": ("gemma", {"head_dim": 10, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"head_dim": 20, "query_pre_attn_scalar": 30, "sliding_window": 5, **SMALL_CAPS}),
+    "gemma2_untied": ("gemma2", {"head_dim": 10, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 20, "sliding_window": 5, "layer_types": MIXED_LAYERS, "rope_parameters": GEMMA3_ROPES},
+    ),
+    "gemma3_untied": ("gemma3_text", {"head_dim": 10, "tie_word_embeddings": False, "final_logit_softcapping": 9.0}),
     # Windows where no rotary embeddings are, as where the config lists neither.
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 30, **NO_PAD}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 6, **NO_PAD}),
     "smollm3_untied": ("smollm3", {"no_rope_layer_interval": 3, "tie_word_embeddings": False, "attention_bias": True, **NO_PAD}),
-    "phi3": ("phi3", {"sliding_window": 30, "head_dim": 12, **NO_PAD}),
+    "phi3": ("phi3", {"sliding_window": 6, "head_dim": 12, **NO_PAD}),
     # As Phi-4-mini: six of eight channels of a head are turned.
     "phi4_mini": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128, **TIED, **NO_PAD}),
     "ministral": (
         "ministral",
-        {"sliding_window": 30, "layer_types": MIXED, "head_dim": 12, "rope_parameters": YARN_ROPE, **SMALL},
+        {"sliding_window": 6, "layer_types": MIXED, "head_dim": 12, "rope_parameters": YARN_ROPE, **SMALL},
     ),
     "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
-    "olmo2": ("olmo2", {"bos_token_id": None}),
-    "olmo2_tied": ("olmo2", {"attention_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}),
-    "gemma": ("gemma", {"head_dim": 20, "attention_bias": True}),
-    "gemma_untied": ("gemma", {"head_dim": 10, "tie_word_embeddings": False}),
     "granite": ("granite", {**GRANITE, **TIED, "rope_parameters": YARN_ROPE}),
     "granite_untied": ("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
-    "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
 }
 KINDS = tuple(_KINDS)
+# Those with mixtures of experts.
+SPARSE_KINDS = ("mixtral",)
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:

@@ -128,25 +128,11 @@ NEMO = {
     **{"hidden_size": 5120, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 40},
     **{"num_key_value_heads": 8, "max_position_embeddings": 1024000, "vocab_size": 131072},
 }
-OLMO2_7B: dict[str, Any] = {
-    **{"architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"},
-    **{"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
-    **{"num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_scaling": None},
-    **{"rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32", "vocab_size": 100352},
-}
-GEMMA_2B: dict[str, Any] = {
-    **{"architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "head_dim": 256},
-    **{"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2048, "intermediate_size": 16384},
-    **{"max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},
-    **{"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16", "vocab_size": 256000},
-}
 PUBLISHED = [
     (QWEN25_7B, 7_615_616_512),
     (QWEN25_05B, 494_032_768),
     (QWEN3_06B, 596_049_920),
     (NEMO, 12_247_782_400),
-    (OLMO2_7B, 7_298_617_344),
-    (GEMMA_2B, 2_506_172_416),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rmipo.data.store.collection import PairCollection
@@ -150,7 +152,7 @@ class DenseProblem:
         self.model.zero_grad()
         loss.backward(retain_graph=True)
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        return float(loss.detach()), gradients, output.metrics
+        return float(loss.detach()), _as_stored(self.model, gradients), output.metrics
 
     def _further_fields(self, objective: Objective) -> dict[str, Tensor]:
         needs, fields = objective.needs, {}
@@ -195,7 +197,18 @@ class DenseProblem:
         return total
 
 
+def _as_stored(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by the names of its checkpoints, which hold experts apart that transformers computes as one tensor."""
+    if not any(".experts." in name for name in tensors):
+        return tensors
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=tensors)
+        return {name: tensor for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def _dense_model(hf_dir: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float64, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )

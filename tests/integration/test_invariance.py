@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.objectives.registry import build_objective
@@ -21,40 +22,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
-    "qwen3": {"model_type": "qwen3", "head_dim": 20},
-    "olmo2": {"model_type": "olmo2", "attention_bias": True},
-    "gemma": {"model_type": "gemma", "head_dim": 20},
-    # Twice as long as its original context at most.
-    "yarn": {
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
-        "head_dim": 20,
-    },
-    # With a window in the second stage's layers and the last of the first, shorter than most prompts and responses.
-    "qwen2": {
-        "model_type": "qwen2",
-        "tie_word_embeddings": True,
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 1,
-    },
-    # Windows in the layers without rotary embeddings, one of each stage's.
-    "smollm3": {
-        **{"model_type": "smollm3", "pad_token_id": None, "no_rope_layer_interval": 2},
-        **{"use_sliding_window": True, "sliding_window": 6},
-    },
-    "granite": {
-        **{"model_type": "granite", "tie_word_embeddings": True, "embedding_multiplier": 6.0, "attention_multiplier": 0.2},
-        **{"residual_multiplier": 0.6, "logits_scaling": 1.5},
-    },
-    # Half of a head is turned, and what is turned is larger.
-    "phi3": {
-        **{"model_type": "phi3", "pad_token_id": None, "original_max_position_embeddings": 64},
-        "rope_parameters": {
-            **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            **{"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]},
-        },
-    },
-    "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 20},
 }
 WORLDS = {
     1: [
@@ -69,13 +36,8 @@ WORLDS = {
         Case("sft", objective="sft", tokens_per_microbatch=120),
         Case("one pair a pack, tied", model="tied", tokens_per_microbatch=48),
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
-        Case("prompts not shared, mistral", model="mistral", share_prompts=False, tokens_per_microbatch=200),
     ],
     2: [
-        Case("TP 2, sequence parallel, phi3", model="phi3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
-        Case("PP 2, granite", model="granite", pp=2, recompute="full", tokens_per_microbatch=120),
-        Case("PP 2, smollm3", model="smollm3", pp=2, tokens_per_microbatch=120),
-        Case("TP 2, yarn", model="yarn", tp=2, tokens_per_microbatch=200),
         Case("TP 2", tp=2, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("TP 2, sequence parallel, recomputation", tp=2, sequence_parallel=True, recompute="full"),
@@ -91,17 +53,6 @@ WORLDS = {
         Case("TP 2, tied", model="tied", tp=2, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("TP 2, biased attention", model="biased attention", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
-        Case("TP 2, qwen3", model="qwen3", tp=2, tokens_per_microbatch=200),
-        Case("TP 2, sequence parallel, qwen3", model="qwen3", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
-        Case("PP 2, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
-        Case("TP 2, sequence parallel, olmo2", model="olmo2", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
-        Case("PP 2, olmo2", model="olmo2", pp=2, tokens_per_microbatch=120),
-        Case("TP 2, sequence parallel, gemma", model="gemma", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
-        Case("PP 2, gemma", model="gemma", pp=2, tokens_per_microbatch=120),
-        Case("TP 2, qwen2", model="qwen2", tp=2, tokens_per_microbatch=200),
-        Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
-        Case("TP 2, mistral", model="mistral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
-        Case("PP 2, mistral", model="mistral", pp=2, recompute="full", tokens_per_microbatch=120),
     ],
     4: [
         Case("TP 2 x PP 2", tp=2, pp=2, tokens_per_microbatch=120),
@@ -114,8 +65,9 @@ WORLDS = {
 }
 
 
-def check(case: Case, result: dict[str, Any], answers: dict[str, Any]) -> None:
-    loss, gradients, metrics = answers[_question(case)]
+def check(case: Case, result: dict[str, Any], answer: tuple[float, dict[str, Tensor], dict[str, Tensor]]) -> None:
+    """Compare loss, metrics and gradients of a case with the dense ones."""
+    loss, gradients, metrics = answer
     assert result["loss"] == pytest.approx(loss, rel=1e-5), case.name
     for name, values in metrics.items():
         found = result["metrics"][name]
@@ -146,7 +98,7 @@ def run_and_check(cases: list[Case], world_size: int, pairs: list[TokenizedPair]
             answers[_question(case)] = problems[case.model].answer(build_objective(case.objective, case.options))
     results = run_distributed(run_cases, world_size, cases, str(folder), collection(pairs))[0]
     for case, result in zip(cases, results, strict=True):
-        check(case, result, answers)
+        check(case, result, answers[_question(case)])
     return results
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
@@ -39,6 +41,8 @@ class Case:
     name: str
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
     tokens_per_microbatch: int = 10_000
     share_prompts: bool = True
@@ -49,14 +53,22 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
 
+    def layout(self) -> dict[str, int | None]:
+        """What the process groups are made of."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
+
     def config(self) -> Config:
         recompute: dict[str, Any] = {"recompute_granularity": self.recompute}
         if self.recompute == "full":
             recompute.update(recompute_method="uniform", recompute_num_layers=1)
         return Config(
             parallel=ParallelConfig(
-                tensor_model_parallel_size=self.tp,
-                pipeline_model_parallel_size=self.pp,
+                **self.layout(),  # type: ignore[arg-type]
                 sequence_parallel=self.sequence_parallel,
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
@@ -71,7 +83,7 @@ def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: in
     """The policy with the Hugging Face weights, wrapped for training."""
     arch = read_architecture(hf_dir)
     policy = build_model(arch, case.config(), groups)
-    load_hf_weights(policy, hf_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(policy, hf_dir, arch, groups=groups)
     return build_training_state(policy, case.config(), groups, train_iters=train_iters)
 
 
@@ -88,6 +100,7 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         bos_token_id=BOS,
         columns=needs.columns,
         multiple_of=case.tp if case.sequence_parallel else 1,
+        equal_packs=experts_cross_replicas(case.config().parallel),
     )
     return BatchBuilder(pairs, layout)
 
@@ -96,7 +109,7 @@ def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> P
     """The frozen reference at the case's layout."""
     arch = read_architecture(reference_dir)
     reference = build_model(arch, case.config(), groups)
-    load_hf_weights(reference, reference_dir, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(reference, reference_dir, arch, groups=groups)
     return reference.requires_grad_(False).eval()
 
 
@@ -166,13 +179,11 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
     """Gradients as if they were weights of a Hugging Face checkpoint: the exporter puts shards and stages together."""
     for parameter in state.policy.parameters():
         parameter.data = parameter.main_grad.to(torch.float32)  # type: ignore[attr-defined]
-    if groups.dp_rank != 0:
-        return None
     folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder, src=0, group=groups.mp)
+    dist.broadcast_object_list(folder, src=0)
     out = Path(folder[0]) / "gradients"
     arch = state.policy.architecture
-    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, tp_group=groups.tp, pp_group=groups.pp)
+    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, groups=groups)
     if groups.rank != 0:
         return None
     gradients = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -186,19 +197,35 @@ def end_case() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[dict[str, Any] | None]:
-    """Several cases one after the other in one set of processes, which are slow to start.
+Result = dict[str, Any] | None
+
+
+def run_cases(cases: list[Case], folder: str, pairs: PairCollection) -> list[Result]:
+    """Loss and gradients of several cases.
 
     ``folder`` has each case's model and its reference in ``NAME/model`` and ``NAME/reference``.
     """
-    results: list[dict[str, Any] | None] = [None] * len(cases)
-    layout_of = lambda number: (cases[number].tp, cases[number].pp)  # noqa: E731
+    scores: dict[tuple[str, str], ReferenceScores] = {}
+
+    def compute(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> Result:
+        reference = f"{folder}/{case.model}/reference"
+        known = scores.setdefault((case.model, str(case.layout())), ReferenceScores(reference, groups))
+        return loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, known)
+
+    return run_at_layouts(compute, cases, folder, pairs)
+
+
+def run_at_layouts(
+    compute: Callable[[Case, str, PairCollection, ProcessGroups], Result], cases: list[Case], folder: str, pairs: PairCollection
+) -> list[Result]:
+    """What ``compute`` gives for each case, one after the other in one set of processes, which are slow to start."""
+    results: list[Result] = [None] * len(cases)
+    layout_of = lambda number: str(cases[number].layout())  # noqa: E731
     # Layout by layout: gloo keeps the threads of every group that was ever made, and they keep a small machine busy.
-    for layout, numbers in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
-        groups = initialize_runtime(*layout)
-        scores = {case.model: ReferenceScores(f"{folder}/{case.model}/reference", groups) for case in cases}
+    for _, same in itertools.groupby(sorted(range(len(cases)), key=layout_of), key=layout_of):
+        numbers = list(same)
+        groups = initialize_runtime(**cases[numbers[0]].layout())
         for number in numbers:
-            case = cases[number]
-            results[number] = loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, scores[case.model])
+            results[number] = compute(cases[number], folder, pairs, groups)
         end_case()
     return results

@@ -100,7 +100,7 @@ def replay_on_this_rank(directory: str, layout: Layout) -> dict[str, Any]:
     arch = read_architecture(source / "model")
     config = config_of(expected, layout)
     policy = build_model(arch, config, groups)
-    load_hf_weights(policy, source / "model", arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    load_hf_weights(policy, source / "model", arch, groups=groups)
     state = build_training_state(policy, config, groups, train_iters=len(expected["steps"]))
     objective = objective_of(expected)
     needs = objective.needs
@@ -130,7 +130,7 @@ def replay_on_this_rank(directory: str, layout: Layout) -> dict[str, Any]:
         out = [tempfile.mkdtemp()]
         dist.broadcast_object_list(out, src=0, group=groups.mp)
         final = Path(out[0]) / "final"
-        export_hf(policy, arch, source / "model", final, dtype=torch.float32, tp_group=groups.tp, pp_group=groups.pp)
+        export_hf(policy, arch, source / "model", final, dtype=torch.float32, groups=groups)
         if groups.rank == 0:
             tensors = {name: tensor.double() for path in final.glob("*.safetensors") for name, tensor in load_file(path).items()}
             weights = {name: {"l2": tensor.norm().item(), "sum": tensor.sum().item()} for name, tensor in tensors.items()}

@@ -5,7 +5,7 @@ import torch
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import LongRopeScaling, ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import Experts, LongRopeScaling, ModelArchitecture, Rope
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -21,6 +21,9 @@ ARCH = ModelArchitecture(
     max_position_embeddings=2048,
     ropes=(Rope(1e4),),
     layernorm_epsilon=1e-5,
+)
+SPARSE = dataclasses.replace(
+    ARCH, experts=Experts(num_experts=12, per_token=2, ffn_hidden_size=40, dense_layers=frozenset({0}), shared_ffn_hidden_size=80)
 )
 BASE = ("--data-path", "A", "--load-hf", "M")
 
@@ -176,6 +179,62 @@ def test_rotary_embeddings_that_depend_on_the_length_must_not() -> None:
     assert "--seq-length 701 is longer than the model's original context of 700 tokens, beyond which its rotary" in words
     assert "up to 700 would work" in words
     assert "up to 700 would work" in refusal("--seq-length", "2049", architecture=long)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size"),
+    [
+        (("--expert-model-parallel-size", "6"), 12),
+        (("--expert-model-parallel-size", "4", "--pipeline-model-parallel-size", "3"), 12),
+        (("--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"), 4),
+        (
+            (
+                *("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+                *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            ),
+            2,
+        ),
+        (("--moe-aux-loss-coeff", "0.01", "--moe-z-loss-coeff", "0.001", "--moe-router-dtype", "fp64"), 1),
+    ],
+)
+def test_layouts_of_experts_that_work_are_let_through(argv: tuple[str, ...], world_size: int) -> None:
+    validate(config_of(*argv), SPARSE, world_size)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "words"),
+    [
+        (("--expert-model-parallel-size", "8"), 8, ["8 does not divide the model's 12 experts", "1, 2, 3, 4, 6, 12"]),
+        (("--expert-model-parallel-size", "0"), 1, ["--expert-model-parallel-size 0", "at least 1"]),
+        (
+            ("--expert-tensor-parallel-size", "3"),
+            3,
+            ["--expert-tensor-parallel-size 3", "40 channels", "1, 2, 4, 5, 8, 10, 20, 40"],
+        ),
+        (("--expert-model-parallel-size", "4"), 6, ["EP 4 x expert TP 1, 4 ranks", "the 6 ranks", "multiple of 4", "1, 2, 3, 6"]),
+        (("--tensor-model-parallel-size", "2"), 2, ["needs --sequence-parallel"]),
+        (
+            ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "1"),
+            1,
+            ["--recompute-method block", "uniform would work"],
+        ),
+        (("--moe-router-bias-update-rate", "0.1"), 1, ["--moe-router-bias-update-rate", "no score biases"]),
+        (("--moe-aux-loss-coeff", "-1"), 1, ["--moe-aux-loss-coeff -1", "at least 0"]),
+        (("--moe-flex-dispatcher-backend", "deepep"), 1, ["does nothing without --moe-token-dispatcher-type flex"]),
+        (("--moe-token-dispatcher-type", "flex"), 1, ["needs CUDA", "alltoall would work"]),
+        (("--moe-grouped-gemm",), 1, ["--moe-grouped-gemm: Transformer Engine is not installed"]),
+        (("--moe-permute-fusion",), 1, ["--moe-permute-fusion: Transformer Engine is not installed"]),
+    ],
+)
+def test_what_experts_cannot_work_with_is_refused(argv: tuple[str, ...], world_size: int, words: list[str]) -> None:
+    message = refusal(*argv, world_size=world_size, architecture=SPARSE)
+    assert all(word in message for word in words), message
+    assert message.count("\n") == 1, message
+
+
+def test_flags_of_experts_are_refused_for_a_model_without() -> None:
+    message = refusal("--expert-model-parallel-size", "2", "--moe-aux-loss-coeff", "0.1", world_size=2)
+    assert "--expert-model-parallel-size, --moe-aux-loss-coeff: this model has no experts; leave them out" in message
 
 
 def test_soft_caps_are_not_for_transformer_engine() -> None:

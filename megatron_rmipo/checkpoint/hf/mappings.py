@@ -12,9 +12,12 @@ from collections.abc import Iterable
 
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.base import Layout, Place, Rule
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import source_shapes, tensors_of
+
+# A tensor by its Megatron name and where it stands.
+TensorId = tuple[str, Place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,25 +29,38 @@ class Segment:
     rows: int
 
 
-# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them. Those
-# behind a linear stand in the sum that follows it.
-LOCAL_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "self_attn_bda.post_layernorm.weight": "self_attention.linear_proj.post_layernorm.weight",
-    "mlp_bda.post_layernorm.weight": "mlp.linear_fc2.post_layernorm.weight",
+# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them, where
+# one takes their output. Those behind a linear stand in the sum that follows it.
+_LOCAL_NAMES = {
+    "decoder.layers.input_layernorm.weight": "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+    "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+    "decoder.layers.self_attn_bda.post_layernorm.weight": "decoder.layers.self_attention.linear_proj.post_layernorm.weight",
+    "decoder.layers.mlp_bda.post_layernorm.weight": "decoder.layers.mlp.linear_fc2.post_layernorm.weight",
 }
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# Experts one by one, and all of a rank in one grouped linear layer.
+_EXPERT_NAMES = (
+    re.compile(r"(?P<before>mlp\.experts\.)local_experts\.(?P<expert>\d+)\.(?P<after>.+)"),
+    re.compile(r"(?P<before>mlp\.experts\.)(?P<after>linear_fc[12]\.(?:weight|bias))(?P<expert>\d+)"),
+)
 
 
-def canonical_name(parameter: str) -> tuple[str, int | None]:
-    """Checkpoint name of a module's parameter, without the layer number, and that number as the module counts it."""
+def canonical_names(parameter: str) -> tuple[tuple[str, ...], Place]:
+    """Checkpoint names that a module's parameter may have, without numbers, and its place as the module counts.
+
+    Its own name is first; which it is depends on what the layer holds.
+    """
     match = _LAYER_NAME.fullmatch(parameter)
     if not match:
-        return parameter, None
-    rest = LOCAL_NAMES.get(match[2], match[2])
-    return f"decoder.layers.{rest}", int(match[1])
+        return (parameter,), Place()
+    rest, expert = match[2], None
+    for pattern in _EXPERT_NAMES:
+        if found := pattern.fullmatch(rest):
+            rest, expert = f"{found['before']}experts.{found['after']}", int(found["expert"])
+    name = f"decoder.layers.{rest}"
+    names = (name, _LOCAL_NAMES[name]) if name in _LOCAL_NAMES else (name,)
+    return names, Place(int(match[1]), expert)
 
 
 def segments_of(rule: Rule, arch: ModelArchitecture) -> list[Segment]:
@@ -83,7 +99,7 @@ def check_keys(found: Iterable[str], arch: ModelArchitecture, where: str) -> Non
         ConversionError: naming the tensors that are missing and those that nothing would use.
     """
     family = FAMILIES[arch.family]
-    expected = {name for rule, layer in tensors_of(arch) for name in rule.source_names(layer)}
+    expected = {name for rule, place in tensors_of(arch) for name in rule.source_names(place)}
     names = set(found)
     if arch.tied_embeddings:
         names -= set(family.head_sources)

@@ -1,6 +1,7 @@
 """Rows of a Megatron tensor: which a tensor-parallel rank holds, how they are merged from Hugging Face tensors and un-merged.
 
-Shape letters: R rows of the whole Megatron tensor, C columns, tp tensor-parallel size.
+Shape letters: R rows of the whole Megatron tensor, C columns, tp tensor-parallel size, for what is an expert's the expert
+tensor-parallel one.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.hf.mappings import segments_in, segments_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Layout, Rule
-from megatron_rmipo.families.tensors import megatron_shape, source_shapes
+from megatron_rmipo.families.base import Layout, Place, Rule
+from megatron_rmipo.families.tensors import ffn_channels, megatron_shape, source_shapes
 
 
 def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
@@ -47,7 +48,7 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
     """Shape of the tensor on one rank, or None where ``tp_size`` does not divide what it cuts."""
     rows, *columns = megatron_shape(rule, arch)
     match rule.layout:
-        case Layout.WHOLE | Layout.HEAD:
+        case Layout.WHOLE | Layout.HEAD | Layout.EXPERTS | Layout.GATE:
             return (rows, *columns)
         case Layout.HEAD_COLUMNS | Layout.FFN_COLUMNS:
             return None if columns[0] % tp_size else (rows, columns[0] // tp_size)
@@ -56,14 +57,14 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
         case Layout.QKV | Layout.QUERIES | Layout.KEYS:
             return None if arch.num_query_groups % tp_size else (rows // tp_size, *columns)
         case Layout.GATE_UP:
-            return None if arch.ffn_hidden_size % tp_size else (rows // tp_size, *columns)
+            return None if ffn_channels(rule, arch) % tp_size else (rows // tp_size, *columns)
 
 
 def fill_rows(
     rows: Tensor,
     files: WeightFiles,
     rule: Rule,
-    layer: int | None,
+    place: Place,
     arch: ModelArchitecture,
     start: int,
     columns: slice = slice(None),
@@ -73,7 +74,7 @@ def fill_rows(
     Returns:
         How many were filled; those beyond the tensor, which are vocabulary padding, were left as they are.
     """
-    names, shapes = rule.source_names(layer), source_shapes(rule, arch)
+    names, shapes = rule.source_names(place), source_shapes(rule, arch)
     stored = [files.expect(name, shape) for name, shape in zip(names, shapes, strict=True)]
     position = 0
     for segment in segments_in(segments_of(rule, arch), start, start + rows.shape[0]):
@@ -85,7 +86,7 @@ def fill_rows(
 
 
 def fill_shard(
-    shard: Tensor, files: WeightFiles, rule: Rule, layer: int | None, arch: ModelArchitecture, tp_rank: int, tp_size: int
+    shard: Tensor, files: WeightFiles, rule: Rule, place: Place, arch: ModelArchitecture, tp_rank: int, tp_size: int
 ) -> None:
     """Fill a rank's tensor from a Hugging Face checkpoint, reading only its part. Vocabulary padding becomes zeros."""
     num_rows = shard.shape[0] * tp_size if rule.is_cut and not rule.cuts_columns else shard.shape[0]
@@ -93,7 +94,7 @@ def fill_shard(
     position = 0
     with torch.no_grad():
         for start, stop in rank_rows(rule, num_rows, tp_rank, tp_size):
-            position += fill_rows(shard[position : position + stop - start], files, rule, layer, arch, start, columns)
+            position += fill_rows(shard[position : position + stop - start], files, rule, place, arch, start, columns)
         shard[position:].zero_()
 
 

@@ -14,7 +14,7 @@ from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, Tensor
 from megatron_rmipo.checkpoint.hf.shards import source_rows
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space, new_directory
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Rule
+from megatron_rmipo.families.base import Place, Rule
 from megatron_rmipo.families.tensors import source_shapes, tensors_of
 
 DEFAULT_SHARD_BYTES = 5e9
@@ -26,15 +26,20 @@ class MegatronTensor:
 
     Attributes:
         rule: what it is.
-        layer: its layer from 0, None outside the layers.
+        place: where it stands.
         dtype: its dtype.
         read: gives rows ``[start, stop)``.
     """
 
     rule: Rule
-    layer: int | None
+    place: Place
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
+
+
+def dtype_to_store(rule: Rule, dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype a tensor is written in: the one asked for, if any; what only steers a router stays as precise as it is."""
+    return dtype if asked is None or rule.is_buffer else asked
 
 
 def write_hf_directory(
@@ -64,8 +69,8 @@ def write_hf_directory(
     check_output_directory(save_dir, "--save-hf")
     plan = [
         TensorPlan(name, shape, dtypes[rule.megatron])
-        for rule, layer in tensors_of(arch)
-        for name, shape in zip(rule.source_names(layer), source_shapes(rule, arch), strict=True)
+        for rule, place in tensors_of(arch)
+        for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True)
     ]
     check_space(save_dir, sum(tensor.num_bytes for tensor in plan))
     with new_directory(save_dir) as directory:
@@ -74,6 +79,6 @@ def write_hf_directory(
         set_config_dtype(directory / "config.json", plan[0].dtype)
         with ShardedWriter(directory, plan, max_shard_bytes) as writer:
             for tensor in tensors:
-                for source, name in enumerate(tensor.rule.source_names(tensor.layer)):
+                for source, name in enumerate(tensor.rule.source_names(tensor.place)):
                     writer.write(name, source_rows(tensor.rule, arch, source, tensor.dtype, tensor.read))
             writer.finish()

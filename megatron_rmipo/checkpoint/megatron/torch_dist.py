@@ -1,7 +1,7 @@
 """Megatron-Core's ``torch_dist`` files, written and read a piece at a time, without a model and without Megatron-Core.
 
-The files are those of ``dist_checkpointing.save`` of a GPTModel with equal layers: a tensor of every layer is one entry of shape
-``[layers, ...]`` with at least one piece a layer. The writer reads a tensor when its turn comes, so that nothing is held.
+The files are those of ``dist_checkpointing.save`` of a GPTModel, whose entries :mod:`megatron_rmipo.checkpoint.megatron.keys`
+describes, with at least one piece a layer and expert. The writer reads a tensor when its turn comes, so that nothing is held.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_rmipo.checkpoint.megatron.directory import check_common, read_metadata
+from megatron_rmipo.checkpoint.megatron.keys import LAYERS
 from megatron_rmipo.checkpoint.raw_files import open_output, read_into
 from megatron_rmipo.errors import CheckpointError
 
@@ -63,7 +65,7 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
 
     Args:
         directory: the folder.
-        entries: every tensor; the pieces that share a first offset (a layer) go to one file.
+        entries: every tensor; the pieces of a layer go to one file.
         objects: keys of Megatron's per-layer objects to write as None.
         common: what ``common.pt`` holds.
 
@@ -93,9 +95,15 @@ def _files_of(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, Piece]]]:
     files: dict[str, list[tuple[Entry, Piece]]] = {}
     for entry in entries:
         for piece in entry.pieces:
-            group = f"layer {piece.offset[0]}" if entry.key.startswith("decoder.layers.") else "others"
-            files.setdefault(group, []).append((entry, piece))
+            files.setdefault(_layer_of(entry.key, piece), []).append((entry, piece))
     return files
+
+
+def _layer_of(key: str, piece: Piece) -> str:
+    if not key.startswith(LAYERS):
+        return "none"
+    number = key.removeprefix(LAYERS).split(".", 1)[0]
+    return number if number.isdecimal() else str(piece.offset[0])
 
 
 def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Sequence[str]) -> tuple[list[WriteResult], str]:
@@ -176,7 +184,7 @@ class TorchDistReader:
                 offset = tuple(index.offset)
                 path = self.directory / info.relative_path
                 self._chunks[index.fqn].append(_Chunk(offset, sizes[index.fqn][offset], path, info.offset, info.length))
-        self._chunks_by_layer: dict[str, dict[int, list[_Chunk]]] = {}
+        self._chunks_by_index: dict[tuple[str, int], dict[tuple[int, ...], list[_Chunk]]] = {}
         self._data_positions: dict[_Chunk, int] = {}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -188,12 +196,12 @@ class TorchDistReader:
         """Shape of a tensor, over all layers and ranks."""
         return tuple(self.tensors[key].size)
 
-    def read_rows(self, key: str, layer: int | None, start: int, stop: int) -> Tensor:
-        """Rows ``[start, stop)`` of a tensor, or of one layer of an entry of all layers; only they are read.
+    def read_rows(self, key: str, index: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Rows ``[start, stop)`` of a tensor, or of one layer or expert in an entry of all; only they are read.
 
         Args:
             key: the entry.
-            layer: index along its first dimension, or None where that dimension is the rows.
+            index: place along the dimensions before its rows.
             start: first row.
             stop: row after the last.
 
@@ -201,15 +209,16 @@ class TorchDistReader:
             CheckpointError: a file is damaged, or its pieces leave a gap.
         """
         shape = self.shape(key)
-        columns = shape[1:] if layer is None else shape[2:]
+        columns = shape[len(index) + 1 :]
         rows = torch.empty((stop - start, *columns), dtype=self.dtype(key))
         filled = 0
-        for chunk in self._chunks_of(key, layer):
-            offset, extent = chunk.offset, chunk.shape
+        for chunk in self._chunks_of(key, index):
+            offset, extent = chunk.offset[len(index) :], chunk.shape[len(index) :]
+            # The rows of what stands before it in the piece.
             skipped = 0
-            if layer is not None:
-                skipped = (layer - offset[0]) * extent[1]
-                offset, extent = offset[1:], extent[1:]
+            for at, first, size in zip(index, chunk.offset, chunk.shape, strict=False):
+                skipped = skipped * size + at - first
+            skipped *= extent[0]
             low, high = max(start, offset[0]), min(stop, offset[0] + extent[0])
             if low >= high:
                 continue
@@ -226,19 +235,21 @@ class TorchDistReader:
             )
         return rows
 
-    def _chunks_of(self, key: str, layer: int | None) -> list[_Chunk]:
-        if layer is None:
-            return self._chunks[key]
-        if key not in self._chunks_by_layer:
+    def _chunks_of(self, key: str, index: tuple[int, ...]) -> list[_Chunk]:
+        depth = len(index)
+        if (key, depth) not in self._chunks_by_index:
             # Looked through once: a large model has thousands of pieces, each of which is asked for by itself.
-            self._chunks_by_layer[key] = {}
+            found = self._chunks_by_index.setdefault((key, depth), {})
             for chunk in self._chunks[key]:
-                for held in range(chunk.offset[0], chunk.offset[0] + chunk.shape[0]):
-                    self._chunks_by_layer[key].setdefault(held, []).append(chunk)
-        return self._chunks_by_layer[key].get(layer, [])
+                ranges = (
+                    range(first, first + size) for first, size in zip(chunk.offset[:depth], chunk.shape[:depth], strict=True)
+                )
+                for held in itertools.product(*ranges):
+                    found.setdefault(held, []).append(chunk)
+        return self._chunks_by_index[key, depth].get(index, [])
 
     def _read_chunk_rows(self, key: str, chunk: _Chunk, first: int, rows: Tensor) -> None:
-        """Fill ``rows`` from row ``first`` of a piece seen as a stack of rows (layers run on)."""
+        """Fill ``rows`` from row ``first`` of a piece seen as a stack of rows (layers and experts run on)."""
         row_bytes = math.prod(rows.shape[1:]) * rows.dtype.itemsize
         try:
             if chunk not in self._data_positions:

@@ -19,7 +19,7 @@ import torch
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_responses
 from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_sizes, unconditional_sizes
-from megatron_rmipo.data.batches.spread import cut_into_packs, spread_evenly
+from megatron_rmipo.data.batches.spread import cut_into_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.runtime.worker_process import end_with_parent
@@ -43,6 +43,7 @@ class BatchLayout:
         bos_token_id: the context of unconditional responses for ``"bos"``: BOS, or what stands in for it.
         columns: numbers beside the pairs that the objective reads.
         multiple_of: rows are padded to a multiple of this many tokens.
+        equal_packs: every data-parallel rank runs the same number of packs, for they meet in the model's layers.
     """
 
     dp_rank: int
@@ -56,6 +57,7 @@ class BatchLayout:
     bos_token_id: int | None = None
     columns: tuple[str, ...] = ()
     multiple_of: int = 1
+    equal_packs: bool = False
 
     @property
     def context_token_id(self) -> int | None:
@@ -146,8 +148,8 @@ class BatchBuilder:
             sizes = layout.conditional_sizes(mismatched.lengths[pair_indices])
             passes.append(_Pass(mismatched, sizes, layout.tokens_per_microbatch, self._conditional_row))
         costs = layout.step_costs(*(one.sizes for one in passes))
-        share = spread_evenly(costs, layout.dp_size)[layout.dp_rank]
-        rows = [self._lay_out(one, share, pair_indices) for one in passes]
+        shares = spread_evenly(costs, layout.dp_size)
+        rows = [self._lay_out(one, shares, pair_indices) for one in passes]
         return RankBatch(
             pair_indices=pair_indices,
             conditional=rows[0],
@@ -163,13 +165,23 @@ class BatchBuilder:
             lengths=lengths,
         )
 
-    def _lay_out(self, one: _Pass, share: list[int], pair_indices: np.ndarray) -> list[PackedRow]:
+    def _lay_out(self, one: _Pass, shares: list[list[int]], pair_indices: np.ndarray) -> list[PackedRow]:
+        # Too few pairs: this rank runs a pair that does not count, so that collectives still match.
+        filler = int(one.sizes.tokens.argmin())
         rows = []
-        for pack in cut_into_packs(share, one.sizes, one.max_tokens) or [[]]:
-            # Fewer pairs than ranks: this one runs a pair that does not count, so that collectives still match.
-            pairs, numbers = [one.pairs[int(pair_indices[position])] for position in pack or [0]], pack or [-1]
+        for pack in self._packs(one, shares):
+            pairs, numbers = [one.pairs[int(pair_indices[position])] for position in pack or [filler]], pack or [-1]
             rows.append(one.lay_out(pairs, numbers))
         return rows
+
+    def _packs(self, one: _Pass, shares: list[list[int]]) -> list[list[int]]:
+        """This rank's packs of a pass, at least one; an empty one stands for a filler."""
+        packs = cut_into_packs(shares[self.layout.dp_rank], one.sizes, one.max_tokens)
+        num_packs = 1
+        if self.layout.equal_packs:
+            num_packs = max(1, *(len(cut_into_packs(share, one.sizes, one.max_tokens)) for share in shares))
+            packs = split_packs(packs, one.sizes, num_packs)
+        return packs + [[] for _ in range(num_packs - len(packs))]
 
     def _conditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
         layout = self.layout

@@ -65,7 +65,8 @@ def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bo
         second, before = np.where(other > 0, prompt + other - 1, 0), np.zeros_like(prompt)
 
     def area(window: int | None) -> np.ndarray:
-        return _area(first, window) + _area(before + second, window) - _area(before, window)
+        seen: np.ndarray = _area(first, window) + _area(before + second, window) - _area(before, window)
+        return seen
 
     return _sizes(first + second, area, scored, cost)
 

@@ -85,3 +85,15 @@ def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int) -> l
         if all(sum(int(tokens[position]) for position in pack) <= max_tokens for pack in packs):
             return [sorted(pack) for pack in packs if pack]
         num_packs += 1
+
+
+def split_packs(packs: Sequence[Sequence[int]], sizes: PairSizes, num_packs: int) -> list[list[int]]:
+    """The same pairs in ``num_packs`` packs, the costliest ones split in two; fewer where each has a single pair."""
+    split = [list(pack) for pack in packs]
+    while len(split) < num_packs:
+        divisible = [number for number, pack in enumerate(split) if len(pack) > 1]
+        if not divisible:
+            break
+        pack = split.pop(max(divisible, key=lambda number: float(sizes.costs[split[number]].sum())))
+        split += [sorted(pack[member] for member in half) for half in spread_evenly(sizes.costs[pack], 2)]
+    return split

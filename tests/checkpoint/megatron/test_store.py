@@ -1,7 +1,8 @@
-"""Checkpoints across tensor and pipeline parallel sizes, in several processes over gloo."""
+"""Checkpoints across tensor, pipeline and expert parallel sizes, in several processes over gloo."""
 
 from __future__ import annotations
 
+import math
 import os
 from importlib import metadata
 from pathlib import Path
@@ -26,30 +27,34 @@ from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy, transformer_config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from tests.checkpoint.models import KINDS, write_hf_model
+from tests.checkpoint.models import write_hf_model
 from tests.harness import run_distributed
 
 pytestmark = pytest.mark.dist
 
-# Kinds that differ in how embeddings and heads are cut over both at once.
-BOTH_AT_ONCE = ("llama31", "llama32_tied", "mistral")
-LAYOUTS = [(kind, tp, pp) for kind in KINDS for tp, pp in ((2, 1), (1, 2), (2, 2)) if (tp, pp) != (2, 2) or kind in BOTH_AT_ONCE]
+# Kinds that differ in how embeddings and heads are cut; every kind, without checkpoints, is in tests/families.
+LAYOUTS = [
+    *(("llama31", (2, 1, 1)), ("mistral", (1, 2, 1)), ("llama31", (2, 2, 1)), ("llama32_tied", (2, 2, 1)), ("qwen3", (2, 2, 1))),
+]
+SPARSE_LAYOUTS = [("mixtral", (1, 1, 2)), ("mixtral", (2, 1, 2))]
+Sizes = tuple[int, int, int]
 
 
-def start(hf: Path, tp: int, pp: int) -> tuple[PolicyModel, ProcessGroups]:
-    groups = initialize_runtime(tp, pp)
+def start(hf: Path, sizes: Sizes) -> tuple[PolicyModel, ProcessGroups]:
+    tp, pp, ep = sizes
+    groups = initialize_runtime(tp, pp, expert_model_parallel_size=ep)
     arch = read_architecture(hf)
     return build_policy(arch, transformer_config(arch, groups), groups), groups
 
 
-def read_and_save(hf: Path, out: Path, checkpoints: Path, tp: int, pp: int) -> Agreement:
+def read_and_save(hf: Path, out: Path, checkpoints: Path, sizes: Sizes) -> Agreement:
     """From HF: logits, export, and a checkpoint."""
-    model, groups = start(hf, tp, pp)
+    model, groups = start(hf, sizes)
     arch = model.architecture
-    load_hf_weights(model, hf, arch, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp, max_shard_bytes=60000)
+    load_hf_weights(model, hf, arch, groups=groups)
+    export_hf(model, arch, hf, out, dtype=None, groups=groups, max_shard_bytes=60000)
     with pytest.raises(ConversionError, match="exists and holds"):
-        export_hf(model, arch, hf, out, dtype=None, tp_group=groups.tp, pp_group=groups.pp)
+        export_hf(model, arch, hf, out, dtype=None, groups=groups)
     state = {"step": 3, "consumed_pairs": 77}
     save_checkpoint(
         checkpoints, 3, model=model, optimizer=None, scheduler=None, train_state=state, config={}, assets_dir=hf, groups=groups
@@ -57,8 +62,8 @@ def read_and_save(hf: Path, out: Path, checkpoints: Path, tp: int, pp: int) -> A
     return compare(model, hf, groups)
 
 
-def load(hf: Path, checkpoints: Path, tp: int, pp: int) -> tuple[dict[str, int], Agreement]:
-    model, groups = start(hf, tp, pp)
+def load(hf: Path, checkpoints: Path, sizes: Sizes) -> tuple[dict[str, int], Agreement]:
+    model, groups = start(hf, sizes)
     state = load_checkpoint(checkpoints, model=model, optimizer=None, scheduler=None, load_rng=True, groups=groups)
     return state, compare(model, hf, groups)
 
@@ -83,10 +88,11 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tp", "pp"), LAYOUTS)
-def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: str, tp: int, pp: int) -> None:
+@pytest.mark.parametrize(("kind", "sizes"), LAYOUTS + SPARSE_LAYOUTS)
+def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: str, sizes: Sizes) -> None:
     hf = write_hf_model(tmp_path / "hf", kind)
-    for agreement in run_distributed(read_and_save, tp * pp, hf, tmp_path / "out", tmp_path / "checkpoints", tp, pp):
+    num_ranks = math.prod(sizes)
+    for agreement in run_distributed(read_and_save, num_ranks, hf, tmp_path / "out", tmp_path / "checkpoints", sizes):
         assert_agrees(agreement)
     expected = tensors(hf)
     # What training wrote, exported there and offline, is what came in: no padding, nothing lost.
@@ -96,18 +102,18 @@ def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: s
         assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
     # What was written at this layout, and what was converted offline, loads at others.
     convert_hf_to_megatron(hf, tmp_path / "converted")
-    state, agreement = run_distributed(load, 1, hf, tmp_path / "checkpoints", 1, 1)[0]
+    state, agreement = run_distributed(load, 1, hf, tmp_path / "checkpoints", (1, 1, 1))[0]
     assert state == {"step": 3, "consumed_pairs": 77}
     assert_agrees(agreement)
-    state, agreement = run_distributed(load, tp * pp, hf, tmp_path / "converted", tp, pp)[0]
+    state, agreement = run_distributed(load, num_ranks, hf, tmp_path / "converted", sizes)[0]
     assert state == {}
     assert_agrees(agreement)
 
 
 def save_without_space(hf: Path, checkpoints: Path) -> list[str]:
     """What is said where the disk is too small from the start, and where it fills up under rank 1's writers."""
-    model, groups = start(hf, 2, 1)
-    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    model, groups = start(hf, (2, 1, 1))
+    load_hf_weights(model, hf, model.architecture, groups=groups)
 
     def save(iteration: int) -> None:
         save_checkpoint(
@@ -169,8 +175,8 @@ class Evil:
 
 def load_what_is_wrong(hf: Path, folder: Path) -> dict[str, str]:
     """What loading says of checkpoints that would run code, and of damage that no digest was there to find."""
-    model, groups = start(hf, 2, 1)
-    load_hf_weights(model, hf, model.architecture, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
+    model, groups = start(hf, (2, 1, 1))
+    load_hf_weights(model, hf, model.architecture, groups=groups)
 
     def save(name: str, **changes: Any) -> Path:
         arguments: dict[str, Any] = {"model": model, "optimizer": None, "scheduler": None, "train_state": {}, "config": {}}
@@ -216,7 +222,7 @@ def test_code_in_a_checkpoint_and_damage_met_while_reading_are_refused_on_every_
 
 
 def load_into_another(hf: Path, checkpoints: Path) -> str:
-    model, groups = start(hf, 1, 2)
+    model, groups = start(hf, (1, 2, 1))
     try:
         load_checkpoint(checkpoints, model=model, optimizer=None, scheduler=None, load_rng=False, groups=groups)
     except CheckpointError as error:

@@ -76,17 +76,17 @@ def test_rows_are_read_whatever_the_pieces(tmp_path: Path, cuts: tuple[tuple[int
     tensor = random_tensor(LAYERS, ROWS, COLUMNS)
     reader = write(tmp_path / "checkpoint", cut("decoder.layers.weight", tensor, *cuts), cut("other", tensor[0], *cuts[1:]))
     for layer, (start, stop) in itertools.product(range(LAYERS), ((0, ROWS), (4, 7), (5, 6))):
-        assert torch.equal(reader.read_rows("decoder.layers.weight", layer, start, stop), tensor[layer, start:stop])
-        assert torch.equal(reader.read_rows("other", None, start, stop), tensor[0, start:stop])
+        assert torch.equal(reader.read_rows("decoder.layers.weight", (layer,), start, stop), tensor[layer, start:stop])
+        assert torch.equal(reader.read_rows("other", (), start, stop), tensor[0, start:stop])
 
 
 def test_gap_is_named(tmp_path: Path) -> None:
     whole = cut("decoder.layers.weight", random_tensor(LAYERS, ROWS, COLUMNS), (2, 4), (5,), ())
     pieces = tuple(piece for piece in whole.pieces if piece.offset != (2, 5, 0))
     reader = write(tmp_path / "checkpoint", Entry(whole.key, whole.shape, whole.dtype, pieces))
-    assert reader.read_rows(whole.key, 4, 0, ROWS).shape == (ROWS, COLUMNS)
+    assert reader.read_rows(whole.key, (4,), 0, ROWS).shape == (ROWS, COLUMNS)
     with pytest.raises(CheckpointError, match=r"hold 35 of 84 values of its rows 0 to 12"):
-        reader.read_rows(whole.key, 3, 0, ROWS)
+        reader.read_rows(whole.key, (3,), 0, ROWS)
 
 
 def test_damaged_piece_is_named(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_damaged_piece_is_named(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint" / "__0_0.distcp"
     path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp cannot be read where decoder\.layers\.weight lies"):
-        reader.read_rows(entry.key, 0, 0, ROWS)
+        reader.read_rows(entry.key, (0,), 0, ROWS)
 
 
 def test_fault_of_one_thread_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

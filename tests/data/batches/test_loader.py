@@ -66,6 +66,20 @@ def test_a_rank_without_pairs_runs_a_filler_that_does_not_count() -> None:
     assert [row.pair_numbers.tolist() for row in batch.unconditional] == [[-1, -1]]
 
 
+@pytest.mark.parametrize(("tokens", "dp_size", "fills"), [(48, 3, False), (120, 3, False), (120, 2, False), (48, 9, True)])
+def test_ranks_that_meet_in_layers_run_as_many_packs_each(tokens: int, dp_size: int, fills: bool) -> None:
+    settings = {"tokens_per_microbatch": tokens, "dp_size": dp_size}
+    pairs, indices = collection(make_pairs()), np.array([3, 20, 7, 1, 11, 13, 5])
+    alone = [BatchBuilder(pairs, layout(rank, **settings)).build(indices) for rank in range(dp_size)]
+    ranks = [BatchBuilder(pairs, layout(rank, equal_packs=True, **settings)).build(indices) for rank in range(dp_size)]
+    assert {len(batch.conditional) for batch in ranks} == {max(len(batch.conditional) for batch in alone)}
+    assert {len(batch.unconditional) for batch in ranks} == {max(len(batch.unconditional) for batch in alone)}
+    for rows in ([row for one in ranks for row in one.conditional], [row for one in ranks for row in one.unconditional]):
+        numbers = [number for row in rows for number in row.pair_numbers.tolist()]
+        assert sorted(number for number in numbers if number >= 0) == sorted([*range(7), *range(7)])
+        assert (-1 in numbers) == fills
+
+
 def test_workers_give_the_same_batches_and_a_later_start_the_same_tail() -> None:
     pairs = collection(make_pairs())
     builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_rmipo.data.batches.sizes import PairSizes
-from megatron_rmipo.data.batches.spread import cut_into_packs, spread_evenly
+from megatron_rmipo.data.batches.spread import cut_into_packs, split_packs, spread_evenly
 
 
 def loads_of(costs: np.ndarray, shares: list[list[int]]) -> list[float]:
@@ -85,3 +85,11 @@ def test_rows_without_tokens_share_a_pack() -> None:
     sizes = PairSizes(np.array([0, 4, 0]), np.array([0.0, 2.0, 0.0]))
     assert cut_into_packs([0, 2], sizes, 10) == [[0, 2]]
     assert sorted(itertools.chain(*cut_into_packs([0, 1, 2], sizes, 4))) == [0, 1, 2]
+
+
+def test_packs_are_split_where_they_cost_most_and_single_pairs_stay() -> None:
+    sizes = PairSizes(np.array([9, 2, 2, 2, 2]), np.array([9.0, 2.0, 2.0, 2.0, 2.0]))
+    packs = [[0], [1, 2, 3], [4]]
+    assert sorted(split_packs(packs, sizes, 4)) == [[0], [1, 3], [2], [4]]
+    assert sorted(split_packs(packs, sizes, 9)) == [[0], [1], [2], [3], [4]]
+    assert split_packs(packs, sizes, 2) == packs

@@ -1,0 +1,48 @@
+"""A Hugging Face checkpoint, opened and checked to be that of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_rmipo.checkpoint.hf.mappings import check_keys
+from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
+from megatron_rmipo.errors import ConversionError
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.registry import FAMILIES
+from megatron_rmipo.families.tensors import source_shapes, tensors_of
+
+
+def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
+    """Open a Hugging Face checkpoint and check that it holds exactly the tensors of ``arch``.
+
+    Raises:
+        ConversionError: weights are missing, truncated or of other shapes, or a tensor is not mapped or not used.
+    """
+    files = WeightFiles(hf_dir)
+    check_keys(files.tensors, arch, str(hf_dir))
+    for rule, place in tensors_of(arch):
+        for name, shape in zip(rule.source_names(place), source_shapes(rule, arch), strict=True):
+            files.expect(name, shape)
+    if arch.tied_embeddings:
+        _check_tied_head(files, arch)
+    return files
+
+
+def _check_tied_head(files: WeightFiles, arch: ModelArchitecture) -> None:
+    family = FAMILIES[arch.family]
+    embedding = next(rule.sources[0] for rule in family.rules if rule.megatron == family.embedding)
+    for head in family.head_sources:
+        if head not in files:
+            continue
+        stored = files.expect(head, files.tensors[embedding].shape)
+        for low, high in row_pieces(stored.shape, stored.dtype):
+            pair = torch.empty((2, high - low, *stored.shape[1:]), dtype=stored.dtype)
+            for rows, name in zip(pair, (head, embedding), strict=True):
+                files.read(name, low, rows)
+            if not torch.equal(*pair):
+                raise ConversionError(
+                    f"{stored.path}: {head} differs from {embedding}, but config.json says tie_word_embeddings. "
+                    "Set it to false, or remove the tensor."
+                )

@@ -1,0 +1,231 @@
+"""A model that somebody else built with Megatron's own specs, made ready for :func:`megatron_rmipo.model.packed_model.score_row`.
+
+Its parameters, their names and its ``sharded_state_dict`` stay as they are, and so does what its own ``forward`` gives: a core
+attention attends within segments only where it is handed them as the mask, a rotary embedding looks up positions only where it
+is handed them instead of a length, an output layer gives log-probs only where it is handed targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
+from megatron_rmipo.model.attention.scores import ScoreRules
+from megatron_rmipo.model.hybrid import HybridModel
+from megatron_rmipo.model.packed_model import LogprobHead, enable_scoring
+from megatron_rmipo.model.transformer_engine import transformer_engine_available
+
+_MODELS = (GPTModel,) if HybridModel is None else (GPTModel, HybridModel)
+# What a forward pass of these goes through beside their modules.
+_MODEL_METHODS = ("forward", "_preprocess", "_postprocess", "_scale_logits", "shared_embedding_or_output_weight")
+
+
+class PackedCore:
+    """Put before the class of a core attention: segments as its mask make it attend within them."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """As :class:`megatron_rmipo.model.attention.packed.PackedAttention` with segments, else as the class behind this one."""
+        if attention_mask is not None and attention_mask.dtype == torch.int64:
+            return self.__dict__["packed"](query, key, value, attention_mask, *args, **kwargs)
+        return super().forward(query, key, value, attention_mask, *args, **kwargs)  # type: ignore[misc]
+
+
+class PositionRotary:
+    """Put before the class of rotary embeddings: positions instead of a length give the angles of each token's own."""
+
+    def forward(self, positions: Any, *args: Any, **kwargs: Any) -> Any:
+        """``[T, 1, 1, D]`` angles of int64 ``[T]`` positions; what the class behind this one gives for a length."""
+        if isinstance(positions, Tensor):
+            return self.__dict__["table"][positions]
+        return super().forward(positions, *args, **kwargs)  # type: ignore[misc]
+
+
+def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:
+    """Make a model ready for :func:`megatron_rmipo.model.packed_model.score_row`. No communication.
+
+    Args:
+        model: this rank's part of a GPTModel or HybridModel, wrapped (DDP, mixed precision) or not. Each chunk of an
+            interleaved pipeline is adopted by itself.
+        attention_backend: as of :func:`megatron_rmipo.model.build.build_policy`.
+
+    Raises:
+        ConfigError: what cannot be scored exactly, each with its module and the reason. The model is then as it was.
+    """
+    inner = unwrapped(model)
+    problems = list(_problems(inner))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"This {type(inner).__name__} cannot be scored over packed rows as it computes:\n{listed}")
+    for layer in inner.decoder.layers:
+        attention = layer.self_attention
+        if isinstance(attention, SelfAttention) and not isinstance(attention.core_attention, PackedAttention | PackedCore):
+            packed = _packed_attention(attention, layer.layer_number, attention_backend)
+            _put_before(PackedCore, attention.core_attention, packed=packed)
+    rotary = getattr(inner, "rotary_pos_emb", None)
+    if rotary is not None and not isinstance(rotary, PositionRotary):
+        _put_before(PositionRotary, rotary, table=_angles(rotary, inner.max_sequence_length))
+    enable_scoring(inner)
+
+
+def unwrapped(model: Module) -> Any:
+    """The model inside of wrappers for data parallelism and mixed precision."""
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
+
+
+def _put_before(mixin: type, module: Module, **held: Any) -> None:
+    """Make the module one of the mixin's class, too; what it holds is not among its submodules, so that no name changes."""
+    module.__dict__.update(held)
+    behind = type(module)
+    module.__class__ = type(f"{mixin.__name__}{behind.__name__}", (mixin, behind), {})
+
+
+def _packed_attention(attention: SelfAttention, layer_number: int, backend: str) -> PackedAttention:
+    config = attention.config
+    window = None
+    if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        # Megatron counts the tokens before; all of them are -1.
+        before = config.window_size[0]
+        window = None if before < 0 else before + 1
+    backend = choose_backend(backend, config.kv_channels)
+    rules = ScoreRules(window=window)
+    return PackedAttention(config, layer_number, backend=backend, rules=rules, softmax_scale=config.softmax_scale)
+
+
+@torch.no_grad()
+def _angles(rotary: Module, length: int) -> Tensor:
+    """fp32 ``[length, 1, 1, D]``: what rotary embeddings give for a row of so many tokens."""
+    found = rotary(length)
+    # Yarn's also give the factor of queries and keys, which the attention reads from its configuration.
+    angles: Tensor = found[0] if isinstance(found, tuple) else found
+    return angles
+
+
+def _problems(model: Any) -> Iterator[str]:
+    if not isinstance(model, _MODELS):
+        yield f"it is none of {', '.join(kind.__name__ for kind in _MODELS)}, whose parts are known"
+        return
+    for method in _MODEL_METHODS:
+        if foreign := _foreign(model, method):
+            yield foreign
+    yield from _config_problems(model.config)
+    yield from _part_problems(model)
+    yield from _dropout_problems(model)
+    if foreign := _foreign(model.decoder):
+        yield f"decoder: {foreign}"
+    for number, layer in enumerate(model.decoder.layers):
+        for problem in _layer_problems(layer):
+            yield f"decoder.layers.{number}{problem}"
+
+
+def _foreign(module: Any, method: str = "forward") -> str | None:
+    """What a method is that is not Megatron's own: it may compute anything."""
+    function = getattr(type(module), method, None)
+    where = getattr(function, "__module__", "megatron.core")
+    if where.startswith("megatron."):
+        return None
+    return f"{type(module).__name__}.{method} of {where} is not Megatron-Core's, so that what it computes is not known"
+
+
+def _config_problems(config: Any) -> Iterator[str]:
+    if config.context_parallel_size > 1:
+        yield f"context_parallel_size {config.context_parallel_size}: packed attention needs a row's tokens on one rank"
+    if config.mtp_num_layers:
+        yield f"mtp_num_layers {config.mtp_num_layers}: multi-token prediction has a loss of its own, which is not built"
+    if config.multi_latent_attention:
+        yield "multi_latent_attention turns keys by positions of its own, which packed rows would not reach"
+    if config.softmax_type != "vanilla":
+        yield f"softmax_type {config.softmax_type!r}: sinks of adopted models are not built"
+    if getattr(config, "use_mup", False):
+        yield "use_mup scales logits, which log-probs over the vocabulary's chunks leave out"
+    for name in ("moe_input_jitter_eps", "moe_expert_capacity_factor"):
+        if getattr(config, name) is not None:
+            yield f"{name} {getattr(config, name)} would make a token's experts depend on what else is in the batch, or on chance"
+    balancing = config.moe_router_load_balancing_type
+    if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]) and config.num_moe_experts:
+        yield "moe_router_load_balancing_type sinkhorn makes a token's experts depend on what else is in the batch"
+    if config.cuda_graph_impl != "none":
+        yield f"cuda_graph_impl {config.cuda_graph_impl!r} fixes the length of rows, and packed ones differ in it"
+
+
+def _dropout_problems(model: Any) -> Iterator[str]:
+    found = {name: getattr(model.config, name) for name in ("hidden_dropout", "attention_dropout")}
+    if not any(found.values()):
+        # Adapters bring their own, and a layer's spec may give it another than the configuration's.
+        found = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+        for number, layer in enumerate(model.decoder.layers):
+            found[f"decoder.layers.{number}.hidden_dropout"] = getattr(layer, "hidden_dropout", 0.0)
+    for name, share in found.items():
+        if share:
+            yield f"{name}: dropout of {share} would make a loss depend on how the batch is cut; build the model with 0"
+
+
+def _part_problems(model: Any) -> Iterator[str]:
+    if model.pre_process and model.config.sequence_parallel and not model.embedding.scatter_to_sequence_parallel:
+        yield "embedding: it leaves the row whole under sequence parallelism; build it with scatter_to_sequence_parallel"
+    if model.post_process:
+        head = model.output_layer
+        if type(head) not in (ColumnParallelLinear, LogprobHead):
+            yield f"output_layer: it is a {type(head).__name__}, and log-probs are built for Megatron's ColumnParallelLinear"
+        elif head.bias is not None:
+            yield "output_layer: it has a bias, which log-probs over the vocabulary's chunks leave out"
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if rotary is None or isinstance(rotary, PositionRotary):
+        return
+    if model.position_embedding_type not in ("rope", "yarn"):
+        yield f"rotary_pos_emb: positions of the kind {model.position_embedding_type!r} are not built; rope and yarn are"
+    elif _angles(rotary, 3).shape[:3] != (3, 1, 1):
+        yield f"rotary_pos_emb: a {type(rotary).__name__} gives no table with a row of angles for each position"
+
+
+def _layer_problems(layer: Module) -> Iterator[str]:
+    if not isinstance(layer, TransformerLayer):
+        yield (
+            f": {type(layer).__name__} is no TransformerLayer; one that hands a state from token to token would have to hand "
+            "that of a prompt to both of its responses"
+        )
+        return
+    if foreign := _foreign(layer):
+        yield f": {foreign}"
+    if not isinstance(layer.cross_attention, IdentityOp):
+        yield ".cross_attention: there is nothing that it could attend to"
+    attention = layer.self_attention
+    if isinstance(attention, IdentityOp):
+        return
+    if not isinstance(attention, SelfAttention):
+        yield f".self_attention: {type(attention).__name__} is not built over packed rows; Megatron's SelfAttention is"
+        return
+    if foreign := _foreign(attention):
+        yield f".self_attention: {foreign}"
+    if attention.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+        yield f".self_attention: its mask is {attention.attn_mask_type.name}, and a language model's is causal"
+    core = attention.core_attention
+    if not isinstance(core, PackedAttention | PackedCore) and type(core) not in _core_attentions():
+        yield (
+            f".self_attention.core_attention: what {type(core).__name__} does with scores is not known; Megatron's "
+            f"{' and '.join(kind.__name__ for kind in _core_attentions())} are"
+        )
+
+
+def _core_attentions() -> tuple[type, ...]:
+    if not transformer_engine_available():
+        return (DotProductAttention,)
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return (DotProductAttention, TEDotProductAttention)

@@ -1,0 +1,101 @@
+"""Every kind of model at every kind of layout: read, computed, trained and written as transformers has it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_rmipo.checkpoint.hf.weights import export_hf
+from megatron_rmipo.checkpoint.verify import compare_with_transformers
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.runtime.groups import ProcessGroups
+from tests.checkpoint.models import KINDS, SPARSE_KINDS, write_hf_model
+from tests.harness import run_distributed
+from tests.integration.problem import VOCAB, DenseProblem, collection, make_pairs
+from tests.integration.test_invariance import check
+from tests.integration.worlds import Case, ReferenceScores, build_state, loss_and_gradients, run_at_layouts
+
+NUM_PAIRS = 14
+TEXT_LENGTHS = (1, 23, 60)
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [{"share_prompts": False, "tokens_per_microbatch": 150}],
+    2: [
+        {"tp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
+        {"pp": 2, "recompute": "full", "tokens_per_microbatch": 120},
+    ],
+}
+
+
+def read_train_and_write(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> dict[str, Any] | None:
+    """Logits against transformers, loss and gradients of a step, and the model written again."""
+    hf = Path(folder) / case.model
+    state = build_state(case, hf, groups)
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(VOCAB, (length,), generator=generator) for length in TEXT_LENGTHS]
+    agreement = compare_with_transformers(state.policy, hf, texts, groups, torch.float32)
+    out = Path(folder) / f"{case.name} written"
+    export_hf(state.policy, state.policy.architecture, hf, out, dtype=None, groups=groups, max_shard_bytes=60000)
+    result = loss_and_gradients(case, str(hf), pairs, ReferenceScores(str(hf), groups))
+    return None if result is None else {**result, "agreement": agreement}
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def generated(directory: Path) -> list[int]:
+    """The tokens that a model in transformers goes on with."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    prompt = torch.arange(3, 12)[None]
+    tokens = model.generate(prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt), pad_token_id=0)
+    return [int(token) for token in tokens[0]]
+
+
+# Those of kinds with experts besides.
+SPARSE_LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [],
+    2: [{"ep": 2, "tokens_per_microbatch": 150}],
+    4: [
+        {"ep": 2, "tokens_per_microbatch": 150},
+        {"ep": 2, "pp": 2, "tokens_per_microbatch": 120, "recompute": "full"},
+        {"ep": 2, "tp": 2, "etp": 1, "sequence_parallel": True, "tokens_per_microbatch": 200},
+        {"ep": 2, "tp": 2, "etp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
+    ],
+}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", sorted(SPARSE_LAYOUTS))
+def test_every_kind_agrees_with_transformers(world_size: int, tmp_path: Path) -> None:
+    pairs = make_pairs(NUM_PAIRS)
+    layouts = [(kind, layout) for layout in LAYOUTS.get(world_size, []) for kind in KINDS]
+    layouts += [(kind, layout) for layout in SPARSE_LAYOUTS[world_size] for kind in SPARSE_KINDS]
+    cases = [Case(f"{kind} {number}", model=kind, **layout) for number, (kind, layout) in enumerate(layouts)]
+    kinds = {case.model for case in cases}
+    for kind in kinds:
+        write_hf_model(tmp_path / kind, kind)
+    run = functools.partial(run_at_layouts, read_train_and_write)
+    results = run_distributed(run, world_size, cases, str(tmp_path), collection(pairs), seconds=900)[0]
+    answers = {kind: DenseProblem(tmp_path / kind, tmp_path / kind, pairs).answer(build_objective("rmipo", {})) for kind in kinds}
+    failures = {}
+    for case, result in zip(cases, results, strict=True):
+        try:
+            assert result["agreement"].max_difference < 1e-4, result["agreement"]
+            check(case, result, answers[case.model])
+            expected, written = tensors(tmp_path / case.model), tensors(tmp_path / f"{case.name} written")
+            assert written.keys() == expected.keys()
+            assert [name for name, tensor in expected.items() if not torch.equal(tensor, written[name])] == []
+            if world_size == 1:
+                assert generated(tmp_path / f"{case.name} written") == generated(tmp_path / case.model)
+        except AssertionError as error:
+            failures[case.name] = str(error)
+    assert failures == {}

@@ -1,0 +1,263 @@
+"""Models built by Megatron's own specs, scored over packed rows, against their own forward pass before they were adopted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.adopt import adopt_model
+from megatron_rmipo.model.build import RMSNorm
+from megatron_rmipo.model.packed_model import ScoringOptions, score_row
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
+from tests.harness import run_distributed
+
+VOCAB, PADDED, LONGEST = 41, 44, 32
+# Prompt, chosen and rejected response of each pair, in tokens.
+PAIRS = [(5, 4, 3), (1, 2, 6), (7, 1, 1)]
+YARN = {
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 8,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """How somebody else builds a model: arguments of GPTModel, and fields of its configuration."""
+
+    model: dict[str, Any] = dataclasses.field(default_factory=lambda: {"position_embedding_type": "rope"})
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+KINDS = {
+    "rope, tied": Built({"position_embedding_type": "rope", "share_embeddings_and_output_weights": True}),
+    "part of the channels, interleaved, stretched": Built(
+        {"position_embedding_type": "rope", "rotary_percent": 0.5, "seq_len_interpolation_factor": 2.0},
+        {"rotary_interleaved": True, "add_qkv_bias": True, "softmax_scale": 0.3},
+    ),
+    "layers without rope": Built(config={"no_rope_freq": [0, 1, 0], "qk_layernorm": True}),
+    "yarn": Built({"position_embedding_type": "yarn"}),
+    "learned positions": Built({"position_embedding_type": "learned_absolute"}),
+    "no positions": Built({"position_embedding_type": "none"}),
+}
+
+
+def build(built: Built, groups: ProcessGroups, norm: Any = None) -> GPTModel:
+    torch.manual_seed(4)
+    settings: dict[str, Any] = {
+        "num_layers": 3,
+        "hidden_size": 24,
+        "ffn_hidden_size": 40,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": groups.tp_size,
+        "sequence_parallel": groups.tp_size > 1,
+        "use_cpu_initialization": True,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "init_method_std": 0.3,
+        "normalization": "LayerNorm" if norm is None else "RMSNorm",
+    }
+    config = TransformerConfig(**{**settings, **built.config})
+    if built.model.get("position_embedding_type") == "yarn":
+        for name, value in YARN.items():
+            setattr(config, name, value)
+    spec: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if norm is not None:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * 3, layer_norm=norm)
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=PADDED,
+        max_sequence_length=LONGEST,
+        parallel_output=False,
+        pg_collection=groups.megatron_collection(),
+        **built.model,
+    )
+
+
+def make_tokens(multiple_of: int) -> list[list[Tensor]]:
+    """The pairs' prompts and responses; the last response is drawn out so that the packed row divides."""
+    generator = torch.Generator().manual_seed(9)
+    lengths = [list(pair) for pair in PAIRS]
+    lengths[-1][2] += -sum(map(sum, lengths)) % multiple_of
+    return [[torch.randint(VOCAB, (length,), generator=generator) for length in pair] for pair in lengths]
+
+
+def apart(model: GPTModel, pairs: list[list[Tensor]], multiple_of: int) -> Tensor:
+    """Log-probs of every response token, each response in a row of its own through the model's own forward pass."""
+    scores = []
+    for prompt, *responses in pairs:
+        for response in responses:
+            tokens = torch.cat([prompt, response])
+            # Causal, so that what stands behind changes nothing.
+            filled = torch.nn.functional.pad(tokens, (0, -len(tokens) % multiple_of))
+            logits = model(filled[None], torch.arange(len(filled))[None], None)[0, :, :VOCAB]
+            picked = logits.log_softmax(-1)[: len(tokens) - 1].gather(1, tokens[1:, None])[:, 0]
+            scores.append(picked[len(prompt) - 1 :])
+    return torch.cat(scores)
+
+
+def packed(model: GPTModel, pairs: list[list[Tensor]]) -> Tensor:
+    """The same in one row, each prompt once."""
+    tokens, positions, segments, source, target = [], [], [], [], []
+    start = 0
+    for prompt, chosen, rejected in pairs:
+        first, second = len(prompt), len(prompt) + len(chosen)
+        segments += [[start, second, 0, 0], [start + second, len(rejected), start, first]]
+        tokens += [prompt, chosen, rejected]
+        positions += [torch.arange(second), torch.arange(first, first + len(rejected))]
+        for place, response in ((first, chosen), (second, rejected)):
+            source += [start + first - 1, *range(start + place, start + place + len(response) - 1)]
+            target.append(response)
+        start += second + len(rejected)
+    row = (torch.cat(tokens), torch.cat(positions), torch.tensor(segments), torch.tensor(source), torch.cat(target))
+    return score_row(model, *row, options=ScoringOptions(VOCAB, chunk_size=7))
+
+
+def scores_and_gradients(model: GPTModel, scores: Tensor, groups: ProcessGroups) -> tuple[Tensor, dict[str, Tensor]]:
+    weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(2))
+    (scores * weights).sum().backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad, group=groups.tp)
+        gradients[name] = parameter.grad
+        parameter.grad = None
+    return scores.detach(), gradients
+
+
+def windows_of(built: Built, groups: ProcessGroups) -> list[int | None]:
+    model = build(built, groups)
+    adopt_model(model)
+    return [vars(layer.self_attention.core_attention)["packed"].rules.window for layer in model.decoder.layers]
+
+
+def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
+    """Of each model its scores and gradients apart, and packed once it is adopted."""
+    groups = initialize_runtime(tp)
+    found: dict[str, Any] = {}
+    pairs = make_tokens(tp)
+    for name in names:
+        model = build(KINDS[name], groups, RMSNorm if tp > 1 else None)
+        first = scores_and_gradients(model, apart(model, pairs, tp), groups)
+        keys = sorted(model.state_dict()), sorted(model.sharded_state_dict())
+        for _ in range(2):  # The second time there is nothing left to do.
+            adopt_model(model)
+        assert keys == (sorted(model.state_dict()), sorted(model.sharded_state_dict())), name
+        for layer in model.decoder.layers:
+            # What recomputation of attention asks for.
+            layer.self_attention.checkpoint_core_attention = tp == 1
+        found[name] = first, scores_and_gradients(model, packed(model, pairs), groups)
+        torch.testing.assert_close(apart(model, pairs, tp).detach(), first[0], rtol=0, atol=0)
+    shutdown_runtime()
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("tp", [1, 2])
+def test_packed_rows_score_as_the_model_itself_does(tp: int) -> None:
+    names = list(KINDS) if tp == 1 else ["rope, tied", "yarn", "learned positions"]
+    for found in run_distributed(before_and_after, tp, names, tp):
+        for name, ((scores, gradients), (packed_scores, packed_gradients)) in found.items():
+            torch.testing.assert_close(packed_scores, scores, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            assert packed_gradients.keys() == gradients.keys()
+            # A bias of keys that nothing turns has none but rounding.
+            least = 1e-3 * max(gradient.norm() for gradient in gradients.values())
+            for parameter, gradient in gradients.items():
+                error = (packed_gradients[parameter] - gradient).norm() / gradient.norm().clamp(min=least)
+                assert error < 1e-4, (name, parameter, float(error))
+
+
+class ScaledLogits(GPTModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().forward(*args, **kwargs)
+
+
+def change(path: str, value: Any) -> Callable[[Any], None]:
+    """Sets what lies there in a model: an attribute, or a module in the place of another."""
+
+    def apply(model: Any) -> None:
+        *parents, name = path.split(".")
+        for parent in parents:
+            model = model[int(parent)] if parent.isdigit() else getattr(model, parent)
+        if isinstance(value, torch.nn.Module):
+            model._modules[name] = value
+        else:
+            setattr(model, name, value)
+
+    return apply
+
+
+class OtherCore(torch.nn.Module):
+    pass
+
+
+class OtherAttention(torch.nn.Module):
+    pass
+
+
+class Mamba(torch.nn.Module):
+    pass
+
+
+REFUSED = [
+    (change("config.hidden_dropout", 0.1), r"hidden_dropout: dropout of 0\.1"),
+    (change("embedding.embedding_dropout.p", 0.2), r"embedding\.embedding_dropout: dropout of 0\.2"),
+    (change("config.context_parallel_size", 2), "context_parallel_size 2"),
+    (change("config.mtp_num_layers", 1), "mtp_num_layers 1: .*a loss of its own"),
+    (change("config.multi_latent_attention", True), "multi_latent_attention"),
+    (change("config.moe_expert_capacity_factor", 1.5), r"moe_expert_capacity_factor 1\.5"),
+    (change("config.cuda_graph_impl", "local"), "cuda_graph_impl 'local'"),
+    (change("output_layer", torch.nn.Linear(2, 2)), "output_layer: it is a Linear"),
+    (change("position_embedding_type", "mrope"), "rotary_pos_emb: positions of the kind 'mrope'"),
+    (change("decoder.layers.1", Mamba()), r"decoder\.layers\.1: Mamba is no TransformerLayer"),
+    (change("decoder.layers.2.self_attention", OtherAttention()), r"decoder\.layers\.2\.self_attention: OtherAttention is not"),
+    (change("decoder.layers.0.self_attention.core_attention", OtherCore()), r"0\.self_attention\.core_attention: .* OtherCore"),
+    (change("decoder.layers.1.self_attention.attn_mask_type", AttnMaskType.no_mask), "its mask is no_mask"),
+    (change("__class__", ScaledLogits), "ScaledLogits.forward of tests.model.test_adopt is not"),
+]
+
+
+@pytest.mark.dist
+def test_what_cannot_be_scored_exactly_is_refused_before_anything_changes() -> None:
+    run_distributed(refusals, 1)
+
+
+def refusals() -> None:
+    groups = initialize_runtime()
+    for alter, message in REFUSED:
+        model = build(Built(), groups)
+        alter(model)
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(ConfigError, match=message):
+            adopt_model(model)
+        assert before == [type(module) for module in model.modules()]
+    # Megatron counts the tokens before a token, we itself, too; every second layer sees all.
+    assert windows_of(Built(config={"window_size": (4, 0), "window_attn_skip_freq": 2}), groups) == [5, None, 5]
+    assert windows_of(Built(config={"window_size": (-1, 0)}), groups) == [None] * 3
+    with pytest.raises(ConfigError, match="This Linear cannot be scored"):
+        adopt_model(torch.nn.Linear(2, 2))
+    shutdown_runtime()
