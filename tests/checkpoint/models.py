@@ -108,7 +108,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_tied": ("glm4", {"head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 6}),
     # Windows where no rotary embeddings are, as where the config lists neither.
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 6, **NO_PAD}),
-    "smollm3_untied": ("smollm3", {"no_rope_layer_interval": 3, "tie_word_embeddings": False, "attention_bias": True, **NO_PAD}),
+    # Not of the attention: without rotary embeddings a bias of keys changes nothing, and has no gradient to compare.
+    "smollm3_untied": ("smollm3", {"no_rope_layer_interval": 3, "tie_word_embeddings": False, "mlp_bias": True, **NO_PAD}),
     "phi3": ("phi3", {"sliding_window": 6, "head_dim": 12, **NO_PAD}),
     # As Phi-4-mini: six of eight channels of a head are turned.
     "phi4_mini": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128, **TIED, **NO_PAD}),

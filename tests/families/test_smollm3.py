@@ -26,6 +26,8 @@ SMOLLM3_3B: dict[str, Any] = {
 def test_model_as_published_is_tied_and_has_the_published_number_of_parameters(tmp_path: Path) -> None:
     arch = read(tmp_path, SMOLLM3_3B)
     assert (num_parameters(arch), arch.tied_embeddings) == (3_075_098_624, True)
+    biased = read(tmp_path, SMOLLM3_3B, attention_bias=True, mlp_bias=True)
+    assert (biased.qkv_bias, biased.attention_output_bias, biased.mlp_bias) == (True, True, True)
     assert [layer for layer in range(36) if arch.kind_of(layer).rope is None] == [3, 7, 11, 15, 19, 23, 27, 31, 35]
 
 
