@@ -13,23 +13,28 @@ from megatron_rmipo.command import STOPPED
 from megatron_rmipo.model.hybrid import HybridModel
 from tests.harness import run_distributed
 from tests.integration.data import write_pairs
-from tests.integration.problem import make_pairs
-from tests.integration.test_invariance import run_and_check
+from tests.integration.problem import collection, make_hf_model, make_pairs
+from tests.integration.sparse import KINDS
+from tests.integration.test_invariance import MODELS as DENSE
 from tests.integration.test_training import flags, losses, run, weights
-from tests.integration.worlds import Case
+from tests.integration.worlds import Case, run_cases
 
 pytestmark = pytest.mark.skipif(HybridModel is None, reason="this megatron-core has no HybridModel")
 
+MODELS = {**DENSE, "mixtral": KINDS["mixtral"][1]}
 WORLDS = {
     1: [
         Case("few packs", tokens_per_microbatch=200),
         Case("full recomputation, qwen3", model="qwen3", recompute="full", tokens_per_microbatch=200),
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
+        Case("experts, full recomputation", model="mixtral", recompute="full", tokens_per_microbatch=120),
     ],
     2: [
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("PP 2, recomputation, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
+        Case("TP 2, sequence parallel, experts", model="mixtral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, experts", model="mixtral", pp=2, tokens_per_microbatch=120),
     ],
 }
 
@@ -37,14 +42,18 @@ WORLDS = {
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(WORLDS))
 def test_a_hybrid_model_gives_the_same_loss_and_gradients(world_size: int, tmp_path: Path) -> None:
+    """As GPTModel's, which other tests compare with transformers."""
     gpt = WORLDS[world_size]
-    hybrid = [dataclasses.replace(case, name=f"{case.name}, hybrid", model_class="hybrid") for case in gpt]
-    # Each against transformers in float64, then against the other.
-    results = run_and_check([*gpt, *hybrid], world_size, make_pairs(), tmp_path)
+    for model in {case.model: None for case in gpt}:
+        make_hf_model(tmp_path / model / "model", **MODELS[model])
+    hybrid = [dataclasses.replace(case, model_class="hybrid") for case in gpt]
+    results = run_distributed(run_cases, world_size, [*gpt, *hybrid], str(tmp_path), collection(make_pairs()))[0]
     for case, first, second in zip(gpt, results[: len(gpt)], results[len(gpt) :], strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-6), case.name
+        assert second["gradients"].keys() == first["gradients"].keys()
         for name, gradient in first["gradients"].items():
-            error = (second["gradients"][name] - gradient).norm() / gradient.norm()
+            # Experts that nothing goes through have none.
+            error = (second["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=1e-20)
             assert error < 1e-6, (case.name, name, float(error))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import pytest
@@ -62,8 +63,13 @@ def test_the_class_is_refused_by_its_flag_where_there_is_none(monkeypatch: pytes
 
 @pytest.mark.dist
 @pytest.mark.skipif(HybridModel is None, reason="this megatron-core has no HybridModel")
-def test_both_classes_compute_the_same_and_save_under_the_same_keys() -> None:
-    (found,) = run_distributed(both_classes, 1)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_both_classes_compute_the_same_and_save_under_the_same_keys(ranks: int) -> None:
+    for found in run_distributed(both_classes, ranks):
+        compare(found)
+
+
+def compare(found: dict[str, Any]) -> None:
     for name, ((scores, gradients, keys), (other_scores, other_gradients, other_keys)) in found.items():
         torch.testing.assert_close(other_scores, scores, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
         assert other_gradients.keys() == gradients.keys()
@@ -76,7 +82,8 @@ def test_both_classes_compute_the_same_and_save_under_the_same_keys() -> None:
 
 
 def both_classes() -> dict[str, Any]:
-    groups = initialize_runtime()
+    """What both classes of each model say on this rank; two of them share the experts."""
+    groups = initialize_runtime(expert_model_parallel_size=int(os.environ["WORLD_SIZE"]))
     found = {}
     for name, arch in MODELS.items():
         config = transformer_config(arch, groups)
