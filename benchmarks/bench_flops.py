@@ -26,7 +26,8 @@ from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime

@@ -47,7 +47,7 @@ INNER_ROOMS = {
         "batches": {"store"},
     },
     "checkpoint": {"hf": {"whole_directories", "raw_files"}, "megatron": {"hf", "whole_directories", "raw_files"}},
-    "model": {"attention": set()},
+    "model": {"attention": set(), "layers": {"attention", "products"}},
 }
 # So many files a room holds at most; these have one file each of something.
 MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}

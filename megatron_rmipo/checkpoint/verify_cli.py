@@ -24,7 +24,8 @@ from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConversionError, RmipoError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.torchrun import Launch, read_launch

@@ -13,9 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.layers.residual import scale_embedding
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.packed_model import ScoringOptions, enable_scoring, score_row
-from megatron_rmipo.model.residual import scale_embedding
 from megatron_rmipo.model.rotary import PackedRotary
 from megatron_rmipo.model.vocabulary_shard import LogitRules
 from megatron_rmipo.runtime.groups import ProcessGroups

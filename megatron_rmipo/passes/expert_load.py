@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rmipo.data.batches.loader import RankBatch
-from megatron_rmipo.model.experts import Router, Tally, routers
+from megatron_rmipo.model.layers.experts import Router, Tally, routers
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.passes.rows import run_rows
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device

@@ -21,7 +21,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.build import RMSNorm
+from megatron_rmipo.model.layers.norms import RMSNorm
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime

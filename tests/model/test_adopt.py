@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.adopt import adopt_model
-from megatron_rmipo.model.build import RMSNorm
 from megatron_rmipo.model.hybrid import HybridModel, hybrid_config, hybrid_stack
+from megatron_rmipo.model.layers.norms import RMSNorm
 from megatron_rmipo.model.packed_model import ScoringOptions, score_row
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed

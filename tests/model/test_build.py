@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
-from megatron_rmipo.model import build as build_module
-from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model import megatron_config
+from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 
@@ -37,7 +38,7 @@ GROUPS: Any = SimpleNamespace(tp_size=1, pp_size=1)
 @pytest.fixture
 def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it were installed, and there were a GPU for it."""
-    monkeypatch.setattr(build_module, "transformer_engine_available", lambda: True)
+    monkeypatch.setattr(megatron_config, "transformer_engine_available", lambda: True)
     monkeypatch.setattr(ROPE, lambda *args, **kwargs: args[0])
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
-from megatron_rmipo.model.build import _block_spec, transformer_config
+from megatron_rmipo.model.build import _block_spec
 from megatron_rmipo.model.logprobs import linear_logprobs
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 

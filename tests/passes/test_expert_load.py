@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rmipo.config.schema import Config, ExpertsConfig
 from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch
 from megatron_rmipo.model.build import build_model
-from megatron_rmipo.model.experts import routers
+from megatron_rmipo.model.layers.experts import routers
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.expert_load import take_expert_load
 from megatron_rmipo.passes.layout import batch_layout

@@ -18,7 +18,8 @@ from megatron_rmipo.families.base import Place, Rule
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import source_shapes, tensors_of
-from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.checkpoint.models import KINDS, write_hf_model

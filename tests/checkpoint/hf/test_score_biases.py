@@ -14,7 +14,8 @@ from megatron_rmipo.checkpoint import convert
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.checkpoint.models import write_hf_model
 

@@ -24,7 +24,8 @@ from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.build import build_policy, transformer_config
+from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.checkpoint.models import write_hf_model

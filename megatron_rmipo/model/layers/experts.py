@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_rmipo.config.schema import ExpertsConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture
-from megatron_rmipo.model.expert_biases import with_biases
+from megatron_rmipo.model.layers.expert_biases import with_biases
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 # Megatron-Core 0.16 looks this up in its router, and defines it only where Transformer Engine is installed.

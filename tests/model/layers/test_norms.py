@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.families.tensors import megatron_shape, rules_of
-from megatron_rmipo.model.norms import RMSNorm
+from megatron_rmipo.model.layers.norms import RMSNorm
 from tests.harness import run_distributed
 
 CONFIG: Any = SimpleNamespace(
@@ -73,7 +73,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def norm_all_heads() -> tuple[Tensor, ...]:
     """What a rank of two makes of its half of the heads."""
-    from megatron_rmipo.model.norms import WholeNorm
+    from megatron_rmipo.model.layers.norms import WholeNorm
     from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 
     groups = initialize_runtime(tensor_model_parallel_size=2)
@@ -108,7 +108,8 @@ def test_checkpoints_hold_norms_by_the_names_and_shapes_of_the_family() -> None:
 
 def sharded_shapes() -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """Shapes of the norms in a checkpoint, and where this rank's part of each begins."""
-    from megatron_rmipo.model.build import build_policy, transformer_config
+    from megatron_rmipo.model.build import build_policy
+    from megatron_rmipo.model.megatron_config import transformer_config
     from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 
     groups = initialize_runtime(tensor_model_parallel_size=2)

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.norms import RMSNorm
+from megatron_rmipo.model.layers.norms import RMSNorm
 
 # Checkpoints hold a norm after a projection beside that projection, as Megatron-Bridge does.
 _CHECKPOINT_NAMES = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmipo.model.residual import ResidualSum
+from megatron_rmipo.model.layers.residual import ResidualSum
 from tests.harness import run_distributed
-from tests.model.test_norms import ARCH, EPS, dense
+from tests.model.layers.test_norms import ARCH, EPS, dense
 
 
 def _sum(multiplier: float, post_norm: bool) -> ResidualSum:
@@ -66,7 +66,8 @@ def test_embedded_tokens_are_multiplied_by_what_their_dtype_can_hold() -> None:
 
 def embed() -> list[tuple[bool, Tensor, Tensor]]:
     """Whether the multiplier is rounded, the table in bf16, and the embeddings of tokens 3 to 8."""
-    from megatron_rmipo.model.build import build_policy, transformer_config
+    from megatron_rmipo.model.build import build_policy
+    from megatron_rmipo.model.megatron_config import transformer_config
     from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 
     groups, found = initialize_runtime(), []

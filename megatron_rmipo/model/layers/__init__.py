@@ -1,0 +1,1 @@
+"""Parts of a layer that Megatron-Core does not have, or not as the models need them."""

@@ -1,0 +1,131 @@
+"""Megatron-Core's configuration of a model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.config.schema import ExpertsConfig
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.layers.experts import expert_settings
+from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
+from megatron_rmipo.runtime.groups import ProcessGroups
+
+
+def _quick_gelu(gate: Tensor) -> Tensor:
+    return gate * torch.sigmoid(1.702 * gate)
+
+
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "clamped_swiglu": _quick_gelu}
+
+
+def transformer_config(
+    arch: ModelArchitecture,
+    groups: ProcessGroups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    transformer_impl: str = "auto",
+    fp8_format: str | None = None,
+    fp8_recipe: str | None = None,
+    sequence_parallel: bool = False,
+    recompute_granularity: str | None = None,
+    recompute_method: str | None = None,
+    recompute_num_layers: int | None = None,
+    experts: ExpertsConfig | None = None,
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron's TransformerConfig of a model of the Llama kind, for packed rows of varying length.
+
+    Args:
+        arch: the model.
+        groups: gives the tensor and pipeline parallel sizes.
+        dtype: fp32 or bf16 parameters and activations.
+        transformer_impl: ``local`` (Megatron-Core's own layers), ``transformer_engine``, or ``auto``: the latter where it is
+            installed and there is a GPU.
+        fp8_format: ``hybrid`` or ``e4m3``: the layers' matrix products in fp8, in Transformer Engine; None in ``dtype``.
+        fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
+        sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
+        recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
+        experts: how tokens reach experts, and what is done about their load, in a model that has them.
+        **overrides: further TransformerConfig fields.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and absent, or the model's router is not built.
+    """
+    on_gpu, use_te = torch.cuda.is_available(), _uses_transformer_engine(transformer_impl, fp8_format)
+    settings: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "softmax_scale": arch.attention_scale,
+        "layernorm_epsilon": arch.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": arch.zero_centered_norm,
+        "gated_linear_unit": True,
+        "activation_func": _ACTIVATIONS[arch.activation],
+        "activation_func_clamp_value": arch.activation_limit,
+        "glu_linear_offset": float(arch.activation == "clamped_swiglu"),
+        "add_bias_linear": arch.mlp_bias,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "rotary_interleaved": arch.rotary_interleaved,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": groups.tp_size,
+        "pipeline_model_parallel_size": groups.pp_size,
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # The schedule then divides gradients by the number of pairs of the global batch, not by micro-batches.
+        "calculate_per_token_loss": True,
+        # Packs differ in length, so stages tell each other the shape.
+        "variable_seq_lengths": groups.pp_size > 1,
+        # The default dispatcher is refused with variable lengths, even in a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
+        "recompute_granularity": recompute_granularity,
+        "recompute_method": recompute_method,
+        "recompute_num_layers": recompute_num_layers,
+        "use_cpu_initialization": not on_gpu,
+        "transformer_impl": "transformer_engine" if use_te else "local",
+        # The kernel for tensors that are not THD turns each token by its own row of our table, so positions may restart.
+        "apply_rope_fusion": use_te,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": on_gpu,
+        # Megatron's fused GELU is the approximation by tanh under the name of the exact one.
+        "bias_activation_fusion": on_gpu and arch.activation == "silu",
+        "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
+        "batch_p2p_comm": on_gpu,
+    }
+    if fp8_format is not None:
+        # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
+        settings.update(fp8=fp8_format, fp8_recipe=fp8_recipe or "delayed", tp_only_amax_red=True)
+    settings.update(expert_settings(arch, groups, experts or ExpertsConfig()))
+    return TransformerConfig(**{**settings, **overrides})
+
+
+def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:
+    available = transformer_engine_available()
+    asked_for = "--transformer-impl transformer_engine" if transformer_impl == "transformer_engine" else None
+    if fp8_format is not None:
+        asked_for = f"--fp8-format {fp8_format}"
+    if asked_for and not available:
+        raise ConfigError(f"{asked_for}: {NO_TRANSFORMER_ENGINE}")
+    return available and transformer_impl != "local"
+
+
+def _gradient_accumulation_kernel_available() -> bool:
+    try:
+        import fused_weight_gradient_mlp_cuda  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        return False
+    return True
