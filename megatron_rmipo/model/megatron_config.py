@@ -101,7 +101,8 @@ def transformer_config(
         "apply_rope_fusion": use_te,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": on_gpu,
-        # Megatron's fused GELU is the approximation by tanh under the name of the exact one.
+        # Megatron's fused GELU is the approximation by tanh under the name of the exact one; where it clamps, it does so before
+        # it adds a bias.
         "bias_activation_fusion": on_gpu and arch.activation == "silu",
         "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
         "batch_p2p_comm": on_gpu,
