@@ -50,7 +50,7 @@ def remove_weights(scene: Scene) -> None:
 
 
 def use_unknown_architecture(scene: Scene) -> None:
-    scene.change_config(architectures=["MambaForCausalLM"], model_type="mamba")
+    scene.change_config(architectures=["CohereForCausalLM"], model_type="mamba")
 
 
 def cut_heads_in_three(scene: Scene) -> None:
@@ -160,7 +160,7 @@ def start_from_nothing(scene: Scene) -> None:
 CASES: list[tuple[Callable[[Scene], None], list[str]]] = [
     (truncate_weights, ["ConversionError", "model.safetensors", "truncated"]),
     (remove_weights, ["ConversionError", "safetensors"]),
-    (use_unknown_architecture, ["ConversionError", "MambaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+    (use_unknown_architecture, ["ConversionError", "CohereForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
     (cut_heads_in_three, ["ConfigError", "--tensor-model-parallel-size 3", "8 attention heads", "1, 2, 4"]),
     (cut_layers_in_three, ["ConfigError", "--pipeline-model-parallel-size 3", "4 layers", "1, 2, 4"]),
     (change_vocabulary, ["DataError", "another tokenizer", "preprocess_preferences.py"]),
