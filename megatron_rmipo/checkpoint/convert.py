@@ -37,15 +37,6 @@ from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import megatron_shape, rules_of, tensors_of
 from megatron_rmipo.runtime.messages import warn
 
-# Modules whose extra state (fp8 scales) Megatron-Core's layers, local or Transformer Engine's, look for in a checkpoint.
-_STATEFUL = (
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _COMMON = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -181,9 +172,11 @@ def _fill_piece(files: WeightFiles, rule: Rule, layer: int | None, arch: ModelAr
 
 
 def _extra_state_keys(arch: ModelArchitecture) -> list[str]:
+    """Keys of the extra state (fp8 scales) that Megatron-Core's layers, local or Transformer Engine's, look for."""
     layers = [f"shard_{layer}_{arch.num_layers}" for layer in range(arch.num_layers)]
-    modules = (*_STATEFUL, *(_QK_NORMS if arch.qk_norm else ()))
-    keys = [f"decoder.layers.{module}._extra_state/{layer}" for module in modules for layer in layers]
+    owners = [rule.megatron.rpartition(".")[0] for rule in rules_of(arch) if rule.per_layer]
+    modules = dict.fromkeys([*owners, "decoder.layers.self_attention.core_attention"])
+    keys = [f"{module}._extra_state/{layer}" for module in modules for layer in layers]
     return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 

@@ -16,9 +16,10 @@ from megatron_rmipo.families.fields import Fields
 class Layout(enum.Enum):
     """How a Megatron tensor is made of its sources and cut by tensor parallelism. A bias is laid out as its weight's rows are."""
 
-    WHOLE = "whole"  # one source over the hidden channels; every rank holds all of it
+    WHOLE = "whole"  # one source, over the hidden channels unless its sizes are said; every rank holds all of it
     HEAD = "head"  # one source over the channels of one head; every rank holds all of it
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
+    HEAD_ROWS = "head_rows"  # one source whose rows are channels of the heads, of sizes that are said; rows cut
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut
     QKV = "qkv"  # per key/value group: its queries, its key, its value; rows cut
@@ -35,12 +36,15 @@ class Rule:
         layout: how the sources are laid out in it.
         only_with: the trait of the architecture that says whether a model, or one of its layers, has such a tensor; None where
             all have.
+        sizes: the shape of the source where the layout does not say it, by names of the architecture's sizes, those of a part of
+            it with a dot (``latent.kv_lora_rank``).
     """
 
     megatron: str
     sources: tuple[str, ...]
     layout: Layout
     only_with: str | None = None
+    sizes: tuple[str, ...] = ()
 
     @property
     def per_layer(self) -> bool:

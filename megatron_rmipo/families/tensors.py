@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -45,9 +46,13 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
     """Shapes of the Hugging Face tensors of a rule."""
     hidden, ffn, query_rows, key_rows = arch.hidden_size, arch.ffn_hidden_size, arch.query_size, arch.key_size
     inputs = () if rule.is_bias else (hidden,)
+    if rule.sizes:
+        return (tuple(operator.attrgetter(name)(arch) for name in rule.sizes),)
     match rule.layout:
         case Layout.WHOLE:
             return ((hidden,),)
+        case Layout.HEAD_ROWS:
+            raise AssertionError(f"{rule.megatron} does not say its sizes")
         case Layout.HEAD:
             return ((arch.kv_channels,),)
         case Layout.VOCABULARY:
@@ -57,7 +62,7 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
         case Layout.GATE_UP:
             return ((ffn, *inputs), (ffn, *inputs))
         case Layout.HEAD_COLUMNS:
-            return ((hidden, query_rows),)
+            return ((hidden, arch.context_size),)
         case Layout.FFN_COLUMNS:
             return ((hidden, ffn),)
 

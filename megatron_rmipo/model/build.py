@@ -13,19 +13,26 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
-from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
-from megatron_rmipo.model.attention.scores import ScoreRules
+from megatron_rmipo.model.attention.latent import LatentSelfAttention
+from megatron_rmipo.model.attention.packed import choose_backend, core_attention_of
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+
+# With latent attention Megatron's local layers would name norms in checkpoints as in the model, Transformer Engine's name them by
+# the linears that own them.
+_LATENT_KEYS = {
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 
 
 class RMSNorm(torch.nn.Module):
@@ -78,9 +85,7 @@ class Attention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         kind = arch.kind_of((layer_number - 1) // layers_each)
-        rules = ScoreRules(window=kind.window, softcap=arch.attention_softcap, sinks=arch.attention_sinks)
-        core_attention = ModuleSpec(module=PackedAttention, params={"backend": backend, "rules": rules})
-        submodules = dataclasses.replace(submodules, core_attention=core_attention)
+        submodules = dataclasses.replace(submodules, core_attention=core_attention_of(arch, kind, backend))
         own_config = copy.copy(config)
         own_config.add_bias_linear = arch.attention_output_bias
         super().__init__(own_config, submodules, layer_number, *args, **kwargs)
@@ -142,6 +147,7 @@ def transformer_config(
         "activation_func": F.silu,
         "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
+        # Not of latents, whose norms' gradients are whole on every rank: Megatron would sum them.
         "qk_layernorm": arch.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -173,7 +179,19 @@ def transformer_config(
     if fp8_format is not None:
         # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
         settings.update(fp8=fp8_format, fp8_recipe=fp8_recipe or "delayed", tp_only_amax_red=True)
-    return TransformerConfig(**{**settings, **overrides})
+    if arch.latent is None:
+        return TransformerConfig(**{**settings, **overrides})
+    latent = {
+        "q_lora_rank": arch.latent.q_lora_rank,
+        "kv_lora_rank": arch.latent.kv_lora_rank,
+        "qk_head_dim": arch.latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": arch.latent.qk_rope_head_dim,
+        "v_head_dim": arch.latent.v_head_dim,
+        "rope_type": "rope",
+        # Its fused kernel turns yarn's angles of whole rows.
+        "apply_rope_fusion": False,
+    }
+    return MLATransformerConfig(**{**settings, **latent, **overrides})
 
 
 def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:
@@ -234,19 +252,25 @@ def build_policy(
 
 def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
     """Megatron's own layer spec with our attention inside, and norms that allow sequence parallelism."""
+    has_latents = arch.latent is not None
+    kinds = {"qk_layernorm": arch.qk_norm or has_latents, "multi_latent_attention": has_latents}
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm), TENorm
+        layer, final_norm = get_gpt_layer_with_transformer_engine_spec(**kinds), TENorm
     else:
-        layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer, final_norm = get_gpt_layer_local_spec(normalization="RMSNorm", **kinds), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        if arch.qk_norm:
+        if has_latents:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.kv_layernorm = RMSNorm
+            layer.submodules.sharded_state_dict_keys_map = _LATENT_KEYS
+        elif arch.qk_norm:
             layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
     attention = layer.submodules.self_attention
-    attention.module = Attention
+    attention.module = LatentSelfAttention if has_latents else Attention
     attention.params = {**attention.params, "arch": arch, "backend": attention_backend}
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
 

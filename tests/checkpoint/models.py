@@ -37,6 +37,15 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 4,
+}
+
 # Kind -> its model_type, and what its config says besides.
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
@@ -47,6 +56,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6, "bos_token_id": None}),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3_tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "attention_bias": True, "bos_token_id": None}),
+    # All layers dense.
+    "deepseek_v3": ("deepseek_v3", {**_LATENT, "q_lora_rank": 20}),
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None, "num_key_value_heads": None}),
     "mistral": ("mistral", {"sliding_window": 64, "head_dim": 12, "rope_theta": 10000.0}),
 }
 KINDS = tuple(_KINDS)

@@ -31,6 +31,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 20},
+    # All layers dense; queries, keys and values out of latents.
+    "deepseek": {
+        "model_type": "deepseek_v3",
+        "first_k_dense_replace": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 9,
+        "rms_norm_eps": 1e-6,
+    },
 }
 WORLDS = {
     1: [
@@ -46,6 +58,7 @@ WORLDS = {
         Case("one pair a pack, tied", model="tied", tokens_per_microbatch=48),
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
         Case("prompts not shared, mistral", model="mistral", share_prompts=False, tokens_per_microbatch=200),
+        Case("recomputation of attention, deepseek", model="deepseek", recompute="selective", tokens_per_microbatch=200),
     ],
     2: [
         Case("TP 2", tp=2, tokens_per_microbatch=200),
@@ -70,6 +83,9 @@ WORLDS = {
         Case("PP 2, qwen2", model="qwen2", pp=2, tokens_per_microbatch=120),
         Case("TP 2, mistral", model="mistral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, mistral", model="mistral", pp=2, recompute="full", tokens_per_microbatch=120),
+        Case("TP 2, deepseek", model="deepseek", tp=2, tokens_per_microbatch=200),
+        Case("TP 2, sequence parallel, deepseek", model="deepseek", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2, deepseek", model="deepseek", pp=2, recompute="full", tokens_per_microbatch=120),
     ],
     4: [
         Case("TP 2 x PP 2", tp=2, pp=2, tokens_per_microbatch=120),

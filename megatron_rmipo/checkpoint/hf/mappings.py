@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -26,22 +26,32 @@ class Segment:
     rows: int
 
 
-# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them.
+# The local layer spec names the norms apart; in distributed checkpoints, and in TE's layers, the next linear owns them. Latent
+# attention has a norm that no linear owns.
 LOCAL_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
+    "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
 }
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
-def canonical_name(parameter: str) -> tuple[str, int | None]:
-    """Checkpoint name of a module's parameter, without the layer number, and that number as the module counts it."""
+def canonical_name(parameter: str, known: Collection[str]) -> tuple[str, int | None]:
+    """Checkpoint name of a module's parameter, without the layer number, and that number as the module counts it.
+
+    Args:
+        parameter: its name in the model.
+        known: names of the checkpoint's tensors.
+    """
     match = _LAYER_NAME.fullmatch(parameter)
     if not match:
         return parameter, None
-    rest = LOCAL_NAMES.get(match[2], match[2])
-    return f"decoder.layers.{rest}", int(match[1])
+    name = f"decoder.layers.{match[2]}"
+    if name not in known:
+        name = f"decoder.layers.{LOCAL_NAMES.get(match[2], match[2])}"
+    return name, int(match[1])
 
 
 def segments_of(rule: Rule, arch: ModelArchitecture) -> list[Segment]:

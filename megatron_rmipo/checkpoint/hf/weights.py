@@ -80,7 +80,7 @@ def local_parameters(model: Module, arch: ModelArchitecture) -> dict[TensorId, P
     found: dict[TensorId, Parameter] = {}
     unknown = []
     for full_name, parameter in inner.named_parameters():
-        name, local_layer = canonical_name(full_name)
+        name, local_layer = canonical_name(full_name, known)
         if name not in known:
             unknown.append(full_name)
             continue

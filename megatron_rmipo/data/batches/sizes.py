@@ -26,12 +26,6 @@ class CostModel:
     per_scored_token: float
     per_windowed_area: tuple[tuple[int, float], ...] = ()
 
-    def attention(self, area: Callable[[int | None], np.ndarray]) -> np.ndarray:
-        """The cost of attention, where ``area`` gives the (query, key) that are kept under a window, or under none."""
-        windowed = sum(cost * area(window) for window, cost in self.per_windowed_area)
-        total: np.ndarray = self.per_area * area(None) + windowed
-        return total
-
 
 @dataclasses.dataclass(frozen=True)
 class PairSizes:
@@ -65,7 +59,8 @@ def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bo
         second, before = np.where(other > 0, prompt + other - 1, 0), np.zeros_like(prompt)
 
     def area(window: int | None) -> np.ndarray:
-        return _area(first, window) + _area(before + second, window) - _area(before, window)
+        both: np.ndarray = _area(first, window) + _area(before + second, window) - _area(before, window)
+        return both
 
     return _sizes(first + second, area, scored, cost)
 
@@ -85,7 +80,8 @@ def _area(length: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored: np.ndarray, cost: CostModel) -> PairSizes:
-    return PairSizes(tokens, cost.per_token * tokens + cost.attention(area) + cost.per_scored_token * scored)
+    attention = cost.per_area * area(None) + sum(per_area * area(window) for window, per_area in cost.per_windowed_area)
+    return PairSizes(tokens, cost.per_token * tokens + attention + cost.per_scored_token * scored)
 
 
 def check_capacity(sizes: PairSizes, max_tokens: int, describe: Callable[[int], str]) -> None:
