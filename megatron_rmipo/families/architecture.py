@@ -203,6 +203,11 @@ class ModelArchitecture:
         return self.num_attention_heads * (self.latent.v_head_dim if self.latent else self.kv_channels)
 
     @property
+    def least_head_size(self) -> int:
+        """Channels of a head's query and key, or of its value, whichever are fewer."""
+        return min(self.kv_channels, self.latent.v_head_dim) if self.latent else self.kv_channels
+
+    @property
     def key_value_up_size(self) -> int:
         """Channels made of the latent of keys and values: of all keys those that are not turned, and of all values."""
         assert self.latent is not None

@@ -235,7 +235,7 @@ def build_policy(
     Raises:
         ConfigError: Transformer Engine's attention is asked for and absent.
     """
-    backend = choose_backend(attention_backend, arch.kv_channels)
+    backend = choose_backend(attention_backend, arch.least_head_size)
     if backend == "te" and not transformer_engine_available():
         raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
     model = PolicyModel(

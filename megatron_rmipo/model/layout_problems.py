@@ -77,10 +77,10 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--attention-backend te caps no attention scores, and the model's are capped at {arch.attention_softcap:g}; flex "
             "would work on a GPU, sdpa anywhere"
         )
-    if config.model.attention_backend == "flex" and arch.kv_channels < LEAST_HEAD_SIZE:
+    if config.model.attention_backend == "flex" and arch.least_head_size < LEAST_HEAD_SIZE:
         yield (
-            f"--attention-backend flex takes heads of {LEAST_HEAD_SIZE} or more channels, the model's have {arch.kv_channels}; "
-            "sdpa would work, and is what auto takes there"
+            f"--attention-backend flex takes heads of {LEAST_HEAD_SIZE} or more channels, the model's have "
+            f"{arch.least_head_size}; sdpa would work, and is what auto takes there"
         )
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)
