@@ -50,6 +50,8 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--tensor-model-parallel-size {tensor} does not divide the model's {arch.num_attention_heads} attention heads, "
             f"{arch.num_query_groups} key/value heads and {arch.ffn_hidden_size} MLP channels alike; would work: {_list(works)}"
         )
+    if tensor in works:
+        yield from _latent_problems(arch, tensor, shared)
     if arch.num_layers % pipeline:
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide the model's {arch.num_layers} layers; "
@@ -89,6 +91,17 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         yield (
             f"--recompute-num-layers {config.model.recompute_num_layers} is more than the {layers} layers of a pipeline stage; "
             f"1 to {layers} would work"
+        )
+
+
+def _latent_problems(arch: ModelArchitecture, tensor: int, shared: int) -> Iterator[str]:
+    """Latents that Megatron-Core's local attention cannot cut, where ``shared`` is what else a tensor-parallel size divides."""
+    latents = (arch.latent.q_lora_rank or 0, arch.latent.key_value_down_size) if arch.latent else ()
+    odd = [str(size) for size in latents if size % tensor]
+    if odd:
+        yield (
+            f"--tensor-model-parallel-size {tensor} does not divide the model's latents of {' and '.join(odd)} channels, which "
+            f"Megatron-Core's attention wants; would work: {_list(_divisors(math.gcd(shared, *latents)))}"
         )
 
 

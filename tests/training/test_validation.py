@@ -5,7 +5,7 @@ import torch
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import LatentAttention, ModelArchitecture, Rope
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -175,3 +175,13 @@ def test_soft_caps_are_not_for_transformer_engine() -> None:
     refused = refusal("--attention-backend", "te", "--bf16", architecture=capped)
     assert "--attention-backend te caps no attention scores, and the model's are capped at 50; flex would" in refused
     assert "caps no attention scores" not in refusal("--attention-backend", "te", "--bf16")
+
+
+def test_latents_are_wide_enough_for_tensor_parallelism() -> None:
+    latent = LatentAttention(q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=4, v_head_dim=9)
+    fitting = dataclasses.replace(ARCH, num_query_groups=12, latent=latent)
+    validate(config_of("--tensor-model-parallel-size", "2"), fitting, 2)
+    odd = dataclasses.replace(fitting, latent=dataclasses.replace(latent, q_lora_rank=21, qk_rope_head_dim=3))
+    refused = refusal("--tensor-model-parallel-size", "2", world_size=2, architecture=odd)
+    assert "latents of 21 and 15 channels" in refused
+    assert "would work: 1, 3" in refused
