@@ -62,7 +62,7 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"{arch.num_query_groups} key/value heads{mlps} alike; would work: {_list(works)}"
         )
     if tensor in works:
-        yield from _latent_problems(arch, tensor, shared)
+        yield from latent_problems(arch, tensor, shared)
     if arch.num_layers % pipeline:
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide the model's {arch.num_layers} layers; "
@@ -106,7 +106,7 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         )
 
 
-def _latent_problems(arch: ModelArchitecture, tensor: int, shared: int) -> Iterator[str]:
+def latent_problems(arch: ModelArchitecture, tensor: int, shared: int) -> Iterator[str]:
     """Latents that Megatron-Core's local attention cannot cut, where ``shared`` is what else a tensor-parallel size divides."""
     latents = (arch.latent.q_lora_rank or 0, arch.latent.key_value_down_size) if arch.latent else ()
     odd = [str(size) for size in latents if size % tensor]
