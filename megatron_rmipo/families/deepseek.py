@@ -41,7 +41,7 @@ def _read_attention(fields: Fields) -> Mapping[str, object]:
 
 
 def _read_v3(fields: Fields) -> Mapping[str, object]:
-    return {**_read_attention(fields), "experts": _read_experts(fields, read_sigmoid_experts)}
+    return {**_read_attention(fields), "experts": read_sigmoid_experts(fields)}
 
 
 def _read_v2(fields: Fields) -> Mapping[str, object]:
@@ -49,7 +49,7 @@ def _read_v2(fields: Fields) -> Mapping[str, object]:
 
 
 def _read_experts(fields: Fields, read: Callable[[Fields], Experts]) -> Experts | None:
-    """The experts behind the first layers; None in a model that is all first layers, of whose experts nothing is asked."""
+    """The experts behind dense layers; where there is none but those, nothing is asked of experts."""
     for name in _EXPERT_FIELDS:
         fields.get(name)
     return read(fields) if _num_dense(fields) < fields.count("num_hidden_layers") else None
@@ -59,12 +59,19 @@ def _num_dense(fields: Fields) -> int:
     return fields.count("first_k_dense_replace") if fields.get("first_k_dense_replace") else 0
 
 
-def read_sigmoid_experts(fields: Fields) -> Experts:
+def read_sigmoid_experts(fields: Fields) -> Experts | None:
     """Experts as V3 has them, some shared, behind dense layers: sigmoids that biases are added to, where experts are chosen.
+
+    Returns:
+        The experts; None in a model that is all dense layers.
 
     Raises:
         ConversionError: a value that is not supported, with its field.
     """
+    return _read_experts(fields, _read_sigmoid_experts)
+
+
+def _read_sigmoid_experts(fields: Fields) -> Experts:
     experts = _read_softmax_experts(fields)
     groups, groups_per_token = fields.count("n_group"), fields.count("topk_group")
     # All of the groups are no choice.

@@ -170,10 +170,18 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 3, "topk_group": 2},
         },
     ),
+    # With biases and norms, and one group of experts, as the larger of the published ones.
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **{"head_dim": 12, "attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 2, "n_shared_experts": 1},
+            **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "routed_scaling_factor": 2.5},
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:
