@@ -40,7 +40,7 @@ def read_facts(config: Config, source: ModelSource, stores: Sequence[PairStore])
     facts: dict[str, Any] = {"the model to start from": str(source.directory)}
     facts |= weight_facts(source)
     facts |= {f"the model's {name}": value for name, value in dataclasses.asdict(source.arch).items()}
-    facts["attention backend"] = choose_backend(config.model.attention_backend, source.arch.kv_channels)
+    facts["attention backend"] = choose_backend(config.model.attention_backend, source.arch.least_head_size)
     facts["Transformer Engine with a GPU"] = transformer_engine_available()
     for store in stores:
         facts |= {f"{name} of {store.prefix}": value for name, value in content_facts(store).items()}

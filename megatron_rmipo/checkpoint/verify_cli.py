@@ -25,6 +25,7 @@ from megatron_rmipo.errors import ConversionError, RmipoError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy
+from megatron_rmipo.model.layout_problems import latent_problems
 from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.rendezvous import Rendezvous
@@ -169,6 +170,8 @@ def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace, launch: La
             f"--tensor-model-parallel-size {tp} does not divide the model's {arch.num_query_groups} key/value heads and "
             f"{' and '.join(map(str, dict.fromkeys(widths)))} feed-forward channels. Use one of {_divisors(shared)}."
         )
+    for problem in latent_problems(arch, tp, shared):
+        raise ConversionError(f"{problem}.")
     if pp < 1 or arch.num_layers % pp:
         raise ConversionError(
             f"--pipeline-model-parallel-size {pp} does not divide the model's {arch.num_layers} layers. "

@@ -93,6 +93,32 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose queries, and whose keys and values, are made from narrow latents (DeepSeek's multi-head latent attention).
+
+    Attributes:
+        q_lora_rank: channels of the latent of queries; None where they are made from the hidden states.
+        kv_lora_rank: channels of the latent of keys and values.
+        qk_nope_head_dim: channels of a query and key of each head that rotary embeddings do not turn.
+        qk_rope_head_dim: those they do, of a key the same for all heads.
+        v_head_dim: channels of a value of each head.
+        norm_epsilon: of the norms of the latents.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    norm_epsilon: float = 1e-6
+
+    @property
+    def key_value_down_size(self) -> int:
+        """Channels of the latent of keys and values, and of the turned key beside it."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class Experts:
     """The mixture of experts that stands in the place of the MLP.
 
@@ -138,7 +164,7 @@ class ModelArchitecture:
     Attributes:
         family: the mapping family that reads and writes its checkpoints (``llama``, ``mistral``).
         ffn_hidden_size: channels between the matrices of an MLP.
-        kv_channels: size of one attention head.
+        kv_channels: size of one attention head, of its query and key in latent attention.
         vocab_size: real vocabulary, without padding for tensor parallelism.
         max_position_embeddings: the longest context, in tokens.
         ropes: its rotary embeddings, one unless its layers differ.
@@ -167,6 +193,7 @@ class ModelArchitecture:
         logit_multiplier: of the logits.
         logit_softcap: logits z become ``cap * tanh(z / cap)``; None leaves them.
         experts: its mixture of experts; None in a dense model.
+        latent: its latent attention; None where queries, keys and values are made from the hidden states.
     """
 
     family: str
@@ -204,6 +231,7 @@ class ModelArchitecture:
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     experts: Experts | None = None
+    latent: LatentAttention | None = None
 
     @property
     def expert_layers(self) -> frozenset[int]:
@@ -254,7 +282,7 @@ class ModelArchitecture:
 
     @property
     def key_size(self) -> int:
-        """Channels of all key heads, and of all value heads."""
+        """Channels of all key heads, and but in latent attention of all value heads."""
         return self.num_query_groups * self.kv_channels
 
     @property
@@ -273,6 +301,37 @@ class ModelArchitecture:
         if self.longest_sequence == self.max_position_embeddings:
             return f"max_position_embeddings {self.max_position_embeddings}"
         return f"original context of {self.longest_sequence} tokens, beyond which its rotary embeddings depend on the length"
+
+    @property
+    def context_size(self) -> int:
+        """Channels of the attention's output, before it is projected."""
+        return self.num_attention_heads * (self.latent.v_head_dim if self.latent else self.kv_channels)
+
+    @property
+    def least_head_size(self) -> int:
+        """Channels of a head's query and key, or of its value, whichever are fewer."""
+        return min(self.kv_channels, self.latent.v_head_dim) if self.latent else self.kv_channels
+
+    @property
+    def key_value_up_size(self) -> int:
+        """Channels made of the latent of keys and values: of all keys those that are not turned, and of all values."""
+        assert self.latent is not None
+        return self.num_attention_heads * (self.latent.qk_nope_head_dim + self.latent.v_head_dim)
+
+    @property
+    def without_latents(self) -> bool:
+        """Whether queries, keys and values are made from the hidden states, all of them."""
+        return self.latent is None
+
+    @property
+    def query_latent(self) -> bool:
+        """Whether queries are made from a latent."""
+        return self.latent is not None and self.latent.q_lora_rank is not None
+
+    @property
+    def query_without_latent(self) -> bool:
+        """Whether the queries of latent attention are made from the hidden states."""
+        return self.latent is not None and self.latent.q_lora_rank is None
 
     def kind_of(self, layer: int) -> LayerKind:
         """What the attention of ``layer`` (counted from 0) does."""

@@ -32,7 +32,7 @@ class Layout(enum.Enum):
     What is one expert's is cut by expert tensor parallelism, all else by tensor parallelism.
     """
 
-    WHOLE = "whole"  # one source over the hidden channels; every rank holds all of it
+    WHOLE = "whole"  # one source, over the hidden channels unless its sizes are said; every rank holds all of it
     HEAD = "head"  # one source over the channels of one head; every rank holds all of it
     EXPERTS = "experts"  # one source with a row, or a number, an expert; every rank holds all of it
     GATE = "gate"  # one source of one row over the hidden channels; every rank holds all of it
@@ -40,6 +40,7 @@ class Layout(enum.Enum):
     KEYS = "keys"  # one source over the channels of the key heads; cut
     HEADS = "heads"  # one source with a number a query head; cut
     VOCABULARY = "vocabulary"  # one source, rows cut, padded with zero rows
+    HEAD_ROWS = "head_rows"  # one source whose rows are channels of the heads, of sizes that are said; rows cut
     HEAD_COLUMNS = "head_columns"  # one source whose columns are the channels of the heads; columns cut
     FFN_COLUMNS = "ffn_columns"  # one source whose columns are the feed-forward channels; columns cut
     # The sources of these may also be one, which holds them all, one below the other.
@@ -60,6 +61,8 @@ class Rule:
             all have.
         joined: Hugging Face name of one tensor that may stand for the sources in a checkpoint, which holds them one after
             another, of all experts where every one has such; it is read, and never written.
+        sizes: the shape of the source where the layout does not say it, by names of the architecture's sizes, those of a part of
+            it with a dot (``latent.kv_lora_rank``).
     """
 
     megatron: str
@@ -67,6 +70,7 @@ class Rule:
     layout: Layout
     only_with: str | None = None
     joined: str | None = None
+    sizes: tuple[str, ...] = ()
 
     @property
     def per_layer(self) -> bool:

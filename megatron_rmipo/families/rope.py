@@ -58,6 +58,12 @@ def rope_mapping(fields: Fields) -> Fields:
     return fields.mapping("rope_scaling" if fields.get("rope_scaling") else "rope_parameters")
 
 
+def rope_type(rope: Fields) -> str:
+    """The type that a mapping of a config asks for, in either spelling."""
+    kind: str = rope.get("rope_type") or rope.get("type") or "default"
+    return kind
+
+
 def rope_of(rope: Fields, config: Fields, renamed: Mapping[str, str] | None = None) -> Rope:
     """The rotary embeddings that a mapping of a config describes.
 
@@ -70,7 +76,7 @@ def rope_of(rope: Fields, config: Fields, renamed: Mapping[str, str] | None = No
         ConversionError: a value that is not supported, with its field.
     """
     base = (config if rope.get("rope_theta") is None else rope).number("rope_theta")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope_type(rope)
     kind = (renamed or {}).get(kind, kind)
     if kind not in _READERS:
         raise rope.error("rope_type", f"asks for rotary scaling {kind!r}; supported are {', '.join(map(repr, _READERS))}")
@@ -95,7 +101,7 @@ def latent_score_factor(fields: Fields) -> float:
         fields: the whole config.
     """
     rope = rope_mapping(fields)
-    if not rope.get("mscale_all_dim"):
+    if rope_type(rope) == "default" or not rope.get("mscale_all_dim"):
         return 1.0
     return yarn_magnitude(rope.number("factor"), rope.number("mscale_all_dim")) ** 2
 

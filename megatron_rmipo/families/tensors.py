@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -91,9 +92,13 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
     """Shapes of the sources of a rule's tensor; those in a tensor of all experts as if each were one of its own."""
     hidden, ffn, query_rows, key_rows = arch.hidden_size, ffn_channels(rule, arch), arch.query_size, arch.key_size
     inputs = () if rule.is_bias else (hidden,)
+    if rule.sizes:
+        return (tuple(operator.attrgetter(name)(arch) for name in rule.sizes),)
     match rule.layout:
         case Layout.WHOLE:
             return ((hidden,),)
+        case Layout.HEAD_ROWS:
+            raise AssertionError(f"{rule.megatron} does not say its sizes")
         case Layout.HEAD:
             return ((arch.kv_channels,),)
         case Layout.EXPERTS:
@@ -116,7 +121,7 @@ def source_shapes(rule: Rule, arch: ModelArchitecture) -> tuple[tuple[int, ...],
         case Layout.GATE_UP_IN_TURNS:
             return ((2 * ffn, *inputs),)
         case Layout.HEAD_COLUMNS:
-            return ((hidden, query_rows),)
+            return ((hidden, arch.context_size),)
         case Layout.FFN_COLUMNS:
             return ((hidden, ffn),)
 

@@ -2,7 +2,8 @@
 
 Counted are the tensors that autograd keeps of each layer, what the costliest layer needs while it runs, and the output layer with
 its chunk of logits. On the CPU, where tests measure it, the estimate of a pack is within a seventh of what torch allocates; on a
-GPU it was not measured. What an allocator loses to fragments, and libraries and kernels to buffers of their own, is in no figure.
+GPU it was not measured, nor for latent attention. What an allocator loses to fragments, and libraries and kernels to buffers of
+their own, is in no figure.
 
 Shape letters: T tokens of a pack, N scored tokens, H hidden, F MLP channels, A query channels, K key (or value) channels, D
 channels of a head, C vocabulary entries of a chunk, tp tensor-parallel size.
@@ -202,6 +203,9 @@ def _layer_elements(arch: ModelArchitecture, config: Config, *, fused: bool) -> 
         # The attention's own output, and the keys and values of a shared prompt, once more for the second response.
         attention += (arch.query_size + (0 if fused else 2 * arch.key_size)) / tp
     attention += _qk_norm_elements(arch, config, fused=fused)
+    if arch.latent is not None:
+        # Latents, before their norms and after, on every rank.
+        attention += 2 * (arch.latent.q_lora_rank or 0) + 2 * arch.latent.key_value_down_size
     return hidden + attention + _mlp_elements(arch, config, fused=fused)
 
 

@@ -17,6 +17,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.hybrid import LAYERS_EACH, NO_HYBRID_MODEL, HybridPolicy, hybrid_config, hybrid_stack
 from megatron_rmipo.model.layers.experts import expert_layer, keep_experts_apart
+from megatron_rmipo.model.layers.latent import LatentSelfAttention
 from megatron_rmipo.model.layers.norms import RMSNorm
 from megatron_rmipo.model.layers.residual import place_norms
 from megatron_rmipo.model.layers.self_attention import Attention
@@ -24,6 +25,14 @@ from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.policy import GPTPolicy, PolicyModel
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
+
+# With latent attention Megatron's local layers would name norms in checkpoints as in the model, Transformer Engine's name them by
+# the linears that own them.
+_LATENT_KEYS = {
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 
 
 def build_policy(
@@ -51,7 +60,7 @@ def build_policy(
     Raises:
         ConfigError: Transformer Engine's attention is asked for and absent, or the class is.
     """
-    backend = choose_backend(attention_backend, arch.kv_channels)
+    backend = choose_backend(attention_backend, arch.least_head_size)
     if backend == "te" and not transformer_engine_available():
         raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
     vocab_size = padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size)
@@ -86,20 +95,26 @@ def _layer_specs(
     Returns:
         The two (the same in a model without experts), and the class of norms.
     """
+    has_latents = arch.latent is not None
+    kinds = {"qk_layernorm": arch.qk_norm or has_latents, "multi_latent_attention": has_latents}
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(**kinds), TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm", **kinds), RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-        if arch.qk_norm:
+        if has_latents:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.kv_layernorm = RMSNorm
+            layer.submodules.sharded_state_dict_keys_map = _LATENT_KEYS
+        elif arch.qk_norm:
             layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
     place_norms(layer, arch, config)
     attention = layer.submodules.self_attention
-    attention.module = Attention
+    attention.module = LatentSelfAttention if has_latents else Attention
     attention.params = {**attention.params, "arch": arch, "backend": attention_backend, "layers_each": layers_each}
     return layer, expert_layer(layer, arch, config, norm) if arch.experts else layer, norm
 

@@ -69,7 +69,6 @@ def _contains(words: list[str], part: list[str]) -> bool:
 
 def forward_cost_model(arch: ModelArchitecture) -> CostModel:
     """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token."""
-    projections = arch.hidden_size * (2 * arch.query_size + 2 * arch.key_size)
     mlps = len(arch.dense_layers) * 3 * arch.hidden_size * arch.ffn_hidden_size
     if arch.experts is not None:
         experts = arch.experts
@@ -77,10 +76,22 @@ def forward_cost_model(arch: ModelArchitecture) -> CostModel:
         router = experts.num_experts + experts.shared_gate
         mlps += len(arch.expert_layers) * arch.hidden_size * (3 * channels + router)
     windows = Counter(arch.kind_of(layer).window for layer in range(arch.num_layers))
-    per_area = 4.0 * arch.query_size
+    per_area = 2.0 * (arch.query_size + arch.context_size)
     return CostModel(
-        per_token=2.0 * (arch.num_layers * projections + mlps),
+        per_token=2.0 * (arch.num_layers * _projections(arch) + mlps),
         per_area=per_area * windows.pop(None, 0),
         per_windowed_area=tuple((window, per_area * layers) for window, layers in windows.items() if window is not None),
         per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,
     )
+
+
+def _projections(arch: ModelArchitecture) -> int:
+    """Multiply-adds of a token in the matrices of one layer's attention."""
+    outputs, latent = arch.hidden_size * arch.context_size, arch.latent
+    if latent is None:
+        return outputs + arch.hidden_size * (arch.query_size + 2 * arch.key_size)
+    queries = arch.hidden_size * arch.query_size
+    if latent.q_lora_rank is not None:
+        queries = latent.q_lora_rank * (arch.hidden_size + arch.query_size)
+    keys_and_values = arch.hidden_size * latent.key_value_down_size + latent.kv_lora_rank * arch.key_value_up_size
+    return outputs + queries + keys_and_values

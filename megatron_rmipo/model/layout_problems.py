@@ -61,6 +61,8 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--tensor-model-parallel-size {tensor} does not divide the model's {arch.num_attention_heads} attention heads, "
             f"{arch.num_query_groups} key/value heads{mlps} alike; would work: {_list(works)}"
         )
+    if tensor in works:
+        yield from latent_problems(arch, tensor, shared)
     if arch.num_layers % pipeline:
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide the model's {arch.num_layers} layers; "
@@ -88,10 +90,10 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--attention-backend te caps no attention scores, and the model's are capped at {arch.attention_softcap:g}; flex "
             "would work on a GPU, sdpa anywhere"
         )
-    if config.model.attention_backend == "flex" and arch.kv_channels < LEAST_HEAD_SIZE:
+    if config.model.attention_backend == "flex" and arch.least_head_size < LEAST_HEAD_SIZE:
         yield (
-            f"--attention-backend flex takes heads of {LEAST_HEAD_SIZE} or more channels, the model's have {arch.kv_channels}; "
-            "sdpa would work, and is what auto takes there"
+            f"--attention-backend flex takes heads of {LEAST_HEAD_SIZE} or more channels, the model's have "
+            f"{arch.least_head_size}; sdpa would work, and is what auto takes there"
         )
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)
@@ -101,6 +103,17 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         yield (
             f"--recompute-num-layers {config.model.recompute_num_layers} is more than the {layers} layers of a pipeline stage; "
             f"1 to {layers} would work"
+        )
+
+
+def latent_problems(arch: ModelArchitecture, tensor: int, shared: int) -> Iterator[str]:
+    """Latents that Megatron-Core's local attention cannot cut, where ``shared`` is what else a tensor-parallel size divides."""
+    latents = (arch.latent.q_lora_rank or 0, arch.latent.key_value_down_size) if arch.latent else ()
+    odd = [str(size) for size in latents if size % tensor]
+    if odd:
+        yield (
+            f"--tensor-model-parallel-size {tensor} does not divide the model's latents of {' and '.join(odd)} channels, which "
+            f"Megatron-Core's attention wants; would work: {_list(_divisors(math.gcd(shared, *latents)))}"
         )
 
 

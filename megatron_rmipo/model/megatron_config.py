@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.config.schema import ExpertsConfig
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.architecture import LatentAttention, ModelArchitecture
 from megatron_rmipo.model.layers.experts import expert_settings
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -76,6 +76,7 @@ def transformer_config(
         "glu_linear_offset": float(arch.activation == "clamped_swiglu"),
         "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
+        # Not of latents, whose norms' gradients are whole on every rank: Megatron would sum them.
         "qk_layernorm": arch.qk_norm,
         "rotary_interleaved": arch.rotary_interleaved,
         "hidden_dropout": 0.0,
@@ -111,7 +112,24 @@ def transformer_config(
         # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
         settings.update(fp8=fp8_format, fp8_recipe=fp8_recipe or "delayed", tp_only_amax_red=True)
     settings.update(expert_settings(arch, groups, experts or ExpertsConfig()))
-    return TransformerConfig(**{**settings, **overrides})
+    if arch.latent is None:
+        return TransformerConfig(**{**settings, **overrides})
+    return MLATransformerConfig(**{**settings, **_latent_settings(arch.latent), **overrides})
+
+
+def _latent_settings(latent: LatentAttention) -> dict[str, Any]:
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "rope",
+        # Of what is turned apart; our attention asks the architecture.
+        "rotary_interleaved": False,
+        # Its fused kernel turns yarn's angles of whole rows.
+        "apply_rope_fusion": False,
+    }
 
 
 def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:

@@ -49,12 +49,18 @@ def transformer_engine_problems(model: ModelConfig) -> Iterator[str]:
 def fp8_width_problems(model: ModelConfig, arch: ModelArchitecture, tensor_model_parallel_size: int) -> Iterator[str]:
     """Widths of a rank's share of the model that fp8 cannot multiply; the tensor-parallel size must divide the model."""
     multiple, size = fp8_multiple(model), tensor_model_parallel_size
-    widths = {
-        "hidden size": arch.hidden_size,
-        "queries, keys and values": (arch.query_size + 2 * arch.key_size) // size,
-        "attention output": arch.query_size // size,
-        "MLP": arch.ffn_hidden_size // size,
-    }
+    if arch.latent is None:
+        inputs = {"queries, keys and values": (arch.query_size + 2 * arch.key_size) // size}
+    else:
+        inputs = {
+            "latent of queries": arch.latent.q_lora_rank or arch.hidden_size,
+            "queries": arch.query_size // size,
+            "latent of keys and values": arch.latent.kv_lora_rank,
+            "that and the turned key": arch.latent.key_value_down_size,
+            "keys and values": arch.key_value_up_size // size,
+        }
+    outputs = {"attention output": arch.context_size // size, "MLP": arch.ffn_hidden_size // size}
+    widths = {"hidden size": arch.hidden_size, **inputs, **outputs}
     odd = [f"{name} {width}" for name, width in widths.items() if width % multiple]
     if odd:
         yield (

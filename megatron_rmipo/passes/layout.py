@@ -59,5 +59,5 @@ def batch_layout(
 
 def _row_multiple(model: ModelConfig, arch: ModelArchitecture, *, shards: int) -> int:
     """What number of tokens a row is padded to a multiple of, where each of ``shards`` ranks holds an equal part of it."""
-    backend = choose_backend(model.attention_backend, arch.kv_channels)
+    backend = choose_backend(model.attention_backend, arch.least_head_size)
     return math.lcm(BACKENDS[backend], fp8_multiple(model) * shards)

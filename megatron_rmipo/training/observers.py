@@ -61,7 +61,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     optimizer = config.optimizer
     say(f"optimizer: {optimizer.optimizer}, lr {optimizer.lr:g} {optimizer.lr_decay_style}, clip grad {optimizer.clip_grad:g}")
     say(f"layout: {_layout(run.groups, config.parallel)}")
-    attention = choose_backend(config.model.attention_backend, source.arch.kv_channels)
+    attention = choose_backend(config.model.attention_backend, source.arch.least_head_size)
     say(f"precision: {_precision(config.model)}; attention {attention}")
     outputs = config.checkpoint
     every = f" every {outputs.save_interval} steps" if outputs.save_interval else " at the end"

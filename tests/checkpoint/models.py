@@ -76,6 +76,18 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 2,
+    "moe_intermediate_size": 20,
+}
+# Queries and keys that are turned have another factor than all scores have.
+_LATENT_ROPE = {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.7}
+
 # Kind -> its model_type, and what its config says besides.
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
@@ -144,10 +156,32 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"swiglu_limit": 1.5, "rope_parameters": YARN_ROPE, "initializer_range": 0.2},
         },
     ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **{**_LATENT, "q_lora_rank": None, "num_key_value_heads": None},
+            **{"n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **{**_LATENT, "q_lora_rank": 20, "rope_parameters": _LATENT_ROPE, "rms_norm_eps": 1e-5, **SMALL},
+            **{"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 3, "topk_group": 2},
+        },
+    ),
+    # With biases and norms, and one group of experts, as the larger of the published ones.
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **{"head_dim": 12, "attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 2, "n_shared_experts": 1},
+            **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "routed_scaling_factor": 2.5},
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 # Those with mixtures of experts.
-SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe")
 
 
 def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 7, **changes: Any) -> Path:
@@ -158,7 +192,7 @@ def write_hf_model(directory: Path, kind: str, *, dtype: torch.dtype = torch.flo
     shard_size = settings.pop("max_shard_size", "5GB")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if "norm" in name:
                 # Where transformers starts from zeros, one is added to it.
                 low = -0.5 if kind.startswith("gemma") else 0.5

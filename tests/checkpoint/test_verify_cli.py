@@ -39,3 +39,10 @@ def test_layouts_that_do_not_fit_are_refused(
     hf = write_hf_model(tmp_path / "hf", "qwen3_moe")
     assert verify_cli.main(["--hf-model", str(hf), *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_latents_that_ranks_cannot_share_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = write_hf_model(tmp_path / "hf", "deepseek_v2", kv_lora_rank=13)
+    assert verify_cli.main(["--hf-model", str(hf), "--tensor-model-parallel-size", "2"]) == 1
+    assert "does not divide the model's latents of 19 channels, which" in (message := capsys.readouterr().err)
+    assert "would work: 1." in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.families.architecture import Experts, LayerKind, ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import Experts, LatentAttention, LayerKind, ModelArchitecture, Rope
+from megatron_rmipo.families.tensors import megatron_shape, rules_of
 from megatron_rmipo.model.flops import forward_cost_model, peak_flops
 from tests.integration.problem import collection
 
@@ -136,6 +138,18 @@ def test_layers_with_windows(window: int, share: bool) -> None:
         prompt, *responses = lengths
         visible, sources = row(prompt, responses, share=share)
         assert pair_flops(lengths, arch=arch, share_prompts=share) == counted(PlainModel(arch), visible, sources, backward=True)
+
+
+@pytest.mark.parametrize("q_lora_rank", [7, None])
+def test_latent_attention(q_lora_rank: int | None) -> None:
+    """Every matrix of a layer once a token; queries and keys are as wide as one another, values are not."""
+    latent = LatentAttention(q_lora_rank, kv_lora_rank=9, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=5)
+    arch = dataclasses.replace(ARCH, family="deepseek_v3", num_query_groups=4, latent=latent)
+    for model in (ARCH, arch):
+        matrices = [megatron_shape(rule, model) for rule in rules_of(model) if rule.per_layer]
+        weights = sum(math.prod(shape) for shape in matrices if len(shape) == 2)
+        assert forward_cost_model(model).per_token == 2 * model.num_layers * weights
+    assert forward_cost_model(arch).per_area == 2 * arch.num_layers * 4 * (6 + 5)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import Experts, LongRopeScaling, ModelArchitecture, Rope
+from megatron_rmipo.families.architecture import Experts, LatentAttention, LongRopeScaling, ModelArchitecture, Rope
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -243,3 +243,13 @@ def test_rotary_embeddings_that_depend_on_the_length_must_not() -> None:
     assert "--seq-length 701 is longer than the model's original context of 700 tokens, beyond which its rotary" in words
     assert "up to 700 would work" in words
     assert "up to 700 would work" in refusal("--seq-length", "2049", architecture=long)
+
+
+def test_latents_are_wide_enough_for_tensor_parallelism() -> None:
+    latent = LatentAttention(q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=4, v_head_dim=9)
+    fitting = dataclasses.replace(ARCH, num_query_groups=12, latent=latent)
+    validate(config_of("--tensor-model-parallel-size", "2"), fitting, 2)
+    odd = dataclasses.replace(fitting, latent=dataclasses.replace(latent, q_lora_rank=21, qk_rope_head_dim=3))
+    refused = refusal("--tensor-model-parallel-size", "2", world_size=2, architecture=odd)
+    assert "latents of 21 and 15 channels" in refused
+    assert "would work: 1, 3" in refused

@@ -42,6 +42,8 @@ _LOCAL_NAMES = {
     "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight",
     "decoder.layers.self_attn_bda.post_layernorm.weight": "decoder.layers.self_attention.linear_proj.post_layernorm.weight",
     "decoder.layers.mlp_bda.post_layernorm.weight": "decoder.layers.mlp.linear_fc2.post_layernorm.weight",
+    "decoder.layers.self_attention.q_layernorm.weight": "decoder.layers.self_attention.linear_q_up_proj.layer_norm_weight",
+    "decoder.layers.self_attention.kv_layernorm.weight": "decoder.layers.self_attention.linear_kv_up_proj.layer_norm_weight",
 }
 
 # HybridModel names the norm behind the last layer otherwise than GPTModel and checkpoints do.

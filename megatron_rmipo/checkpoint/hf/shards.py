@@ -55,6 +55,8 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
             return None if columns[0] % tp_size else (rows, columns[0] // tp_size)
         case Layout.VOCABULARY:
             return None if padded_vocab_size % tp_size else (padded_vocab_size // tp_size, *columns)
+        case Layout.HEAD_ROWS:
+            return None if arch.num_attention_heads % tp_size else (rows // tp_size, *columns)
         case Layout.QKV | Layout.QUERIES | Layout.KEYS | Layout.HEADS:
             return None if arch.num_query_groups % tp_size else (rows // tp_size, *columns)
         case Layout.GATE_UP | Layout.GATE_UP_IN_TURNS:

@@ -16,7 +16,12 @@ LAYERS = "decoder.layers."
 # Modules whose extra state (fp8 scales) Megatron-Core's layers, local or Transformer Engine's, look for in a checkpoint, and the
 # trait of the layers that have them.
 _STATEFUL = {
-    "self_attention.linear_qkv": None,
+    "self_attention.linear_qkv": "without_latents",
+    "self_attention.linear_q_proj": "query_without_latent",
+    "self_attention.linear_q_down_proj": "query_latent",
+    "self_attention.linear_q_up_proj": "query_latent",
+    "self_attention.linear_kv_down_proj": "latent",
+    "self_attention.linear_kv_up_proj": "latent",
     "self_attention.core_attention": None,
     "self_attention.linear_proj": None,
     "self_attention.q_layernorm": "qk_norm",

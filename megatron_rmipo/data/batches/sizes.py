@@ -26,12 +26,6 @@ class CostModel:
     per_scored_token: float
     per_windowed_area: tuple[tuple[int, float], ...] = ()
 
-    def attention(self, area: Callable[[int | None], np.ndarray]) -> np.ndarray:
-        """The cost of attention, where ``area`` gives the (query, key) that are kept under a window, or under none."""
-        windowed = sum(cost * area(window) for window, cost in self.per_windowed_area)
-        total: np.ndarray = self.per_area * area(None) + windowed
-        return total
-
 
 @dataclasses.dataclass(frozen=True)
 class PairSizes:
@@ -86,7 +80,8 @@ def _area(length: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored: np.ndarray, cost: CostModel) -> PairSizes:
-    return PairSizes(tokens, cost.per_token * tokens + cost.attention(area) + cost.per_scored_token * scored)
+    attention = cost.per_area * area(None) + sum(per_area * area(window) for window, per_area in cost.per_windowed_area)
+    return PairSizes(tokens, cost.per_token * tokens + attention + cost.per_scored_token * scored)
 
 
 def check_capacity(sizes: PairSizes, max_tokens: int, describe: Callable[[int], str]) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_rmipo.families.architecture import LayerKind, ModelArchitecture
 from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, LEAST_HEAD_SIZE, attend_flex
 from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 from megatron_rmipo.model.attention.sdpa import attend_segments
@@ -38,6 +40,12 @@ def choose_backend(name: str, head_size: int) -> str:
     return name
 
 
+def core_attention_of(arch: ModelArchitecture, kind: LayerKind, backend: str) -> ModuleSpec:
+    """The ``core_attention`` of the layers of one kind, for Megatron's layer specs."""
+    rules = ScoreRules(window=kind.window, softcap=arch.attention_softcap, sinks=arch.attention_sinks)
+    return ModuleSpec(module=PackedAttention, params={"backend": backend, "rules": rules})
+
+
 class PackedAttention(torch.nn.Module):
     """A ``core_attention`` of Megatron's layer specs for packed rows.
 
@@ -51,7 +59,7 @@ class PackedAttention(torch.nn.Module):
             block mask a pack, shared by all layers; trains on GPU only (it has no backward on CPU). ``te``: Transformer Engine,
             each segment a sequence, the keys of a shared prompt repeated for it; needs a GPU.
         rules: what happens to the scores.
-        softmax_scale: default ``1 / sqrt(D)``.
+        softmax_scale: where ``config.softmax_scale`` is None; default ``1 / sqrt(D)``.
     """
 
     def __init__(
@@ -71,7 +79,9 @@ class PackedAttention(torch.nn.Module):
         self.backend = backend
         self.rules = rules
         self.pg_collection = pg_collection
-        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels or 1)
+        # Latent attention hands over one of its own, whatever the configuration says.
+        scales = (config.softmax_scale, softmax_scale, 1.0 / math.sqrt(config.kv_channels or 1))
+        self.softmax_scale = next(scale for scale in scales if scale is not None)
         self.kernel = build_kernel(config, layer_number, self.softmax_scale, rules) if backend == "te" else None
         self.softmax_offset = self._make_sinks(config) if rules.sinks else None
 

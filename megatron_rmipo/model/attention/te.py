@@ -88,8 +88,6 @@ def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: fl
         attention_dropout=0.0,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
-        # Aligned as the mask is, at the last query and the last key.
-        window_size=None if rules.window is None else (rules.window - 1, 0),
         tp_size=config.tensor_model_parallel_size,
         layer_number=layer_number,
         # Sequences may have more keys than queries.
@@ -101,12 +99,12 @@ def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: fl
     return kernel
 
 
-def _head_sizes(config: TransformerConfig) -> tuple[int, int]:
-    """The channels of a query or key of one head, and of a value."""
+def _head_sizes(config: TransformerConfig) -> int | tuple[int, int] | None:
+    """The size of a head; in latent attention that of a query and key, and that of a value."""
     if isinstance(config, MLATransformerConfig):
-        return config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
-    assert config.kv_channels is not None
-    return config.kv_channels, config.kv_channels
+        return (config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
+    size: int | None = config.kv_channels
+    return size
 
 
 def attend_varlen(
@@ -120,7 +118,7 @@ def attend_varlen(
         key: ``[T, G, D]``.
         value: ``[T, G, E]``.
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
-        window: that of the rules the kernel was built for.
+        window: how many tokens one sees, by position; None for all before it.
 
     Returns:
         ``[T, A, E]``.
@@ -134,6 +132,7 @@ def attend_varlen(
         value,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
+        # Aligned as the mask is, at the last query and the last key.
         window_size=None if window is None else (window - 1, 0),
         cu_seqlens_q=layout.cu_seqlens_q,
         cu_seqlens_kv=layout.cu_seqlens_kv,

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.attention.packed import PackedAttention
-from megatron_rmipo.model.attention.scores import ScoreRules
+from megatron_rmipo.model.attention.packed import core_attention_of
 from megatron_rmipo.model.layers.norms import WholeNorm
 
 
@@ -48,9 +46,7 @@ class Attention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         kind = arch.kind_of((layer_number - 1) // layers_each)
-        rules = ScoreRules(window=kind.window, softcap=arch.attention_softcap, sinks=arch.attention_sinks)
-        core_attention = ModuleSpec(module=PackedAttention, params={"backend": backend, "rules": rules})
-        submodules = dataclasses.replace(submodules, core_attention=core_attention)
+        submodules = dataclasses.replace(submodules, core_attention=core_attention_of(arch, kind, backend))
         own_config = copy.copy(config)
         own_config.add_bias_linear = arch.attention_output_bias
         # Turned queries and keys have a factor each; where all of their channels are turned, its square is one of the scores.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +216,38 @@ def test_no_backend_leaves_anything_in_a_checkpoint(monkeypatch: pytest.MonkeyPa
         {},
         {},
     ]
+
+
+class Group:
+    """A process group as far as a checkpoint asks for it."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "te"])
+def test_sinks_are_a_checkpoints_tensor_cut_over_tensor_parallel_ranks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "build_kernel", PlainVarlen)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    config = attention_config(heads=2 * HEADS, groups=GROUPS, size=HEAD_SIZE)
+    config.tensor_model_parallel_size = 2
+    groups = SimpleNamespace(tp=Group(1, 2))
+    module = PackedAttention(config, 1, backend=backend, rules=ScoreRules(sinks=True), pg_collection=groups)
+    assert [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()] == [("softmax_offset", (HEADS,))]
+    # Megatron's layers hand on the number of the layer and of all.
+    sharded = module.sharded_state_dict("core_attention.", ((0, 3, 4),), {"dp_cp_group": Group(1, 3)})
+    assert list(sharded) == ["core_attention.softmax_offset"]
+    tensor = sharded["core_attention.softmax_offset"]
+    assert (tensor.key, tensor.global_shape) == ("core_attention.softmax_offset", (4, 2 * HEADS))
+    assert (tensor.global_offset, tensor.replica_id) == ((3, HEADS), (0, 0, 1))
+    assert tensor.data is module.softmax_offset
+    assert module.softmax_offset.tensor_model_parallel
 
 
 @pytest.mark.gpu
