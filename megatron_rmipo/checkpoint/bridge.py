@@ -1,4 +1,4 @@
-"""Models of families that are not known here, through NVIDIA's Megatron-Bridge: built, loaded, scored by the seam, exported.
+"""Models through NVIDIA's Megatron-Bridge, whatever their family: built, loaded, scored by the seam, exported.
 
 Interface: ``AutoBridge`` of Megatron-Bridge 0.6 and 0.7 (``megatron/bridge/models/conversion/auto_bridge.py``) and its model
 providers (``megatron/bridge/models/model_provider.py``). It was never run with the package itself, which needs CUDA.
@@ -6,15 +6,26 @@ providers (``megatron/bridge/models/model_provider.py``). It was never run with 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_rmipo.errors import ConfigError, ConversionError
-from megatron_rmipo.model.adopt import adopt_policy
+from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
+from megatron_rmipo.checkpoint.megatron.directory import hf_assets_directory
+from megatron_rmipo.checkpoint.megatron.record import Iteration
+from megatron_rmipo.checkpoint.whole_directories import check_output_directory, new_directory
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.errors import CheckpointError, ConfigError, ConversionError
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.foreign import foreign_architecture
+from megatron_rmipo.model.adopt import adopt_policy, scoring_problems
+from megatron_rmipo.model.packed_model import scoring_disabled
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -23,6 +34,8 @@ NO_BRIDGE = (
     "NVIDIA's Megatron-Bridge is not installed. It needs CUDA and Python 3.12: pip install megatron-bridge, or NVIDIA's NeMo "
     "container"
 )
+# Of its messages.
+_SHOWN_LINES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +43,7 @@ class BridgedPolicy:
     """A policy that Megatron-Bridge built, and what writes it.
 
     Attributes:
-        policy: this rank's part, with the weights of the Hugging Face model.
+        policy: this rank's part.
         vocab_size: real vocabulary, without padding.
         bridge: the ``AutoBridge`` of the model.
         groups: the process groups of this rank.
@@ -47,15 +60,120 @@ class BridgedPolicy:
         Raises:
             ConversionError: the directory holds something, or Megatron-Bridge cannot write the model.
         """
-        on_first_rank(self.groups.world, lambda: _check_free(directory))
+        _export(self.bridge, self.policy, directory, self.groups, "the directory")
+
+
+@dataclasses.dataclass(frozen=True)
+class ThroughBridge:
+    """Megatron-Bridge as the :class:`megatron_rmipo.checkpoint.makers.Maker` of a run's models.
+
+    Attributes:
+        hf_dir: the Hugging Face model of ``--load-hf``, whose files checkpoints of a run are built and exported by.
+    """
+
+    hf_dir: Path
+
+    def read(self, hf_dir: Path) -> ModelArchitecture:
+        """The sizes of a model, as its provider has them.
+
+        Raises:
+            ConfigError: Megatron-Bridge is not installed, or the model cannot be scored exactly or is one of experts.
+            ConversionError: no model there, or none that Megatron-Bridge takes.
+        """
+        bridge = _open(hf_dir)
+        with _told(f"{hf_dir}: Megatron-Bridge does not take this model"):
+            provider = bridge.to_megatron_provider(load_weights=False)
+            problems = list(scoring_problems(provider))
+            if provider.num_moe_experts:
+                problems.append(
+                    f"num_moe_experts {provider.num_moe_experts}: load and losses of experts are built for families that are "
+                    "known here alone"
+                )
+            if problems:
+                raise ConfigError(
+                    "\n  ".join([f"{hf_dir}: --bridge megatron-bridge cannot train or score this model:", *problems])
+                )
+            return foreign_architecture(provider, str(hf_dir))
+
+    def check_weights(self, hf_dir: Path, arch: ModelArchitecture) -> None:
+        """See that the files of weights are whole; which tensors they must hold, Megatron-Bridge knows.
+
+        Raises:
+            ConversionError: they are missing or damaged.
+        """
+        WeightFiles(hf_dir)
+
+    def assets_of(self, directory: Path, iteration: Iteration) -> Path:
+        """``--load-hf``, which the checkpoint must be of.
+
+        Raises:
+            CheckpointError: it is of a model with another config, or does not say which.
+        """
+        kept = hf_assets_directory(directory, iteration) / "config.json"
+        if _read_config(kept) != _read_config(self.hf_dir / "config.json"):
+            raise CheckpointError(
+                f"{kept} is not the config.json of --load-hf {self.hf_dir}, by which --bridge builds the model. Name the Hugging "
+                "Face model that the run began with."
+            )
+        return self.hf_dir
+
+    def build(
+        self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
+    ) -> PolicyModel:
+        """As :meth:`megatron_rmipo.checkpoint.makers.Maker.build`."""
+        model = config.model
+        policy = build_bridged_policy(
+            hf_dir,
+            groups,
+            # As the model has it: learned positions are as many.
+            max_length=arch.max_position_embeddings,
+            dtype=torch.bfloat16 if model.bf16 else torch.float32,
+            sequence_parallel=config.parallel.sequence_parallel,
+            attention_backend=model.attention_backend,
+            chunk_size=model.logprob_chunk_size,
+            load_weights=weights,
+            make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+            recompute_granularity=model.recompute_granularity,
+            recompute_method=model.recompute_method,
+            recompute_num_layers=model.recompute_num_layers,
+        ).policy
+        policy.architecture = arch
+        return policy
+
+    def export(
+        self,
+        policy: PolicyModel,
+        arch: ModelArchitecture,
+        hf_dir: Path,
+        save_dir: Path,
+        *,
+        dtype: str | None,
+        groups: ProcessGroups,
+        before_each: Callable[[], None],
+    ) -> None:
+        """As :meth:`megatron_rmipo.checkpoint.makers.Maker.export`; asked to stop, it is before the export alone."""
+        assert dtype is None, "refused with the flags"
+        before_each()
+        _export(on_every_rank(groups.world, lambda: _open(hf_dir)), policy, save_dir, groups, "--save-hf")
+
+
+def _export(bridge: Any, policy: PolicyModel, directory: Path, groups: ProcessGroups, flag: str) -> None:
+    """Write a policy; the directory appears when it is whole. All ranks call it together."""
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> Path:
+            check_output_directory(directory, flag)
+            return stack.enter_context(new_directory(directory))
+
+        partial = on_first_rank(groups.world, begin)
 
         def write() -> None:
-            try:
-                self.bridge.save_hf_pretrained([self.policy], str(directory), show_progress=False)
-            except (ValueError, NotImplementedError, OSError) as error:
-                raise ConversionError(f"{directory}: Megatron-Bridge could not write the model: {error}") from error
+            # It goes by names of classes, and knows Megatron's.
+            with _told(f"{directory}: Megatron-Bridge could not write the model"), scoring_disabled(policy):
+                bridge.save_hf_pretrained([policy], str(partial), show_progress=False)
 
-        on_every_rank(self.groups.world, write)
+        on_every_rank(groups.world, write)
+        on_first_rank(groups.world, stack.close)
 
 
 def build_bridged_policy(
@@ -67,6 +185,7 @@ def build_bridged_policy(
     sequence_parallel: bool = False,
     attention_backend: str = "auto",
     chunk_size: int = 4096,
+    load_weights: bool = True,
     **overrides: Any,
 ) -> BridgedPolicy:
     """Build this rank's part of a model with the weights of a Hugging Face directory. All ranks call it together.
@@ -78,13 +197,14 @@ def build_bridged_policy(
         dtype: fp32 or bf16 parameters and activations.
         sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
         attention_backend, chunk_size: as of :func:`megatron_rmipo.model.build.build_policy`.
+        load_weights: False leaves them random.
         **overrides: further fields of the model's provider, which is a TransformerConfig, such as recomputation.
 
     Raises:
         ConfigError: Megatron-Bridge is not installed, its provider lacks a field, or what it builds cannot be scored exactly.
         ConversionError: no model there, or none that Megatron-Bridge takes.
     """
-    bridge, provider = on_every_rank(groups.world, lambda: _provider_of(Path(hf_dir)))
+    bridge, provider = on_every_rank(groups.world, lambda: _provider_of(Path(hf_dir), load_weights=load_weights))
     settings = {**_settings(groups, max_length, dtype, sequence_parallel), **overrides}
     for name, value in settings.items():
         if not hasattr(provider, name):
@@ -104,19 +224,40 @@ def build_bridged_policy(
     return BridgedPolicy(policy, provider.vocab_size, bridge, groups)
 
 
-def _provider_of(hf_dir: Path) -> tuple[Any, Any]:
-    """The bridge of a model, and what builds it with its weights."""
+def _provider_of(hf_dir: Path, *, load_weights: bool) -> tuple[Any, Any]:
+    """The bridge of a model, and what builds it."""
+    bridge = _open(hf_dir)
+    with _told(f"{hf_dir}: Megatron-Bridge does not take this model"):
+        return bridge, bridge.to_megatron_provider(load_weights=load_weights)
+
+
+def _open(hf_dir: Path) -> Any:
+    """The bridge of a model."""
     try:
         auto_bridge = importlib.import_module("megatron.bridge").AutoBridge
     except ImportError as error:
         raise ConfigError(f"{NO_BRIDGE} ({error}).") from error
     if not (hf_dir / "config.json").is_file():
         raise ConversionError(f"{hf_dir} holds no config.json. Name a Hugging Face model directory; nothing is downloaded.")
+    with _told(f"{hf_dir}: Megatron-Bridge does not take this model"):
+        return auto_bridge.from_hf_pretrained(str(hf_dir))
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Make what Megatron-Bridge raises a fault that is told, by the first lines of its text: it may list all that it knows."""
     try:
-        bridge = auto_bridge.from_hf_pretrained(str(hf_dir))
-        return bridge, bridge.to_megatron_provider(load_weights=True)
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise ConversionError(f"{hf_dir}: Megatron-Bridge does not take this model: {error}") from error
+        yield
+    except (ValueError, NotImplementedError, AttributeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConversionError(f"{what}: {' '.join(lines[:_SHOWN_LINES])}") from error
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
 
 
 def _settings(groups: ProcessGroups, max_length: int, dtype: torch.dtype, sequence_parallel: bool) -> dict[str, Any]:
@@ -137,13 +278,13 @@ def _settings(groups: ProcessGroups, max_length: int, dtype: torch.dtype, sequen
         "attention_dropout": 0.0,
         "calculate_per_token_loss": True,
         "variable_seq_lengths": groups.pp_size > 1,
+        # The passes read what a stage has sent on.
+        "deallocate_pipeline_outputs": False,
+        # What its own training had; of preference data it is no matter.
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
     }
     if groups.pp_size > 1:
         # The default is refused with variable lengths.
         settings["moe_token_dispatcher_type"] = "alltoall"
     return settings
-
-
-def _check_free(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConversionError(f"{directory} exists and holds something. Name another directory.")

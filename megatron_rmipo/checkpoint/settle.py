@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker
 from megatron_rmipo.checkpoint.megatron.commit import write_tracker
 from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, damage
 from megatron_rmipo.checkpoint.megatron.directory import (
@@ -26,7 +27,12 @@ from megatron_rmipo.runtime.messages import warn
 
 
 def settle_source(
-    find: Callable[[], ModelSource], groups: ProcessGroups, *, verify: bool, owner: DirectoryOwner | None = None
+    find: Callable[[], ModelSource],
+    groups: ProcessGroups,
+    *,
+    verify: bool,
+    owner: DirectoryOwner | None = None,
+    maker: Maker = KNOWN_FAMILIES,
 ) -> ModelSource:
     """Decide which model is loaded. All ranks call it together.
 
@@ -39,6 +45,7 @@ def settle_source(
         verify: compare a checkpoint's files with their digests, shared out over the ranks.
         owner: on the first rank, of the directory that the run saves to. If the checkpoint lies there, the tracker file is made
             to name it, so that the next save knows which iterations are of a branch that was left.
+        maker: of what ``find`` finds.
 
     Returns:
         The same on every rank, ``checked`` where that was asked for.
@@ -55,7 +62,7 @@ def settle_source(
     hf_weights, directory = on_first_rank(groups.world, named)
     if directory is None:
         assert hf_weights is not None
-        return on_every_rank(groups.world, partial(hf_source, hf_weights))
+        return on_every_rank(groups.world, partial(hf_source, hf_weights, maker=maker))
     iteration = _settle_iteration(directory, groups, verify=verify)
 
     def follow() -> None:
@@ -63,7 +70,7 @@ def settle_source(
             write_tracker(directory, iteration)
 
     on_first_rank(groups.world, follow)
-    settled = on_every_rank(groups.world, partial(checkpoint_source, directory, iteration))
+    settled = on_every_rank(groups.world, partial(checkpoint_source, directory, iteration, maker=maker))
     return dataclasses.replace(settled, checked=verify)
 
 

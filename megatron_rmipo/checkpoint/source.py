@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
-from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
+from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
     checkpoint_path,
     find_checkpoint,
-    hf_assets_directory,
     iterations_of,
     latest_complete_iteration,
 )
@@ -25,7 +23,6 @@ from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups
 
@@ -41,6 +38,7 @@ class ModelSource:
         checkpoint: directory of Megatron checkpoints, or None.
         iteration: which of them; None without any.
         checked: whether its files were compared with their digests; they are not read for it again.
+        maker: what builds it and writes it.
     """
 
     arch: ModelArchitecture
@@ -49,6 +47,7 @@ class ModelSource:
     checkpoint: Path | None
     iteration: Iteration | None = None
     checked: bool = False
+    maker: Maker = KNOWN_FAMILIES
 
     @property
     def checkpoint_path(self) -> Path:
@@ -74,39 +73,39 @@ def find_model(config: Config) -> ModelSource:
     """``--load`` where it holds checkpoints, else ``--load-hf``.
 
     Raises:
-        ConfigError: neither is given.
+        ConfigError: neither is given, or ``--bridge`` is, which is not installed or does not go with other flags.
         CheckpointError: ``--load`` holds checkpoints of which none is complete, or none at all and ``--load-hf`` is not given.
         ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
     """
-    load, load_hf = config.checkpoint.load, config.model.load_hf
+    load, load_hf, maker = config.checkpoint.load, config.model.load_hf, maker_of(config)
     if load is not None and (load_hf is None or holds_checkpoints(Path(load))):
-        return checkpoint_source(Path(load))
+        return checkpoint_source(Path(load), maker=maker)
     if load_hf is None:
         raise ConfigError("no model to start from: give --load-hf DIR (a Hugging Face model) or --load DIR (a checkpoint).")
-    return hf_source(Path(load_hf))
+    return hf_source(Path(load_hf), maker=maker)
 
 
-def checkpoint_source(directory: Path, iteration: Iteration | None = None) -> ModelSource:
+def checkpoint_source(directory: Path, iteration: Iteration | None = None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
     """A complete checkpoint of a directory: the one asked for, or the latest.
 
     Raises:
         CheckpointError: there is none.
     """
     _, iteration = find_checkpoint(directory, iteration)
-    assets = hf_assets_directory(directory, iteration)
-    return ModelSource(read_architecture(assets), assets, None, directory, iteration)
+    assets = maker.assets_of(directory, iteration)
+    return ModelSource(maker.read(assets), assets, None, directory, iteration, maker=maker)
 
 
-def hf_source(directory: Path) -> ModelSource:
+def hf_source(directory: Path, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
     """A Hugging Face model.
 
     Raises:
         ConversionError: it is of an unknown kind, or its weights are missing or damaged.
     """
-    arch = read_architecture(directory)
+    arch = maker.read(directory)
     # Headers alone: missing, truncated or foreign weights show before anything is built.
-    open_weights(directory, arch)
-    return ModelSource(arch, directory, directory, None)
+    maker.check_weights(directory, arch)
+    return ModelSource(arch, directory, directory, None, maker=maker)
 
 
 def holds_checkpoints(directory: Path) -> bool:
@@ -124,22 +123,29 @@ def checkpoint_to_go_on_from(flags: CheckpointConfig) -> Path | None:
     return None
 
 
-def load_weights(source: ModelSource, model: PolicyModel, groups: ProcessGroups) -> None:
-    """Load weights, and nothing else, into this rank's part of a bare model. All ranks call it together."""
-    if source.hf_weights is not None:
-        load_hf_weights(model, source.hf_weights, source.arch, groups=groups)
-        return
-    assert source.checkpoint is not None
-    load_checkpoint(
-        source.checkpoint,
-        model=model,
-        optimizer=None,
-        scheduler=None,
-        load_rng=False,
-        groups=groups,
-        iteration=source.iteration,
-        verify=not source.checked,
-    )
+def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> PolicyModel:
+    """This rank's part of a model: with the weights of a Hugging Face directory, or to load a checkpoint into.
+
+    All ranks call it together.
+    """
+    return source.maker.build(source.assets, source.arch, config, groups, weights=source.hf_weights is not None)
+
+
+def load_model(source: ModelSource, config: Config, groups: ProcessGroups) -> PolicyModel:
+    """This rank's part of a model with its weights, and nothing else of a checkpoint. All ranks call it together."""
+    model = build_from(source, config, groups)
+    if source.checkpoint is not None:
+        load_checkpoint(
+            source.checkpoint,
+            model=model,
+            optimizer=None,
+            scheduler=None,
+            load_rng=False,
+            groups=groups,
+            iteration=source.iteration,
+            verify=not source.checked,
+        )
+    return model
 
 
 def saved_train_state(source: ModelSource) -> dict[str, Any]:

@@ -76,6 +76,22 @@ def expert_problems(experts: ExpertsConfig) -> Iterator[str]:
         yield "--moe-flex-dispatcher-backend does nothing without --moe-token-dispatcher-type flex"
 
 
+def bridge_problems(config: Config) -> Iterator[str]:
+    """Faults of flags beside ``--bridge``: what builds the model then says how, and has no such choices."""
+    model = config.model
+    if model.bridge is None:
+        return
+    if model.load_hf is None:
+        yield "--bridge needs --load-hf DIR, beside --load too: the Hugging Face model, by whose files it builds and exports"
+    if model.reference_load is not None:
+        yield "--reference-load: --bridge builds references from Hugging Face models alone; name one with --reference-hf"
+    if config.checkpoint.save_hf_dtype is not None:
+        yield "--save-hf-dtype: --bridge exports in the dtype that is computed in; leave it out"
+    for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe"):
+        if getattr(model, name) != getattr(ModelConfig(), name):
+            yield f"{flag_of(name)} does nothing with --bridge: Megatron-Bridge says what a model is built of; leave it out"
+
+
 def _data_flags(data: DataConfig) -> Iterator[str]:
     if not data.data_path:
         yield "--data-path is missing: the PREFIX that tools/preprocess_preferences.py wrote"

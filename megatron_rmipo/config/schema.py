@@ -57,6 +57,12 @@ class ModelConfig:
     load_hf: str | None = _option(
         None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
     )
+    bridge: Literal["megatron-bridge"] | None = _option(
+        None,
+        "Build, load and export the models of --load-hf and --reference-hf through NVIDIA's Megatron-Bridge, which has to be "
+        "installed, whether their family is known here or not; for dense families that are not. --load needs --load-hf beside "
+        "it, the model that the run began with. Sizes for batches and memory are estimated. Tested with a stand-in alone.",
+    )
     reference_hf: str | None = _option(
         None,
         "Hugging Face model that is the reference, for objectives that need one; unset: the model the run starts from.",

@@ -140,7 +140,10 @@ def _family_of(config: dict[str, Any], path: Path) -> Family:
         raise ConversionError(f"{path}: {unbuilt} is not supported: {UNBUILT[unbuilt]}.")
     shown = f"architectures is {found!r}" if found else "architectures is missing"
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    raise ConversionError(f"{path}: {shown}. Known architectures: {known}.")
+    raise ConversionError(
+        f"{path}: {shown}. Known architectures: {known}. Where NVIDIA's Megatron-Bridge is installed, training and scoring take "
+        "others with --bridge megatron-bridge; its own tools convert their checkpoints."
+    )
 
 
 def _read_dtype(config: dict[str, Any], path: Path) -> str:

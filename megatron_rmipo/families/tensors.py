@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
+from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.families.registry import FAMILIES
 
 
@@ -133,7 +134,10 @@ def megatron_shape(rule: Rule, arch: ModelArchitecture) -> tuple[int, ...]:
 
 
 def num_parameters(arch: ModelArchitecture) -> int:
-    """Numbers in the model's weights, all experts among them, without padding of the vocabulary."""
+    """Numbers in the model's weights, all experts among them, without padding of the vocabulary; of no family here, about."""
+    if isinstance(arch, ForeignArchitecture):
+        tables = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
+        return tables + arch.hidden_size + arch.num_layers * sum(layer_parameters(arch, 0))
     return sum(math.prod(megatron_shape(rule, arch)) for rule, _ in tensors_of(arch))
 
 
@@ -146,7 +150,9 @@ def active_parameters(arch: ModelArchitecture) -> int:
 
 
 def layer_parameters(arch: ModelArchitecture, layer: int) -> Parameters:
-    """Numbers in the weights of ``layer`` (counted from 0)."""
+    """Numbers in the weights of ``layer`` (counted from 0); of a model of no family here, about."""
+    if isinstance(arch, ForeignArchitecture):
+        return Parameters(arch.layer_matrices, arch.layer_vectors)
     cut = whole = expert = 0
     for rule in rules_of(arch):
         if not (rule.per_layer and arch.has(rule.only_with, layer)):

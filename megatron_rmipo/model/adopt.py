@@ -142,7 +142,7 @@ def _problems(model: Any) -> Iterator[str]:
     for method in _MODEL_METHODS:
         if foreign := _foreign(model, method):
             yield foreign
-    yield from _config_problems(model.config)
+    yield from scoring_problems(model.config)
     yield from _part_problems(model)
     yield from _dropout_problems(model)
     if foreign := _foreign(model.decoder):
@@ -156,12 +156,14 @@ def _foreign(module: Any, method: str = "forward") -> str | None:
     """What a method is that is not Megatron's own: it may compute anything."""
     function = getattr(type(module), method, None)
     where = getattr(function, "__module__", "megatron.core")
-    if where.startswith("megatron."):
+    # Not all of megatron.*: Megatron-Bridge is there, too, and its classes compute what they like.
+    if where.split(".")[:2] == ["megatron", "core"]:
         return None
     return f"{type(module).__name__}.{method} of {where} is not Megatron-Core's, so that what it computes is not known"
 
 
-def _config_problems(config: Any) -> Iterator[str]:
+def scoring_problems(config: Any) -> Iterator[str]:
+    """What of a model's TransformerConfig keeps it from being scored exactly, a line each with the reason."""
     if config.context_parallel_size > 1:
         yield f"context_parallel_size {config.context_parallel_size}: packed attention needs a row's tokens on one rank"
     if config.mtp_num_layers:

@@ -15,6 +15,7 @@ import torch
 
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.foreign import ForeignArchitecture
 
 # Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.
 _PEAK_FLOPS: dict[str, tuple[float, float]] = {
@@ -68,7 +69,15 @@ def _contains(words: list[str], part: list[str]) -> bool:
 
 
 def forward_cost_model(arch: ModelArchitecture) -> CostModel:
-    """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token."""
+    """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token.
+
+    Of a model of no family here they are estimated: all its layers have the same matrices, and see everything.
+    """
+    per_area = 2.0 * (arch.query_size + arch.context_size)
+    per_scored_token = 2.0 * arch.hidden_size * arch.vocab_size
+    if isinstance(arch, ForeignArchitecture):
+        per_token = 2.0 * arch.num_layers * arch.layer_matrices
+        return CostModel(per_token=per_token, per_area=per_area * arch.num_layers, per_scored_token=per_scored_token)
     mlps = len(arch.dense_layers) * 3 * arch.hidden_size * arch.ffn_hidden_size
     if arch.experts is not None:
         experts = arch.experts
@@ -76,12 +85,11 @@ def forward_cost_model(arch: ModelArchitecture) -> CostModel:
         router = experts.num_experts + experts.shared_gate
         mlps += len(arch.expert_layers) * arch.hidden_size * (3 * channels + router)
     windows = Counter(arch.kind_of(layer).window for layer in range(arch.num_layers))
-    per_area = 2.0 * (arch.query_size + arch.context_size)
     return CostModel(
         per_token=2.0 * (arch.num_layers * _projections(arch) + mlps),
         per_area=per_area * windows.pop(None, 0),
         per_windowed_area=tuple((window, per_area * layers) for window, layers in windows.items() if window is not None),
-        per_scored_token=2.0 * arch.hidden_size * arch.vocab_size,
+        per_scored_token=per_scored_token,
     )
 
 

@@ -8,7 +8,9 @@ Shape letters: T packed tokens, N scored tokens, H hidden, tp tensor-parallel si
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
@@ -79,6 +81,20 @@ def enable_scoring(model: Module) -> None:
     """
     if model.post_process:
         model.output_layer.__class__ = LogprobHead
+
+
+@contextlib.contextmanager
+def scoring_disabled(model: Module) -> Iterator[None]:
+    """Undo :func:`enable_scoring` for the time of a block, for programs that go by the name of a module's class."""
+    if not model.post_process:
+        yield
+        return
+    enabled = model.output_layer.__class__
+    model.output_layer.__class__ = ColumnParallelLinear
+    try:
+        yield
+    finally:
+        model.output_layer.__class__ = enabled
 
 
 def unwrapped(model: Module) -> Any:

@@ -17,7 +17,10 @@ import torch
 import megatron_rmipo
 from megatron_rmipo.errors import ConfigError
 
-_DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "flash-attn", "triton", "apex")
+_DISTRIBUTIONS = (
+    *("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "flash-attn", "triton", "apex"),
+    "megatron-bridge",
+)
 # What libraries compute, or in which order they add, depends on these. Not on the others of theirs, which place work and buffers.
 _NUMERIC_PREFIXES = ("NVTE_",)
 _NUMERIC_VARIABLES = (

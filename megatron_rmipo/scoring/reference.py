@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_source, hf_source, load_weights, weights_fingerprint
+from megatron_rmipo.checkpoint.makers import maker_of
+from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_source, hf_source, load_model, weights_fingerprint
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.peak import forget_peak_memory
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.layout_problems import refuse_impossible_layout
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import LogpNeeds
@@ -65,14 +66,14 @@ def choose_reference(
         return None
     chosen: ModelSource | None = None
     if model.reference_hf is not None:
-        chosen = _named("--reference-hf", model.reference_hf, hf_source)
+        chosen = _named("--reference-hf", model.reference_hf, partial(hf_source, maker=maker_of(config)))
     elif model.reference_load is not None:
         chosen = _named("--reference-load", model.reference_load, checkpoint_source)
     elif not resumes:
         chosen = source
     elif needs.perturbation is not None and model.load_hf is not None:
         # The run goes on from a checkpoint of its own, which is no reference any more.
-        chosen = _named("--load-hf", model.load_hf, hf_source)
+        chosen = _named("--load-hf", model.load_hf, partial(hf_source, maker=maker_of(config)))
     if chosen is None and (recorded is None or needs.perturbation is not None):
         raise ConfigError(
             f"--load {source.directory}: the run goes on, but --objective {config.objective.objective} needs its reference, "
@@ -196,7 +197,7 @@ def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, gr
     """
     source = choice.source
     if source is None and config.model.load_hf is not None:
-        source = _named("--load-hf", config.model.load_hf, hf_source)
+        source = _named("--load-hf", config.model.load_hf, partial(hf_source, maker=maker_of(config)))
         if weights_fingerprint(source, groups) != fingerprint:
             source = None
     if source is None:
@@ -206,9 +207,8 @@ def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, gr
         )
     # In the dtype that its log-probs are kept under, whatever the policy is trained in.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8_format=None, fp8_recipe=None))
-    model = build_model(source.arch, config, groups)
     # Its fingerprint was taken, and its files were compared with their digests on the way.
-    load_weights(dataclasses.replace(source, checked=True), model, groups)
+    model = load_model(dataclasses.replace(source, checked=True), config, groups)
     model.requires_grad_(False)
     model.eval()
     return model

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
+from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.settle import settle_source
-from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_weights, weights_fingerprint
+from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_model, weights_fingerprint
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
 from megatron_rmipo.config.schema import (
@@ -31,7 +32,6 @@ from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
 from megatron_rmipo.errors import ConfigError, DataError, RmipoError
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.layout_problems import refuse_impossible_layout
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.environment import check_environment
@@ -67,6 +67,7 @@ _FIELDS: dict[type, Sequence[str]] = {
     CheckpointConfig: ("load", "no_verify_checkpoint"),
     ModelConfig: (
         "load_hf",
+        "bridge",
         "reference_cache",
         "transformer_impl",
         "model_class",
@@ -139,7 +140,8 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     )
     least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
     memory = MemoryReport(config, source.arch, groups, None, least_tokens, latest_checkpoint=lambda: None)
-    source = settle_source(lambda: find_model(config), groups, verify=not config.checkpoint.no_verify_checkpoint)
+    verify = not config.checkpoint.no_verify_checkpoint
+    source = settle_source(lambda: find_model(config), groups, verify=verify, maker=maker_of(config))
     fingerprint = weights_fingerprint(source, groups)
     cache = config.model.reference_cache
     tasks = plan_scores(rows, reference=fingerprint, bf16=config.model.bf16, cache=cache, groups=groups)
@@ -147,9 +149,8 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     if missing:
         stop = StopRequest(groups)
         with memory.explaining("loading the model", trains=False):
-            model = build_model(source.arch, config, groups)
             # The fingerprint has read and compared every file.
-            load_weights(dataclasses.replace(source, checked=True), model, groups)
+            model = load_model(dataclasses.replace(source, checked=True), config, groups)
         layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for task in missing:
             score_rows(model, task, layout, groups, memory, stop)

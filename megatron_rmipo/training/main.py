@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_rmipo.checkpoint.facts import told_facts
+from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
@@ -83,7 +84,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     )
     owner = own_save_directory(config, groups)
     verify = not config.checkpoint.no_verify_checkpoint
-    source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner)
+    source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner, maker=maker_of(config))
     # Anew, for it may be another checkpoint than this rank had found, or another run may have saved meanwhile.
     plan = on_every_rank(groups.world, partial(plan_run, config, source, groups.world_size, plan.data))
     on_every_rank(groups.world, partial(check_outputs, config, source))
@@ -117,7 +118,7 @@ def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: boo
     if reference is None or reference.source is None or reference.source.directory == plan.source.directory:
         return plan
     found = reference.source
-    settled = settle_source(lambda: found, groups, verify=verify)
+    settled = settle_source(lambda: found, groups, verify=verify, maker=found.maker)
     return dataclasses.replace(plan, reference=dataclasses.replace(reference, source=settled))
 
 

@@ -11,6 +11,7 @@ from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.expert_problems import expert_tensor_size
@@ -100,6 +101,8 @@ def _say_context(unconditional: str | None, context: ContextToken, reporter: Rep
 
 
 def _size(arch: ModelArchitecture) -> str:
+    if isinstance(arch, ForeignArchitecture):
+        return f"about {num_parameters(arch):,} parameters"
     if arch.experts is None:
         return f"{num_parameters(arch):,} parameters"
     experts = f"{arch.experts.per_token} of {arch.experts.num_experts} experts"

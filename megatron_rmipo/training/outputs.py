@@ -6,9 +6,6 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from megatron_rmipo.checkpoint.hf.weights import export_hf
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
 from megatron_rmipo.checkpoint.megatron.owner import DEAD_SECONDS, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
@@ -125,12 +122,12 @@ def save_hf(
     with stop:
         try:
             is_kept = config.checkpoint.save is not None
-            export_hf(
+            source.maker.export(
                 state.policy,
                 source.arch,
                 source.assets,
                 Path(config.checkpoint.save_hf),
-                dtype=getattr(torch, config.checkpoint.save_hf_dtype or source.arch.dtype),
+                dtype=config.checkpoint.save_hf_dtype,
                 groups=groups,
                 before_each=partial(stop.check, "", groups.world) if is_kept else lambda: None,
             )

@@ -15,9 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
-from megatron_rmipo.checkpoint.source import ModelSource, load_weights
+from megatron_rmipo.checkpoint.source import ModelSource, build_from
 from megatron_rmipo.config.schema import Config, OptimizerConfig, ParallelConfig
-from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import State
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -68,9 +67,7 @@ def load_training_state(
     Raises:
         CheckpointError: as :func:`megatron_rmipo.checkpoint.megatron.store.load_checkpoint`.
     """
-    policy = build_model(source.arch, config, groups)
-    if source.hf_weights is not None:
-        load_weights(source, policy, groups)
+    policy = build_from(source, config, groups)
     state = build_training_state(policy, config, groups, train_iters=train_iters)
     state.objective_state = objective_state
     if source.checkpoint is None:

@@ -196,6 +196,15 @@ class ScaledLogits(GPTModel):
         return 2 * super().forward(*args, **kwargs)
 
 
+class BridgedLogits(ScaledLogits):
+    """As a class of Megatron-Bridge, which is in the namespace of Megatron-Core."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    forward.__module__ = "megatron.bridge.models"
+
+
 def change(path: str, value: Any) -> Callable[[Any], None]:
     """Sets what lies there in a model: an attribute, or a module in the place of another."""
 
@@ -238,6 +247,7 @@ REFUSED = [
     (change("decoder.layers.0.self_attention.core_attention", OtherCore()), r"0\.self_attention\.core_attention: .* OtherCore"),
     (change("decoder.layers.1.self_attention.attn_mask_type", AttnMaskType.no_mask), "its mask is no_mask"),
     (change("__class__", ScaledLogits), "ScaledLogits.forward of tests.model.test_adopt is not"),
+    (change("__class__", BridgedLogits), "BridgedLogits.forward of megatron.bridge.models is not Megatron-Core's"),
 ]
 
 

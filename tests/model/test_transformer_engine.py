@@ -13,7 +13,6 @@ import torch
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model import transformer_engine as flags
 from megatron_rmipo.model.layout_problems import layout_problems, refuse_impossible_layout
 from megatron_rmipo.objectives.arguments import parse_arguments
@@ -101,12 +100,11 @@ def test_without_transformer_engine_the_remedy_is_named(argv: tuple[str, ...]) -
 def test_the_reference_is_computed_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Config] = []
 
-    def build(arch: ModelArchitecture, config: Config, groups: None) -> torch.nn.Linear:
+    def build(source: ModelSource, config: Config, groups: None) -> torch.nn.Linear:
         built.append(config)
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(reference, "build_model", build)
-    monkeypatch.setattr(reference, "load_weights", lambda *args: None)
+    monkeypatch.setattr(reference, "load_model", build)
     choice: Any = SimpleNamespace(source=ModelSource(ARCH, Path(), Path(), None))
     reference.load_reference(config_of("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--bf16"), choice, "", None)  # type: ignore[arg-type]
     (config,) = built

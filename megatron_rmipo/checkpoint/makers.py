@@ -1,0 +1,138 @@
+"""Who says what a Hugging Face model is, builds it and writes it: the families that are known here, or Megatron-Bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_rmipo.checkpoint.bridge import ThroughBridge
+from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
+from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
+from megatron_rmipo.checkpoint.megatron.directory import hf_assets_directory
+from megatron_rmipo.checkpoint.megatron.record import Iteration
+from megatron_rmipo.config.flag_problems import bridge_problems, refuse
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.runtime.groups import ProcessGroups
+
+
+class Maker(Protocol):
+    """What makes models of Hugging Face directories, and such directories of models."""
+
+    def read(self, hf_dir: Path) -> ModelArchitecture:
+        """What the config of a directory says. No communication.
+
+        Raises:
+            RmipoError: no model there, or none that it can make.
+        """
+
+    def check_weights(self, hf_dir: Path, arch: ModelArchitecture) -> None:
+        """See by their headers that a directory holds the weights of a model. No communication.
+
+        Raises:
+            ConversionError: they are missing or damaged.
+        """
+
+    def assets_of(self, directory: Path, iteration: Iteration) -> Path:
+        """The directory whose config says what the model of a checkpoint is, with its tokenizer. No communication.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+
+    def build(
+        self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
+    ) -> PolicyModel:
+        """This rank's part of the model of a directory, with its weights or with random ones. All ranks call it together.
+
+        Raises:
+            RmipoError: it cannot be built, or not loaded.
+        """
+
+    def export(
+        self,
+        policy: PolicyModel,
+        arch: ModelArchitecture,
+        hf_dir: Path,
+        save_dir: Path,
+        *,
+        dtype: str | None,
+        groups: ProcessGroups,
+        before_each: Callable[[], None],
+    ) -> None:
+        """Write a model as a Hugging Face directory, which appears when it is whole. All ranks call it together.
+
+        Args:
+            policy: this rank's part, not wrapped.
+            arch: what it is.
+            hf_dir: holds its config and tokenizer.
+            save_dir: missing or empty.
+            dtype: what the flags say of the files' dtype; None where they say nothing.
+            groups: the process groups of this rank.
+            before_each: called now and then, by all ranks together; what it raises ends the export, and nothing of it is left.
+
+        Raises:
+            ConversionError: on every rank: it cannot be written.
+        """
+
+
+class KnownFamilies:
+    """The :class:`Maker` of families that are known here."""
+
+    def read(self, hf_dir: Path) -> ModelArchitecture:
+        """By what its family says."""
+        return read_architecture(hf_dir)
+
+    def check_weights(self, hf_dir: Path, arch: ModelArchitecture) -> None:
+        """Exactly the tensors of its family's table."""
+        open_weights(hf_dir, arch)
+
+    def assets_of(self, directory: Path, iteration: Iteration) -> Path:
+        """The checkpoint's own."""
+        return hf_assets_directory(directory, iteration)
+
+    def build(
+        self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
+    ) -> PolicyModel:
+        """Of Megatron-Core's layers; each rank reads only its slices of the weights."""
+        model = build_model(arch, config, groups)
+        if weights:
+            load_hf_weights(model, hf_dir, arch, groups=groups)
+        return model
+
+    def export(
+        self,
+        policy: PolicyModel,
+        arch: ModelArchitecture,
+        hf_dir: Path,
+        save_dir: Path,
+        *,
+        dtype: str | None,
+        groups: ProcessGroups,
+        before_each: Callable[[], None],
+    ) -> None:
+        """In the dtype of the flags, or in that of the model it was made from."""
+        stored = getattr(torch, dtype or arch.dtype)
+        export_hf(policy, arch, hf_dir, save_dir, dtype=stored, groups=groups, before_each=before_each)
+
+
+KNOWN_FAMILIES = KnownFamilies()
+
+
+def maker_of(config: Config) -> Maker:
+    """Who makes the models of a command.
+
+    Raises:
+        ConfigError: ``--bridge`` is given, and with it flags that do nothing for such a model.
+    """
+    if config.model.bridge is None:
+        return KNOWN_FAMILIES
+    refuse(list(bridge_problems(config)))
+    assert config.model.load_hf is not None, "refused with the flags"
+    return ThroughBridge(Path(config.model.load_hf))
