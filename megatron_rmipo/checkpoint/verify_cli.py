@@ -177,10 +177,12 @@ def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace, launch: La
             f"--pipeline-model-parallel-size {pp} does not divide the model's {arch.num_layers} layers. "
             f"Use one of {_divisors(arch.num_layers)}."
         )
+    if arch.experts is None and ep != 1:
+        raise ConversionError(f"--expert-model-parallel-size is {ep}, but the model has no experts. Leave it out.")
     num_experts = arch.experts.num_experts if arch.experts else 1
     if ep < 1 or num_experts % ep:
         raise ConversionError(
-            f"--expert-model-parallel-size {ep} does not divide the model's experts ({num_experts}). "
+            f"--expert-model-parallel-size {ep} does not divide the model's {num_experts} experts. "
             f"Use one of {_divisors(num_experts)}."
         )
     world_size: int = tp * pp * ep

@@ -37,3 +37,8 @@ def read_layer_kinds(
         window = fields.count("sliding_window")
     kinds = tuple(LayerKind(window, sliding_rope) if name == SLIDING else LayerKind(rope=full_rope) for name in types)
     return () if set(kinds) == {LayerKind()} else kinds
+
+
+def has_windows(fields: Fields) -> bool:
+    """Whether a config that has a switch of its own for windows asks for them."""
+    return fields.flag("use_sliding_window") and fields.get("sliding_window") is not None

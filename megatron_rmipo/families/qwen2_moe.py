@@ -18,15 +18,12 @@ from megatron_rmipo.families.expert_rules import (
     sparse_rules,
 )
 from megatron_rmipo.families.fields import Fields
-from megatron_rmipo.families.llama import COMMON_ONLY
-from megatron_rmipo.families.qwen2 import QWEN2
+from megatron_rmipo.families.qwen2 import QWEN2, read_qwen_windows
 
-# Windows are off in all of Qwen's sparse models; where they are, these fields say nothing.
-WITHOUT_WINDOWS = ("sliding_window", "max_window_layers")
-FULL_ATTENTION_ONLY: Mapping[str, tuple[object, ...]] = {
-    "use_sliding_window": (False, None),
-    "layer_types": ("full_attention", None),
-}
+
+def _has_window(layer: int, max_window_layers: int) -> bool:
+    """Every other layer of the first ones has a window; Qwen2 has them in the last."""
+    return layer % 2 == 0 and layer < max_window_layers
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
@@ -40,14 +37,13 @@ def _read(fields: Fields) -> Mapping[str, object]:
         normalized=fields.flag("norm_topk_prob"),
         aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
     )
-    return {"experts": experts}
+    return {"experts": experts, **read_qwen_windows(fields, _has_window)}
 
 
 QWEN2_MOE = dataclasses.replace(
     QWEN2,
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
-    only={**COMMON_ONLY, **FULL_ATTENTION_ONLY},
     defaults={
         **QWEN2.defaults,
         "num_key_value_heads": 16,
@@ -68,7 +64,6 @@ QWEN2_MOE = dataclasses.replace(
             shared_gate_rule("mlp.shared_expert_gate"),
         ),
     ),
-    unread=WITHOUT_WINDOWS,
     switches={"qkv_bias": ("qkv_bias",)},
     always=(),
     read=_read,

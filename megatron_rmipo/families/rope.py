@@ -42,7 +42,7 @@ def read_partial_rope(fields: Fields, renamed: Mapping[str, str] | None = None) 
     rope = rope_mapping(fields)
     holder = fields if rope.get("partial_rotary_factor") is None else rope
     read: dict[str, object] = {"ropes": (rope_of(rope, fields, renamed),)}
-    if holder.get("partial_rotary_factor") is not None:
+    if holder.get("partial_rotary_factor") not in (None, 1.0):
         head_size = fields.get("head_dim") or fields.count("hidden_size") // fields.count("num_attention_heads")
         part = holder.number("partial_rotary_factor")
         channels = int(head_size * part)
@@ -134,17 +134,19 @@ def _yarn(base: float, rope: Fields, config: Fields) -> Rope:
         magnitude = yarn_magnitude(factor, weight) / yarn_magnitude(factor, weight_of_all)
     truncate = rope.flag("truncate") if rope.get("truncate") is not None else True
     scaling = YarnScaling(factor, context, _number_or(rope, "beta_fast", 32.0), _number_or(rope, "beta_slow", 1.0), truncate)
-    return Rope(base, scaling, _number_or(rope, "attention_factor", magnitude))
+    return Rope(base, scaling, _attention_factor(rope, magnitude))
 
 
 def _longrope(base: float, rope: Fields, config: Fields) -> Rope:
     context = _original_context(rope, config)
     factor = _factor(rope, config, context)
+    if context < 2:
+        raise config.error("original_max_position_embeddings", f"is {context}; a context of at least 2 tokens can be stretched")
     magnitude = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
     # Longer sequences are turned by the long factors, all of them.
     rope.numbers("long_factor")
     scaling = LongRopeScaling(rope.numbers("short_factor"))
-    return Rope(base, scaling, _number_or(rope, "attention_factor", magnitude), longest_sequence=context)
+    return Rope(base, scaling, _attention_factor(rope, magnitude), longest_sequence=context)
 
 
 _READERS: Mapping[str, Callable[[float, Fields, Fields], Rope]] = {
@@ -166,7 +168,13 @@ def _original_context(rope: Fields, config: Fields) -> int:
 
 
 def _factor(rope: Fields, config: Fields, original_context: int) -> float:
-    return _number_or(rope, "factor", config.count("max_position_embeddings") / original_context)
+    if rope.get("factor") is not None:
+        return rope.number("factor")
+    return config.count("max_position_embeddings") / original_context
+
+
+def _attention_factor(rope: Fields, default: float) -> float:
+    return rope.number("attention_factor") if rope.get("attention_factor") is not None else default
 
 
 def _number_or(fields: Fields, name: str, default: float) -> float:

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 from megatron_rmipo.families.architecture import LayerKind
 from megatron_rmipo.families.fields import Fields
-from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
+from megatron_rmipo.families.layers import FULL, SLIDING, has_windows, read_layer_kinds
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
     turned = _turned_layers(fields)
-    windows = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
+    windows = has_windows(fields)
     if not windows and SLIDING in (fields.get("layer_types") or ()):
         raise fields.error("layer_types", f"has {SLIDING!r}, but use_sliding_window and sliding_window give no window")
     default = [SLIDING if windows and not rope else FULL for rope in turned]

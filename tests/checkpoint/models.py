@@ -138,7 +138,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         {
             **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36},
-            "mlp_only_layers": [1, 2],
+            # Windows in the first and third layer.
+            **{"mlp_only_layers": [1, 2], "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
         },
     ),
     "qwen3_moe": (
@@ -146,6 +147,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True},
             **{"decoder_sparse_step": 2, "head_dim": 20, "tie_word_embeddings": True},
+            **{"use_sliding_window": True, "sliding_window": 7},
         },
     ),
     "gpt_oss": (

@@ -28,7 +28,7 @@ def test_experts_over_ranks_agree_and_a_model_of_other_weights_does_not(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--expert-model-parallel-size", "4"], "does not divide the model's experts (10). Use one of 1, 2, 5, 10."),
+        (["--expert-model-parallel-size", "4"], "does not divide the model's 10 experts. Use one of 1, 2, 5, 10."),
         (["--tensor-model-parallel-size", "4"], "2 key/value heads and 88 and 28 feed-forward channels. Use one of 1, 2."),
         (["--pipeline-model-parallel-size", "3"], "does not divide the model's 4 layers"),
     ],

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_rmipo.errors import ConversionError
-from megatron_rmipo.families.architecture import Experts
+from megatron_rmipo.families.architecture import Experts, LayerKind
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import layer_parameters, num_parameters
 
@@ -92,12 +93,24 @@ def test_experts_are_counted_under_either_name(tmp_path: Path) -> None:
     assert read_architecture(write(tmp_path, said)) == expected
 
 
+def test_windows_of_sparse_qwens_are_where_transformers_has_them(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 77, "num_hidden_layers": 5, "max_window_layers": 4}
+    arch = read_architecture(write(tmp_path, QWEN3_30B_A3B, **windows))
+    assert [kind.window for kind in arch.layer_kinds] == [77] * 5
+    arch = read_architecture(write(tmp_path, QWEN15_MOE_A27B, **windows, model_type="qwen2_moe"))
+    assert [kind.window for kind in arch.layer_kinds] == [77, None, 77, None, None]
+    assert arch.layer_kinds == tuple(
+        LayerKind(77 if kind == "sliding_attention" else None) for kind in AutoConfig.from_pretrained(tmp_path).layer_types
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "named"),
     [
         (QWEN3_30B_A3B, {"num_local_experts": 64}, ["num_experts is 128, but num_local_experts 64"]),
         (QWEN3_30B_A3B, {"mlp_only_layers": [3, 48]}, ["mlp_only_layers", "0 to 47", "48"]),
-        (QWEN3_30B_A3B, {"use_sliding_window": True}, ["use_sliding_window is True", "qwen3_moe"]),
+        (QWEN3_30B_A3B, {"layer_types": ["sliding_attention"] * 48}, ["layer_types is 'sliding_attention'", "qwen3_moe"]),
+        (QWEN15_MOE_A27B, {"layer_types": ["sliding_attention"] * 24}, ["layer_types has 'sliding_attention'", "no window"]),
         (QWEN3_30B_A3B, {"num_experts_per_tok": 0}, ["num_experts_per_tok"]),
         (QWEN3_30B_A3B, {"n_shared_experts": 1}, ["n_shared_experts (which is 1)"]),
         (QWEN15_MOE_A27B, {"norm_topk_prob": "yes"}, ["norm_topk_prob must be true or false"]),

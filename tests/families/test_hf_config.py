@@ -186,7 +186,7 @@ def test_layers_of_a_qwen_may_have_windows(tmp_path: Path, name: str, changes: d
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"layer_types": [FULL] * 27 + [SLIDING]}, ["layer_types has 'sliding_attention', but use_sliding_window is off"]),
+        ({"layer_types": [FULL] * 27 + [SLIDING]}, ["layer_types has 'sliding_attention'", "no window"]),
         ({"layer_types": [FULL] * 27 + ["linear_attention"]}, ["layer_types has 'linear_attention'", "'full_attention'"]),
         ({"layer_types": [FULL] * 27}, ["layer_types must list a type for each of 28 layers"]),
         ({"use_sliding_window": True, "max_window_layers": None}, ["max_window_layers must be a number of layers"]),
@@ -213,6 +213,7 @@ def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, ["'ntk'", "'llama3'", "'yarn'"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.0}}, ["rope_scaling.factor must be a positive number", "0.0"]),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, ["rope_scaling.factor", "'4'"]),
         ({"rope_scaling": {"type": "linear", "factor": 4.0, "mrope_section": [3, 5]}}, ["rope_scaling.mrope_section", "[3, 5]"]),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, ["rope_scaling.partial_rotary_factor", "0.5"]),
@@ -223,6 +224,13 @@ def test_what_a_qwen_may_ask_for_beyond_is_refused(tmp_path: Path, changes: dict
         (
             {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": "2"}},
             ["rope_scaling.long_factor must be a list of positive numbers", "'2'"],
+        ),
+        (
+            {
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+                "original_max_position_embeddings": 1,
+            },
+            ["original_max_position_embeddings is 1"],
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling.low_freq_factor"]),
         ({"num_hidden_layers": "absent"}, ["num_hidden_layers", "None"]),

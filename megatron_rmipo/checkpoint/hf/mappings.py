@@ -124,7 +124,8 @@ def check_keys(found: Iterable[str], arch: ModelArchitecture, where: str) -> Non
     lines = [f"{where}: its tensors are not those of a {arch.family} model with {arch.num_layers} layers."]
     lines += [f"  missing ({len(missing)}): {_sample(missing)}"] if missing else []
     lines += [f"  not used ({len(unused)}): {_sample(unused)}"] if unused else []
-    lines.append("Check that config.json belongs to these weights (num_hidden_layers, tie_word_embeddings, architectures).")
+    fields = "architectures, num_hidden_layers, tie_word_embeddings" + (", the number of experts" if arch.experts else "")
+    lines.append(f"Check that config.json belongs to these weights ({fields}).")
     raise ConversionError("\n".join(lines))
 
 

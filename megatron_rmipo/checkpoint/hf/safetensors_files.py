@@ -279,7 +279,7 @@ def _weight_paths(directory: Path, weight_map: dict[str, str] | None) -> list[Pa
         if path.exists():
             return [path]
         others = sorted(item.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for item in directory.glob(pattern))
-        found = f" It holds {', '.join(others[:3])}: save the model as safetensors first." if others else ""
+        found = f" It holds {', '.join(others[:3])}: save the model as safetensors first." if others else " Download them."
         raise ConversionError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}.{found}")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).exists()]
