@@ -52,6 +52,7 @@ class PackedAttention(torch.nn.Module):
             each segment a sequence, the keys of a shared prompt repeated for it; needs a GPU.
         rules: what happens to the scores.
         softmax_scale: default ``1 / sqrt(D)``.
+        sinks: the scores ``[A]`` of rules that have them, where another module made them.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class PackedAttention(torch.nn.Module):
         rules: ScoreRules = PLAIN,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        sinks: torch.nn.Parameter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -73,11 +75,13 @@ class PackedAttention(torch.nn.Module):
         self.pg_collection = pg_collection
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels or 1)
         self.kernel = build_kernel(config, layer_number, self.softmax_scale, rules) if backend == "te" else None
-        self.softmax_offset = self._make_sinks(config) if rules.sinks else None
+        self.softmax_offset = self._make_sinks(config) if rules.sinks and sinks is None else sinks
+        if self.kernel is not None and self.softmax_offset is not None:
+            # The kernel reads its own; it is the same parameter here, so that all backends have it by one name.
+            self.kernel.softmax_offset = self.softmax_offset
 
     def _make_sinks(self, config: TransformerConfig) -> torch.nn.Parameter:
         if self.kernel is not None:
-            # The kernel reads its own; it is the same parameter here, so that all backends have it by one name.
             sinks = self.kernel.softmax_offset
             assert isinstance(sinks, torch.nn.Parameter)
         else:
