@@ -74,7 +74,7 @@ def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:
     for layer in inner.decoder.layers:
         attention = layer.self_attention
         if isinstance(attention, SelfAttention) and not isinstance(attention.core_attention, PackedAttention | PackedCore):
-            packed = _packed_attention(attention, layer.layer_number, attention_backend)
+            packed = _packed_attention(attention, attention_backend)
             _put_before(PackedCore, attention.core_attention, packed=packed)
     rotary = getattr(inner, "rotary_pos_emb", None)
     if rotary is not None and not isinstance(rotary, PositionRotary):
@@ -114,16 +114,26 @@ def _put_before(mixin: type, module: Module, **held: Any) -> None:
     module.__class__ = type(f"{mixin.__name__}{behind.__name__}", (mixin, behind), {})
 
 
-def _packed_attention(attention: SelfAttention, layer_number: int, backend: str) -> PackedAttention:
-    config = attention.config
-    window = None
-    if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+def _packed_attention(attention: SelfAttention, backend: str) -> PackedAttention:
+    """What computes the same over packed rows, with the core attention's own sinks, where it has them."""
+    config, window = attention.config, _window(attention)
+    sinks = attention.core_attention.softmax_offset if config.softmax_type == "learnable" else None
+    return PackedAttention(
+        config,
+        attention.layer_number,
+        backend=choose_backend(backend, config.kv_channels),
         # Megatron counts the tokens before; all of them are -1.
-        before = config.window_size[0]
-        window = None if before < 0 else before + 1
-    backend = choose_backend(backend, config.kv_channels)
-    rules = ScoreRules(window=window)
-    return PackedAttention(config, layer_number, backend=backend, rules=rules, softmax_scale=config.softmax_scale)
+        rules=ScoreRules(window=None if window is None or window[0] < 0 else window[0] + 1, sinks=sinks is not None),
+        softmax_scale=config.softmax_scale,
+        sinks=sinks,
+    )
+
+
+def _window(attention: SelfAttention) -> tuple[int, int] | None:
+    """How many tokens before and behind itself a token of this layer sees, where Megatron cuts them."""
+    config = attention.config
+    cut = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, attention.layer_number)
+    return config.window_size if cut else None
 
 
 @torch.no_grad()
@@ -170,8 +180,8 @@ def scoring_problems(config: Any) -> Iterator[str]:
         yield f"mtp_num_layers {config.mtp_num_layers}: multi-token prediction has a loss of its own, which is not built"
     if config.multi_latent_attention:
         yield "multi_latent_attention turns keys by positions of its own, which packed rows would not reach"
-    if config.softmax_type != "vanilla":
-        yield f"softmax_type {config.softmax_type!r}: sinks of adopted models are not built"
+    if config.softmax_type not in ("vanilla", "learnable"):
+        yield f"softmax_type {config.softmax_type!r}: of sinks only learnable ones are built"
     if getattr(config, "use_mup", False):
         yield "use_mup scales logits, which log-probs over the vocabulary's chunks leave out"
     for name in ("moe_input_jitter_eps", "moe_expert_capacity_factor"):
@@ -241,6 +251,10 @@ def _layer_problems(layer: Module) -> Iterator[str]:
             f".self_attention.core_attention: what {type(core).__name__} does with scores is not known; Megatron's "
             f"{' and '.join(kind.__name__ for kind in _core_attentions())} are"
         )
+    window = _window(attention)
+    # Megatron's local attention cuts as it is told, Transformer Engine's by its causal mask besides.
+    if window is not None and isinstance(core, DotProductAttention) and (window[0] < 0 or window[1] != 0):
+        yield f".self_attention: Megatron's local attention with window_size {window} is not causal; (tokens before, 0) is built"
 
 
 def _core_attentions() -> tuple[type, ...]:

@@ -57,9 +57,18 @@ KINDS = {
     "yarn": Built({"position_embedding_type": "yarn"}),
     "learned positions": Built({"position_embedding_type": "learned_absolute"}),
     "no positions": Built({"position_embedding_type": "none"}),
+    # Shorter than most rows apart.
+    "windows": Built(config={"window_size": (4, 0)}),
+    "sinks, windows in every second layer": Built(
+        config={"softmax_type": "learnable", "window_size": (2, 0), "window_attn_skip_freq": 2}
+    ),
+    "sinks, windows and rope in some layers": Built(
+        config={"softmax_type": "learnable", "window_size": (0, 0), "window_attn_skip_freq": [0, 1, 0], "no_rope_freq": [1, 0, 0]}
+    ),
 }
 if HybridModel is not None:
-    KINDS["hybrid"] = Built(hybrid=True)
+    # Its third layer is the second with attention.
+    KINDS["hybrid"] = Built(config={"softmax_type": "learnable", "window_size": (2, 0), "window_attn_skip_freq": 3}, hybrid=True)
 
 
 def build(built: Built, groups: ProcessGroups, norm: Any = None) -> Any:
@@ -149,12 +158,6 @@ def scores_and_gradients(model: Any, scores: Tensor, groups: ProcessGroups) -> t
     return scores.detach(), gradients
 
 
-def windows_of(built: Built, groups: ProcessGroups) -> list[int | None]:
-    model = build(built, groups)
-    adopt_model(model)
-    return [vars(layer.self_attention.core_attention)["packed"].rules.window for layer in model.decoder.layers]
-
-
 def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
     """Of each model its scores and gradients apart, and packed once it is adopted."""
     groups = initialize_runtime(tp)
@@ -179,7 +182,7 @@ def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize("tp", [1, 2])
 def test_packed_rows_score_as_the_model_itself_does(tp: int) -> None:
-    names = list(KINDS) if tp == 1 else ["rope, tied", "yarn", "learned positions"]
+    names = list(KINDS) if tp == 1 else ["rope, tied", "yarn", "learned positions", "sinks, windows in every second layer"]
     for found in run_distributed(before_and_after, tp, names, tp):
         for name, ((scores, gradients), (packed_scores, packed_gradients)) in found.items():
             torch.testing.assert_close(packed_scores, scores, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -238,6 +241,8 @@ REFUSED = [
     (change("config.context_parallel_size", 2), "context_parallel_size 2"),
     (change("config.mtp_num_layers", 1), "mtp_num_layers 1: .*a loss of its own"),
     (change("config.multi_latent_attention", True), "multi_latent_attention"),
+    (change("config.softmax_type", "off-by-one"), "softmax_type 'off-by-one'"),
+    (change("config.window_size", (4, 2)), r"decoder\.layers\.2\.self_attention: .* window_size \(4, 2\) is not causal"),
     (change("config.moe_expert_capacity_factor", 1.5), r"moe_expert_capacity_factor 1\.5"),
     (change("config.cuda_graph_impl", "local"), "cuda_graph_impl 'local'"),
     (change("output_layer", torch.nn.Linear(2, 2)), "output_layer: it is a Linear"),
@@ -265,9 +270,6 @@ def refusals() -> None:
         with pytest.raises(ConfigError, match=message):
             adopt_model(model)
         assert before == [type(module) for module in model.modules()]
-    # Megatron counts the tokens before a token, we itself, too; every second layer sees all.
-    assert windows_of(Built(config={"window_size": (4, 0), "window_attn_skip_freq": 2}), groups) == [5, None, 5]
-    assert windows_of(Built(config={"window_size": (-1, 0)}), groups) == [None] * 3
     with pytest.raises(ConfigError, match="This Linear cannot be scored"):
         adopt_model(torch.nn.Linear(2, 2))
     shutdown_runtime()

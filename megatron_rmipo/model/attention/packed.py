@@ -60,6 +60,7 @@ class PackedAttention(torch.nn.Module):
             each segment a sequence, the keys of a shared prompt repeated for it; needs a GPU.
         rules: what happens to the scores.
         softmax_scale: where ``config.softmax_scale`` is None; default ``1 / sqrt(D)``.
+        sinks: the scores ``[A]`` of rules that have them, where another module made them.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class PackedAttention(torch.nn.Module):
         rules: ScoreRules = PLAIN,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        sinks: torch.nn.Parameter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -83,11 +85,13 @@ class PackedAttention(torch.nn.Module):
         scales = (config.softmax_scale, softmax_scale, 1.0 / math.sqrt(config.kv_channels or 1))
         self.softmax_scale = next(scale for scale in scales if scale is not None)
         self.kernel = build_kernel(config, layer_number, self.softmax_scale, rules) if backend == "te" else None
-        self.softmax_offset = self._make_sinks(config) if rules.sinks else None
+        self.softmax_offset = self._make_sinks(config) if rules.sinks and sinks is None else sinks
+        if self.kernel is not None and self.softmax_offset is not None:
+            # The kernel reads its own; it is the same parameter here, so that all backends have it by one name.
+            self.kernel.softmax_offset = self.softmax_offset
 
     def _make_sinks(self, config: TransformerConfig) -> torch.nn.Parameter:
         if self.kernel is not None:
-            # The kernel reads its own; it is the same parameter here, so that all backends have it by one name.
             sinks = self.kernel.softmax_offset
             assert isinstance(sinks, torch.nn.Parameter)
         else:
