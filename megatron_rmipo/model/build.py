@@ -16,7 +16,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.hybrid import LAYERS_EACH, NO_HYBRID_MODEL, HybridPolicy, hybrid_config, hybrid_stack
-from megatron_rmipo.model.layers.experts import expert_layer, keep_experts_apart
+from megatron_rmipo.model.layers.experts import expert_layer, keep_experts_apart, let_go_of_graphs
 from megatron_rmipo.model.layers.latent import LatentSelfAttention
 from megatron_rmipo.model.layers.norms import RMSNorm
 from megatron_rmipo.model.layers.residual import place_norms
@@ -75,6 +75,7 @@ def build_policy(
         model = GPTPolicy(config, block, arch, groups, vocab_size=vocab_size, chunk_size=chunk_size)
     model.to(current_device())
     keep_experts_apart(model)
+    let_go_of_graphs(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Sparse models of the multi-process tests: weights, and gradients, of transformers' as each rank of a layout holds them."""
+"""Sparse models of the multi-process tests. Of the kind "shared", which no family has, the weights as each rank holds them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
@@ -51,7 +52,7 @@ KINDS: dict[str, tuple[Experts, dict[str, Any]]] = {
 
 
 def architecture(kind: str) -> ModelArchitecture:
-    """What :func:`make_model` makes."""
+    """A model of a kind."""
     return ModelArchitecture(
         family="llama",
         num_layers=4,
@@ -68,11 +69,11 @@ def architecture(kind: str) -> ModelArchitecture:
     )
 
 
-def make_model(directory: Path, kind: str, seed: int = 0) -> Path:
-    """A Hugging Face model of a kind, with random score biases where it has them."""
+def make_model(directory: Path) -> Path:
+    """A Hugging Face model of the kind "shared", with random score biases."""
     from transformers import AutoModelForCausalLM
 
-    make_hf_model(directory, seed=seed, rope_theta=1e4, **KINDS[kind][1])
+    make_hf_model(directory, rope_theta=1e4, **KINDS["shared"][1])
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     for name, tensor in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -86,7 +87,7 @@ def make_model(directory: Path, kind: str, seed: int = 0) -> Path:
 
 
 def own_tensors(source: Mapping[str, Tensor], policy: PolicyModel, groups: ProcessGroups) -> dict[str, Tensor]:
-    """This rank's part of tensors that go by transformers' parameter names, by the policy's names."""
+    """This rank's part of tensors that go by their names in a checkpoint of the kind "shared", by the policy's names."""
     arch = policy.architecture
     assert arch.experts is not None
     per_stage, per_rank = arch.num_layers // groups.pp_size, arch.experts.num_experts // groups.ep.size()
@@ -127,16 +128,16 @@ def own_tensors(source: Mapping[str, Tensor], policy: PolicyModel, groups: Proce
         if theirs + "mlp.gate.e_score_correction_bias" in source:
             own[ours + "mlp.router.expert_bias"] = part("mlp.gate.e_score_correction_bias")
         for local in range(per_rank):
-            expert, name = groups.ep.rank() * per_rank + local, f"{ours}mlp.experts.local_experts.{local}."
-            both = part("mlp.experts.gate_up_proj")[expert].chunk(2)
-            own[name + "linear_fc1.weight"] = gate_up(*both, groups.expert_tp)
-            own[name + "linear_fc2.weight"] = cut(part("mlp.experts.down_proj")[expert], 1, groups.expert_tp)
+            expert, name = f"mlp.experts.{groups.ep.rank() * per_rank + local}.", f"{ours}mlp.experts.local_experts.{local}."
+            gate, up = part(expert + "gate_proj.weight"), part(expert + "up_proj.weight")
+            own[name + "linear_fc1.weight"] = gate_up(gate, up, groups.expert_tp)
+            own[name + "linear_fc2.weight"] = cut(part(expert + "down_proj.weight"), 1, groups.expert_tp)
     return own
 
 
-def load(policy: PolicyModel, source: Mapping[str, Tensor], groups: ProcessGroups) -> None:
-    """Give the policy the weights of a model of transformers, from its state dictionary."""
-    own = own_tensors(source, policy, groups)
+def load(policy: PolicyModel, directory: Path, groups: ProcessGroups) -> None:
+    """Give the policy the weights of a model of :func:`make_model`."""
+    own = own_tensors(load_file(directory / "model.safetensors"), policy, groups)
     tensors = dict(policy.named_parameters()) | {
         name: buffer for name, buffer in policy.named_buffers() if name.endswith("expert_bias")
     }

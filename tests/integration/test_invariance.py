@@ -13,6 +13,7 @@ from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.objectives.registry import build_objective
 from tests.harness import run_distributed
 from tests.integration.problem import DenseProblem, collection, make_hf_model, make_pairs
+from tests.integration.sparse import KINDS
 from tests.integration.worlds import Case, run_cases
 
 OFFICIAL = {"preset": "official"}
@@ -22,7 +23,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
+    "mixtral": KINDS["mixtral"][1],
 }
+SPARSE: dict[str, Any] = {"model": "mixtral", "ep": 2}
 WORLDS = {
     1: [
         Case("one pair a pack", tokens_per_microbatch=48),
@@ -53,6 +56,13 @@ WORLDS = {
         Case("TP 2, tied", model="tied", tp=2, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("TP 2, biased attention", model="biased attention", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("EP 2", **SPARSE, tokens_per_microbatch=120),
+        Case("EP 2, one pair a pack", **SPARSE, tokens_per_microbatch=48),
+        Case("EP 2, official preset", **SPARSE, options=OFFICIAL, tokens_per_microbatch=120),
+        Case("EP 2, every pass", **SPARSE, objective="rmipo:0.7,kto:2,beta_dpo:0.5", recompute="full", tokens_per_microbatch=120),
+        Case(
+            "EP 2, a reference in memory", **SPARSE, objective="epsilon_dpo", options={"epsilon": 0.2}, tokens_per_microbatch=120
+        ),
     ],
     4: [
         Case("TP 2 x PP 2", tp=2, pp=2, tokens_per_microbatch=120),
@@ -61,6 +71,9 @@ WORLDS = {
         Case("PP 2 x DP 2", pp=2, tokens_per_microbatch=120),
         Case("TP 2 x PP 2, tied", model="tied", tp=2, pp=2, tokens_per_microbatch=120),
         Case("TP 2 x PP 2, biased attention", model="biased attention", tp=2, pp=2, tokens_per_microbatch=120),
+        Case("EP 2 x DP 2", **SPARSE, tokens_per_microbatch=120, overlap=True),
+        Case("EP 2 x PP 2", **SPARSE, pp=2, tokens_per_microbatch=120),
+        Case("EP 2 x TP 2, sequence parallel", **SPARSE, tp=2, sequence_parallel=True, tokens_per_microbatch=120),
     ],
 }
 

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"logprob_chunk_size": 2000, "bf16": True},
     ),
     "experts": ({"hidden_size": 136, "experts": Experts(8, 2, 96)}, {}),
+    "experts, full": ({"hidden_size": 136, "num_layers": 7, "experts": Experts(8, 2, 96)}, FULL),
     "experts, bf16": ({"experts": Experts(8, 4, 40)}, {"bf16": True}),
     "many experts": ({"experts": Experts(64, 4, 24)}, {}),
     "shared experts": ({"experts": Experts(8, 2, 96, dense_layers=frozenset({0}), shared_ffn_hidden_size=80)}, {}),

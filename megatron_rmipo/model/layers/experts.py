@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -154,6 +155,27 @@ def keep_experts_apart(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def let_go_of_graphs(model: torch.nn.Module) -> None:
+    """Have no layer of experts keep the graph of a pack after its forward.
+
+    Megatron's dispatchers keep the tokens' weights until the next pack. With them goes their graph, and of a layer that is
+    computed anew its input and the gradient of that: with full recomputation, by the end of a pack, as much again as all its
+    checkpoints.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_hook(_forget_weights)
+
+
+def _forget_weights(layer: MoELayer, *_: Any) -> None:
+    dispatcher = layer.token_dispatcher
+    # DeepEP-like ones have a manager that keeps them.
+    for holder in (dispatcher, getattr(dispatcher, "_comm_manager", dispatcher)):
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(holder, name, None)
 
 
 def expert_settings(arch: ModelArchitecture, groups: ProcessGroups, flags: ExpertsConfig) -> dict[str, Any]:
