@@ -22,6 +22,7 @@ from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, P
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.tensors import stored_tensors
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
@@ -192,7 +193,9 @@ def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) 
         return None
     gradients = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
     shutil.rmtree(folder[0])
-    return gradients
+    # Score biases of experts are no parameters.
+    learned = {name for name, (rule, _) in stored_tensors(arch).items() if not rule.is_buffer}
+    return {name: gradient for name, gradient in gradients.items() if name in learned}
 
 
 def end_case() -> None:

@@ -30,6 +30,8 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import core_attention_of
 from megatron_rmipo.runtime.groups import current_device
 
+_NORMS_AND_WHAT_FOLLOWS = ("q_layernorm", "kv_layernorm", "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+
 if not isinstance(multi_latent_attention.TELinear, type):
     # Megatron-Core 0.16 takes the stand-ins of its wrappers of Transformer Engine for the real ones here, and fails.
     multi_latent_attention.HAVE_TE = False
@@ -81,6 +83,10 @@ class LatentSelfAttention(MLASelfAttention):
         self.rotary_config = copy.copy(config)
         self.rotary_config.multi_latent_attention = False
         self.rotary_config.rotary_interleaved = arch.rotary_interleaved
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        # From Megatron-Core 0.19 on; its own wants a norm before queries that are made without a latent, too.
+        return {name: getattr(submodules, name) for name in _NORMS_AND_WHAT_FOLLOWS}
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any
