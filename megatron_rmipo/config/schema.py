@@ -61,7 +61,8 @@ class ModelConfig:
         None,
         "Build, load and export the models of --load-hf and --reference-hf through NVIDIA's Megatron-Bridge, which has to be "
         "installed, whether their family is known here or not; for dense families that are not. --load needs --load-hf beside "
-        "it, the model that the run began with. Sizes for batches and memory are estimated. Tested with a stand-in alone.",
+        "it, the model that the run began with. Sizes for batches and memory are estimated. Tested with a stand-in of its "
+        "interface, never run with the package itself.",
     )
     reference_hf: str | None = _option(
         None,

@@ -142,7 +142,7 @@ def _family_of(config: dict[str, Any], path: Path) -> Family:
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     raise ConversionError(
         f"{path}: {shown}. Known architectures: {known}. Where NVIDIA's Megatron-Bridge is installed, training and scoring take "
-        "others with --bridge megatron-bridge; its own tools convert their checkpoints."
+        "others with --bridge megatron-bridge; the converters do not."
     )
 
 

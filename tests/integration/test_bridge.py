@@ -56,14 +56,14 @@ def test_an_unknown_family_trains_resumes_and_exports(outer: Path, tmp_path: Pat
         "lr_warmup_iters": None,
         "reference_cache": tmp_path / "scores",
     }
-    bridged = {**common, "load_hf": outer}
+    bridged = {**common, "load_hf": outer, "use_distributed_optimizer": True}
     first = flags(prefix, save, exit_interval=1, tensor_model_parallel_size=2, sequence_parallel=True, **bridged)
     code, output = run_distributed(output_of, 2, run_bridged, first)[0]
     assert code == STOPPED, output
     num_parameters = sum(tensor.numel() for tensor in weights(MODEL).values())
     assert f"model: about {num_parameters:,} parameters (megatron-bridge), from {outer}" in output
     assert losses(save)[1] == pytest.approx(math.log(2), abs=1e-6)
-    # At another layout, with another optimizer's sharding, to the end.
+    # At another layout, its optimizer's state over two ranks, to the end.
     code, output = run_distributed(output_of, 2, run_bridged, flags(prefix, save, load=save, save_hf=exported, **bridged))[0]
     assert code == 0, output
     # The same run by the family that it is in truth.
@@ -74,7 +74,8 @@ def test_an_unknown_family_trains_resumes_and_exports(outer: Path, tmp_path: Pat
     written, expected = weights(exported), weights(tmp_path / "known-hf")
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(written[name], tensor, rtol=1e-4, atol=1e-5)
+        # Adam makes of gradients near zero steps of either sign; a step moves the weights by hundredths of their norm.
+        assert (written[name] - tensor).norm() < 2e-4 * tensor.norm(), name
     assert json.loads((exported / "config.json").read_text())["architectures"] == [NAME]
     # Its checkpoints are scored, and not converted by rules of a family that it has none of.
     pairs = ["--pairs", str(prefix), "--tokens-per-microbatch", "700", "--reference-cache"]

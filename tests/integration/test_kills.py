@@ -53,7 +53,7 @@ COMMIT = "megatron_rmipo.checkpoint.megatron.store:commit_checkpoint"
 RENAME = "megatron_rmipo.checkpoint.megatron.commit:os.replace"
 PRUNE = "megatron_rmipo.checkpoint.megatron.store:prune_checkpoints"
 SCORING = "megatron_rmipo.scoring.score:_score_block"
-EXPORT = "megatron_rmipo.training.outputs:export_hf"
+EXPORT = "megatron_rmipo.checkpoint.makers:export_hf"
 EXPORTING = "megatron_rmipo.checkpoint.hf.weights:_gather_shards"
 
 

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_rmipo.checkpoint import makers
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
 from megatron_rmipo.data.preparing.preprocess_cli import main as preprocess
 from megatron_rmipo.data.store.pair_store import PairStore
-from megatron_rmipo.training import loop, outputs
+from megatron_rmipo.training import loop
 from megatron_rmipo.training import main as trainer
 from tests.checkpoint.models import flip_bit, write_hf_model
 from tests.data.tokenizers import save_byte_bpe
@@ -273,7 +274,7 @@ def run_with_a_signal(arguments: list[str], where: str, call: int) -> int:
     if where == "evaluation":
         loop.evaluate_batch = signalled(loop.evaluate_batch)
     else:
-        outputs.export_hf = signalled(outputs.export_hf)
+        makers.export_hf = signalled(makers.export_hf)
     return trainer.main(arguments)
 
 
