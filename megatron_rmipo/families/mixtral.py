@@ -30,7 +30,7 @@ MIXTRAL = dataclasses.replace(
     LLAMA,
     name="mixtral",
     architectures=("MixtralForCausalLM",),
-    only={**COMMON_ONLY, "layer_types": ("full_attention", None)},
+    only={**COMMON_ONLY, "layer_types": (None,)},
     defaults={
         **LLAMA.defaults,
         "rms_norm_eps": 1e-5,
