@@ -41,7 +41,7 @@ def others(value: Any) -> list[Any]:
         case list():
             return [value[::-1], value[1:] + value[:1], None]
         case dict():
-            return [{**value, name: other} for name, inner in value.items() for other in others(inner)]
+            return [None, *({**value, name: other} for name, inner in value.items() for other in others(inner))]
     return []
 
 
