@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from megatron_rmipo.families.architecture import Experts
 from megatron_rmipo.families.fields import Fields
 
 _NAMES = ("num_local_experts", "num_experts")
+
+
+def read_experts(fields: Fields, width: str = "intermediate_size", **more: Any) -> Experts:
+    """What configs of all sparse families say alike.
+
+    Args:
+        fields: the config.
+        width: the field that has the channels between the matrices of an expert.
+        more: fields of :class:`Experts` that this family has besides.
+    """
+    return Experts(
+        num_experts=read_num_experts(fields),
+        per_token=fields.count("num_experts_per_tok"),
+        ffn_hidden_size=fields.count(width),
+        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
+        **more,
+    )
 
 
 def read_num_experts(fields: Fields) -> int:

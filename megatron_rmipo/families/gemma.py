@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from megatron_rmipo.families.fields import Fields
-from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.llama import ATTENTION_BIAS, COMMON_ONLY, LLAMA
 
 GELU_TANH = ("gelu_pytorch_tanh",)
 
@@ -36,7 +36,7 @@ GEMMA = dataclasses.replace(
         **{"max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     },
     unread=(),
-    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    switches=ATTENTION_BIAS,
     always=("zero_centered_norm", "embedding_multiplier_rounded"),
     read=read_gemma,
 )

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.gemma import GEMMA, read_gemma
-from megatron_rmipo.families.layer_ropes import every
-from megatron_rmipo.families.layers import read_layer_kinds
+from megatron_rmipo.families.layers import every, read_layer_kinds
 from megatron_rmipo.families.norm_places import LLAMA_WITHOUT_LAYER_NORMS, norms_after, norms_before
 
 

@@ -14,7 +14,7 @@ from megatron_rmipo.families.base import Layout, Rule
 from megatron_rmipo.families.expert_rules import router_rules, sparse_rules, stacked_expert_rules
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
-from megatron_rmipo.families.llama import COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
+from megatron_rmipo.families.llama import ATTENTION_BIAS, COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
 from megatron_rmipo.families.rope import rope_mapping, rope_of
 
 # What transformers assumes of a config that says nothing of rotary embeddings.
@@ -79,7 +79,7 @@ GPT_OSS = dataclasses.replace(
         (*router_rules("mlp.router"), *stacked_expert_rules("mlp.experts")),
     ),
     unread=("initial_context_length",),
-    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    switches=ATTENTION_BIAS,
     always=("attention_sinks",),
     read=_read,
 )

@@ -44,8 +44,11 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
         # A list says it layer by layer.
         for value in found if isinstance(found, list) else [found]:
             if field in config and value not in allowed:
+                supported = _listed(allowed)
                 raise ConversionError(
-                    f"{path}: {field} is {value!r}, but only {_listed(allowed)} is supported for the {family.name} family."
+                    f"{path}: {field} is {value!r}, but "
+                    f"{f'only {supported} is supported for' if supported else 'no value of it is built for'} "
+                    f"the {family.name} family."
                 )
     fields = Fields(config, family.defaults, path)
     heads = fields.count("num_attention_heads")

@@ -6,13 +6,8 @@ from collections.abc import Mapping
 
 from megatron_rmipo.families.architecture import Rope
 from megatron_rmipo.families.fields import Fields
-from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
+from megatron_rmipo.families.layers import FULL, SLIDING, every, read_layer_kinds
 from megatron_rmipo.families.rope import rope_of
-
-
-def every(fields: Fields, period: int) -> list[str]:
-    """Types of layers of which each ``period``-th sees everything."""
-    return [SLIDING if number % period else FULL for number in range(1, fields.count("num_hidden_layers") + 1)]
 
 
 def read_layers(fields: Fields, period: int, sliding_base: str) -> Mapping[str, object]:

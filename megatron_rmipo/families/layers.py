@@ -10,6 +10,11 @@ from megatron_rmipo.families.fields import Fields
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def every(fields: Fields, period: int) -> list[str]:
+    """Types of layers of which each ``period``-th sees everything."""
+    return [SLIDING if number % period else FULL for number in range(1, fields.count("num_hidden_layers") + 1)]
+
+
 def read_layer_kinds(
     fields: Fields, default: Iterable[str], *, full_rope: int | None = 0, sliding_rope: int | None = 0
 ) -> tuple[LayerKind, ...]:

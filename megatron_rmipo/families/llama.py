@@ -16,6 +16,8 @@ COMMON_ONLY: Mapping[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1.0, None),
 }
 
+ATTENTION_BIAS: Mapping[str, tuple[str, ...]] = {"attention_bias": ("qkv_bias", "attention_output_bias")}
+
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
@@ -64,5 +66,5 @@ LLAMA = Family(
     # Older checkpoints keep the rotary frequencies, which the config determines.
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     unread=("sliding_window",),
-    switches={"attention_bias": ("qkv_bias", "attention_output_bias"), "mlp_bias": ("mlp_bias",)},
+    switches={**ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)},
 )

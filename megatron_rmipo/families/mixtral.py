@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from megatron_rmipo.families.architecture import Experts
-from megatron_rmipo.families.expert_fields import read_num_experts
+from megatron_rmipo.families.expert_fields import read_experts
 from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
@@ -17,12 +16,7 @@ from megatron_rmipo.families.mistral import read_windows
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
-    experts = Experts(
-        num_experts=read_num_experts(fields),
-        per_token=fields.count("num_experts_per_tok"),
-        ffn_hidden_size=fields.count("intermediate_size"),
-        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
-    )
+    experts = read_experts(fields)
     return {"experts": experts, **read_windows(fields)}
 
 
@@ -30,7 +24,7 @@ MIXTRAL = dataclasses.replace(
     LLAMA,
     name="mixtral",
     architectures=("MixtralForCausalLM",),
-    only={**COMMON_ONLY, "layer_types": ("full_attention", None)},
+    only={**COMMON_ONLY, "layer_types": (None,)},
     defaults={
         **LLAMA.defaults,
         "rms_norm_eps": 1e-5,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.llama import ATTENTION_BIAS, COMMON_ONLY, LLAMA
 from megatron_rmipo.families.norm_places import LLAMA_WITHOUT_LAYER_NORMS, WHOLE_QK_NORMS, norms_after
 
 OLMO2 = dataclasses.replace(
@@ -22,7 +22,7 @@ OLMO2 = dataclasses.replace(
         *WHOLE_QK_NORMS,
     ),
     unread=(),
-    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    switches=ATTENTION_BIAS,
     always=("qk_norm_whole", "post_norm"),
     read=lambda fields: {"pre_norm": False},
 )

@@ -8,22 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from megatron_rmipo.families.architecture import Experts
-from megatron_rmipo.families.expert_fields import read_num_experts
+from megatron_rmipo.families.expert_fields import read_experts
 from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
 from megatron_rmipo.families.fields import Fields
-from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.llama import ATTENTION_BIAS, COMMON_ONLY, LLAMA
 from megatron_rmipo.families.norm_places import WHOLE_QK_NORMS
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
-    experts = Experts(
-        num_experts=read_num_experts(fields),
-        per_token=fields.count("num_experts_per_tok"),
-        ffn_hidden_size=fields.count("intermediate_size"),
-        normalized=fields.flag("norm_topk_prob"),
-        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
-    )
+    experts = read_experts(fields, normalized=fields.flag("norm_topk_prob"))
     return {"experts": experts}
 
 
@@ -42,7 +35,7 @@ OLMOE = dataclasses.replace(
     },
     rules=sparse_rules((*LLAMA.rules, *WHOLE_QK_NORMS), (*router_rules("mlp.gate"), *expert_rules("mlp.experts.{expert}"))),
     unread=(),
-    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    switches=ATTENTION_BIAS,
     always=("qk_norm_whole",),
     read=_read,
 )

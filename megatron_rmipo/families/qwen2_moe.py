@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from megatron_rmipo.families.architecture import Experts
-from megatron_rmipo.families.expert_fields import read_dense_layers, read_num_experts
+from megatron_rmipo.families.expert_fields import read_dense_layers, read_experts
 from megatron_rmipo.families.expert_rules import (
     expert_rules,
     router_rules,
@@ -27,15 +26,13 @@ def _has_window(layer: int, max_window_layers: int) -> bool:
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
-    experts = Experts(
-        num_experts=read_num_experts(fields),
-        per_token=fields.count("num_experts_per_tok"),
-        ffn_hidden_size=fields.count("moe_intermediate_size"),
+    experts = read_experts(
+        fields,
+        "moe_intermediate_size",
         dense_layers=read_dense_layers(fields),
         shared_ffn_hidden_size=fields.count("shared_expert_intermediate_size"),
         shared_gate=True,
         normalized=fields.flag("norm_topk_prob"),
-        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
     )
     return {"experts": experts, **read_qwen_windows(fields, _has_window)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.families.llama import COMMON_ONLY, LLAMA
+from megatron_rmipo.families.llama import ATTENTION_BIAS, COMMON_ONLY, LLAMA
 from megatron_rmipo.families.norm_places import QK_NORMS
 from megatron_rmipo.families.qwen2 import WINDOW_DEFAULTS, read_qwen_windows
 
@@ -29,7 +29,7 @@ QWEN3 = dataclasses.replace(
         *QK_NORMS,
     ),
     unread=(),
-    switches={"attention_bias": ("qkv_bias", "attention_output_bias")},
+    switches=ATTENTION_BIAS,
     always=("qk_norm",),
     read=read_qwen_windows,
 )

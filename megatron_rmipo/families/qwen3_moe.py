@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from megatron_rmipo.families.architecture import Experts, LayerKind
-from megatron_rmipo.families.expert_fields import read_dense_layers, read_num_experts
+from megatron_rmipo.families.architecture import LayerKind
+from megatron_rmipo.families.expert_fields import read_dense_layers, read_experts
 from megatron_rmipo.families.expert_rules import expert_rules, router_rules, sparse_rules
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.layers import FULL, has_windows
@@ -18,13 +18,11 @@ from megatron_rmipo.families.qwen3 import QWEN3
 
 
 def _read(fields: Fields) -> Mapping[str, object]:
-    experts = Experts(
-        num_experts=read_num_experts(fields),
-        per_token=fields.count("num_experts_per_tok"),
-        ffn_hidden_size=fields.count("moe_intermediate_size"),
+    experts = read_experts(
+        fields,
+        "moe_intermediate_size",
         dense_layers=read_dense_layers(fields),
         normalized=fields.flag("norm_topk_prob"),
-        aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
     )
     # All layers have the window, or none; transformers looks at no other field.
     window = fields.count("sliding_window") if has_windows(fields) else None

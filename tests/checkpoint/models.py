@@ -132,7 +132,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("ministral3", {"head_dim": 10, "rope_parameters": MINISTRAL3_ROPE, **SMALL}),
     "granite": ("granite", {**GRANITE, **TIED, "rope_parameters": YARN_ROPE}),
     "granite_untied": ("granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
-    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40, "sliding_window": 9},
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 36, "bos_token_id": None}),
     "qwen2_moe": (
         "qwen2_moe",

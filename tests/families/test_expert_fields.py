@@ -115,7 +115,8 @@ def test_windows_of_sparse_qwens_are_where_transformers_has_them(tmp_path: Path)
         (QWEN3_30B_A3B, {"n_shared_experts": 1}, ["n_shared_experts (which is 1)"]),
         (QWEN15_MOE_A27B, {"norm_topk_prob": "yes"}, ["norm_topk_prob must be true or false"]),
         (QWEN15_MOE_A27B, {"router_aux_loss_coef": -1.0}, ["router_aux_loss_coef", "-1.0"]),
-        (OLMOE_1B_7B, {"clip_qkv": 8.0}, ["clip_qkv is 8.0"]),
+        (OLMOE_1B_7B, {"clip_qkv": 8.0}, ["clip_qkv is 8.0, but no value of it is built for the olmoe family"]),
+        (MIXTRAL_8X7B, {"sliding_window": 77, "layer_types": ["full_attention"] * 32}, ["layer_types is 'full_attention'"]),
         (MIXTRAL_8X7B, {"scoring_func": "sigmoid"}, ["scoring_func (which is 'sigmoid')"]),
     ],
 )
