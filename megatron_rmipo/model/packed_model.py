@@ -113,7 +113,8 @@ def score_row(
         target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
         options: vocabulary, chunks, and what logits are.
         reference: on the last stage: score the targets under mixtures with a reference model, too.
-        uncounted: bool ``[T]``: tokens that experts' routers leave out of their statistics and losses; None for none.
+        uncounted: bool ``[T]``: padding, and all of a filler. Such tokens go through experts as others do, whose routers leave
+            them out of loads, score biases and auxiliary losses. None: all count.
 
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
@@ -122,13 +123,13 @@ def score_row(
     """
     hidden = model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None
     # Models without rotary embeddings have no such part.
-    rotary, further = getattr(model, "rotary_pos_emb", None), {}
-    angles = None if rotary is None else rotary(position_ids)
-    if uncounted is not None:
-        tp_group = model.pg_collection.tp
-        shards, rank = (tp_group.size(), tp_group.rank()) if model.config.sequence_parallel else (1, 0)
-        further["padding_mask"] = uncounted.chunk(shards)[rank][:, None]
-    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=angles, **further)
+    rotary = getattr(model, "rotary_pos_emb", None)
+    hidden = model.decoder(
+        hidden_states=hidden,
+        attention_mask=segments,
+        rotary_pos_emb=None if rotary is None else rotary(position_ids),
+        padding_mask=None if uncounted is None else _padding_mask(model, uncounted),
+    )
     assert isinstance(hidden, Tensor)
     if not model.post_process:
         return hidden
@@ -140,3 +141,11 @@ def score_row(
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     logprobs: Tensor = model.output_layer(scored, weight, target=target, options=options, reference=reference)
     return logprobs
+
+
+def _padding_mask(model: Any, uncounted: Tensor) -> Tensor:
+    """Bool ``[1, T]`` as layers of experts take it: of this rank's tokens, ``[1, T / tp]``, under sequence parallelism."""
+    if model.config.sequence_parallel:
+        tp_group = model.pg_collection.tp
+        uncounted = uncounted.chunk(tp_group.size())[tp_group.rank()]
+    return uncounted[None]
