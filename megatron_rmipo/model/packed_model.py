@@ -121,16 +121,7 @@ def score_row(
         :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``), else hidden states
         ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
     """
-    hidden = model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None
-    # Models without rotary embeddings have no such part.
-    rotary = getattr(model, "rotary_pos_emb", None)
-    hidden = model.decoder(
-        hidden_states=hidden,
-        attention_mask=segments,
-        rotary_pos_emb=None if rotary is None else rotary(position_ids),
-        padding_mask=None if uncounted is None else _padding_mask(model, uncounted),
-    )
-    assert isinstance(hidden, Tensor)
+    hidden = _hidden_states(model, token_ids, position_ids, segments, uncounted)
     if not model.post_process:
         return hidden
     if model.config.sequence_parallel:
@@ -141,6 +132,21 @@ def score_row(
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     logprobs: Tensor = model.output_layer(scored, weight, target=target, options=options, reference=reference)
     return logprobs
+
+
+def _hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, segments: Tensor, uncounted: Tensor | None) -> Tensor:
+    """What the last layer of this stage gives, ``[T, 1, H]``, or ``[T / tp, 1, H]`` under sequence parallelism."""
+    # Models without rotary embeddings have no such part.
+    rotary = getattr(model, "rotary_pos_emb", None)
+    hidden = model.decoder(
+        # Later stages have been handed theirs by the schedule.
+        hidden_states=model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None,
+        attention_mask=segments,
+        rotary_pos_emb=None if rotary is None else rotary(position_ids),
+        padding_mask=None if uncounted is None else _padding_mask(model, uncounted),
+    )
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _padding_mask(model: Any, uncounted: Tensor) -> Tensor:
