@@ -17,6 +17,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -26,6 +27,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.hybrid import HybridModel
+from megatron_rmipo.model.layers.experts import PaddedRouter
 from megatron_rmipo.model.packed_model import LogprobHead, ScoringOptions, enable_scoring, unwrapped
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
@@ -79,6 +81,9 @@ def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:
     rotary = getattr(inner, "rotary_pos_emb", None)
     if rotary is not None and not isinstance(rotary, PositionRotary):
         _put_before(PositionRotary, rotary, table=_angles(rotary, inner.max_sequence_length))
+    for module in inner.modules():
+        if type(module) is TopKRouter:
+            module.__class__ = PaddedRouter
     enable_scoring(inner)
 
 
@@ -188,8 +193,9 @@ def scoring_problems(config: Any) -> Iterator[str]:
         if getattr(config, name) is not None:
             yield f"{name} {getattr(config, name)} would make a token's experts depend on what else is in the batch, or on chance"
     balancing = config.moe_router_load_balancing_type
-    if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]) and config.num_moe_experts:
-        yield "moe_router_load_balancing_type sinkhorn makes a token's experts depend on what else is in the batch"
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in (balancing if isinstance(balancing, list) else [balancing]) and config.num_moe_experts:
+            yield f"moe_router_load_balancing_type {kind} makes a token's experts depend on what else is in the batch"
     if config.cuda_graph_impl != "none":
         yield f"cuda_graph_impl {config.cuda_graph_impl!r} fixes the length of rows, and packed ones differ in it"
 

@@ -129,23 +129,15 @@ def score_row(
         target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
         options: vocabulary, chunks, and what logits are.
         reference: on the last stage: score the targets under mixtures with a reference model, too.
-        uncounted: bool ``[T]``: tokens that experts' routers leave out of their statistics and losses; None for none.
+        uncounted: bool ``[T]``: padding, and all of a filler. Such tokens go through experts as others do, whose routers leave
+            them out of loads, score biases and auxiliary losses. None: all count.
 
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
         :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``), else hidden states
         ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
     """
-    hidden = model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None
-    # Models without rotary embeddings have no such part.
-    rotary, further = getattr(model, "rotary_pos_emb", None), {}
-    angles = None if rotary is None else rotary(position_ids)
-    if uncounted is not None:
-        tp_group = model.pg_collection.tp
-        shards, rank = (tp_group.size(), tp_group.rank()) if model.config.sequence_parallel else (1, 0)
-        further["padding_mask"] = uncounted.chunk(shards)[rank][:, None]
-    hidden = model.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=angles, **further)
-    assert isinstance(hidden, Tensor)
+    hidden = _hidden_states(model, token_ids, position_ids, segments, uncounted)
     if not model.post_process:
         return hidden
     if model.config.sequence_parallel:
@@ -156,3 +148,26 @@ def score_row(
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     logprobs: Tensor = model.output_layer(scored, weight, target=target, options=options, reference=reference)
     return logprobs
+
+
+def _hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, segments: Tensor, uncounted: Tensor | None) -> Tensor:
+    """What the last layer of this stage gives, ``[T, 1, H]``, or ``[T / tp, 1, H]`` under sequence parallelism."""
+    # Models without rotary embeddings have no such part.
+    rotary = getattr(model, "rotary_pos_emb", None)
+    hidden = model.decoder(
+        # Later stages have been handed theirs by the schedule.
+        hidden_states=model.embedding(input_ids=token_ids[None], position_ids=position_ids[None]) if model.pre_process else None,
+        attention_mask=segments,
+        rotary_pos_emb=None if rotary is None else rotary(position_ids),
+        padding_mask=None if uncounted is None else _padding_mask(model, uncounted),
+    )
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _padding_mask(model: Any, uncounted: Tensor) -> Tensor:
+    """Bool ``[1, T]`` as layers of experts take it: of this rank's tokens, ``[1, T / tp]``, under sequence parallelism."""
+    if model.config.sequence_parallel:
+        tp_group = model.pg_collection.tp
+        uncounted = uncounted.chunk(tp_group.size())[tp_group.rank()]
+    return uncounted[None]

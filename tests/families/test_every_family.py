@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megatron_rmipo.checkpoint.hf.weights import export_hf
 from megatron_rmipo.checkpoint.verify import compare_with_transformers
 from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.model.hybrid import HybridModel
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups
 from tests.checkpoint.models import KINDS, SPARSE_KINDS, write_hf_model
@@ -39,6 +40,14 @@ SPARSE_LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"ep": 2, "pp": 2, "tokens_per_microbatch": 120, "recompute": "full"},
         {"ep": 2, "tp": 2, "etp": 1, "sequence_parallel": True, "tokens_per_microbatch": 200},
         {"ep": 2, "tp": 2, "etp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
+    ],
+}
+# Of HybridModel, where there is one: kinds that between them have every part that it could miss.
+HYBRID_KINDS = ("gemma3", "olmo2_tied", "smollm3", "granite", "qwen2_moe", "gpt_oss")
+HYBRID_LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    2: [
+        {"model_class": "hybrid", "tp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
+        {"model_class": "hybrid", "pp": 2, "recompute": "full", "tokens_per_microbatch": 120},
     ],
 }
 
@@ -77,6 +86,8 @@ def test_every_kind_agrees_with_transformers(world_size: int, tmp_path: Path) ->
     pairs = make_pairs(NUM_PAIRS)
     layouts = [(kind, layout) for layout in LAYOUTS.get(world_size, []) for kind in KINDS]
     layouts += [(kind, layout) for layout in SPARSE_LAYOUTS[world_size] for kind in SPARSE_KINDS]
+    if HybridModel is not None:
+        layouts += [(kind, layout) for layout in HYBRID_LAYOUTS.get(world_size, []) for kind in HYBRID_KINDS]
     cases = [Case(f"{kind} {number}", model=kind, **layout) for number, (kind, layout) in enumerate(layouts)]
     kinds = {case.model for case in cases}
     for kind in kinds:

@@ -25,14 +25,16 @@ MODELS = {**DENSE, "mixtral": KINDS["mixtral"][1]}
 WORLDS = {
     1: [
         Case("few packs", tokens_per_microbatch=200),
-        Case("full recomputation, qwen3", model="qwen3", recompute="full", tokens_per_microbatch=200),
+        Case("full recomputation, biased attention", model="biased attention", recompute="full", tokens_per_microbatch=200),
         Case("recomputation of attention, tied", model="tied", recompute="selective", tokens_per_microbatch=200),
         Case("experts, full recomputation", model="mixtral", recompute="full", tokens_per_microbatch=120),
     ],
     2: [
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
-        Case("PP 2, recomputation, qwen3", model="qwen3", pp=2, recompute="full", tokens_per_microbatch=120),
+        Case(
+            "PP 2, recomputation, biased attention", model="biased attention", pp=2, recompute="full", tokens_per_microbatch=120
+        ),
         Case("TP 2, sequence parallel, experts", model="mixtral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
         Case("PP 2, experts", model="mixtral", pp=2, tokens_per_microbatch=120),
     ],

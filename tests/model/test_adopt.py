@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -66,6 +67,18 @@ KINDS = {
         config={"softmax_type": "learnable", "window_size": (0, 0), "window_attn_skip_freq": [0, 1, 0], "no_rope_freq": [1, 0, 0]}
     ),
 }
+KINDS["experts, score biases"] = Built(
+    config={
+        "num_moe_experts": 6,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 20,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "add_bias_linear": False,
+    }
+)
 if HybridModel is not None:
     # Its third layer is the second with attention.
     KINDS["hybrid"] = Built(config={"softmax_type": "learnable", "window_size": (2, 0), "window_attn_skip_freq": 3}, hybrid=True)
@@ -96,7 +109,12 @@ def build(built: Built, groups: ProcessGroups, norm: Any = None) -> Any:
         for name, value in YARN.items():
             setattr(config, name, value)
     further = {"max_sequence_length": LONGEST, "parallel_output": False, "pg_collection": groups.megatron_collection()}
-    spec: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec: Any = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
     if norm is not None:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec = TransformerBlockSubmodules(layer_specs=[spec] * 3, layer_norm=norm)
@@ -142,7 +160,17 @@ def packed(model: Any, pairs: list[list[Tensor]]) -> Tensor:
             target.append(response)
         start += second + len(rejected)
     row = (torch.cat(tokens), torch.cat(positions), torch.tensor(segments), torch.tensor(source), torch.cat(target))
-    return score_row(model, *row, options=ScoringOptions(VOCAB, chunk_size=7))
+    # The last tokens of a row, whose outputs nothing reads but their own.
+    uncounted = torch.arange(start) >= start - 3
+    before = counts(model)
+    scores = score_row(model, *row, options=ScoringOptions(VOCAB, chunk_size=7), uncounted=uncounted)
+    assert counts(model) == [count + model.config.moe_router_topk * (start - 3) for count in before]
+    return scores
+
+
+def counts(model: Any) -> list[float]:
+    """What the routers with score biases have counted, over all experts."""
+    return [float(module.local_tokens_per_expert.sum()) for module in model.modules() if isinstance(module, TopKRouter)]
 
 
 def scores_and_gradients(model: Any, scores: Tensor, groups: ProcessGroups) -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,6 +189,8 @@ def scores_and_gradients(model: Any, scores: Tensor, groups: ProcessGroups) -> t
 def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
     """Of each model its scores and gradients apart, and packed once it is adopted."""
     groups = initialize_runtime(tp)
+    # Megatron's router compiles what counts for score biases, which wants a GPU.
+    torch.compiler.set_stance("force_eager")
     found: dict[str, Any] = {}
     pairs = make_tokens(tp)
     for name in names:
@@ -223,6 +253,14 @@ def change(path: str, value: Any) -> Callable[[Any], None]:
     return apply
 
 
+def changes(*several: Callable[[Any], None]) -> Callable[[Any], None]:
+    def apply(model: Any) -> None:
+        for one in several:
+            one(model)
+
+    return apply
+
+
 class OtherCore(torch.nn.Module):
     pass
 
@@ -244,6 +282,10 @@ REFUSED = [
     (change("config.softmax_type", "off-by-one"), "softmax_type 'off-by-one'"),
     (change("config.window_size", (4, 2)), r"decoder\.layers\.2\.self_attention: .* window_size \(4, 2\) is not causal"),
     (change("config.moe_expert_capacity_factor", 1.5), r"moe_expert_capacity_factor 1\.5"),
+    (
+        changes(change("config.num_moe_experts", 4), change("config.moe_router_load_balancing_type", ["aux_loss", "sinkhorn"])),
+        "load_balancing_type sinkhorn",
+    ),
     (change("config.cuda_graph_impl", "local"), "cuda_graph_impl 'local'"),
     (change("output_layer", torch.nn.Linear(2, 2)), "output_layer: it is a Linear"),
     (change("position_embedding_type", "mrope"), "rotary_pos_emb: positions of the kind 'mrope'"),

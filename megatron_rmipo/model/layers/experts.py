@@ -69,7 +69,17 @@ class Tally:
         return torch.cat([self.choices, self.balanced_choices, self.scores, self.squared_logits])
 
 
-class Router(TopKRouter):
+class PaddedRouter(TopKRouter):
+    """Megatron's router, whose score biases do not count padding; Megatron's own fail at it."""
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            with torch.no_grad():
+                counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
+                self.local_tokens_per_expert += counted.sum(dim=0)
+
+
+class Router(PaddedRouter):
     """Megatron's router, whose auxiliary losses and statistics do not depend on how the global batch is cut.
 
     It keeps statistics of gradient passes, and of a forward-only pass where :attr:`observes` is set; others leave no trace.
@@ -134,11 +144,9 @@ class Router(TopKRouter):
         return self
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        # Megatron's own counts padding, or fails at it; what forward-only passes choose is not counted by either.
-        if self.enable_expert_bias and self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
-                self.local_tokens_per_expert += counted.sum(dim=0)
+        # What passes over held-out pairs choose does not count, whether gradients are on or not.
+        if self.training:
+            super()._apply_expert_bias(routing_map, padding_mask)
 
 
 def routers(model: torch.nn.Module) -> Iterator[Router]:

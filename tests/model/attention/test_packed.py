@@ -170,6 +170,16 @@ def test_te_hands_over_sequences_that_give_the_same_attention(name: str, monkeyp
         compare_with_dense(te, segments, torch.float64, 1e-10, value_size=value_size, gradients=True)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "te"])
+def test_sinks_of_another_module_are_computed_with_and_learn(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "build_kernel", PlainVarlen)
+    sinks = torch.nn.Parameter(torch.linspace(-1.5, 2.0, HEADS, dtype=torch.float64))
+    config = attention_config(heads=HEADS, groups=GROUPS, size=HEAD_SIZE)
+    borrowing = PackedAttention(config, layer_number=1, backend=backend, rules=RULES["sinks"], sinks=sinks)
+    assert list(borrowing.parameters()) == [sinks]
+    compare_with_dense(borrowing, SEGMENTS, torch.float64, 1e-10, value_size=HEAD_SIZE, gradients=True)
+
+
 @pytest.mark.parametrize("segments", [SEGMENTS, SEGMENTS * torch.tensor([1, 1, 0, 0]), LONG_PREFIX])
 def test_te_is_told_the_lengths_of_sequences(segments: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "build_kernel", PlainVarlen)
