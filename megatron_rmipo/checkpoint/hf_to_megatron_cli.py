@@ -11,7 +11,7 @@ from megatron_rmipo.checkpoint.flag_types import DTYPE_NAMES
 from megatron_rmipo.command import add_debug_flag, run_command
 
 _DESCRIPTION = """\
-Convert a Hugging Face model to a Megatron checkpoint (torch_dist) that any tensor and pipeline parallel size can load. One
+Convert a Hugging Face model to a Megatron checkpoint (torch_dist) that any parallel layout can load. One
 process, no GPU; the config and the tokenizer travel inside."""
 
 

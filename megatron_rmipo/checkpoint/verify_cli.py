@@ -32,8 +32,8 @@ from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.torchrun import Launch, read_launch
 
 _DESCRIPTION = """\
-Compare the logits of a Megatron model with those transformers computes from the Hugging Face model, on text, at a tensor and
-pipeline parallel size. Exit code 1 where they differ by more than --tolerance."""
+Compare the logits of a Megatron model with those transformers computes from the Hugging Face model, on text, at a tensor,
+pipeline and expert parallel size. Exit code 1 where they differ by more than --tolerance."""
 _TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome. What is the capital of Portugal?",
     "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",

@@ -185,6 +185,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 KINDS = tuple(_KINDS)
+MODEL_TYPES = {kind: model_type for kind, (model_type, _) in _KINDS.items()}
 # Those with mixtures of experts.
 SPARSE_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe")
 

@@ -79,32 +79,41 @@ def generated(directory: Path) -> list[int]:
     return [int(token) for token in tokens[0]]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kinds")
+
+
+@functools.cache
+def answer(folder: Path, kind: str) -> Any:
+    """A model of a kind, written to ``folder``: the loss of a step by transformers, its gradients and metrics."""
+    hf = write_hf_model(folder / kind, kind)
+    return DenseProblem(hf, hf, make_pairs(NUM_PAIRS)).answer(build_objective("rmipo", {}))
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", sorted(SPARSE_LAYOUTS))
-def test_every_kind_agrees_with_transformers(world_size: int, tmp_path: Path) -> None:
+def test_every_kind_agrees_with_transformers(world_size: int, folder: Path) -> None:
     pairs = make_pairs(NUM_PAIRS)
     layouts = [(kind, layout) for layout in LAYOUTS.get(world_size, []) for kind in KINDS]
     layouts += [(kind, layout) for layout in SPARSE_LAYOUTS[world_size] for kind in SPARSE_KINDS]
     if HybridModel is not None:
         layouts += [(kind, layout) for layout in HYBRID_LAYOUTS.get(world_size, []) for kind in HYBRID_KINDS]
-    cases = [Case(f"{kind} {number}", model=kind, **layout) for number, (kind, layout) in enumerate(layouts)]
-    kinds = {case.model for case in cases}
-    for kind in kinds:
-        write_hf_model(tmp_path / kind, kind)
+    cases = [Case(f"{kind} {world_size}.{number}", model=kind, **layout) for number, (kind, layout) in enumerate(layouts)]
+    answers = {kind: answer(folder, kind) for kind in {case.model for case in cases}}
     run = functools.partial(run_at_layouts, read_train_and_write)
-    results = run_distributed(run, world_size, cases, str(tmp_path), collection(pairs), seconds=900)[0]
-    answers = {kind: DenseProblem(tmp_path / kind, tmp_path / kind, pairs).answer(build_objective("rmipo", {})) for kind in kinds}
+    results = run_distributed(run, world_size, cases, str(folder), collection(pairs), seconds=900)[0]
     failures = {}
     for case, result in zip(cases, results, strict=True):
         try:
             assert result["agreement"].max_difference < 1e-4, result["agreement"]
             check(case, result, answers[case.model])
-            expected, written = tensors(tmp_path / case.model), tensors(tmp_path / f"{case.name} written")
+            expected, written = tensors(folder / case.model), tensors(folder / f"{case.name} written")
             assert written.keys() == expected.keys()
             assert [name for name, tensor in expected.items() if not torch.equal(tensor, written[name])] == []
             if world_size == 1:
-                assert generated(tmp_path / f"{case.name} written") == generated(tmp_path / case.model)
+                assert generated(folder / f"{case.name} written") == generated(folder / case.model)
         except AssertionError as error:
             failures[case.name] = str(error)
     assert failures == {}

@@ -22,7 +22,7 @@ from megatron_rmipo.model.build import build_policy
 from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from tests.checkpoint.models import KINDS, write_hf_model
+from tests.checkpoint.models import MODEL_TYPES, write_hf_model
 
 TOKENS = torch.randint(203, (40,), generator=torch.Generator().manual_seed(3))
 
@@ -66,27 +66,39 @@ def difference(policy: PolicyModel, hf: Path, groups: ProcessGroups, expected: T
     return float((logits - expected).abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_rule_shows_in_the_logits(
-    tmp_path: Path, kind: str, groups: ProcessGroups, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hf = write_hf_model(tmp_path / "hf", kind)
+def unseen_mutations(
+    hf: Path, groups: ProcessGroups, monkeypatch: pytest.MonkeyPatch, known: set[tuple[Rule, Rule]]
+) -> list[Rule]:
+    """Wrong rules, of those not known yet, that a model in ``hf`` computes the same with; all of them are known then."""
+    arch = read_architecture(hf)
+    family = FAMILIES[arch.family]
+    alone = {family.embedding, "decoder.final_layernorm.weight"} if arch.tied_embeddings else {"decoder.final_layernorm.weight"}
+    assert {rule.megatron for rule, _ in mutations(arch)} == {rule.megatron for rule, _ in tensors_of(arch)} - alone
+    new = set(mutations(arch)) - known
+    known |= new
+    if not new:
+        return []
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(hf)(TOKENS[None], use_cache=False).logits[0]
-    arch = read_architecture(hf)
     policy = build_policy(arch, transformer_config(arch, groups), groups).eval()
     assert difference(policy, hf, groups, expected) < 1e-4
-    family = FAMILIES[arch.family]
-    # What is taken twice leaves something unused, which is another test's matter.
-    monkeypatch.setattr("megatron_rmipo.checkpoint.hf.checked_weights.check_keys", lambda *names: None)
-    unseen, mutated = [], set()
-    for rule, wrong in mutations(arch):
-        mutated.add(rule.megatron)
+    unseen = []
+    for rule, wrong in new:
         rules = tuple(wrong if item == rule else item for item in family.rules)
         with monkeypatch.context() as patch:
             patch.setitem(FAMILIES, family.name, dataclasses.replace(family, rules=rules))  # type: ignore[arg-type]
             if difference(policy, hf, groups, expected) < 1e-3:
                 unseen.append(wrong)
-    assert not unseen
-    alone = {family.embedding, "decoder.final_layernorm.weight"} if arch.tied_embeddings else {"decoder.final_layernorm.weight"}
-    assert mutated == {rule.megatron for rule, _ in tensors_of(arch)} - alone
+    return unseen
+
+
+@pytest.mark.parametrize("model_type", dict.fromkeys(MODEL_TYPES.values()))
+def test_a_wrong_rule_shows_in_the_logits(
+    tmp_path: Path, model_type: str, groups: ProcessGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is taken twice leaves something unused, which is another test's matter.
+    monkeypatch.setattr("megatron_rmipo.checkpoint.hf.checked_weights.check_keys", lambda *names: None)
+    known: set[tuple[Rule, Rule]] = set()
+    for kind in (kind for kind, own in MODEL_TYPES.items() if own == model_type):
+        hf = write_hf_model(tmp_path / kind, kind)
+        assert unseen_mutations(hf, groups, monkeypatch, known) == [], kind
