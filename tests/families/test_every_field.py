@@ -75,7 +75,8 @@ def logits(model: PreTrainedModel) -> Tensor | None:
     """Logits of the text; None where transformers cannot compute them."""
     try:
         with torch.no_grad():
-            return model(TEXT, return_dict=True).logits
+            found: Tensor = model(TEXT, return_dict=True).logits
+            return found
     except Exception:
         return None
 
