@@ -73,8 +73,9 @@ class Fields:
         return str(value)
 
     def mapping(self, name: str, defaults: Mapping[str, object] | None = None) -> Fields:
-        """A mapping in the config; null and absent are empty."""
-        value = self.get(name) or {}
+        """A mapping in the config; null is as absent, and empty where there is no default."""
+        value = self.get(name)
+        value = (self._defaults.get(name) if value is None else value) or {}
         if not isinstance(value, dict):
             raise self.error(name, f"must be a mapping, found {value!r}")
         return Fields(value, defaults or {}, self.path, f"{self._within}{name}.")

@@ -15,7 +15,6 @@ from megatron_rmipo.families.expert_rules import router_rules, sparse_rules, sta
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.layers import FULL, SLIDING, read_layer_kinds
 from megatron_rmipo.families.llama import ATTENTION_BIAS, COMMON_ONLY, HF_LAYER, LLAMA, MEGATRON_LAYER
-from megatron_rmipo.families.rope import rope_mapping, rope_of
 
 # What transformers assumes of a config that says nothing of rotary embeddings.
 _ROPE: Mapping[str, object] = {
@@ -41,12 +40,9 @@ def _read(fields: Fields) -> Mapping[str, object]:
         bias=True,
         aux_loss_coeff=fields.nonnegative("router_aux_loss_coef"),
     )
-    described = fields.get("rope_parameters") or fields.get("rope_scaling")
-    rope = rope_mapping(fields) if described else fields.mapping("rope_parameters", _ROPE)
     default = [FULL if layer % 2 else SLIDING for layer in range(fields.count("num_hidden_layers"))]
     return {
         "experts": experts,
-        "ropes": (rope_of(rope, fields),),
         "layer_kinds": read_layer_kinds(fields, default),
         "activation": "clamped_swiglu",
         "activation_limit": fields.number("swiglu_limit"),
@@ -64,6 +60,7 @@ GPT_OSS = dataclasses.replace(
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072,
         "rope_theta": 150000.0,
+        "rope_parameters": _ROPE,
         "sliding_window": 128,
         "attention_bias": True,
         "num_local_experts": 128,
