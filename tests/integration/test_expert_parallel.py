@@ -100,10 +100,13 @@ def run_cases(cases: list[Case], folder: str, pairs: PairCollection, gradients: 
 def test_loss_and_gradients_are_transformers_own_however_experts_are_spread(world_size: int, tmp_path: Path) -> None:
     cases, pairs = WORLDS[world_size], make_pairs()
     answers: dict[str, Any] = {}
+    gradients: dict[str, dict[str, Tensor]] = {}
     for kind in {case.model: None for case in cases}:
         make_model(tmp_path / kind, kind)
-        answers[kind] = DenseProblem(tmp_path / kind, tmp_path / kind, pairs).answer(build_objective("rmipo", {}))
-    gradients = {kind: answer[1] for kind, answer in answers.items()}
+        problem = DenseProblem(tmp_path / kind, tmp_path / kind, pairs)
+        answers[kind] = problem.answer(build_objective("rmipo", {}))
+        # By the names of transformers' parameters, which have a layer's experts in one, and not by those of stored tensors.
+        gradients[kind] = {name: p.grad for name, p in problem.model.named_parameters() if p.grad is not None}
     ranks = run_distributed(run_cases, world_size, cases, str(tmp_path), collection(pairs), gradients)
     for number, case in enumerate(cases):
         results = [rank[number] for rank in ranks]
