@@ -27,8 +27,8 @@ def test_two_steps_on_two_ranks(script: str, tmp_path: Path) -> None:
     environment = {
         # The interpreter of these tests, as an activated environment would have it.
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GPUS_PER_NODE": "2",
-        "EMBEDDED_FLAGS": "--sft-rows 1 --train-pairs 96 --heldout-pairs 16", "SFT_DATA": "", "STEPS": "2", "EVAL_INTERVAL": "0",
-        "WORK_DIR": str(tmp_path / "work"),
+        "EMBEDDED_FLAGS": "--sft-rows 1 --train-pairs 24 --heldout-pairs 4", "GLOBAL_BATCH_SIZE": "8", "SFT_DATA": "",
+        "STEPS": "2", "EVAL_INTERVAL": "0", "WORK_DIR": str(tmp_path / "work"),
     }  # fmt: skip
     for variable in ("HF_MODEL", "DATA", "TP", "PP", "EP"):
         environment.pop(variable, None)
