@@ -54,7 +54,7 @@ RENAME = "megatron_rmipo.checkpoint.megatron.commit:os.replace"
 PRUNE = "megatron_rmipo.checkpoint.megatron.store:prune_checkpoints"
 SCORING = "megatron_rmipo.scoring.score:_score_block"
 EXPORT = "megatron_rmipo.checkpoint.makers:export_hf"
-EXPORTING = "megatron_rmipo.checkpoint.hf.weights:_gather_shards"
+EXPORTING = "megatron_rmipo.checkpoint.hf.gathering:join_shards"
 
 
 def _strike_at(blow: Blow) -> None:
