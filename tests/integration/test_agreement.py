@@ -95,7 +95,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "newest checkpoint": ([], {}, "show_no_newest_checkpoint", ["checkpoint found in run is iter_0000002 on", "iter_0000001 on"]),
     "no checkpoint": ([], {}, "show_no_checkpoint", ["the model to start from is run on rank 0", "but model on rank 1"]),
     "progress": ([], {}, "change_progress", ["content of run/iter_0000002/rmipo.json is ", "the run's skipped_steps."]),
-    "architecture": ([], {}, "change_architecture", ["model's ropes is (Rope(base=500000.0"]),
+    "architecture": ([], {}, "change_architecture", ["model's ropes is [{'base': 500000.0, ", "but [{'base': 12345.0, "]),
     "weights": ([], {}, "change_weights", ["content of model/model.safetensors is "]),
     "lengths": ([], {}, "change_lengths", ["lengths of pairs is ", "the run's data."]),
     "a token": ([], {}, "change_a_token", ["tokens of pairs is ", "1 more differ: the run's data."]),
