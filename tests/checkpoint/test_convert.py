@@ -40,7 +40,7 @@ def assert_same(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
 
 
 # What is copied does not know its dtype: half of the kinds have the one, half the other.
-@pytest.mark.parametrize(("kind", "dtype"), zip(KINDS, itertools.cycle([torch.float32, torch.bfloat16]), strict=False))
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, itertools.cycle([torch.float32, torch.bfloat16]), strict=False)))
 def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pieces smaller than a tensor, with odd ends, as a large model has them.
     monkeypatch.setattr("megatron_rmipo.checkpoint.hf.safetensors_files.PIECE_BYTES", 1000)
