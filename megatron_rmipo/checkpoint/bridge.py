@@ -261,7 +261,7 @@ def _read_config(path: Path) -> Any:
 
 
 def _settings(groups: ProcessGroups, max_length: int, dtype: torch.dtype, sequence_parallel: bool) -> dict[str, Any]:
-    """What :func:`megatron_rmipo.model.build.transformer_config` says of packed rows and of the layout, for a provider."""
+    """Of a provider, what :mod:`megatron_rmipo.model.megatron_config` says of packed rows and of the layout."""
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": groups.tp_size,
         "pipeline_model_parallel_size": groups.pp_size,

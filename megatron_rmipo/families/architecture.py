@@ -159,7 +159,7 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class ModelArchitecture:
-    """A decoder-only transformer: RMSNorm, rotary embeddings, a gated MLP, grouped-query attention.
+    """A decoder-only transformer: RMSNorm, rotary embeddings, gated MLPs or experts, grouped-query or latent attention.
 
     Attributes:
         family: the mapping family that reads and writes its checkpoints (``llama``, ``mistral``).

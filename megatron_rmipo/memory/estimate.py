@@ -1,9 +1,10 @@
 """Bytes of a rank's memory, estimated from the model's sizes and the flags: what stands, and what a pack needs besides.
 
-Counted are the tensors that autograd keeps of each layer, what the costliest layer needs while it runs, and the output layer with
-its chunk of logits. On the CPU, where tests measure it, the estimate of a pack is within a seventh of what torch allocates; on a
-GPU it was not measured, nor for latent attention. What an allocator loses to fragments, and libraries and kernels to buffers of
-their own, is in no figure.
+Counted are the tensors that autograd keeps of each layer, what the costliest layer needs while it runs, and the output layer
+with its chunk of logits. On the CPU, where tests measure it, the estimate of a pack is within a seventh of what torch
+allocates; on a GPU it was not measured, nor for latent attention. Scores that soft caps or sinks have the CPU keep, and what a
+clamped activation keeps, are not counted: there (gpt-oss) it falls about a fifth short. What an allocator loses to fragments,
+and libraries and kernels to buffers of their own, is in no figure.
 
 Shape letters: T tokens of a pack, N scored tokens, H hidden, F MLP channels, A query channels, K key (or value) channels, D
 channels of a head, C vocabulary entries of a chunk, tp tensor-parallel size.

@@ -40,7 +40,7 @@ def transformer_config(
     experts: ExpertsConfig | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
-    """Megatron's TransformerConfig of a model of the Llama kind, for packed rows of varying length.
+    """Megatron's TransformerConfig of a model, for packed rows of varying length.
 
     Args:
         arch: the model.

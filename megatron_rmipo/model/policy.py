@@ -70,7 +70,7 @@ class GPTPolicy(PolicyModel, GPTModel):
     """A policy of the class GPTModel.
 
     Args:
-        config: of :func:`megatron_rmipo.model.build.transformer_config`.
+        config: of :func:`megatron_rmipo.model.megatron_config.transformer_config`.
         spec: the layers of this stage.
         arch: the model.
         groups: the process groups of this rank.

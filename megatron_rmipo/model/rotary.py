@@ -33,10 +33,13 @@ class PackedRotary(torch.nn.Module):
         self.interleaved = arch.rotary_interleaved
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """fp32 ``[T, 1, K, D]`` angles of ``position_ids``, int64 ``[T]``."""
+        """fp32 ``[K, T, 1, 1, D]`` angles of ``position_ids``, int64 ``[T]``.
+
+        A layer's own are then without gaps in memory, which fused kernels take for granted.
+        """
         if self.inv_freq.device != position_ids.device:
             self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = position_ids.to(self.inv_freq.dtype)[:, None, None, None] * self.inv_freq
+        angles = position_ids.to(self.inv_freq.dtype)[:, None, None, None] * self.inv_freq[:, None, None, None]
         if self.interleaved:
             return torch.stack([angles, angles], dim=-1).flatten(-2)
         return torch.cat([angles, angles], dim=-1)

@@ -44,7 +44,7 @@ def set_auxiliary_losses(model: torch.nn.Module, policy: PolicyModel, batch: Ran
         shares = choices / (config.moe_router_topk * batch.num_gradient_tokens)
         weights = config.moe_aux_loss_coeff * config.num_moe_experts * pairs_per_token * shares
         for router in own:
-            router.expert_weights = weights[_layer(router)]
+            router.expert_weights = weights[_layer(router, policy)]
     for router in own:
         router.z_weight = (config.moe_z_loss_coeff or 0.0) * pairs_per_token
 
@@ -101,10 +101,10 @@ def take_expert_load(policy: PolicyModel, groups: ProcessGroups, *, each: bool =
     return figures
 
 
-def _layer(router: Router) -> int:
-    """Number of a router's layer, counted from 0 over all stages."""
+def _layer(router: Router, policy: PolicyModel) -> int:
+    """Number of a router's layer of the model, counted from 0 over all stages."""
     assert router.layer_number is not None
-    return int(router.layer_number) - 1
+    return (int(router.layer_number) - 1) // policy.layers_each
 
 
 def _over_all_ranks(policy: PolicyModel, values: list[tuple[Router, Tensor]], width: int, groups: ProcessGroups) -> Tensor:
@@ -115,6 +115,6 @@ def _over_all_ranks(policy: PolicyModel, values: list[tuple[Router, Tensor]], wi
     """
     table = torch.zeros(policy.config.num_layers, width, dtype=torch.float64, device=current_device())
     for router, row in values:
-        table[_layer(router)] = row
+        table[_layer(router, policy)] = row
     dist.all_reduce(table, group=groups.world)
     return table

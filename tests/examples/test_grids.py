@@ -10,7 +10,7 @@ from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 from megatron_rmipo.reports.comparison_cli import build_parser
 from megatron_rmipo.training.validation import problems_without_model
-from tests.examples.test_scripts import ROOT, calls, commands, environment, own_inputs, program_of, run_script
+from tests.examples.scripts import ROOT, calls, commands, environment, own_inputs, program_of, run_script
 
 ABLATIONS, COMPARISON = "ablations.sh", "compare_objectives.sh"
 LLAMA = "run_rmipo_llama3_8b.sh"

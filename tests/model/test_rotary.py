@@ -13,9 +13,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rmipo.errors import ConversionError
+from megatron_rmipo.families.architecture import LinearScaling, ModelArchitecture, Rope
 from megatron_rmipo.families.fields import Fields
 from megatron_rmipo.families.rope import latent_score_factor, read_partial_rope, read_rope
-from megatron_rmipo.model.rotary import rotary_inverse_frequencies
+from megatron_rmipo.model.rotary import PackedRotary, rotary_inverse_frequencies
 
 SETS = 60
 
@@ -103,3 +104,15 @@ def test_scores_of_latent_attention_grow_as_in_transformers() -> None:
         found = latent_score_factor(Fields({"rope_parameters": {**rope, **changes}}, {}, Path("config.json")))
         assert found == pytest.approx(yarn_apply_mscale({**rope, **changes}, 1.0))
     assert latent_score_factor(Fields({"rope_theta": 1e4}, {}, Path("config.json"))) == 1.0
+
+
+def test_angles_of_a_layers_rope_have_no_gaps() -> None:
+    """A fused kernel reads them as one piece of memory, whichever of the model's ropes they are of."""
+    arch = ModelArchitecture("gemma3", 2, 48, 88, 4, 2, 12, 83, 256, (Rope(1e4), Rope(1e2, LinearScaling(4.0))), 1e-5)
+    positions = torch.tensor([0, 1, 2, 1, 2, 5])
+    angles = PackedRotary(arch)(positions)
+    assert angles.shape == (2, 6, 1, 1, 12)
+    for own, rope in zip(angles, arch.ropes, strict=True):
+        assert own.is_contiguous()
+        expected = torch.outer(positions.float(), rotary_inverse_frequencies(rope, 12))
+        assert torch.equal(own[:, 0, 0], torch.cat([expected, expected], dim=-1))

@@ -179,11 +179,12 @@ class BatchBuilder:
 
     def _packs(self, one: _Pass, shares: list[list[int]]) -> list[list[int]]:
         """This rank's packs of a pass, at least one; an empty one stands for a filler."""
-        packs = cut_into_packs(shares[self.layout.dp_rank], one.sizes, one.max_tokens)
-        num_packs = 1
-        if self.layout.equal_packs:
-            num_packs = max(1, *(len(cut_into_packs(share, one.sizes, one.max_tokens)) for share in shares))
-            packs = split_packs(packs, one.sizes, num_packs)
+        own = self.layout.dp_rank
+        # Ranks that meet in layers have to know how many packs the others run.
+        looked_at = range(len(shares)) if self.layout.equal_packs else (own,)
+        cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens) for rank in looked_at}
+        num_packs = max(1, *map(len, cuts.values()))
+        packs = split_packs(cuts[own], one.sizes, num_packs)
         return packs + [[] for _ in range(num_packs - len(packs))]
 
     def _conditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:

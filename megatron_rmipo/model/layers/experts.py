@@ -115,8 +115,8 @@ class Router(PaddedRouter):
         if not (trains or self.observes):
             chosen: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
             return chosen
-        counted = torch.ones(logits.shape[0]) if padding_mask is None else ~padding_mask.reshape(-1)
-        counted = counted.to(logits.device, torch.float64)
+        counted = logits.new_ones(logits.shape[0]) if padding_mask is None else ~padding_mask.reshape(-1)
+        counted = counted.to(torch.float64)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         logits = logits.view(-1, self.num_experts)
         balanced_map, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)

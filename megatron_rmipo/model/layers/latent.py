@@ -91,8 +91,8 @@ class LatentSelfAttention(MLASelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's, with the angles of all kinds of layers, ``[T, 1, K, R]``."""
-        angles = None if rotary_pos_emb is None or self.rope is None else rotary_pos_emb[:, :, self.rope : self.rope + 1]
+        """As Megatron's, with the angles of all kinds of layers, ``[K, T, 1, 1, R]``."""
+        angles = None if rotary_pos_emb is None or self.rope is None else rotary_pos_emb[self.rope]
         # What Megatron hands on, without a look at it, to the method below.
         output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, attention_mask, *args, **{**kwargs, "position_ids": angles}

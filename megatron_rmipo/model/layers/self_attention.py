@@ -74,8 +74,8 @@ class Attention(SelfAttention):
         return query, *others
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's, with this layer's angles out of those of all kinds, ``[T, 1, K, D]``."""
+        """As Megatron's, with this layer's angles out of those of all kinds, ``[K, T, 1, 1, D]``."""
         if rotary_pos_emb is not None:
-            rotary_pos_emb = None if self.rope is None else rotary_pos_emb[:, :, self.rope : self.rope + 1]
+            rotary_pos_emb = None if self.rope is None else rotary_pos_emb[self.rope]
         output: tuple[Tensor, Tensor | None] = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         return output
