@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "model": {"errors", "torchrun", "config", "runtime", "data", "families"},
     "memory": {"errors", "config", "runtime", "data", "families", "model"},
     "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
+    "plugin": {"errors", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},

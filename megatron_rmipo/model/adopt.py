@@ -28,7 +28,7 @@ from megatron_rmipo.model.attention.packed import PackedAttention, choose_backen
 from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.hybrid import HybridModel
 from megatron_rmipo.model.layers.experts import PaddedRouter
-from megatron_rmipo.model.packed_model import LogprobHead, ScoringOptions, enable_scoring, unwrapped
+from megatron_rmipo.model.packed_model import LogprobHead, ScoringOptions, enable_scoring, score_row, unwrapped
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 
@@ -55,6 +55,32 @@ class PositionRotary:
         if isinstance(positions, Tensor):
             return self.__dict__["table"][positions]
         return super().forward(positions, *args, **kwargs)  # type: ignore[misc]
+
+
+class PackedCall:
+    """Put before the class of a model: called with a packed row it gives log-probs, else what the class behind this one does."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """:func:`megatron_rmipo.model.packed_model.score_row` where there are ``segments``."""
+        if "segments" not in kwargs:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return score_row(self, options=self.__dict__["scoring_options"], **kwargs)
+
+
+def attach_model(model: Module, *, vocab_size: int, chunk_size: int = 4096, attention_backend: str = "auto") -> None:
+    """Adopt a model, and let a call of it, wrapped or not, take a packed row, too.
+
+    Args:
+        model: as of :func:`adopt_model`.
+        vocab_size: real vocabulary, without padding for tensor parallelism.
+        chunk_size: vocabulary entries whose logits exist at a time.
+        attention_backend: as there.
+
+    Raises:
+        ConfigError: as there.
+    """
+    adopt_model(model, attention_backend=attention_backend)
+    _put_before(PackedCall, unwrapped(model), scoring_options=ScoringOptions(vocab_size, chunk_size))
 
 
 def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:

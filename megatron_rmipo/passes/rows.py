@@ -63,8 +63,8 @@ def run_rows(
     ) -> tuple[Tensor, Any]:
         number, (row, reference) = next(iterator)
         begun.append((number, False))
-        row = _on_device(row)
-        output: Any = _output(model, row, reference, scores=scores)
+        row = on_device(row)
+        output: Any = row_output(model, row, reference, scores=scores)
         if output.requires_grad:
             # A pipeline stage before the last runs other packs' forwards before a pack's backward.
             output.register_hook(lambda grad: begun.append((number, True)))
@@ -91,7 +91,7 @@ def run_rows(
     return outputs
 
 
-def _on_device(row: PackedRow) -> PackedRow:
+def on_device(row: PackedRow) -> PackedRow:
     """A row with what model, sums and losses read of it on this rank's device, all in one copy."""
     if current_device().type == "cpu":
         return row
@@ -101,7 +101,8 @@ def _on_device(row: PackedRow) -> PackedRow:
     return dataclasses.replace(row, **fields)
 
 
-def _output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | None, *, scores: bool) -> Tensor:
+def row_output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | None = None, *, scores: bool = True) -> Tensor:
+    """What a stage of a model gives for a row on its device, as :func:`megatron_rmipo.model.packed_model.score_row` has it."""
     extra: dict[str, Any] = {} if reference is None else {"reference": reference}
     if getattr(model.config, "num_moe_experts", None):
         extra["uncounted"] = _uncounted(row)
@@ -117,9 +118,9 @@ def _output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | N
 
 
 def _uncounted(row: PackedRow) -> Tensor:
-    """Which tokens of a row stand for nothing: padding, and all of a filler; bool ``[T]`` on the row's device."""
+    """Which tokens of a row train nothing: padding, responses alone, and all of a filler; bool ``[T]`` on the row's device."""
     places = torch.arange(row.num_tokens, device=row.token_ids.device)
-    return (places >= row.num_tokens - row.num_padding) | (row.pair_numbers < 0).all()
+    return (places >= row.num_tokens - row.num_padding - row.num_alone_tokens) | (row.pair_numbers < 0).all()
 
 
 def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Tensor, non_loss_data: bool) -> Any:

@@ -44,6 +44,21 @@ class ProcessGroups:
     expert_tp: dist.ProcessGroup
     world: dist.ProcessGroup
 
+    @classmethod
+    def of_megatron(cls) -> ProcessGroups:
+        """Those that ``parallel_state.initialize_model_parallel`` has made, whoever called it."""
+        world = dist.group.WORLD
+        assert world is not None
+        return cls(
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+            dp=parallel_state.get_data_parallel_group(),
+            mp=parallel_state.get_model_parallel_group(),
+            ep=parallel_state.get_expert_model_parallel_group(),
+            expert_tp=parallel_state.get_expert_tensor_parallel_group(),
+            world=world,
+        )
+
     @property
     def tp_rank(self) -> int:
         """This rank's place in the tensor-parallel group."""
@@ -171,17 +186,7 @@ def initialize_runtime(
         create_gloo_process_groups=False,
     )
     _seed_everything(seed, parallel_state.get_pipeline_model_parallel_rank())
-    world = dist.group.WORLD
-    assert world is not None
-    return ProcessGroups(
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        mp=parallel_state.get_model_parallel_group(),
-        ep=parallel_state.get_expert_model_parallel_group(),
-        expert_tp=parallel_state.get_expert_tensor_parallel_group(),
-        world=world,
-    )
+    return ProcessGroups.of_megatron()
 
 
 def shutdown_runtime() -> None:

@@ -13,7 +13,8 @@ from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.expert_load import set_auxiliary_losses
-from megatron_rmipo.passes.step_passes import PairMetrics, Prepared, evaluation_pass, gradient_pass, prepare_batch
+from megatron_rmipo.passes.pair_losses import Prepared
+from megatron_rmipo.passes.step_passes import PairMetrics, evaluation_pass, gradient_pass, prepare_batch
 from megatron_rmipo.reports.timers import PhaseTimer
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.setup import TrainingState

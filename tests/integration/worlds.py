@@ -21,6 +21,7 @@ from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import stored_tensors
 from megatron_rmipo.model.build import build_model
@@ -167,7 +168,7 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     metrics = gradient_pass(state.model, batch, objective, prepared, groups)
     state.optimizer.prepare_grads()
     norm = float(state.optimizer.get_grad_norm())
-    gradients = gather_gradients(state, Path(hf_dir), groups)
+    gradients = gather_gradients(state.policy, state.policy.architecture, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
     if gradients is None:
         return None
@@ -180,15 +181,16 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     }
 
 
-def gather_gradients(state: TrainingState, hf_dir: Path, groups: ProcessGroups) -> dict[str, Tensor] | None:
+def gather_gradients(
+    model: torch.nn.Module, arch: ModelArchitecture, hf_dir: Path, groups: ProcessGroups
+) -> dict[str, Tensor] | None:
     """Gradients as if they were weights of a Hugging Face checkpoint: the exporter puts shards and stages together."""
-    for parameter in state.policy.parameters():
+    for parameter in model.parameters():
         parameter.data = parameter.main_grad.to(torch.float32)  # type: ignore[attr-defined]
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder, src=0)
     out = Path(folder[0]) / "gradients"
-    arch = state.policy.architecture
-    export_hf(state.policy, arch, hf_dir, out, dtype=torch.float32, groups=groups)
+    export_hf(model, arch, hf_dir, out, dtype=torch.float32, groups=groups)
     if groups.rank != 0:
         return None
     gradients = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}

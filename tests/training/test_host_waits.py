@@ -76,4 +76,4 @@ def test_a_step_waits_once_for_its_metrics_and_once_for_each_look_at_the_whole_b
 @pytest.mark.dist
 def test_a_copy_that_waits_is_seen(tmp_path: Path) -> None:
     num_packs, step, _ = run_distributed(waits_of, 1, str(make_hf_model(tmp_path / "hf", layers=1)), ["simpo"], True)[0]["simpo"]
-    assert step["copy from the host megatron_rmipo/passes/rows.py:_on_device"] == num_packs
+    assert step["copy from the host megatron_rmipo/passes/rows.py:on_device"] == num_packs

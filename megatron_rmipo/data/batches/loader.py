@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from megatron_rmipo.data.batches.order import PairOrder
-from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_responses
+from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_sizes, unconditional_sizes
-from megatron_rmipo.data.batches.spread import cut_into_packs, split_packs, spread_evenly
+from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.runtime.worker_process import end_with_parent
 
 # A forward-only pass keeps no activations, so its packs may hold more.
@@ -44,6 +45,9 @@ class BatchLayout:
         columns: numbers beside the pairs that the objective reads.
         multiple_of: rows are padded to a multiple of this many tokens.
         equal_packs: every data-parallel rank runs the same number of packs, for they meet in the model's layers.
+        unconditional_in_rows: the responses alone stand in the rows of the gradient pass instead of in a pass of their own.
+        num_microbatches: the gradient pass has just so many packs on each rank, some of them fillers where there are few pairs;
+            None: as few as an even spread of cost allows.
     """
 
     dp_rank: int
@@ -58,26 +62,41 @@ class BatchLayout:
     columns: tuple[str, ...] = ()
     multiple_of: int = 1
     equal_packs: bool = False
+    unconditional_in_rows: bool = False
+    num_microbatches: int | None = None
+
+    @property
+    def has_unconditional_pass(self) -> bool:
+        """Whether responses alone are rows of a pass of their own."""
+        return self.unconditional is not None and not self.unconditional_in_rows
 
     @property
     def context_token_id(self) -> int | None:
         """The token before an unconditional response, or None."""
         return self.bos_token_id if self.unconditional == "bos" else None
 
-    def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
+    def gradient_sizes(self, lengths: np.ndarray) -> PairSizes:
         """Sizes of pairs (int ``[P, 3]`` lengths) in the gradient pass."""
+        sizes = self.conditional_sizes(lengths)
+        if self.unconditional is None or not self.unconditional_in_rows:
+            return sizes
+        alone = self.unconditional_sizes(lengths)
+        return PairSizes(sizes.tokens + alone.tokens, sizes.costs + alone.costs)
+
+    def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
+        """Sizes of pairs (int ``[P, 3]`` lengths) with their prompts."""
         return conditional_sizes(lengths, self.cost, share_prompts=self.share_prompts, with_rejected=self.with_rejected)
 
     def unconditional_sizes(self, lengths: np.ndarray) -> PairSizes:
-        """Sizes of pairs (int ``[P, 3]`` lengths) in the unconditional pass."""
+        """Sizes of pairs (int ``[P, 3]`` lengths) without their prompts."""
         return unconditional_sizes(
             lengths, self.cost, has_context_token=self.context_token_id is not None, with_rejected=self.with_rejected
         )
 
-    def step_costs(self, conditional: PairSizes, *forward_only: PairSizes) -> np.ndarray:
+    def step_costs(self, gradient: PairSizes, *forward_only: PairSizes) -> np.ndarray:
         """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
         # Backward costs twice the forward.
-        costs = conditional.costs * (3.0 + self.forward_passes)
+        costs = gradient.costs * (3.0 + self.forward_passes)
         return np.asarray(sum((sizes.costs for sizes in forward_only), start=costs))
 
 
@@ -142,8 +161,11 @@ class BatchBuilder:
         """
         layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
-        passes = [_Pass(self.pairs, layout.conditional_sizes(lengths), layout.tokens_per_microbatch, self._conditional_row)]
-        if layout.unconditional:
+        sizes, gradient_row = layout.gradient_sizes(lengths), self._conditional_row
+        if layout.unconditional and layout.unconditional_in_rows:
+            gradient_row = self._row_with_responses_alone
+        passes = [_Pass(self.pairs, sizes, layout.tokens_per_microbatch, gradient_row, layout.num_microbatches)]
+        if layout.has_unconditional_pass:
             sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
             passes.append(_Pass(self.pairs, sizes, capacity, self._unconditional_row))
         if mismatched is not None:
@@ -155,7 +177,7 @@ class BatchBuilder:
         return RankBatch(
             pair_indices=pair_indices,
             conditional=rows[0],
-            unconditional=rows[1] if layout.unconditional else [],
+            unconditional=rows[1] if layout.has_unconditional_pass else [],
             mismatched=rows[-1] if mismatched is not None else [],
             reference_scores=self.pairs.scores_of(pair_indices),
             mismatched_reference_scores=mismatched.scores_of(pair_indices) if mismatched is not None else None,
@@ -180,6 +202,8 @@ class BatchBuilder:
     def _packs(self, one: _Pass, shares: list[list[int]]) -> list[list[int]]:
         """This rank's packs of a pass, at least one; an empty one stands for a filler."""
         own = self.layout.dp_rank
+        if one.num_packs is not None:
+            return self._filled_packs(one, shares[own])
         # Ranks that meet in layers have to know how many packs the others run.
         looked_at = range(len(shares)) if self.layout.equal_packs else (own,)
         cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens) for rank in looked_at}
@@ -187,11 +211,33 @@ class BatchBuilder:
         packs = split_packs(cuts[own], one.sizes, num_packs)
         return packs + [[] for _ in range(num_packs - len(packs))]
 
+    def _filled_packs(self, one: _Pass, share: list[int]) -> list[list[int]]:
+        assert one.num_packs is not None
+        packs = fill_packs(share, one.sizes, one.max_tokens, one.num_packs)
+        if packs is None:
+            raise ConfigError(
+                f"{one.num_packs} micro-batches of at most {one.max_tokens} tokens do not hold the {len(share)} pairs of a step "
+                f"on this rank, {int(one.sizes.tokens[share].sum())} tokens in all. Give it more micro-batches or ranks, more "
+                "tokens for each, or fewer pairs a step."
+            )
+        return packs
+
     def _conditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
         layout = self.layout
         return pack_pairs(
             pairs,
             numbers,
+            share_prompts=layout.share_prompts,
+            with_rejected=layout.with_rejected,
+            multiple_of=layout.multiple_of,
+        )
+
+    def _row_with_responses_alone(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
+        layout = self.layout
+        return pack_pairs_and_responses(
+            pairs,
+            numbers,
+            context_token_id=layout.context_token_id,
             share_prompts=layout.share_prompts,
             with_rejected=layout.with_rejected,
             multiple_of=layout.multiple_of,
@@ -210,12 +256,13 @@ class BatchBuilder:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """One pass of a step over the global batch: its pairs, their sizes, the capacity of a pack, and how a pack is laid out."""
+    """One pass of a step over the global batch: its pairs, their sizes, the capacity of a pack, how one is laid out, how many."""
 
     pairs: PairCollection
     sizes: PairSizes
     max_tokens: int
     lay_out: Callable[[list[TokenizedPair], list[int]], PackedRow]
+    num_packs: int | None = None
 
 
 class _Steps(torch.utils.data.Dataset[RankBatch]):

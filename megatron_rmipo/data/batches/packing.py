@@ -9,12 +9,14 @@ prompt token is the source of two triples, one per response: that is all it take
 
 A response that a row does not have (unpaired data) takes no tokens and no triples, nor does its prompt for it; it keeps its place
 among the responses, with the length 0.
+
+The same responses without their prompts, for log p(y), are rows of their own, or further segments of the row of their pairs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +37,9 @@ class PackedRow:
         pair_numbers: ``[R]``: which pair of the global batch a response belongs to; -1 marks a filler that must not count.
         branches: ``[R]``: 0 for a chosen response, 1 for a rejected one.
         num_padding: tokens at the end that stand for nothing (to make T a multiple).
+        num_alone: of the responses, the last so many are the first ones again without their prompts, in the same order, to be
+            scored without gradient; 0 or R / 2.
+        num_alone_tokens: tokens before the padding that these take.
     """
 
     token_ids: Tensor
@@ -47,6 +52,8 @@ class PackedRow:
     pair_numbers: Tensor
     branches: Tensor
     num_padding: int
+    num_alone: int = 0
+    num_alone_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +100,33 @@ class _RowBuilder:
         self.pair_numbers.append(pair_number)
         self.branches.append(branch)
 
-    def build(self, multiple_of: int) -> PackedRow:
+    def add_pair(self, pair: TokenizedPair, number: int, *, share_prompts: bool, with_rejected: bool) -> None:
+        """Append a prompt with its responses."""
+        prompt = np.asarray(pair.prompt, dtype=np.int64)
+        prompt_start: int | None = None
+        for branch, targets in _responses_of(pair, with_rejected):
+            if not targets.size:
+                self.add_response(targets, targets, number, branch)
+                continue
+            if prompt_start is None or not share_prompts:
+                prompt_start = self.add_segment(np.concatenate([prompt, targets[:-1]]), 0)
+                first = prompt_start + prompt.size
+            else:
+                first = self.add_segment(targets[:-1], prompt.size, prefix=(prompt_start, prompt.size))
+            # The first token of a response is predicted by the last one of the prompt, wherever that stands.
+            sources = np.concatenate([[prompt_start + prompt.size - 1], np.arange(first, first + targets.size - 1)])
+            self.add_response(sources, targets, number, branch)
+
+    def add_alone(self, pair: TokenizedPair, number: int, *, context_token_id: int | None, with_rejected: bool) -> None:
+        """Append responses without their prompt."""
+        context = np.array([] if context_token_id is None else [context_token_id], dtype=np.int64)
+        for branch, tokens in _responses_of(pair, with_rejected):
+            sequence = np.concatenate([context, tokens])
+            start = self.add_segment(sequence[:-1], 0)
+            targets = sequence[1:]
+            self.add_response(np.arange(start, start + targets.size), targets, number, branch)
+
+    def build(self, multiple_of: int, *, num_alone: int = 0, num_alone_tokens: int = 0) -> PackedRow:
         # An empty row (every response one token, nothing scored) still needs a token for the model to run on.
         num_padding = max(-self.cursor % multiple_of, 0 if self.cursor else multiple_of)
         self.add_segment(np.zeros(num_padding, dtype=np.int64), 0)
@@ -109,7 +142,14 @@ class _RowBuilder:
             pair_numbers=torch.tensor(self.pair_numbers, dtype=torch.int64),
             branches=torch.tensor(self.branches, dtype=torch.int64),
             num_padding=num_padding,
+            num_alone=num_alone,
+            num_alone_tokens=num_alone_tokens,
         )
+
+
+def _responses_of(pair: TokenizedPair, with_rejected: bool) -> Iterator[tuple[int, np.ndarray]]:
+    for branch, response in enumerate((pair.chosen, pair.rejected) if with_rejected else (pair.chosen,)):
+        yield branch, np.asarray(response, dtype=np.int64)
 
 
 def _concatenate(parts: list[np.ndarray]) -> Tensor:
@@ -140,21 +180,7 @@ def pack_pairs(
     """
     builder = _RowBuilder()
     for pair, number in zip(pairs, pair_numbers, strict=True):
-        prompt = np.asarray(pair.prompt, dtype=np.int64)
-        prompt_start: int | None = None
-        for branch, response in enumerate((pair.chosen, pair.rejected) if with_rejected else (pair.chosen,)):
-            targets = np.asarray(response, dtype=np.int64)
-            if not targets.size:
-                builder.add_response(targets, targets, number, branch)
-                continue
-            if prompt_start is None or not share_prompts:
-                prompt_start = builder.add_segment(np.concatenate([prompt, targets[:-1]]), 0)
-                first = prompt_start + prompt.size
-            else:
-                first = builder.add_segment(targets[:-1], prompt.size, prefix=(prompt_start, prompt.size))
-            # The first token of a response is predicted by the last one of the prompt, wherever that stands.
-            sources = np.concatenate([[prompt_start + prompt.size - 1], np.arange(first, first + targets.size - 1)])
-            builder.add_response(sources, targets, number, branch)
+        builder.add_pair(pair, number, share_prompts=share_prompts, with_rejected=with_rejected)
     return builder.build(multiple_of)
 
 
@@ -178,10 +204,31 @@ def pack_responses(
     """
     builder = _RowBuilder()
     for pair, number in zip(pairs, pair_numbers, strict=True):
-        for branch, response in enumerate((pair.chosen, pair.rejected) if with_rejected else (pair.chosen,)):
-            tokens = np.asarray(response, dtype=np.int64)
-            sequence = tokens if context_token_id is None else np.concatenate([[context_token_id], tokens])
-            start = builder.add_segment(sequence[:-1], 0)
-            targets = sequence[1:]
-            builder.add_response(np.arange(start, start + targets.size), targets, number, branch)
+        builder.add_alone(pair, number, context_token_id=context_token_id, with_rejected=with_rejected)
     return builder.build(multiple_of)
+
+
+def pack_pairs_and_responses(
+    pairs: Sequence[TokenizedPair],
+    pair_numbers: Sequence[int],
+    *,
+    context_token_id: int | None,
+    share_prompts: bool = True,
+    with_rejected: bool = True,
+    multiple_of: int = 1,
+) -> PackedRow:
+    """Lay out pairs as :func:`pack_pairs` does, and their responses alone behind them, in the same row.
+
+    It is for loops that have no place for a pass over the responses before the one with gradient.
+
+    Args:
+        pairs, pair_numbers, share_prompts, with_rejected, multiple_of: as there.
+        context_token_id: as of :func:`pack_responses`.
+    """
+    builder = _RowBuilder()
+    for pair, number in zip(pairs, pair_numbers, strict=True):
+        builder.add_pair(pair, number, share_prompts=share_prompts, with_rejected=with_rejected)
+    num_conditional, conditional_tokens = len(builder.lengths), builder.cursor
+    for pair, number in zip(pairs, pair_numbers, strict=True):
+        builder.add_alone(pair, number, context_token_id=context_token_id, with_rejected=with_rejected)
+    return builder.build(multiple_of, num_alone=num_conditional, num_alone_tokens=builder.cursor - conditional_tokens)

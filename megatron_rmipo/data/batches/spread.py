@@ -87,6 +87,21 @@ def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int) -> l
         num_packs += 1
 
 
+def fill_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int, num_packs: int) -> list[list[int]] | None:
+    """Cut one rank's pairs into just ``num_packs`` packs of at most ``max_tokens`` tokens, as even in cost as they allow.
+
+    Returns:
+        The packs, positions of each in ascending order, empty ones last; None where they do not fit, or no way was found that
+        they do.
+    """
+    positions = np.asarray(share, dtype=np.int64)
+    for measure in (sizes.costs, sizes.tokens.astype(np.float64)):
+        packs = [[share[member] for member in pack] for pack in spread_evenly(measure[positions], num_packs)]
+        if all(sum(int(sizes.tokens[position]) for position in pack) <= max_tokens for pack in packs):
+            return sorted((sorted(pack) for pack in packs), key=lambda pack: not pack)
+    return None
+
+
 def split_packs(packs: Sequence[Sequence[int]], sizes: PairSizes, num_packs: int) -> list[list[int]]:
     """The same pairs in ``num_packs`` packs, the costliest ones split in two; fewer where each has a single pair."""
     split = [list(pack) for pack in packs]

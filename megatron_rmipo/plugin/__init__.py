@@ -1,0 +1,1 @@
+"""Preference losses inside other people's Megatron models and training loops."""
