@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ class PreferenceStep:
         self._prepared = Prepared()
         self._known: KnownPairs | None = None
         self._reports: list[RowLosses] = []
+        self._seen: set[tuple[int, int]] = set()  # (chunk of the model, number of a row) of the current batch
         self._advances = False
 
     def __call__(
@@ -66,9 +67,13 @@ class PreferenceStep:
                 "overlap_moe_expert_parallel_comm wants a schedule plan, which packed rows have none of; leave it out."
             )
         microbatch = next(data_iterator)
-        if microbatch.batch is not self._current:
+        place = (id(model), microbatch.number)
+        # Run again, it is another step's: what was found out before that is not true of the weights any more.
+        if microbatch.batch is not self._current or place in self._seen:
             _check_loop(model)
-            self._begin_in_forward(model, microbatch.batch)
+            self._check_passes(microbatch.batch)
+            self.before_step(model, microbatch.batch)
+        self._seen.add(place)
         row = on_device(microbatch.row)
         reference = self._prepared.references[microbatch.number] if self._prepared.references else None
         return row_output(model, row, reference), partial(self._loss, row)
@@ -80,54 +85,51 @@ class PreferenceStep:
             model: as the schedule takes it.
             batch: whose micro-batches come next: ``batches.peek()``.
         """
-        self._advance()
+        if self._advances and self.state:
+            # The loop has not called after_step.
+            self.after_step()
         with _evaluating(model) as trains:
             prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)  # type: ignore[arg-type]
-        self._begin(batch, prepared, advances=trains)
+        self._current, self._prepared, self._advances = batch, prepared, trains
+        self._known = KnownPairs.of(batch, prepared)
+        self._reports, self._seen = [], set()
 
     def after_step(self, *, updated: bool = True) -> PairMetrics:
         """Metrics of the batch that was run, and what the objective carries on from it. All ranks call it together.
 
         Args:
             updated: whether the optimizer took the step; the objective's state stays as it is if not.
+
+        Raises:
+            ConfigError: no batch was run since.
         """
-        assert self._current is not None, "no batch was run"
+        if self._current is None:
+            raise ConfigError(
+                "step.after_step() is called after a schedule has run this step's micro-batches, once; none was run."
+            )
         metrics = gather_pair_metrics(self._reports, self._current.num_pairs, self._prepared, self.groups)
         if updated and self._advances:
             self.state = self.objective.advance(self.state, metrics.batch, metrics.values)
             check_state(self.objective, self.state)
-        self._advances = False
+        self._current, self._advances = None, False
         return metrics
 
-    def _advance(self) -> None:
-        """What a loop without :meth:`after_step` leaves to be done before the next batch."""
-        if self._advances and self.state:
-            self.after_step()
-
-    def _begin_in_forward(self, model: Module, batch: RankBatch) -> None:
+    def _check_passes(self, batch: RankBatch) -> None:
+        """Refuse passes over several pipeline stages where a schedule runs already: later stages wait for their first input."""
         needs = self.objective.needs
-        reasons: Mapping[str, bool] = {
-            "log p(y) in a pass of its own": bool(batch.unconditional),
+        reasons = {
+            "log p(y) from a pass of its own": bool(batch.unconditional),
             "log-probs of the whole batch": needs.batch,
             "log-probs of mismatched pairs": bool(batch.mismatched),
             "a reference in memory": needs.perturbation is not None,
-            "a state that goes from step to step": bool(self.state),
+            "what it carries from step to step": bool(self.state),
         }
         wanted = [reason for reason, holds in reasons.items() if holds]
-        if not wanted:
-            self._begin(batch, Prepared(), advances=False)
-        elif self.groups.pp_size == 1:
-            self.before_step(model, batch)
-        else:
+        if wanted and self.groups.pp_size > 1:
             raise ConfigError(
-                f"objective {self.objective.name} reads {', '.join(wanted)}, found out in passes over all pipeline stages, which "
-                "cannot start inside of a schedule. Call step.before_step(model, batches.peek()) before it, each step."
+                f"objective {self.objective.name} reads {', '.join(wanted)}, which takes all pipeline stages before the schedule "
+                "starts. Call step.before_step(model, batches.peek()) then, each step."
             )
-
-    def _begin(self, batch: RankBatch, prepared: Prepared, *, advances: bool) -> None:
-        self._current, self._prepared, self._advances = batch, prepared, advances
-        self._known = KnownPairs.of(batch, prepared)
-        self._reports = []
 
     def _loss(self, row: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert self._known is not None

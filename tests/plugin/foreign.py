@@ -105,7 +105,9 @@ def build_foreign(case: Case, hf_dir: Path, groups: ProcessGroups) -> Foreign:
     return Foreign(model, arch, groups)
 
 
-def run_schedule(foreign: Foreign, step: PreferenceStep, batches: PreferenceBatches, *, num_microbatches: int) -> Any:
+def run_schedule(
+    foreign: Foreign, step: PreferenceStep, batches: PreferenceBatches, *, num_microbatches: int, forward_only: bool = False
+) -> Any:
     """Forward and backward of a step by Megatron's schedule, as any loop does it; what it gives back."""
     foreign.model.zero_grad_buffer()
     return get_forward_backward_func()(
@@ -115,7 +117,7 @@ def run_schedule(foreign: Foreign, step: PreferenceStep, batches: PreferenceBatc
         num_microbatches=num_microbatches,
         seq_length=1,
         micro_batch_size=1,
-        forward_only=False,
+        forward_only=forward_only,
     )
 
 
