@@ -1,0 +1,1 @@
+"""Our log-probs and objectives inside other people's models and training loops."""
