@@ -50,9 +50,9 @@ class PairScores:
         sums = torch.where(counts, logprobs, 0.0).sum(dim=1, dtype=torch.float64).to(torch.float32)
         return cls(pairs_of_rows(sums, order), pairs_of_rows(counts.sum(dim=1).to(torch.float32), order))
 
-    def __getitem__(self, pairs: Any) -> PairScores:
-        """Those of some pairs."""
-        return PairScores(self.logps[pairs], self.lengths[pairs])
+    def __getitem__(self, which: Any) -> PairScores:
+        """Those of some pairs; of some columns too, where there are more than two."""
+        return PairScores(self.logps[which], self.lengths[which])
 
     def detach(self) -> PairScores:
         """The same without gradient."""
@@ -176,16 +176,18 @@ def rows_of_responses(
     lengths = torch.where(marked, places + 1, 0).amax(dim=1).sub(first).clamp(min=0)
     width = max(int(lengths.max()), 1)
     places = places[:width]
-    attended = places < lengths[:, None]
+    # No row is without a token to attend to, be it one of padding.
+    attended = places < lengths.clamp(min=1)[:, None]
     from_places = (first[:, None] + places).clamp(max=size - 1)
-    alone = torch.where(attended, token_ids.gather(1, from_places), pad_token_id)
-    scored = attended & marked.gather(1, from_places)
+    is_token = places < lengths[:, None]
+    alone = torch.where(is_token, token_ids.gather(1, from_places), pad_token_id)
+    scored = is_token & marked.gather(1, from_places)
     if context_token_id is None:
         return ResponseRows(alone, attended, scored & (places > 0))
     context = torch.ones_like(attended[:, :1])
     return ResponseRows(
         torch.cat([torch.full_like(alone[:, :1], context_token_id), alone], dim=1),
-        torch.cat([context, attended], dim=1),
+        torch.cat([context, is_token], dim=1),
         torch.cat([~context, scored], dim=1),
     )
 

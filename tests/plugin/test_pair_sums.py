@@ -73,6 +73,9 @@ def test_what_a_response_leaves_out_is_read_and_not_scored() -> None:
     assert rows.token_ids[0].tolist() == [1, 6, 7, 8]
     assert rows.scored[0].tolist() == [False, True, False, True]
     assert rows.attended[1].tolist() == [True, False, False, False]
+    rows = rows_of_responses(TOKEN_IDS, response, context_token_id=None, pad_token_id=2)
+    assert (rows.token_ids[1].tolist(), rows.attended[1].tolist()) == ([2, 2, 2], [True, False, False])
+    assert not rows.scored[1].any()
 
 
 def test_every_field_reaches_the_objective() -> None:

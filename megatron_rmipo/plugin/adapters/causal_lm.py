@@ -13,17 +13,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rmipo.data.store.mismatch import MismatchedStore
-from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.logprobs import vocab_parallel_logprobs
 from megatron_rmipo.objectives.base import BatchLogps, LossOutput, Objective, PairLogps, State
 from megatron_rmipo.objectives.contract import check_prepared
+from megatron_rmipo.plugin.mismatched_rows import mismatched_pairs, padded_rows, tokenized_pairs
 from megatron_rmipo.plugin.pair_sums import PairScores, ResponseRows, pair_logps, pair_losses, rows_of_responses
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -203,13 +201,13 @@ class CausalLmLoss:
     def _mismatched(self, model: Model, batches: Sequence[Batch]) -> tuple[PairScores, Tensor]:
         """The global batch's prompts with responses to other prompts of it: scores under the policy, sums under the reference."""
         reference = self._reference_model("log-probs of responses to other prompts under the reference")
-        pairs = [_tokenized(batch) for batch in batches]
+        pairs = [tokenized_pairs(*(batch[name] for name in _ROWS), order="chosen_first") for batch in batches]
         everywhere = self._gather_objects([pair for own in pairs for pair in own])
-        mismatched = MismatchedStore(_as_store([pair for own in everywhere for pair in own]))
+        mismatched = mismatched_pairs([pair for own in everywhere for pair in own])
         start = sum(map(len, everywhere[: self._rank]))
         found = []
         for batch, own in zip(batches, pairs, strict=True):
-            rows = _padded([mismatched[row] for row in range(start, start + len(own))], batch["input_ids"].device)
+            rows = padded_rows(mismatched[start : start + len(own)], batch["input_ids"].device, order="chosen_first")
             found.append((self._scores(model, rows), self._scores(reference, rows).logps))
             start += len(own)
         logps, lengths = (self.gather([getattr(policy, name) for policy, _ in found]) for name in ("logps", "lengths"))
@@ -294,42 +292,3 @@ def _sums(logprobs: Tensor, rows: ResponseRows) -> PairScores:
     scored = rows.scored[:, 1:]
     table = torch.zeros(scored.shape, dtype=logprobs.dtype, device=logprobs.device).masked_scatter(scored, logprobs)
     return PairScores.of_rows(table, scored, "chosen_first")
-
-
-def _as_store(pairs: Sequence[TokenizedPair]) -> Any:
-    """Pairs in memory, in the place of a data set."""
-    store = _PairsOfStep(pairs)
-    store.lengths = np.array([[pair.prompt.size, pair.chosen.size, pair.rejected.size] for pair in pairs], dtype=np.int32)
-    return store
-
-
-class _PairsOfStep(list[TokenizedPair]):
-    prefix = "the batch of a step"
-    manifest = None
-    lengths: np.ndarray
-
-
-def _tokenized(batch: Batch) -> list[TokenizedPair]:
-    ids, attended, response = (batch[name].cpu().numpy() for name in _ROWS)
-    half = len(ids) // 2
-    return [
-        TokenizedPair(
-            ids[row][(attended[row] > 0) & (response[row] == 0)],
-            ids[row][response[row] > 0],
-            ids[half + row][response[half + row] > 0],
-        )
-        for row in range(half)
-    ]
-
-
-def _padded(pairs: Sequence[TokenizedPair], device: torch.device) -> ResponseRows:
-    """Rows of prompt and response, all chosen ones first."""
-    rows = [(pair.prompt, getattr(pair, side)) for side in ("chosen", "rejected") for pair in pairs]
-    width = max(prompt.size + response.size for prompt, response in rows)
-    ids, attended, scored = np.zeros((len(rows), width), np.int64), *np.zeros((2, len(rows), width), bool)
-    for row, (prompt, response) in enumerate(rows):
-        size = prompt.size + response.size
-        ids[row, :size] = np.concatenate([prompt, response])
-        attended[row, :size] = True
-        scored[row, max(prompt.size, 1) : size] = True
-    return ResponseRows(*(torch.from_numpy(values).to(device) for values in (ids, attended, scored)))

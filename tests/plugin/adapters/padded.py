@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rmipo.data.store.pair_store import TokenizedPair
+from megatron_rmipo.plugin.mismatched_rows import padded_rows
+from megatron_rmipo.plugin.pair_sums import RowOrder
 
 
-def preference_batch(pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
+def preference_batch(pairs: Sequence[TokenizedPair], order: RowOrder = "chosen_first") -> dict[str, Tensor]:
     """As TRL's collator gives it: rows padded at the end, all chosen responses before all rejected ones."""
-    rows = [(pair.prompt, getattr(pair, side)) for side in ("chosen", "rejected") for pair in pairs]
-    width = max(prompt.size + response.size for prompt, response in rows) + 1
-    batch = {
-        name: torch.zeros(len(rows), width, dtype=torch.int64) for name in ("input_ids", "attention_mask", "completion_mask")
-    }
-    for row, (prompt, response) in enumerate(rows):
-        size = prompt.size + response.size
-        batch["input_ids"][row, :size] = torch.from_numpy(np.concatenate([prompt, response]))
-        batch["attention_mask"][row, :size] = 1
-        batch["completion_mask"][row, prompt.size : size] = 1
-    return batch
+    rows = padded_rows(pairs, torch.device("cpu"), order=order, multiple_of=3)
+    return {"input_ids": rows.token_ids, "attention_mask": rows.attended.long(), "completion_mask": rows.scored.long()}

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import Objective
@@ -17,30 +16,13 @@ from megatron_rmipo.objectives.pair_weight import PairWeighted
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 from megatron_rmipo.plugin.adapters.causal_lm import CausalLmLoss
 from tests.harness import run_distributed
-from tests.integration.problem import BOS, DenseProblem, PairList, make_hf_model, make_pairs, values_beside
+from tests.integration.problem import BOS, PairList, make_pairs, values_beside
 from tests.integration.test_objectives import FORMS, OPTIONS
+from tests.plugin.adapters.conftest import Problem, check_gradients, load_model
 from tests.plugin.adapters.padded import preference_batch
 
 CUTS = [0, 5, 6, 17, 24]  # pairs of micro-batches: 5, 1, 11, 7
 CASES = [*((name, OPTIONS.get(name, {})) for name in OBJECTIVES), *FORMS.items(), ("rmipo", {"sft_weight": 0.3})]
-
-
-@pytest.fixture(scope="module")
-def problem(tmp_path_factory: pytest.TempPathFactory) -> DenseProblem:
-    folder = tmp_path_factory.mktemp("models")
-    hf_dir, reference_dir = make_hf_model(folder / "model", layers=2), make_hf_model(folder / "reference", layers=2, seed=1)
-    dense = DenseProblem(hf_dir, reference_dir, make_pairs())
-    dense.dirs = hf_dir, reference_dir  # type: ignore[attr-defined]
-    return dense
-
-
-@pytest.fixture
-def models(problem: DenseProblem) -> tuple[Any, Any]:
-    return tuple(_load(path) for path in problem.dirs)  # type: ignore[attr-defined, misc]
-
-
-def _load(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def micro_batches(cuts: list[int]) -> list[dict[str, Any]]:
@@ -64,37 +46,29 @@ def step(model: Any, loss: CausalLmLoss, objective: Objective, batches: list[dic
     return total
 
 
-def check_gradients(model: Any, gradients: dict[str, torch.Tensor]) -> None:
-    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    wrong = torch.stack([(parameter.grad - gradients[name]).norm() for name, parameter in model.named_parameters()]).norm()
-    assert wrong <= 1e-4 * norm
-
-
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name}-{len(options)}" for name, options in CASES])
-def test_every_objective_is_as_in_float64(
-    name: str, options: dict[str, Any], problem: DenseProblem, models: tuple[Any, Any]
-) -> None:
-    check(build_objective(name, options), problem, models)
+def test_every_objective_is_as_in_float64(name: str, options: dict[str, Any], problem: Problem) -> None:
+    check(build_objective(name, options), problem)
 
 
-def test_weights_of_pairs_count(problem: DenseProblem, models: tuple[Any, Any]) -> None:
-    check(PairWeighted(build_objective("dpo", {})), problem, models)
+def test_weights_of_pairs_count(problem: Problem) -> None:
+    check(PairWeighted(build_objective("dpo", {})), problem)
 
 
-def check(objective: Objective, problem: DenseProblem, models: tuple[Any, Any]) -> None:
-    model, reference = models
+def check(objective: Objective, problem: Problem) -> None:
+    model, reference = problem.models()
     model.train()
     loss = CausalLmLoss(objective, context_token_id=BOS, reference=reference)
     value = step(model, loss, objective, micro_batches(CUTS))
-    expected, gradients, _ = problem.answer(objective)
+    expected, gradients, _ = problem.dense.answer(objective)
     assert value == pytest.approx(expected, rel=1e-5)
     check_gradients(model, gradients)
     assert model.training
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
-def test_sums_of_the_reference_may_come_with_the_batch(models: tuple[Any, Any]) -> None:
-    model, reference = models
+def test_sums_of_the_reference_may_come_with_the_batch(problem: Problem) -> None:
+    model, reference = problem.models()
     batches = micro_batches([0, 3, 8])
     objective = build_objective("beta_dpo", {})
     expected = step(model, CausalLmLoss(objective, context_token_id=BOS, reference=reference), objective, batches)
@@ -105,8 +79,8 @@ def test_sums_of_the_reference_may_come_with_the_batch(models: tuple[Any, Any]) 
     assert step(model, CausalLmLoss(objective, context_token_id=BOS), objective, batches) == expected
 
 
-def test_without_a_context_token_the_first_is_not_scored(models: tuple[Any, Any]) -> None:
-    model, _ = models
+def test_without_a_context_token_the_first_is_not_scored(problem: Problem) -> None:
+    model, _ = problem.models()
     (batch,) = micro_batches([0, 8])
     rows = CausalLmLoss(build_objective("rmipo", {}), context_token_id=None)._responses(batch)
     assert rows.scored.sum(1).tolist() == (batch["completion_mask"].sum(1) - 1).tolist()
@@ -119,8 +93,8 @@ def test_without_a_context_token_the_first_is_not_scored(models: tuple[Any, Any]
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_what_cannot_be_is_refused_by_name(models: tuple[Any, Any]) -> None:
-    model, reference = models
+def test_what_cannot_be_is_refused_by_name(problem: Problem) -> None:
+    model, reference = problem.models()
     (batch,) = micro_batches([0, 3])
     columns = batch.pop("columns")
 
@@ -147,7 +121,7 @@ def test_what_cannot_be_is_refused_by_name(models: tuple[Any, Any]) -> None:
 
 def one_of_two(hf_dir: str, reference_dir: str) -> dict[str, float]:
     dist.init_process_group("gloo")
-    model, reference = _load(Path(hf_dir)), _load(Path(reference_dir))
+    model, reference = load_model(Path(hf_dir)), load_model(Path(reference_dir))
     batches = micro_batches(CUTS)[2 * dist.get_rank() :][:2]
     values = {}
     for name in ("rmipo", "kto", "beta_dpo", "sft"):
@@ -159,8 +133,8 @@ def one_of_two(hf_dir: str, reference_dir: str) -> dict[str, float]:
 
 
 @pytest.mark.dist
-def test_two_processes_share_a_global_batch(problem: DenseProblem) -> None:
-    ranks = run_distributed(one_of_two, 2, *map(str, problem.dirs))  # type: ignore[attr-defined]
+def test_two_processes_share_a_global_batch(problem: Problem) -> None:
+    ranks = run_distributed(one_of_two, 2, str(problem.hf_dir), str(problem.reference_dir))
     for name in ranks[0]:
-        expected, _, _ = problem.answer(build_objective(name, {}))
+        expected, _, _ = problem.dense.answer(build_objective(name, {}))
         assert (ranks[0][name] + ranks[1][name]) / 2 == pytest.approx(expected, rel=1e-5), name
