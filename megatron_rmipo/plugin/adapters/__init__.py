@@ -1,0 +1,1 @@
+"""Our objectives as the losses that other programs call: a file a program."""

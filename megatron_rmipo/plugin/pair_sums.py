@@ -1,0 +1,219 @@
+"""From per-token log-probs of rows that each hold a prompt and one response, to what objectives read of pairs.
+
+Rows come in either of two orders: pair by pair, the chosen response first, or all chosen responses before all rejected ones.
+
+Shape letters: B rows, S tokens of a row, P pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from megatron_rmipo.errors import ConfigError, DataError
+from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps
+from megatron_rmipo.objectives.contract import check_output
+
+RowOrder: TypeAlias = Literal["interleaved", "chosen_first"]
+_SIDES = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+    """Both responses of P pairs, scored by one model.
+
+    Attributes:
+        logps: fp32 ``[P, 2]``, sum of log-probs over the scored tokens of (chosen, rejected).
+        lengths: fp32 ``[P, 2]``, their numbers of scored tokens; without gradient.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of_rows(cls, logprobs: Tensor, scored: Tensor, order: RowOrder) -> PairScores:
+        """Sum each row's scored tokens, in float64 as the packed rows' are, and put rows together to pairs.
+
+        Args:
+            logprobs: ``[B, S]``, of each token, or of the one after it: whatever ``scored`` is aligned with.
+            scored: ``[B, S]``, non-zero where a token belongs to the response. What ``logprobs`` holds elsewhere is not read.
+            order: of the rows.
+
+        Raises:
+            ConfigError: the number of rows is odd, so that a response is without its pair.
+        """
+        counts = scored.to(torch.bool)
+        sums = torch.where(counts, logprobs, 0.0).sum(dim=1, dtype=torch.float64).to(torch.float32)
+        return cls(pairs_of_rows(sums, order), pairs_of_rows(counts.sum(dim=1).to(torch.float32), order))
+
+    def __getitem__(self, which: Any) -> PairScores:
+        """Those of some pairs; of some columns too, where there are more than two."""
+        return PairScores(self.logps[which], self.lengths[which])
+
+    def detach(self) -> PairScores:
+        """The same without gradient."""
+        return PairScores(self.logps.detach(), self.lengths)
+
+
+def pairs_of_rows(values: Tensor, order: RowOrder) -> Tensor:
+    """One value a row, ``[B]``, as ``[P, 2]`` of (chosen, rejected).
+
+    Raises:
+        ConfigError: the number of rows is odd.
+    """
+    if values.shape[0] % 2:
+        raise ConfigError(
+            f"a batch of {values.shape[0]} rows: each pair is two, its chosen and its rejected response, and both must come in "
+            "one micro-batch; switch off what cuts or packs batches row by row"
+        )
+    return values.view(-1, 2) if order == "interleaved" else values.view(2, -1).t()
+
+
+def rows_of_pairs(values: Tensor, order: RowOrder) -> Tensor:
+    """``[P, 2]`` of (chosen, rejected), or one value a pair ``[P]``, as one value a row ``[B]``."""
+    both = values[:, None].expand(-1, 2) if values.dim() == 1 else values
+    return (both if order == "interleaved" else both.t()).reshape(-1)
+
+
+def pair_logps(
+    policy: PairScores,
+    *,
+    mean_chosen_length: Tensor,
+    unconditional: PairScores | None = None,
+    reference: Tensor | None = None,
+    extrapolated: Tensor | None = None,
+    interpolated: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+) -> PairLogps:
+    """What an objective is called with; see there what each field means.
+
+    Args:
+        policy: scores of the responses to their prompts; the only argument whose gradient is kept.
+        mean_chosen_length: scored chosen tokens a pair, over the global batch; a scalar.
+        unconditional: scores of the responses alone.
+        reference, extrapolated, interpolated: fp32 ``[P, 2]``, sums of (chosen, rejected).
+        columns: ``[P]`` each.
+        batch: what ``prepare`` gave: scalars, or ``[P]`` values of these pairs.
+    """
+    fields: dict[str, Any] = {}
+    tables = {"ref": reference, "extrapolated": extrapolated, "interpolated": interpolated}
+    if unconditional is not None:
+        tables["uncond"] = unconditional.logps
+        fields.update({f"uncond_{side}_lengths": unconditional.lengths[:, column] for column, side in enumerate(_SIDES)})
+    for prefix, table in tables.items():
+        if table is not None:
+            fields.update({f"{prefix}_{side}_logps": table.detach().float()[:, column] for column, side in enumerate(_SIDES)})
+    return PairLogps(
+        chosen_logps=policy.logps[:, 0],
+        rejected_logps=policy.logps[:, 1],
+        chosen_lengths=policy.lengths[:, 0],
+        rejected_lengths=policy.lengths[:, 1],
+        mean_chosen_length=mean_chosen_length,
+        columns={name: values.float() for name, values in (columns or {}).items()},
+        batch={name: values.float() for name, values in (batch or {}).items()},
+        **fields,
+    )
+
+
+def pair_losses(objective: Objective, logps: PairLogps) -> LossOutput:
+    """The objective's losses and metrics, checked.
+
+    Raises:
+        DataError: a pair lacks a token of a response that the objective reads.
+        ConfigError: the objective gave something else than one value a pair.
+    """
+    if not objective.needs.unpaired:
+        lengths = [logps.chosen_lengths, logps.rejected_lengths] if objective.needs.rejected else [logps.chosen_lengths]
+        for side, number in zip(_SIDES, lengths, strict=False):
+            empty = torch.nonzero(number == 0).flatten().tolist()
+            if empty:
+                raise DataError(
+                    f"no token of the {side} response of pair {empty[0]} of a batch is scored ({len(empty)} such pairs); "
+                    f"objective {objective.name} needs one: leave such pairs out, or let prompts leave room for the responses"
+                )
+    output = objective(logps)
+    check_output(objective, output, logps.chosen_logps.shape[0])
+    return output
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseRows:
+    """Responses alone, a row each, padded at the end.
+
+    Attributes:
+        token_ids: int64 ``[B, S']``.
+        attended: bool ``[B, S']``: which are tokens, and not padding.
+        scored: bool ``[B, S']``: which tokens log p(y) counts.
+    """
+
+    token_ids: Tensor
+    attended: Tensor
+    scored: Tensor
+
+
+def rows_of_responses(
+    token_ids: Tensor, response: Tensor, *, context_token_id: int | None, pad_token_id: int = 0
+) -> ResponseRows:
+    """Rows for log p(y): each response after the context token, or where there is none alone, its first token not scored.
+
+    A response reaches from the first token that is marked to the last; unmarked ones in between are read and not scored.
+
+    Args:
+        token_ids: int64 ``[B, S]``, prompts with responses.
+        response: ``[B, S]``, non-zero at the tokens of the response.
+        context_token_id: BOS, or what stands in for it (:mod:`megatron_rmipo.data.encoding.context_token`).
+        pad_token_id: any id of the vocabulary; no token that counts sees it.
+    """
+    marked = response.to(torch.bool)
+    size = marked.shape[1]
+    places = torch.arange(size, device=marked.device)
+    first = torch.where(marked, places, size).amin(dim=1)
+    lengths = torch.where(marked, places + 1, 0).amax(dim=1).sub(first).clamp(min=0)
+    width = max(int(lengths.max()), 1)
+    places = places[:width]
+    # No row is without a token to attend to, be it one of padding.
+    attended = places < lengths.clamp(min=1)[:, None]
+    from_places = (first[:, None] + places).clamp(max=size - 1)
+    is_token = places < lengths[:, None]
+    alone = torch.where(is_token, token_ids.gather(1, from_places), pad_token_id)
+    scored = is_token & marked.gather(1, from_places)
+    if context_token_id is None:
+        return ResponseRows(alone, attended, scored & (places > 0))
+    context = torch.ones_like(attended[:, :1])
+    return ResponseRows(
+        torch.cat([torch.full_like(alone[:, :1], context_token_id), alone], dim=1),
+        torch.cat([context, is_token], dim=1),
+        torch.cat([~context, scored], dim=1),
+    )
+
+
+def refuse_needs(objective: Objective, program: str, reasons: Mapping[str, str]) -> None:
+    """Refuse an objective that needs what a program cannot give.
+
+    Args:
+        objective: what is to be trained.
+        program: its name, for the message.
+        reasons: field of :class:`LogpNeeds` -> why there is none of it there, and what to do.
+
+    Raises:
+        ConfigError: naming the objective, what it needs and why there is none.
+    """
+    needs = objective.needs
+    for name, reason in reasons.items():
+        if getattr(needs, name) != getattr(LogpNeeds(), name):
+            raise ConfigError(f"objective {objective.name} in {program}: it needs {_NEEDS_IN_WORDS[name]}; {reason}")
+
+
+_NEEDS_IN_WORDS = {
+    "unconditional": "log p(y) of the responses alone",
+    "reference": "log-probs under a reference",
+    "mismatched": "log-probs of responses to other prompts",
+    "batch": "log-probs of the whole global batch before its losses",
+    "perturbation": "a reference whose logits are mixed with the policy's",
+    "columns": "numbers beside each pair in the data",
+}
