@@ -25,7 +25,6 @@ MAY_IMPORT = {
     "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
     "plugin": {"errors", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model"},
-    "plugin": {"errors", "runtime", "objectives", "data", "model", "passes"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},
     "training": {

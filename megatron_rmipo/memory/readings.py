@@ -15,7 +15,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padding import Row
 
 # Allocations and releases that --record-memory-history keeps, the latest ones.
 HISTORY_ENTRIES = 100_000
@@ -37,9 +37,7 @@ class PackOutOfMemory(RuntimeError):
         mixed: whether its logits are mixed with a reference's.
     """
 
-    def __init__(
-        self, name: str, rows: Sequence[PackedRow], number: int, *, backward: bool, in_backward: bool, mixed: bool
-    ) -> None:
+    def __init__(self, name: str, rows: Sequence[Row], number: int, *, backward: bool, in_backward: bool, mixed: bool) -> None:
         super().__init__(f"out of memory in the {name}, pack {number + 1} of {len(rows)}")
         self.name, self.rows, self.number = name, rows, number
         self.backward, self.in_backward, self.mixed = backward, in_backward, mixed

@@ -14,7 +14,7 @@ import torch
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import UNCONDITIONAL_PACK_FACTOR, BatchBuilder, RankBatch
-from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.advice import Optimizer, Shortage, suggestions, update_suggestions
@@ -185,11 +185,11 @@ class MemoryReport:
         return f"the checkpoint {checkpoint} is whole: go on with --load {checkpoint.parent}{without}"
 
 
-def _is_among(row: PackedRow, rows: list[PackedRow]) -> bool:
+def _is_among(row: Row, rows: list[Row]) -> bool:
     return any(row is other for other in rows)
 
 
-def _pack_record(row: PackedRow, work: _Work) -> dict[str, Any]:
+def _pack_record(row: Row, work: _Work) -> dict[str, Any]:
     """The pack's size, and its pairs with the tokens that each has in it."""
     batch, builder = work.batch, work.builder
     assert batch is not None

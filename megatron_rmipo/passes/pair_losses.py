@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.data.batches.loader import RankBatch
-from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.objectives.base import Objective, PairLogps
 from megatron_rmipo.objectives.contract import check_output
@@ -112,7 +112,7 @@ class RowLosses:
         return dataclasses.replace(self, losses=self.losses.detach())
 
 
-def row_losses(row: PackedRow, logprobs: Tensor, *, objective: Objective, known: KnownPairs) -> RowLosses:
+def row_losses(row: Row, logprobs: Tensor, *, objective: Objective, known: KnownPairs) -> RowLosses:
     """Losses of the row's pairs.
 
     Args:

@@ -1,4 +1,4 @@
-"""Packed rows through Megatron's pipeline schedules, as micro-batches.
+"""Rows, packed or padded, through Megatron's pipeline schedules, as micro-batches.
 
 Every function here is collective: all ranks of the run call it together, each with its own data-parallel share. Results exist on
 the last pipeline stage, where the scores are made.
@@ -19,8 +19,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padding import PaddedRows, Row
 from megatron_rmipo.memory.readings import PackOutOfMemory, is_out_of_memory
-from megatron_rmipo.model.logprobs import ReferenceHead
+from megatron_rmipo.model.logprobs import ReferenceHead, vocab_parallel_logprobs
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -30,8 +32,8 @@ _ON_DEVICE = ("token_ids", "position_ids", "source", "target", "lengths", "pair_
 
 def run_rows(
     model: torch.nn.Module,
-    rows: Sequence[PackedRow],
-    finish: Callable[[PackedRow, Tensor], Any],
+    rows: Sequence[Row],
+    finish: Callable[[Row, Tensor], Any],
     *,
     name: str,
     backward: bool,
@@ -59,7 +61,7 @@ def run_rows(
     begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
 
     def forward_step(
-        iterator: Iterator[tuple[int, tuple[PackedRow, ReferenceHead | None]]], model: torch.nn.Module
+        iterator: Iterator[tuple[int, tuple[Row, ReferenceHead | None]]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         number, (row, reference) = next(iterator)
         begun.append((number, False))
@@ -77,9 +79,9 @@ def run_rows(
             data_iterator=iter(enumerate(zip(rows, references or nothing, strict=True))),
             model=[model],
             num_microbatches=len(rows),
-            # Shapes travel with the activations; this one is only asked for.
-            seq_length=rows[0].num_tokens,
-            micro_batch_size=1,
+            # Shapes travel with the activations where they vary; padded rows may all be of this one.
+            seq_length=rows[0].token_ids.shape[-1],
+            micro_batch_size=rows[0].num_tokens // rows[0].token_ids.shape[-1],
             forward_only=not backward,
             collect_non_loss_data=not backward,
         )
@@ -91,18 +93,27 @@ def run_rows(
     return outputs
 
 
-def on_device(row: PackedRow) -> PackedRow:
+def on_device(row: Row) -> Row:
     """A row with what model, sums and losses read of it on this rank's device, all in one copy."""
     if current_device().type == "cpu":
         return row
     parts = [getattr(row, name) for name in _ON_DEVICE]
-    moved = torch.split(to_device(torch.cat(parts)), [part.numel() for part in parts])
-    fields: dict[str, Any] = dict(zip(_ON_DEVICE, moved, strict=True))
+    moved = torch.split(to_device(torch.cat([part.flatten() for part in parts])), [part.numel() for part in parts])
+    fields: dict[str, Any] = {name: one.view_as(part) for name, one, part in zip(_ON_DEVICE, moved, parts, strict=True)}
     return dataclasses.replace(row, **fields)
 
 
-def row_output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead | None = None, *, scores: bool = True) -> Tensor:
-    """What a stage of a model gives for a row on its device, as :func:`megatron_rmipo.model.packed_model.score_row` has it."""
+def row_output(model: torch.nn.Module, row: Row, reference: ReferenceHead | None = None, *, scores: bool = True) -> Tensor:
+    """What a stage of a model gives for a row on its device: on the last one log-probs of the scored tokens, fp32 ``[N]``.
+
+    A packed row goes through :func:`megatron_rmipo.model.packed_model.score_row`, which also knows references and hidden states.
+    Padded rows go through the model as its owner calls it, ``model(tokens, position_ids, attention_mask=None)``: it gives logits
+    ``[B, S, V_padded / tp]`` of its part of the vocabulary.
+    """
+    if isinstance(row, PaddedRows):
+        assert reference is None
+        assert scores
+        return _padded_output(model, row)
     extra: dict[str, Any] = {} if reference is None else {"reference": reference}
     if getattr(model.config, "num_moe_experts", None):
         extra["uncounted"] = _uncounted(row)
@@ -117,17 +128,28 @@ def row_output(model: torch.nn.Module, row: PackedRow, reference: ReferenceHead 
     return output
 
 
+def _padded_output(model: torch.nn.Module, rows: PaddedRows) -> Tensor:
+    output: Tensor = model(rows.token_ids, rows.position_ids, attention_mask=None)
+    inner = unwrapped(model)
+    # Megatron's schedules know stages by this name.
+    if not getattr(inner, "post_process", True):
+        return output
+    scored = output.flatten(0, 1).index_select(0, rows.source)
+    groups = getattr(inner, "pg_collection", None) or ProcessGroups.of_megatron()
+    return vocab_parallel_logprobs(scored, rows.target, groups.tp, vocab_size=rows.vocab_size)
+
+
 def _uncounted(row: PackedRow) -> Tensor:
     """Which tokens of a row train nothing: padding, responses alone, and all of a filler; bool ``[T]`` on the row's device."""
     places = torch.arange(row.num_tokens, device=row.token_ids.device)
     return (places >= row.num_tokens - row.num_padding - row.num_alone_tokens) | (row.pair_numbers < 0).all()
 
 
-def _keep(finish: Callable[[PackedRow, Tensor], Any], row: PackedRow, output: Tensor, non_loss_data: bool) -> Any:
+def _keep(finish: Callable[[Row, Tensor], Any], row: Row, output: Tensor, non_loss_data: bool) -> Any:
     return finish(row, output)
 
 
-def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
+def response_sums(logprobs: Tensor, row: Row) -> Tensor:
     """Sums of log-probs per response, fp32 ``[..., R]``, from ``[..., N]`` log-probs of a row's scored tokens, on one device.
 
     Summed in float64 in a fixed order: sums near -5000 keep their digits, and two runs agree to the bit.
@@ -138,7 +160,7 @@ def response_sums(logprobs: Tensor, row: PackedRow) -> Tensor:
     return torch.stack([response_sums(one, row) for one in logprobs])
 
 
-def score_responses(model: torch.nn.Module, rows: Sequence[PackedRow], num_pairs: int, *, name: str = "scoring pass") -> Tensor:
+def score_responses(model: torch.nn.Module, rows: Sequence[Row], num_pairs: int, *, name: str = "scoring pass") -> Tensor:
     """Log-probs of every response of this rank's rows, forward only.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.data.batches.loader import RankBatch
-from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
@@ -81,7 +81,7 @@ def prepare_batch(
     return Prepared(unconditional, prepared, references)
 
 
-def _score(name: str, model: torch.nn.Module, rows: Sequence[PackedRow], batch: RankBatch) -> Tensor:
+def _score(name: str, model: torch.nn.Module, rows: Sequence[Row], batch: RankBatch) -> Tensor:
     with trace_range(name):
         return score_responses(model, rows, batch.num_pairs, name=name)
 
@@ -125,7 +125,7 @@ def gradient_pass(
     """Forward and backward over this rank's packs; gradients end up as the exact mean over the global batch's pairs."""
     known = KnownPairs.of(batch, prepared)
 
-    def finish(row: PackedRow, logprobs: Tensor) -> tuple[Tensor, Tensor, RowLosses]:
+    def finish(row: Row, logprobs: Tensor) -> tuple[Tensor, Tensor, RowLosses]:
         found = row_losses(row, logprobs, objective=objective, known=known)
         return *found.sum_and_count(), found.detached()
 

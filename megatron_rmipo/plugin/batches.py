@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,8 @@ from typing import Literal
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch, iterate_batches
 from megatron_rmipo.data.batches.order import PairOrder
-from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
+from megatron_rmipo.data.batches.padding import PaddedShape, Row
 from megatron_rmipo.data.batches.sizes import CostModel, check_capacity
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -24,19 +26,19 @@ _BY_TOKENS = CostModel(per_token=1.0, per_area=0.0, per_scored_token=0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """One row of a global batch.
+    """One packed row of a global batch, or the padded rows that run together.
 
     Attributes:
         batch: the global batch, as this data-parallel rank sees it.
-        number: which of its rows with gradient.
+        number: which of its micro-batches with gradient.
     """
 
     batch: RankBatch
     number: int
 
     @property
-    def row(self) -> PackedRow:
-        """The row, on the CPU."""
+    def row(self) -> Row:
+        """What the model runs, on the CPU."""
         return self.batch.conditional[self.number]
 
 
@@ -68,6 +70,13 @@ class PreferenceBatches(Iterator[Microbatch]):
         """
         return self._first().batch
 
+    def chunks(self, num_chunks: int) -> list[Iterator[Microbatch]]:
+        """Iterators over the same micro-batches, one for each chunk of an interleaved pipeline.
+
+        They are made once, before the first step; from then on this iterator is there to :meth:`peek` into and to count.
+        """
+        return list(itertools.tee(self, num_chunks))
+
     def _first(self) -> Microbatch:
         if not self._upcoming:
             batch = next(self._batches)
@@ -81,7 +90,10 @@ def preference_batches(
     *,
     global_batch_size: int,
     num_microbatches: int,
+    layout: Literal["packed", "padded"] = "packed",
     tokens_per_microbatch: int | None = None,
+    vocab_size: int | None = None,
+    pad_to: int | None = None,
     total_pairs: int | None = None,
     consumed_pairs: int = 0,
     seed: int = 1234,
@@ -99,31 +111,34 @@ def preference_batches(
         data: ``PREFIX`` of prepared data, several, or a collection that has what the objective reads beside the pairs.
         objective: what is trained; it says which responses are laid out.
         global_batch_size: pairs of a step, over all data-parallel ranks.
-        num_microbatches: rows of a step on each rank, the same at every step: what the loop gives Megatron's schedule.
-        tokens_per_microbatch: most tokens of a row; None: as many as come together.
+        num_microbatches: of a step on each rank, the same at every step: what the loop gives Megatron's schedule.
+        layout: ``packed`` for models that are attached: no padding, a prompt once. ``padded`` for any other: a row for each
+            response, behind its prompt.
+        tokens_per_microbatch: packed: most tokens of a row; None: as many as come together.
+        vocab_size: padded: that of the model, without padding for tensor parallelism; logits from there on do not count.
+        pad_to: padded: tokens of every row, as pipelines without ``variable_seq_lengths`` want them, and as many rows in each
+            micro-batch; None: as many tokens as the longest row of a micro-batch has.
         total_pairs: pairs of the run; None: one epoch.
         consumed_pairs: pairs seen before; the order goes on from there.
         seed: of the order.
         unconditional: where log p(y) comes from, should the objective read it: ``rows`` lays the responses alone into the rows
             of the gradient pass, ``pass`` leaves them to :meth:`megatron_rmipo.plugin.step.PreferenceStep.before_step`.
         context_token_id: the token before a response in log p(y), BOS as a rule; None: its first token is not scored.
-        share_prompts: a prompt stands once for both responses.
-        multiple_of: rows are padded to a multiple of this many tokens, TP under sequence parallelism; with
-            ``tokens_per_microbatch`` all are equally long, as pipelines without ``variable_seq_lengths`` want them.
+        share_prompts: packed: a prompt stands once for both responses.
+        multiple_of: rows are padded to a multiple of this many tokens, TP under sequence parallelism. Packed rows are equally
+            long where it is ``tokens_per_microbatch``, as pipelines without ``variable_seq_lengths`` want them.
         cost: what packs are balanced by; None: tokens.
         groups: the process groups of this rank; None: Megatron's.
         num_workers: processes that prepare batches ahead.
 
     Raises:
-        ConfigError: a pair fits no row.
+        ConfigError: a pair, or the pairs of a step, fit no micro-batch; the layout cannot give what the objective reads.
         DataError: a data set is missing or incomplete.
     """
     groups = groups or ProcessGroups.of_megatron()
-    pairs = _open(data)
+    pairs = open_pairs(data, objective)
     needs = objective.needs
-    if needs.mismatched and pairs.mismatched is None:
-        pairs.match_anew()
-    layout = BatchLayout(
+    batch_layout = BatchLayout(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         tokens_per_microbatch=sys.maxsize if tokens_per_microbatch is None else tokens_per_microbatch,
@@ -137,15 +152,20 @@ def preference_batches(
         multiple_of=multiple_of,
         num_microbatches=num_microbatches,
     )
-    if tokens_per_microbatch is not None:
-        check_capacity(layout.gradient_sizes(pairs.lengths), tokens_per_microbatch, pairs.describe)
-    if needs.reference and pairs.reference_scores is None:
-        raise ConfigError(
-            f"objective {objective.name} compares with a reference, and the data has no log-probs of one: "
-            "give it those of megatron_rmipo.plugin.score_reference first."
+    builder: BatchBuilder
+    if layout == "padded":
+        check_padded(objective, vocab_size, tokens_per_microbatch)
+        each = -(-global_batch_size // (groups.dp_size * num_microbatches))
+        shape = PaddedShape(
+            vocab_size or 0, multiple_of=multiple_of, pad_to=pad_to, num_pairs=each if pad_to is not None else None
         )
+        builder = PaddedBatchBuilder(pairs, batch_layout, shape)
+    else:
+        _refuse_given("packed", vocab_size=vocab_size, pad_to=pad_to)
+        _check_capacity(pairs, batch_layout, tokens_per_microbatch, global_batch_size)
+        builder = BatchBuilder(pairs, batch_layout)
     batches = iterate_batches(
-        BatchBuilder(pairs, layout),
+        builder,
         PairOrder(len(pairs), seed),
         batch_size=global_batch_size,
         total_pairs=len(pairs) if total_pairs is None else total_pairs,
@@ -155,7 +175,63 @@ def preference_batches(
     return PreferenceBatches(batches, consumed_pairs=consumed_pairs)
 
 
-def _open(data: str | Sequence[str] | PairCollection) -> PairCollection:
+def open_pairs(data: str | Sequence[str] | PairCollection, objective: Objective) -> PairCollection:
+    """Prepared pairs with what an objective reads beside them.
+
+    Raises:
+        ConfigError: it compares with a reference, and there are no log-probs of one.
+        DataError: a data set is missing or incomplete.
+    """
     if isinstance(data, PairCollection):
-        return data
-    return PairCollection([PairStore(prefix) for prefix in ([data] if isinstance(data, str) else data)])
+        pairs = data
+    else:
+        pairs = PairCollection([PairStore(prefix) for prefix in ([data] if isinstance(data, str) else data)])
+    if objective.needs.mismatched and pairs.mismatched is None:
+        pairs.match_anew()
+    if objective.needs.reference and pairs.reference_scores is None:
+        raise ConfigError(
+            f"objective {objective.name} compares with a reference, and the data has no log-probs of one: "
+            "give it those of megatron_rmipo.plugin.score_reference first."
+        )
+    return pairs
+
+
+def check_padded(objective: Objective, vocab_size: int | None, tokens_per_microbatch: int | None = None) -> None:
+    """Refuse what padded rows cannot be.
+
+    Raises:
+        ConfigError: what, and the way out.
+    """
+    if vocab_size is None:
+        raise ConfigError(
+            "padded rows need vocab_size, the number of real ids: tensor parallelism pads the vocabulary, whose padding does not "
+            "count."
+        )
+    if objective.needs.perturbation is not None:
+        raise ConfigError(
+            f"objective {objective.name} mixes the logits of a reference in memory with the policy's, from the hidden states of "
+            "both, which padded rows do not give: attach the model and use packed rows."
+        )
+    _refuse_given("padded", tokens_per_microbatch=tokens_per_microbatch)
+
+
+def _refuse_given(layout: str, **given: int | None) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name} {value} says nothing of {layout} rows; leave it out.")
+
+
+def _check_capacity(pairs: PairCollection, layout: BatchLayout, tokens: int | None, global_batch_size: int) -> None:
+    """Refuse rows that a pair does not fit in, or that the mean step does not, so that some step would not."""
+    if tokens is None or layout.num_microbatches is None:
+        return
+    sizes = layout.gradient_sizes(pairs.lengths)
+    check_capacity(sizes, tokens, pairs.describe)
+    step = float(sizes.tokens.mean()) * min(global_batch_size, len(pairs))
+    most = layout.num_microbatches * layout.dp_size * tokens
+    if step > most:
+        raise ConfigError(
+            f"{layout.num_microbatches} micro-batches of at most {tokens} tokens on each of {layout.dp_size} data-parallel ranks "
+            f"hold {most} tokens, and {global_batch_size} pairs take {step:.0f} on average. Give a step more micro-batches, more "
+            "tokens for each, or fewer pairs."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.objectives.base import Objective, State
@@ -20,6 +21,7 @@ from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, r
 from megatron_rmipo.passes.rows import on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
+from megatron_rmipo.plugin.dataset import given_rows
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -55,18 +57,26 @@ class PreferenceStep:
         self._advances = False
 
     def __call__(
-        self, data_iterator: Iterator[Microbatch], model: Module, return_schedule_plan: bool = False
+        self, data_iterator: Iterator[Microbatch | Mapping[str, Any]], model: Module, return_schedule_plan: bool = False
     ) -> tuple[Tensor, Any]:
         """Run the next micro-batch; what Megatron's schedules call.
 
+        Micro-batches come from :func:`megatron_rmipo.plugin.batches.preference_batches`, or are dicts as
+        :class:`megatron_rmipo.plugin.dataset.PreferenceCollator` makes them.
+
         Raises:
-            ConfigError: the loop would not take the mean over pairs, or the objective needs :meth:`before_step`.
+            ConfigError: the loop would not take the mean over pairs, the objective needs :meth:`before_step`, or it reads what a
+                dict does not tell.
         """
         if return_schedule_plan:
             raise ConfigError(
                 "overlap_moe_expert_parallel_comm wants a schedule plan, which packed rows have none of; leave it out."
             )
         microbatch = next(data_iterator)
+        if isinstance(microbatch, Mapping):
+            _check_loop(model)
+            rows, known = given_rows(microbatch, self.objective)
+            return row_output(model, rows), partial(self._loss, rows, known, [])
         place = (id(model), microbatch.number)
         # Run again, it is another step's: what was found out before that is not true of the weights any more.
         if microbatch.batch is not self._current or place in self._seen:
@@ -76,7 +86,8 @@ class PreferenceStep:
         self._seen.add(place)
         row = on_device(microbatch.row)
         reference = self._prepared.references[microbatch.number] if self._prepared.references else None
-        return row_output(model, row, reference), partial(self._loss, row)
+        assert self._known is not None
+        return row_output(model, row, reference), partial(self._loss, row, self._known, self._reports)
 
     def before_step(self, model: Module, batch: RankBatch) -> None:
         """Find out what the objective must know of a batch before its losses. All ranks call it together, before the schedule.
@@ -105,7 +116,8 @@ class PreferenceStep:
         """
         if self._current is None:
             raise ConfigError(
-                "step.after_step() is called after a schedule has run this step's micro-batches, once; none was run."
+                "step.after_step() is called after a schedule has run this step's micro-batches, once; none was run. Those that "
+                "are dicts belong to no batch: their metrics are what the loss function reports."
             )
         metrics = gather_pair_metrics(self._reports, self._current.num_pairs, self._prepared, self.groups)
         if updated and self._advances:
@@ -131,10 +143,11 @@ class PreferenceStep:
                 "starts. Call step.before_step(model, batches.peek()) then, each step."
             )
 
-    def _loss(self, row: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert self._known is not None
-        found = row_losses(row, output, objective=self.objective, known=self._known)
-        self._reports.append(found.detached())
+    def _loss(
+        self, row: Row, known: KnownPairs, reports: list[RowLosses], output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        found = row_losses(row, output, objective=self.objective, known=known)
+        reports.append(found.detached())
         return *found.sum_and_count(), _report(found)
 
 

@@ -1,4 +1,4 @@
-"""What one rank does in tests of other people's loops: a GPTModel by Megatron's own spec, attached, and a bare schedule."""
+"""What a rank does in tests of other people's loops: a GPTModel by Megatron's own spec, attached or not, in a bare schedule."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.adopt import attach_model
@@ -31,7 +32,31 @@ from tests.integration.problem import BOS
 from tests.integration.worlds import Case, ReferenceScores, gather_gradients, run_at_layouts
 
 
-def build_llama(arch: ModelArchitecture, groups: ProcessGroups, *, sequence_parallel: bool = False, **changes: Any) -> GPTModel:
+@dataclasses.dataclass(frozen=True)
+class ForeignCase(Case):
+    """A layout of ranks, and how a foreign loop is fed.
+
+    Attributes:
+        num_microbatches: of a step on each rank.
+        before_step: passes run before the schedule starts.
+        padded: the model is not attached, and takes padded rows.
+        pad_to: their length, and none of the pipeline's shapes varies.
+    """
+
+    num_microbatches: int = 5
+    before_step: bool = False
+    padded: bool = False
+    pad_to: int | None = None
+
+
+def build_llama(
+    arch: ModelArchitecture,
+    groups: ProcessGroups,
+    *,
+    sequence_parallel: bool = False,
+    fixed_shape: bool = False,
+    **changes: Any,
+) -> GPTModel:
     """This rank's part of a Llama as a user of megatron-core builds it, without anything of ours."""
     config = TransformerConfig(
         num_layers=arch.num_layers,
@@ -51,7 +76,7 @@ def build_llama(arch: ModelArchitecture, groups: ProcessGroups, *, sequence_para
         pipeline_model_parallel_size=groups.pp_size,
         sequence_parallel=sequence_parallel,
         pipeline_dtype=torch.float32,
-        variable_seq_lengths=groups.pp_size > 1,
+        variable_seq_lengths=groups.pp_size > 1 and not fixed_shape,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
         use_cpu_initialization=True,
@@ -94,13 +119,16 @@ class Foreign:
     groups: ProcessGroups
 
 
-def build_foreign(case: Case, hf_dir: Path, groups: ProcessGroups) -> Foreign:
-    """The Hugging Face model as a plain GPTModel in DDP, attached."""
+def build_foreign(
+    case: Case, hf_dir: Path, groups: ProcessGroups, *, attached: bool = True, fixed_shape: bool = False
+) -> Foreign:
+    """The Hugging Face model as a plain GPTModel in DDP, attached or as it is."""
     arch = read_architecture(hf_dir)
-    inner = build_llama(arch, groups, sequence_parallel=case.sequence_parallel)
+    inner = build_llama(arch, groups, sequence_parallel=case.sequence_parallel, fixed_shape=fixed_shape)
     load_hf_weights(inner, hf_dir, arch, groups=groups)
     model = DistributedDataParallel(inner.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), inner)
-    attach_model(model, vocab_size=arch.vocab_size)
+    if attached:
+        attach_model(model, vocab_size=arch.vocab_size)
     inner.config.finalize_model_grads_func = finalize_model_grads
     return Foreign(model, arch, groups)
 
@@ -109,21 +137,20 @@ def run_schedule(
     foreign: Foreign, step: PreferenceStep, batches: PreferenceBatches, *, num_microbatches: int, forward_only: bool = False
 ) -> Any:
     """Forward and backward of a step by Megatron's schedule, as any loop does it; what it gives back."""
+    tokens = batches.peek().conditional[0].token_ids
     foreign.model.zero_grad_buffer()
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=batches,
         model=[foreign.model],
         num_microbatches=num_microbatches,
-        seq_length=1,
-        micro_batch_size=1,
+        seq_length=tokens.shape[-1],
+        micro_batch_size=tokens.numel() // tokens.shape[-1],
         forward_only=forward_only,
     )
 
 
-def loss_and_gradients(
-    case: Case, hf_dir: str, pairs: PairCollection, scores: ReferenceScores, *, num_microbatches: int, before_step: bool
-) -> dict[str, Any] | None:
+def loss_and_gradients(case: ForeignCase, hf_dir: str, pairs: PairCollection, scores: ReferenceScores) -> dict[str, Any] | None:
     """The global batch's loss, metrics and gradients in a foreign loop; None except on the rank that has them all."""
     objective, groups = build_objective(case.objective, case.options), scores.groups
     needs = objective.needs
@@ -133,7 +160,7 @@ def loss_and_gradients(
         pairs.match_anew()
         assert pairs.mismatched is not None
         pairs.mismatched.reference_scores = scores.of("mismatched", case, pairs.mismatched)
-    foreign = build_foreign(case, Path(hf_dir), groups)
+    foreign = build_foreign(case, Path(hf_dir), groups, attached=not case.padded, fixed_shape=case.pad_to is not None)
     reference = None
     if needs.perturbation is not None:
         reference = build_foreign(case, scores.reference_dir, groups).model
@@ -141,18 +168,21 @@ def loss_and_gradients(
         pairs,
         objective,
         global_batch_size=len(pairs),
-        num_microbatches=num_microbatches,
+        num_microbatches=case.num_microbatches,
+        layout="padded" if case.padded else "packed",
+        vocab_size=foreign.arch.vocab_size if case.padded else None,
+        pad_to=case.pad_to,
         context_token_id=BOS,
-        unconditional="pass" if before_step else "rows",
+        unconditional="pass" if case.before_step else "rows",
         share_prompts=case.share_prompts,
         multiple_of=case.tp if case.sequence_parallel else 1,
         groups=groups,
     )
     step = PreferenceStep(objective, reference=reference, groups=groups)
     batch = batches.peek()
-    if before_step:
+    if case.before_step:
         step.before_step(foreign.model, batch)
-    reports = run_schedule(foreign, step, batches, num_microbatches=num_microbatches)
+    reports = run_schedule(foreign, step, batches, num_microbatches=case.num_microbatches)
     metrics = step.after_step()
     pairs.reference_scores = pairs.mismatched = None
     gradients = gather_gradients(foreign.model, foreign.arch, Path(hf_dir), groups)
@@ -168,13 +198,16 @@ def loss_and_gradients(
     return {"loss": total / count, "metrics": in_order, "gradients": gradients, "norm": norm}
 
 
-def run_foreign(cases: list[Case], folder: str, pairs: PairCollection, num_microbatches: int, before_step: bool) -> list[Any]:
-    """Loss and gradients of several cases, each in a loop of its own."""
+def run_foreign(cases: list[ForeignCase], folder: str, pairs: PairCollection) -> list[Any]:
+    """Loss and gradients of several cases, each in a loop of its own; of a refused one the message."""
     scores: dict[str, ReferenceScores] = {}
 
-    def compute(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> dict[str, Any] | None:
+    def compute(case: Any, folder: str, pairs: PairCollection, groups: ProcessGroups) -> Any:
         known = scores.setdefault(str(case.layout()), ReferenceScores(f"{folder}/{case.model}/reference", groups))
-        further: dict[str, Any] = {"num_microbatches": num_microbatches, "before_step": before_step}
-        return loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, known, **further)
+        try:
+            return loss_and_gradients(case, f"{folder}/{case.model}/model", pairs, known)
+        except ConfigError as error:
+            pairs.reference_scores = pairs.mismatched = None
+            return str(error)
 
-    return run_at_layouts(compute, cases, folder, pairs)
+    return run_at_layouts(compute, cases, folder, pairs)  # type: ignore[arg-type]

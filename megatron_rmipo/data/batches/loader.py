@@ -10,14 +10,16 @@ import io
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_rmipo.data.batches.order import PairOrder
-from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_pairs_and_responses, pack_responses
+from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
+from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_sizes, unconditional_sizes
 from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
@@ -121,9 +123,9 @@ class RankBatch:
     """
 
     pair_indices: np.ndarray
-    conditional: list[PackedRow]
-    unconditional: list[PackedRow]
-    mismatched: list[PackedRow]
+    conditional: list[Row]
+    unconditional: list[Row]
+    mismatched: list[Row]
     reference_scores: np.ndarray | None
     mismatched_reference_scores: np.ndarray | None
     columns: dict[str, np.ndarray]
@@ -135,7 +137,7 @@ class RankBatch:
     lengths: np.ndarray
 
     @property
-    def rows(self) -> list[PackedRow]:
+    def rows(self) -> list[Row]:
         """All rows of this rank."""
         return self.conditional + self.unconditional + self.mismatched
 
@@ -161,19 +163,21 @@ class BatchBuilder:
         """
         layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
-        sizes, gradient_row = layout.gradient_sizes(lengths), self._conditional_row
-        if layout.unconditional and layout.unconditional_in_rows:
-            gradient_row = self._row_with_responses_alone
-        passes = [_Pass(self.pairs, sizes, layout.tokens_per_microbatch, gradient_row, layout.num_microbatches)]
+        in_rows = layout.unconditional is not None and layout.unconditional_in_rows
+        sizes, gradient_row = (
+            layout.gradient_sizes(lengths),
+            self._row_with_responses_alone() if in_rows else self._conditional_row(),
+        )
+        passes = [Pass(self.pairs, lengths, sizes, layout.tokens_per_microbatch, gradient_row, layout.num_microbatches)]
         if layout.has_unconditional_pass:
             sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
-            passes.append(_Pass(self.pairs, sizes, capacity, self._unconditional_row))
+            passes.append(Pass(self.pairs, lengths, sizes, capacity, self._unconditional_row()))
         if mismatched is not None:
-            sizes = layout.conditional_sizes(mismatched.lengths[pair_indices])
-            passes.append(_Pass(mismatched, sizes, layout.tokens_per_microbatch, self._conditional_row))
+            others = mismatched.lengths[pair_indices]
+            sizes, capacity = layout.conditional_sizes(others), layout.tokens_per_microbatch
+            passes.append(Pass(mismatched, others, sizes, capacity, self._conditional_row()))
         costs = layout.step_costs(*(one.sizes for one in passes))
-        shares = spread_evenly(costs, layout.dp_size)
-        rows = [self._lay_out(one, shares, pair_indices) for one in passes]
+        rows = [self._lay_out(one, packs, pair_indices) for one, packs in zip(passes, self._cut(passes, costs), strict=True)]
         return RankBatch(
             pair_indices=pair_indices,
             conditional=rows[0],
@@ -190,16 +194,21 @@ class BatchBuilder:
             lengths=lengths,
         )
 
-    def _lay_out(self, one: _Pass, shares: list[list[int]], pair_indices: np.ndarray) -> list[PackedRow]:
+    def _lay_out(self, one: Pass, packs: list[list[int]], pair_indices: np.ndarray) -> list[Row]:
         # Too few pairs: this rank runs a pair that does not count, so that collectives still match.
         filler = int(one.sizes.tokens.argmin())
         rows = []
-        for pack in self._packs(one, shares):
-            pairs, numbers = [one.pairs[int(pair_indices[position])] for position in pack or [filler]], pack or [-1]
-            rows.append(one.lay_out(pairs, numbers))
+        for numbers in (pack or [-1] for pack in packs):
+            positions = [filler if number < 0 else number for number in numbers]
+            rows.append(one.lay_out([one.pairs[int(pair_indices[position])] for position in positions], numbers))
         return rows
 
-    def _packs(self, one: _Pass, shares: list[list[int]]) -> list[list[int]]:
+    def _cut(self, passes: Sequence[Pass], costs: np.ndarray) -> list[list[list[int]]]:
+        """This rank's packs of each pass, as positions in the global batch; -1 or an empty one stands for a filler."""
+        shares = spread_evenly(costs, self.layout.dp_size)
+        return [self._packs(one, shares) for one in passes]
+
+    def _packs(self, one: Pass, shares: list[list[int]]) -> list[list[int]]:
         """This rank's packs of a pass, at least one; an empty one stands for a filler."""
         own = self.layout.dp_rank
         if one.num_packs is not None:
@@ -211,7 +220,7 @@ class BatchBuilder:
         packs = split_packs(cuts[own], one.sizes, num_packs)
         return packs + [[] for _ in range(num_packs - len(packs))]
 
-    def _filled_packs(self, one: _Pass, share: list[int]) -> list[list[int]]:
+    def _filled_packs(self, one: Pass, share: list[int]) -> list[list[int]]:
         assert one.num_packs is not None
         packs = fill_packs(share, one.sizes, one.max_tokens, one.num_packs)
         if packs is None:
@@ -222,32 +231,29 @@ class BatchBuilder:
             )
         return packs
 
-    def _conditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
+    def _conditional_row(self) -> Callable[..., Row]:
         layout = self.layout
-        return pack_pairs(
-            pairs,
-            numbers,
+        return partial(
+            pack_pairs,
             share_prompts=layout.share_prompts,
             with_rejected=layout.with_rejected,
             multiple_of=layout.multiple_of,
         )
 
-    def _row_with_responses_alone(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
+    def _row_with_responses_alone(self) -> Callable[..., Row]:
         layout = self.layout
-        return pack_pairs_and_responses(
-            pairs,
-            numbers,
+        return partial(
+            pack_pairs_and_responses,
             context_token_id=layout.context_token_id,
             share_prompts=layout.share_prompts,
             with_rejected=layout.with_rejected,
             multiple_of=layout.multiple_of,
         )
 
-    def _unconditional_row(self, pairs: list[TokenizedPair], numbers: list[int]) -> PackedRow:
+    def _unconditional_row(self) -> Callable[..., Row]:
         layout = self.layout
-        return pack_responses(
-            pairs,
-            numbers,
+        return partial(
+            pack_responses,
             context_token_id=layout.context_token_id,
             with_rejected=layout.with_rejected,
             multiple_of=layout.multiple_of,
@@ -255,13 +261,23 @@ class BatchBuilder:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pass:
-    """One pass of a step over the global batch: its pairs, their sizes, the capacity of a pack, how one is laid out, how many."""
+class Pass:
+    """One pass of a step over the global batch.
+
+    Attributes:
+        pairs: the data it reads.
+        lengths: int32 ``[P, 3]``, of the global batch's pairs in it.
+        sizes: of these in its packs.
+        max_tokens: capacity of a pack.
+        lay_out: (pairs, their numbers in the global batch) to a row.
+        num_packs: how many there are; None: as few as an even spread of cost allows.
+    """
 
     pairs: PairCollection
+    lengths: np.ndarray
     sizes: PairSizes
     max_tokens: int
-    lay_out: Callable[[list[TokenizedPair], list[int]], PackedRow]
+    lay_out: Callable[[list[TokenizedPair], list[int]], Row]
     num_packs: int | None = None
 
 

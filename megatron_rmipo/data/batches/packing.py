@@ -104,7 +104,7 @@ class _RowBuilder:
         """Append a prompt with its responses."""
         prompt = np.asarray(pair.prompt, dtype=np.int64)
         prompt_start: int | None = None
-        for branch, targets in _responses_of(pair, with_rejected):
+        for branch, targets in responses_of(pair, with_rejected):
             if not targets.size:
                 self.add_response(targets, targets, number, branch)
                 continue
@@ -120,7 +120,7 @@ class _RowBuilder:
     def add_alone(self, pair: TokenizedPair, number: int, *, context_token_id: int | None, with_rejected: bool) -> None:
         """Append responses without their prompt."""
         context = np.array([] if context_token_id is None else [context_token_id], dtype=np.int64)
-        for branch, tokens in _responses_of(pair, with_rejected):
+        for branch, tokens in responses_of(pair, with_rejected):
             sequence = np.concatenate([context, tokens])
             start = self.add_segment(sequence[:-1], 0)
             targets = sequence[1:]
@@ -147,7 +147,8 @@ class _RowBuilder:
         )
 
 
-def _responses_of(pair: TokenizedPair, with_rejected: bool) -> Iterator[tuple[int, np.ndarray]]:
+def responses_of(pair: TokenizedPair, with_rejected: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """(branch, token ids) of the responses that a layout has, int64 ``[tokens]``; one that is not there is empty."""
     for branch, response in enumerate((pair.chosen, pair.rejected) if with_rejected else (pair.chosen,)):
         yield branch, np.asarray(response, dtype=np.int64)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_responses
+from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 
 NONE = np.empty(0, dtype=np.int64)
@@ -146,3 +146,23 @@ def test_everything_is_int64_and_covered_by_segments() -> None:
     assert {tensor.dtype for tensor in tensors} == {torch.int64}
     assert torch.equal(row.segments[1:, 0], (row.segments[:, 0] + row.segments[:, 1])[:-1])
     assert int(row.segments[-1, :2].sum()) == row.num_tokens
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, UNPAIRED], ids=["pairs", "unpaired"])
+@pytest.mark.parametrize("context", [1, None])
+@pytest.mark.parametrize("settings", [{}, {"share_prompts": False}, {"with_rejected": False}], ids=str)
+def test_responses_alone_in_the_row_of_their_pairs(
+    pairs: list[TokenizedPair], context: int | None, settings: dict[str, bool]
+) -> None:
+    numbers = [4, 0, 2, -1][: len(pairs)]
+    with_rejected = settings.get("with_rejected", True)
+    behind = pack_pairs(pairs, numbers, **settings)  # type: ignore[arg-type]
+    alone = pack_responses(pairs, numbers, context_token_id=context, with_rejected=with_rejected)
+    row = pack_pairs_and_responses(pairs, numbers, context_token_id=context, multiple_of=8, **settings)  # type: ignore[arg-type]
+    assert contexts(row) == contexts(behind) + contexts(alone)
+    assert (row.num_alone, row.num_alone_tokens) == (alone.num_responses, alone.num_tokens)
+    assert row.num_alone == behind.num_responses
+    assert row.num_tokens == behind.num_tokens + alone.num_tokens + row.num_padding
+    assert row.num_tokens % 8 == 0
+    for name in ("lengths", "pair_numbers", "branches"):
+        assert getattr(row, name).tolist() == [*getattr(behind, name).tolist(), *getattr(alone, name).tolist()]

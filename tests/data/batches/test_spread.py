@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_rmipo.data.batches.sizes import PairSizes
-from megatron_rmipo.data.batches.spread import cut_into_packs, split_packs, spread_evenly
+from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split_packs, spread_evenly
 
 
 def loads_of(costs: np.ndarray, shares: list[list[int]]) -> list[float]:
@@ -93,3 +93,36 @@ def test_packs_are_split_where_they_cost_most_and_single_pairs_stay() -> None:
     assert sorted(split_packs(packs, sizes, 4)) == [[0], [1, 3], [2], [4]]
     assert sorted(split_packs(packs, sizes, 9)) == [[0], [1], [2], [3], [4]]
     assert split_packs(packs, sizes, 2) == packs
+
+
+def test_a_fixed_number_of_packs_holds_every_pair_once_and_evenly() -> None:
+    for seed in range(10):
+        tokens = np.random.default_rng(seed).integers(5, 60, size=41)
+        costs = tokens.astype(float) ** 2
+        share = list(range(3, 41))
+        for num_packs in (1, 7, 11):
+            packs = fill_packs(share, PairSizes(tokens, costs), 2000, num_packs)
+            assert packs is not None
+            assert len(packs) == num_packs
+            assert sorted(itertools.chain(*packs)) == share
+            assert packs == [sorted(pack) for pack in packs]
+            assert max(loads_of(costs, packs)) <= max(1.2 * costs[share].sum() / num_packs, costs.max())
+
+
+def test_fewer_pairs_than_packs_leaves_the_last_ones_empty() -> None:
+    sizes = PairSizes(np.array([4, 7, 5]), np.array([4.0, 7.0, 5.0]))
+    packs = fill_packs([2, 0], sizes, 10, 4)
+    assert packs is not None
+    assert sorted(packs[:2]) == [[0], [2]]
+    assert packs[2:] == [[], []]
+    assert fill_packs([], sizes, 10, 2) == [[], []]
+
+
+def test_even_tokens_where_even_costs_do_not_fit() -> None:
+    sizes = PairSizes(np.array([6, 6, 2, 2]), np.array([1.0, 1.0, 9.0, 9.0]))
+    assert fill_packs([0, 1, 2, 3], sizes, 8, 2) is not None
+    crossed = PairSizes(np.array([9, 1, 5, 5]), np.array([6.0, 5.0, 4.0, 3.0]))
+    by_cost = spread_evenly(crossed.costs, 2)
+    assert max(crossed.tokens[pack].sum() for pack in by_cost) > 10
+    assert fill_packs([0, 1, 2, 3], crossed, 10, 2) == [[0, 1], [2, 3]]
+    assert fill_packs([0, 1, 2, 3], crossed, 9, 2) is None

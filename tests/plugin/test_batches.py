@@ -1,0 +1,166 @@
+"""Micro-batches for loops that run a fixed number of them: which pairs, on which rank, in which order."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rmipo.data.batches.packing import PackedRow
+from megatron_rmipo.data.batches.padding import PaddedRows
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
+from tests.integration.problem import BOS, VOCAB, collection, make_pairs
+
+LAYOUTS: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"layout": "padded", "vocab_size": VOCAB}}
+
+
+def make(objective: str = "rmipo", rank: int = 0, ranks: int = 1, **settings: Any) -> PreferenceBatches:
+    groups: Any = types.SimpleNamespace(dp_rank=rank, dp_size=ranks)
+    defaults = {"global_batch_size": 7, "num_microbatches": 3, "total_pairs": 50, "context_token_id": BOS, "groups": groups}
+    return preference_batches(collection(make_pairs()), build_objective(objective, {}), **{**defaults, **settings})
+
+
+def tokens_of(microbatches: list[Microbatch]) -> list[list[int]]:
+    return [one.row.token_ids.flatten().tolist() for one in microbatches]
+
+
+def pairs_of(microbatches: list[Microbatch]) -> list[list[int]]:
+    """Of each micro-batch its pairs, as indices of the data."""
+    numbers = [one.row.pair_numbers[one.row.branches == 0].unique().tolist() for one in microbatches]
+    return [
+        [int(one.batch.pair_indices[number]) for number in own if number >= 0]
+        for one, own in zip(microbatches, numbers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_goes_on_sees_what_it_would_have_seen(layout: str) -> None:
+    whole = make(**LAYOUTS[layout])
+    seen = list(whole)
+    assert whole.consumed_pairs == 50
+    assert len(seen) == 3 * -(-50 // 7)
+    first = make(**LAYOUTS[layout])
+    taken = list(itertools.islice(first, 3 * 3))
+    assert first.consumed_pairs == 21
+    again = make(consumed_pairs=first.consumed_pairs, num_workers=2, **LAYOUTS[layout])
+    assert tokens_of(taken) + tokens_of(list(again)) == tokens_of(seen)
+
+
+def test_what_is_not_taken_to_its_end_was_not_consumed() -> None:
+    batches = make()
+    next(batches)
+    next(batches)
+    assert batches.consumed_pairs == 0
+    next(batches)
+    assert batches.consumed_pairs == 7
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_share_every_pair_once(layout: str, ranks: int) -> None:
+    of_ranks = [pairs_of(list(make(rank=rank, ranks=ranks, **LAYOUTS[layout]))) for rank in range(ranks)]
+    assert {len(one) for one in of_ranks} == {3 * 8}
+    for step in range(8):
+        own = [number for one in of_ranks for pack in one[3 * step : 3 * step + 3] for number in pack]
+        assert len(own) == (7 if step < 7 else 1)
+    # Two epochs of 24 and two pairs more.
+    counts = np.bincount([number for one in of_ranks for pack in one for number in pack], minlength=24)
+    assert sorted(counts.tolist()) == [2] * 22 + [3] * 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_of_few_pairs_are_filled_up_with_what_does_not_count(layout: str) -> None:
+    microbatches = list(make(global_batch_size=2, total_pairs=2, num_microbatches=4, **LAYOUTS[layout]))
+    assert len(microbatches) == 4
+    assert sorted(len(pack) for pack in pairs_of(microbatches)) == [0, 0, 1, 1]
+    assert all(one.row.num_tokens for one in microbatches)
+
+
+def test_peek_takes_nothing() -> None:
+    batches = make()
+    assert batches.peek() is batches.peek()
+    first = next(batches)
+    assert first.batch is batches.peek()
+    next(batches), next(batches)
+    assert batches.peek() is not first.batch
+    assert batches.consumed_pairs == 7
+    short = make(total_pairs=7)
+    list(short)
+    with pytest.raises(StopIteration):
+        short.peek()
+
+
+@pytest.mark.parametrize(
+    ("settings", "shapes"),
+    [
+        ({"tokens_per_microbatch": 600, "multiple_of": 600}, {(600,)}),
+        ({**LAYOUTS["padded"], "pad_to": 36}, {(2 * 2 * 3, 36)}),
+        ({**LAYOUTS["padded"], "pad_to": 36, "unconditional": "pass"}, {(2 * 3, 36)}),
+    ],
+    ids=["packed", "padded", "padded, in a pass"],
+)
+def test_one_shape_for_pipelines_without_variable_lengths(settings: dict[str, Any], shapes: set[tuple[int, ...]]) -> None:
+    assert {tuple(one.row.token_ids.shape) for one in make(**settings)} == shapes
+
+
+def test_padded_rows_of_a_micro_batch_are_as_long_as_its_longest() -> None:
+    lengths = {one.row.token_ids.shape[1] for one in make(multiple_of=2, **LAYOUTS["padded"])}
+    assert len(lengths) > 3
+    assert all(length % 2 == 0 for length in lengths)
+
+
+def test_chunks_of_an_interleaved_pipeline_run_the_same_micro_batches() -> None:
+    whole = list(make())
+    batches = make()
+    first, second = batches.chunks(2)
+    seen: tuple[list[Microbatch], list[Microbatch]] = ([], [])
+    for step in range(8):
+        # Chunk by chunk in groups, as the schedule does it, and never evenly.
+        for chunk, iterator in ((0, first), (1, second), (0, first)):
+            seen[chunk].extend(itertools.islice(iterator, {0: 2, 1: 3}[chunk] if len(seen[chunk]) % 3 == 0 else 1))
+        assert batches.consumed_pairs == min(7 * (step + 1), 50)
+    assert [id(one.batch) for one in seen[0]] == [id(one.batch) for one in seen[1]]
+    assert tokens_of(seen[0]) == tokens_of(seen[1]) == tokens_of(whole)
+
+
+def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
+    for settings, kind in ((LAYOUTS["packed"], PackedRow), (LAYOUTS["padded"], PaddedRows)):
+        in_rows, apart = make(**settings).peek(), make(unconditional="pass", **settings).peek()
+        assert all(isinstance(row, kind) for row in in_rows.rows + apart.rows)
+        assert not in_rows.unconditional
+        assert [row.num_alone for row in in_rows.conditional] == [row.num_responses // 2 for row in in_rows.conditional]
+        assert apart.unconditional
+        assert {row.num_alone for row in apart.rows} == {0}
+        assert torch.equal(
+            torch.cat([row.lengths[row.num_alone :] for row in in_rows.conditional]).sort()[0],
+            torch.cat([row.lengths for row in apart.unconditional]).sort()[0],
+        )
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("rmipo", {"tokens_per_microbatch": 40}, "--tokens-per-microbatch 40: pair .* of memory needs"),
+        ("rmipo", {"tokens_per_microbatch": 76}, "3 micro-batches of at most 76 tokens .* hold 228 tokens, and 7 pairs take"),
+        ("rmipo", {"layout": "padded"}, "vocab_size"),
+        ("rmipo", {**LAYOUTS["padded"], "tokens_per_microbatch": 90}, "tokens_per_microbatch 90 says nothing of padded"),
+        ("rmipo", {**LAYOUTS["padded"], "pad_to": 20}, "pad_to 20: pair"),
+        ("rmipo", {"pad_to": 20}, "pad_to 20 says nothing of packed"),
+        ("epsilon_dpo", LAYOUTS["padded"], "objective epsilon_dpo mixes"),
+        ("dpo", {}, "objective dpo compares with a reference"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(objective: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(objective, **settings)
+
+
+def test_a_step_whose_pairs_do_not_fit_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"hold the \d+ pairs of a step"):
+        list(make(tokens_per_microbatch=95, total_pairs=400))
