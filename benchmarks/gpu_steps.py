@@ -17,6 +17,7 @@ from megatron_rmipo.data.batches.loader import BatchLayout, RankBatch
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_responses
 from megatron_rmipo.memory.peak import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.model.logprobs import linear_logprobs
+from megatron_rmipo.model.packed_model import head_weight
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.reports.timers import Phase, PhaseTimer
@@ -159,7 +160,7 @@ def head_tflops(policy: PolicyModel, tokens: int, repeats: int) -> float:
     Counted are four products of 2 x tokens x hidden size x vocabulary: logits, logits again in backward, both gradients. That is
     how fused heads are usually rated.
     """
-    weight = policy.head_weight()
+    weight = head_weight(policy)
     vocab_size, hidden_size = policy.architecture.vocab_size, policy.architecture.hidden_size
     generator = torch.Generator(device=weight.device).manual_seed(1)
     hidden = torch.randn(tokens, hidden_size, generator=generator, device=weight.device).to(weight.dtype).requires_grad_()

@@ -24,8 +24,8 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import CheckpointError, ConfigError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.foreign import foreign_architecture
-from megatron_rmipo.model.adopt import adopt_policy, scoring_problems
-from megatron_rmipo.model.packed_model import scoring_disabled
+from megatron_rmipo.model.adopt import attach_model, scoring_problems
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -168,8 +168,7 @@ def _export(bridge: Any, policy: PolicyModel, directory: Path, groups: ProcessGr
         partial = on_first_rank(groups.world, begin)
 
         def write() -> None:
-            # It goes by names of classes, and knows Megatron's.
-            with _told(f"{directory}: Megatron-Bridge could not write the model"), scoring_disabled(policy):
+            with _told(f"{directory}: Megatron-Bridge could not write the model"):
                 bridge.save_hf_pretrained([policy], str(partial), show_progress=False)
 
         on_every_rank(groups.world, write)
@@ -220,7 +219,9 @@ def build_bridged_policy(
     )
     assert len(models) == 1, "a virtual pipeline was not asked for"
     adopted = {"vocab_size": provider.vocab_size, "chunk_size": chunk_size, "attention_backend": attention_backend}
-    policy = on_every_rank(groups.world, lambda: adopt_policy(models[0], **adopted))
+    on_every_rank(groups.world, lambda: attach_model(models[0], **adopted))
+    # What the trainer does with a policy it does with an attached model, too.
+    policy: Any = unwrapped(models[0])
     return BridgedPolicy(policy, provider.vocab_size, bridge, groups)
 
 

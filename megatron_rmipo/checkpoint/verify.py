@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rmipo.model.packed_model import head_weight
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -63,7 +64,7 @@ def policy_logits(policy: PolicyModel, token_ids: Tensor, groups: ProcessGroups)
     if not groups.is_last_stage:
         dist.send(output.contiguous(), group=groups.pp, group_dst=groups.pp_rank + 1)
         return None
-    logits = policy.scoring_options.logits.apply_(F.linear(output, policy.head_weight()))
+    logits = policy.scoring_options.logits.apply_(F.linear(output, head_weight(policy)))
     parts = [torch.empty_like(logits) for _ in range(groups.tp_size)] if groups.tp_rank == 0 else None
     dist.gather(logits, parts, group=groups.tp, group_dst=0)
     return None if parts is None else torch.cat(parts, dim=-1)[:, : policy.architecture.vocab_size].float().cpu()

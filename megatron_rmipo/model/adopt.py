@@ -28,8 +28,7 @@ from megatron_rmipo.model.attention.packed import PackedAttention, choose_backen
 from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.hybrid import HybridModel
 from megatron_rmipo.model.layers.experts import PaddedRouter
-from megatron_rmipo.model.packed_model import LogprobHead, ScoringOptions, enable_scoring, score_row, unwrapped
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.packed_model import Chunks, Replacement, ScoringOptions, chunks_of, enable_scoring, score_row, unwrapped
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 
 _MODELS = (GPTModel,) if HybridModel is None else (GPTModel, HybridModel)
@@ -37,112 +36,150 @@ _MODELS = (GPTModel,) if HybridModel is None else (GPTModel, HybridModel)
 _MODEL_METHODS = ("forward", "_preprocess", "_postprocess", "_scale_logits", "shared_embedding_or_output_weight")
 
 
-class PackedCore:
-    """Put before the class of a core attention: segments as its mask make it attend within them."""
+class PackedCore(Replacement):
+    """The call of a core attention: segments as its mask make it attend within them.
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """As :class:`megatron_rmipo.model.attention.packed.PackedAttention` with segments, else as the class behind this one."""
-        if attention_mask is not None and attention_mask.dtype == torch.int64:
-            return self.__dict__["packed"](query, key, value, attention_mask, *args, **kwargs)
-        return super().forward(query, key, value, attention_mask, *args, **kwargs)  # type: ignore[misc]
+    Args:
+        core: the core attention.
+        packed: what computes the same over packed rows. It is none of the model's modules, so that no name changes.
+    """
+
+    def __init__(self, core: Module, packed: PackedAttention) -> None:
+        super().__init__(core)
+        self.packed = packed
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As :class:`megatron_rmipo.model.attention.packed.PackedAttention` with segments, else as the core attention does."""
+        is_packed = attention_mask is not None and attention_mask.dtype == torch.int64
+        attend = self.packed if is_packed else self.behind
+        return attend(query, key, value, attention_mask, *args, **kwargs)
 
 
-class PositionRotary:
-    """Put before the class of rotary embeddings: positions instead of a length give the angles of each token's own."""
+class PositionAngles(Replacement):
+    """The call of rotary embeddings: positions instead of a length give the angles of each token's own.
 
-    def forward(self, positions: Any, *args: Any, **kwargs: Any) -> Any:
-        """``[T, 1, 1, D]`` angles of int64 ``[T]`` positions; what the class behind this one gives for a length."""
-        if isinstance(positions, Tensor):
-            return self.__dict__["table"][positions]
-        return super().forward(positions, *args, **kwargs)  # type: ignore[misc]
+    Args:
+        rotary: the rotary embeddings.
+        length: positions that there are.
+    """
+
+    def __init__(self, rotary: Module, length: int) -> None:
+        super().__init__(rotary)
+        self.table = _angles(rotary, length)
+
+    def __call__(self, positions: Any, *args: Any, **kwargs: Any) -> Any:
+        """``[T, 1, 1, D]`` angles of int64 ``[T]`` positions; for a length what the rotary embeddings give."""
+        if not isinstance(positions, Tensor):
+            return self.behind(positions, *args, **kwargs)
+        if self.table.device != positions.device:
+            # The model was moved since.
+            self.table = self.table.to(positions.device)
+        return self.table[positions]
 
 
-class PackedCall:
-    """Put before the class of a model: called with a packed row it gives log-probs, else what the class behind this one does."""
+class UncountedTokens(Replacement):
+    """What a router counts for its score biases, uncounted tokens left out; Megatron's own fails at them."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, router: TopKRouter) -> None:
+        super().__init__(router, "_apply_expert_bias")
+        self.router = router
+
+    def __call__(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """As :class:`megatron_rmipo.model.layers.experts.PaddedRouter` does."""
+        PaddedRouter._apply_expert_bias(self.router, routing_map, padding_mask)
+
+
+class PackedCall(Replacement):
+    """The call of a model: given ``segments`` it is one of a packed row, else the model's own.
+
+    Args:
+        model: without wrappers.
+        options: of its scoring.
+    """
+
+    def __init__(self, model: Any, options: ScoringOptions) -> None:
+        super().__init__(model)
+        self.model = model
+        model.scoring_options = options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """:func:`megatron_rmipo.model.packed_model.score_row` where there are ``segments``."""
         if "segments" not in kwargs:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return score_row(self, options=self.__dict__["scoring_options"], **kwargs)
+            return self.behind(*args, **kwargs)
+        return score_row(self.model, options=self.model.scoring_options, **kwargs)
+
+    def remove(self) -> None:
+        """Give the model its own call back."""
+        super().remove()
+        del self.model.scoring_options
 
 
-def attach_model(model: Module, *, vocab_size: int, chunk_size: int = 4096, attention_backend: str = "auto") -> None:
-    """Adopt a model, and let a call of it, wrapped or not, take a packed row, too.
+def attach_model(model: Chunks, *, vocab_size: int, chunk_size: int = 4096, attention_backend: str = "auto") -> None:
+    """Let a call of a model, wrapped or not, take a packed row, too. No communication.
+
+    The call is that of :class:`megatron_rmipo.model.policy.PolicyModel`, by keywords: ``model(token_ids=..., position_ids=...,
+    segments=..., source=..., target=...)``. Any other call is the model's own. On the CPU and on a GPU, before wrapping or after.
 
     Args:
-        model: as of :func:`adopt_model`.
+        model: this rank's part of a GPTModel or HybridModel, wrapped (DDP, mixed precision) or not; of an interleaved pipeline
+            the list of its chunks.
         vocab_size: real vocabulary, without padding for tensor parallelism.
         chunk_size: vocabulary entries whose logits exist at a time.
-        attention_backend: as there.
-
-    Raises:
-        ConfigError: as there.
-    """
-    adopt_model(model, attention_backend=attention_backend)
-    _put_before(PackedCall, unwrapped(model), scoring_options=ScoringOptions(vocab_size, chunk_size))
-
-
-def adopt_model(model: Module, *, attention_backend: str = "auto") -> None:
-    """Make a model ready for :func:`megatron_rmipo.model.packed_model.score_row`. No communication.
-
-    Args:
-        model: this rank's part of a GPTModel or HybridModel, wrapped (DDP, mixed precision) or not. Each chunk of an
-            interleaved pipeline is adopted by itself.
         attention_backend: as of :func:`megatron_rmipo.model.build.build_policy`.
 
     Raises:
-        ConfigError: what cannot be scored exactly, each with its module and the reason. The model is then as it was.
+        ConfigError: what cannot be scored exactly, each with its module and the reason; or the model takes packed rows already.
+            All chunks are then as they were.
     """
-    inner = unwrapped(model)
-    problems = list(_problems(inner))
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"This {type(inner).__name__} cannot be scored over packed rows as it computes:\n{listed}")
-    for layer in inner.decoder.layers:
-        attention = layer.self_attention
-        if isinstance(attention, SelfAttention) and not isinstance(attention.core_attention, PackedAttention | PackedCore):
-            packed = _packed_attention(attention, attention_backend)
-            _put_before(PackedCore, attention.core_attention, packed=packed)
-    rotary = getattr(inner, "rotary_pos_emb", None)
-    if rotary is not None and not isinstance(rotary, PositionRotary):
-        _put_before(PositionRotary, rotary, table=_angles(rotary, inner.max_sequence_length))
-    for module in inner.modules():
-        if type(module) is TopKRouter:
-            module.__class__ = PaddedRouter
-    enable_scoring(inner)
+    own = [unwrapped(chunk) for chunk in chunks_of(model)]
+    for inner in own:
+        problems = list(_problems(inner, vocab_size))
+        if problems:
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise ConfigError(f"This {type(inner).__name__} cannot be scored over packed rows as it computes:\n{listed}")
+    for inner in own:
+        _attach(inner, ScoringOptions(vocab_size, chunk_size, longest=_longest(inner)), attention_backend)
 
 
-def adopt_policy(model: Module, *, vocab_size: int, chunk_size: int = 4096, attention_backend: str = "auto") -> PolicyModel:
-    """Adopt a model and make it a policy: its own call, too, then takes a packed row, as that of one built here does.
-
-    Unlike :func:`adopt_model` it leaves its owner no other forward pass.
+def detach_model(model: Chunks) -> None:
+    """Undo :func:`attach_model`: the model is as it was before.
 
     Args:
         model: as there.
-        vocab_size: real vocabulary, without padding for tensor parallelism.
-        chunk_size: vocabulary entries whose logits exist at a time.
-        attention_backend: as there.
-
-    Returns:
-        The model, without wrappers. It has no ``architecture``.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: it is not attached.
     """
-    adopt_model(model, attention_backend=attention_backend)
-    policy = unwrapped(model)
-    policy.scoring_options = ScoringOptions(vocab_size, chunk_size)
-    _put_before(PolicyModel, policy)
-    assert isinstance(policy, PolicyModel)
-    return policy
+    own = [unwrapped(chunk) for chunk in chunks_of(model)]
+    for inner in own:
+        if not isinstance(vars(inner).get("forward"), PackedCall):
+            raise ConfigError(f"this {type(inner).__name__} is not attached, so that there is nothing to undo.")
+    for inner in own:
+        for module in inner.modules():
+            for replacement in [value for value in vars(module).values() if isinstance(value, Replacement)]:
+                replacement.remove()
 
 
-def _put_before(mixin: type, module: Module, **held: Any) -> None:
-    """Make the module one of the mixin's class, too; what it holds is not among its submodules, so that no name changes."""
-    module.__dict__.update(held)
-    behind = type(module)
-    module.__class__ = type(f"{mixin.__name__}{behind.__name__}", (mixin, behind), {})
+def _attach(model: Any, options: ScoringOptions, backend: str) -> None:
+    for layer in model.decoder.layers:
+        attention = layer.self_attention
+        if isinstance(attention, SelfAttention) and not isinstance(attention.core_attention, PackedAttention):
+            PackedCore(attention.core_attention, _packed_attention(attention, backend))
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if rotary is not None:
+        PositionAngles(rotary, model.max_sequence_length)
+    for module in model.modules():
+        if isinstance(module, TopKRouter) and not isinstance(module, PaddedRouter):
+            UncountedTokens(module)
+    enable_scoring(model)
+    PackedCall(model, options)
+
+
+def _longest(model: Any) -> int | None:
+    """Tokens of the longest sequence that the model has positions for."""
+    return None if model.position_embedding_type == "none" else int(model.max_sequence_length)
 
 
 def _packed_attention(attention: SelfAttention, backend: str) -> PackedAttention:
@@ -176,13 +213,18 @@ def _angles(rotary: Module, length: int) -> Tensor:
     return angles
 
 
-def _problems(model: Any) -> Iterator[str]:
+def _problems(model: Any, vocab_size: int) -> Iterator[str]:
     if not isinstance(model, _MODELS):
         yield f"it is none of {', '.join(kind.__name__ for kind in _MODELS)}, whose parts are known"
+        return
+    if isinstance(getattr(model, "scoring_options", None), ScoringOptions):
+        yield "it takes packed rows already; to attach it otherwise, detach it first"
         return
     for method in _MODEL_METHODS:
         if foreign := _foreign(model, method):
             yield foreign
+    if not 0 < vocab_size <= model.vocab_size:
+        yield f"vocab_size {vocab_size}: the model has {model.vocab_size} tokens, padding among them"
     yield from scoring_problems(model.config)
     yield from _part_problems(model)
     yield from _dropout_problems(model)
@@ -195,6 +237,8 @@ def _problems(model: Any) -> Iterator[str]:
 
 def _foreign(module: Any, method: str = "forward") -> str | None:
     """What a method is that is not Megatron's own: it may compute anything."""
+    if method in vars(module):
+        return f"{type(module).__name__}.{method} was replaced in this object, so that what it computes is not known"
     function = getattr(type(module), method, None)
     where = getattr(function, "__module__", "megatron.core")
     # Not all of megatron.*: Megatron-Bridge is there, too, and its classes compute what they like.
@@ -222,6 +266,10 @@ def scoring_problems(config: Any) -> Iterator[str]:
     for kind in ("sinkhorn", "quantile_balancing"):
         if kind in (balancing if isinstance(balancing, list) else [balancing]) and config.num_moe_experts:
             yield f"moe_router_load_balancing_type {kind} makes a token's experts depend on what else is in the batch"
+    if config.num_moe_experts and getattr(config, "moe_router_force_load_balancing", False):
+        yield "moe_router_force_load_balancing gives tokens to experts by chance"
+    if config.tp_comm_overlap:
+        yield "tp_comm_overlap fixes the length of rows, and packed ones differ in it"
     if config.cuda_graph_impl != "none":
         yield f"cuda_graph_impl {config.cuda_graph_impl!r} fixes the length of rows, and packed ones differ in it"
 
@@ -243,15 +291,17 @@ def _part_problems(model: Any) -> Iterator[str]:
         yield "embedding: it leaves the row whole under sequence parallelism; build it with scatter_to_sequence_parallel"
     if model.post_process:
         head = model.output_layer
-        if type(head) not in (ColumnParallelLinear, LogprobHead):
+        if type(head) is not ColumnParallelLinear:
             yield f"output_layer: it is a {type(head).__name__}, and log-probs are built for Megatron's ColumnParallelLinear"
         elif head.bias is not None:
             yield "output_layer: it has a bias, which log-probs over the vocabulary's chunks leave out"
     rotary = getattr(model, "rotary_pos_emb", None)
-    if rotary is None or isinstance(rotary, PositionRotary):
+    if rotary is None:
         return
     if model.position_embedding_type not in ("rope", "yarn"):
         yield f"rotary_pos_emb: positions of the kind {model.position_embedding_type!r} are not built; rope and yarn are"
+    elif foreign := _foreign(rotary):
+        yield f"rotary_pos_emb: {foreign}"
     elif _angles(rotary, 3).shape[:3] != (3, 1, 1):
         yield f"rotary_pos_emb: a {type(rotary).__name__} gives no table with a row of angles for each position"
 
@@ -278,7 +328,7 @@ def _layer_problems(layer: Module) -> Iterator[str]:
     if attention.attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
         yield f".self_attention: its mask is {attention.attn_mask_type.name}, and a language model's is causal"
     core = attention.core_attention
-    if not isinstance(core, PackedAttention | PackedCore) and type(core) not in _core_attentions():
+    if not isinstance(core, PackedAttention) and type(core) not in _core_attentions():
         yield (
             f".self_attention.core_attention: what {type(core).__name__} does with scores is not known; Megatron's "
             f"{' and '.join(kind.__name__ for kind in _core_attentions())} are"

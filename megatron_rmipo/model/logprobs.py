@@ -5,7 +5,7 @@ Shape letters: N scored tokens, H hidden, V full vocabulary, tp tensor-parallel 
 Three forms:
 
 * :func:`linear_logprobs` fuses the output layer with the log-prob: hidden states and the weight shard in, ``[N]`` log-probs out.
-* :func:`head_logprobs` is what it computes, and can also score the targets under mixtures with a reference model's logits.
+* :func:`perturbed_linear_logprobs` also scores the targets under a reference model's logits and mixtures with them.
 * :func:`vocab_parallel_logprobs` takes ready-made logits, for models whose head is not ours.
 
 All use two collectives a call, whatever the chunk count: one max and one sum over the tensor-parallel group.
@@ -83,12 +83,53 @@ def linear_logprobs(
     Raises:
         ConfigError: a bare weight of which the distributed optimizer may have other ranks' parts still to gather.
     """
+    options: dict[str, Any] = {"chunk_size": chunk_size, "reduce_hidden_grad": reduce_hidden_grad, "rules": rules}
+    return _from_weight(hidden, weight, target, group, vocab_size, **options)[0]
+
+
+def perturbed_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor | torch.nn.Module,
+    target: Tensor,
+    reference: ReferenceHead,
+    group: dist.ProcessGroup | None = None,
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int = 4096,
+    reduce_hidden_grad: bool = True,
+    rules: LogitRules = PLAIN_LOGITS,
+) -> Tensor:
+    """:func:`linear_logprobs`, and the same targets under a frozen reference and under two mixtures of both models' logits.
+
+    Every rank of ``group`` must call it together. All four share the chunks and the two collectives.
+
+    Args:
+        hidden, weight, target, group, vocab_size, chunk_size, reduce_hidden_grad, rules: as there.
+        reference: hidden states of the same tokens, output layer and share of the other model.
+
+    Returns:
+        fp32 ``[4, N]``, replicated over the group: the log-probability under the policy's logits f, the reference's r,
+        ``(1 + epsilon) f - epsilon r`` and ``(1 - epsilon) f + epsilon r``. Only the first row carries gradient.
+
+    Raises:
+        ConfigError: as there.
+    """
+    options: dict[str, Any] = {"chunk_size": chunk_size, "reduce_hidden_grad": reduce_hidden_grad, "rules": rules}
+    return _from_weight(hidden, weight, target, group, vocab_size, reference=reference, **options)
+
+
+def _from_weight(
+    hidden: Tensor,
+    weight: Tensor | torch.nn.Module,
+    target: Tensor,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+    **options: Any,
+) -> Tensor:
+    """:func:`head_logprobs` of a bare weight, or in a call of the module that holds it."""
 
     def score(hidden: Tensor, weight: Tensor) -> Tensor:
-        shard = VocabularyShard(weight.shape[0], vocab_size, group)
-        return head_logprobs(
-            hidden, weight, target, shard, chunk_size=chunk_size, reduce_hidden_grad=reduce_hidden_grad, rules=rules
-        )[0]
+        return head_logprobs(hidden, weight, target, VocabularyShard(weight.shape[0], vocab_size, group), **options)
 
     if isinstance(weight, torch.nn.Module):
         return call_for_weight(weight, score, hidden)
@@ -107,7 +148,7 @@ def head_logprobs(
     rules: LogitRules = PLAIN_LOGITS,
     reference: ReferenceHead | None = None,
 ) -> Tensor:
-    """:func:`linear_logprobs` within a call of the module that holds the weight; with a reference also under mixtures of both.
+    """:func:`linear_logprobs` within a call of the module that holds the weight; with a reference the perturbed form.
 
     With a reference all four normalizers come from the same chunks of logits and share the two collectives; neither model's
     ``[N, V]`` logits are ever whole or gathered.

@@ -8,17 +8,20 @@ Shape letters: T packed tokens, N scored tokens, H hidden, tp tensor-parallel si
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
 from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
+
+# This rank's part of a model, wrapped or not; of an interleaved pipeline its chunks.
+Chunks = Module | Sequence[Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +32,62 @@ class ScoringOptions:
         vocab_size: real vocabulary, without padding for tensor parallelism.
         chunk_size: vocabulary entries whose logits exist at a time.
         logits: what makes them of the products of hidden states and head.
+        longest: tokens of the longest sequence that the model has positions for; None: of any.
     """
 
     vocab_size: int
     chunk_size: int = 4096
     logits: LogitRules = PLAIN_LOGITS
+    longest: int | None = None
 
 
-class LogprobHead(ColumnParallelLinear):
-    """The output layer, called for log-probs of targets instead of logits of every token.
+class Replacement:
+    """Stands in a module's ``__dict__`` in the place of one of its methods: no class, no name and no state changes.
 
-    It is a module call, not a function on the bare weight, because DDP gathers a module's parameters in hooks on that call.
+    Programs that go by a module's class find the one they know, and a copy of the module has a copy of this.
+
+    Args:
+        module: whose method.
+        name: of the method.
+
+    Attributes:
+        behind: the method, as it was.
     """
 
-    def forward(
+    def __init__(self, module: Module, name: str = "forward") -> None:
+        self.behind: Any = getattr(module, name)
+        self._module, self._name, self._in_dict = module, name, vars(module).get(name)
+        vars(module)[name] = self
+
+    def remove(self) -> None:
+        """Give the module its method back."""
+        del vars(self._module)[self._name]
+        if self._in_dict is not None:
+            vars(self._module)[self._name] = self._in_dict
+
+
+class LogprobHead(Replacement):
+    """The call of an output layer, for log-probs of targets instead of logits of every token.
+
+    It is a module call, not a function on the bare weight, because DDP gathers a module's parameters in hooks on that call.
+
+    Args:
+        layer: Megatron's ColumnParallelLinear.
+    """
+
+    def __init__(self, layer: ColumnParallelLinear) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+    def __call__(
         self,
         hidden: Tensor,
         weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-        *,
+        *args: Any,
         target: Tensor | None = None,
         options: ScoringOptions | None = None,
         reference: ReferenceHead | None = None,
+        **kwargs: Any,
     ) -> Any:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
@@ -58,16 +95,16 @@ class LogprobHead(ColumnParallelLinear):
         unreduced under sequence parallelism: the gather before it reduce-scatters. Without targets it is Megatron's own call.
         """
         if target is None:
-            return super().forward(hidden, weight, runtime_gather_output)
+            return self.behind(hidden, weight, *args, **kwargs)
         assert options is not None
-        own_weight = self.weight if weight is None else weight
+        own_weight = self.layer.weight if weight is None else weight
         logprobs = head_logprobs(
             hidden,
             own_weight,
             target,
-            VocabularyShard(own_weight.shape[0], options.vocab_size, self.tp_group),
+            VocabularyShard(own_weight.shape[0], options.vocab_size, self.layer.tp_group),
             chunk_size=options.chunk_size,
-            reduce_hidden_grad=not self.config.sequence_parallel,
+            reduce_hidden_grad=not self.layer.config.sequence_parallel,
             rules=options.logits,
             reference=reference,
         )
@@ -80,21 +117,7 @@ def enable_scoring(model: Module) -> None:
     The layer stays as its model built it (weight, sharding, tying); only what a call of it computes changes.
     """
     if model.post_process:
-        model.output_layer.__class__ = LogprobHead
-
-
-@contextlib.contextmanager
-def scoring_disabled(model: Module) -> Iterator[None]:
-    """Undo :func:`enable_scoring` for the time of a block, for programs that go by the name of a module's class."""
-    if not model.post_process:
-        yield
-        return
-    enabled = model.output_layer.__class__
-    model.output_layer.__class__ = ColumnParallelLinear
-    try:
-        yield
-    finally:
-        model.output_layer.__class__ = enabled
+        LogprobHead(model.output_layer)
 
 
 def unwrapped(model: Module) -> Any:
@@ -103,6 +126,35 @@ def unwrapped(model: Module) -> Any:
     while hasattr(inner, "module"):
         inner = inner.module
     return inner
+
+
+def chunks_of(model: Chunks) -> list[Module]:
+    """This rank's chunks of an interleaved pipeline, first one first; of any other model the one it has."""
+    return [model] if isinstance(model, Module) else list(model)
+
+
+def scoring_options(model: Module) -> ScoringOptions:
+    """What a model that takes packed rows, wrapped or not, was told of scoring.
+
+    Raises:
+        ConfigError: it takes none.
+    """
+    inner = unwrapped(model)
+    options = getattr(inner, "scoring_options", None)
+    if not isinstance(options, ScoringOptions):
+        raise ConfigError(
+            f"this {type(inner).__name__} takes no packed rows yet. Call megatron_rmipo.plugin.attach(model, vocab_size=...) "
+            "first, on every rank."
+        )
+    return options
+
+
+def head_weight(model: Module) -> Tensor:
+    """``[V_padded / tp, H]``: this rank's rows of a model's output layer, tied or not. On the last stage alone."""
+    inner = unwrapped(model)
+    tied = inner.share_embeddings_and_output_weights
+    weight: Tensor = inner.shared_embedding_or_output_weight() if tied else inner.output_layer.weight
+    return weight
 
 
 def score_row(
@@ -122,7 +174,7 @@ def score_row(
     Args:
         model: this rank's part of the model, not wrapped, with packed attention (see
             :mod:`megatron_rmipo.model.attention.packed`) in its layers and a :class:`LogprobHead`: our own, or one that
-            :func:`megatron_rmipo.model.adopt.adopt_model` made so.
+            :func:`megatron_rmipo.model.adopt.attach_model` made so.
         token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
         source: int64 ``[N]``, the token whose hidden state predicts.

@@ -59,12 +59,6 @@ class PolicyModel(LanguageModule):
         further: dict[str, Any] = {"options": self.scoring_options, "reference": reference, "uncounted": uncounted}
         return score_row(self, token_ids, position_ids, segments, source, target, **further)
 
-    def head_weight(self) -> Tensor:
-        """``[V_padded / tp, H]``: this rank's rows of the output layer, tied or not. On the last stage alone."""
-        tied = self.share_embeddings_and_output_weights
-        weight: Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return weight
-
 
 class GPTPolicy(PolicyModel, GPTModel):
     """A policy of the class GPTModel.

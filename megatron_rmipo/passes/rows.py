@@ -8,11 +8,13 @@ Shape letters: N scored tokens, P pairs of the global batch, R responses of a ro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,9 +22,10 @@ from torch import Tensor
 
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows, Row
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.memory.readings import PackOutOfMemory, is_out_of_memory
 from megatron_rmipo.model.logprobs import ReferenceHead, vocab_parallel_logprobs
-from megatron_rmipo.model.packed_model import unwrapped
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, scoring_options, unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -31,7 +34,7 @@ _ON_DEVICE = ("token_ids", "position_ids", "source", "target", "lengths", "pair_
 
 
 def run_rows(
-    model: torch.nn.Module,
+    model: Chunks,
     rows: Sequence[Row],
     finish: Callable[[Row, Tensor], Any],
     *,
@@ -43,7 +46,7 @@ def run_rows(
     """Run rows as micro-batches.
 
     Args:
-        model: this rank's stage of the model.
+        model: this rank's stage of the model, or its chunks.
         rows: at least one; the same number on all stages of a replica.
         finish: called on the last stage with each row, on the device, and the model's output for it. With ``backward`` it
             returns what Megatron takes: (loss to sum, number of pairs as an int tensor, what to report).
@@ -56,8 +59,11 @@ def run_rows(
         What ``finish`` gave for each row (with ``backward``, what it said to report); empty but on the last stage.
 
     Raises:
+        ConfigError: the model's pipeline takes rows of one length alone.
         PackOutOfMemory: memory ran out, on this rank alone.
     """
+    chunks = chunks_of(model)
+    _check_lengths(chunks[0], rows)
     begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
 
     def forward_step(
@@ -72,13 +78,13 @@ def run_rows(
             output.register_hook(lambda grad: begun.append((number, True)))
         return output, partial(finish, row) if backward else partial(_keep, finish, row)
 
-    nothing: list[ReferenceHead | None] = [None] * len(rows)
+    numbered = list(enumerate(zip(*_in_groups(chunks, rows, references), strict=True)))
     try:
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(enumerate(zip(rows, references or nothing, strict=True))),
-            model=[model],
-            num_microbatches=len(rows),
+            data_iterator=[iter(numbered) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(numbered),
             # Shapes travel with the activations where they vary; padded rows may all be of this one.
             seq_length=rows[0].token_ids.shape[-1],
             micro_batch_size=rows[0].num_tokens // rows[0].token_ids.shape[-1],
@@ -90,7 +96,72 @@ def run_rows(
             raise
         number, in_backward = begun[-1]
         raise PackOutOfMemory(name, rows, number, backward=backward, in_backward=in_backward, mixed=bool(references)) from error
-    return outputs
+    return outputs[: len(rows)]
+
+
+def _in_groups(
+    chunks: Sequence[torch.nn.Module], rows: Sequence[Row], references: Sequence[ReferenceHead]
+) -> tuple[Sequence[Row], Sequence[ReferenceHead | None]]:
+    """The rows and their references as many as a schedule takes: an interleaved one runs groups of one for each stage."""
+    size = unwrapped(chunks[0]).config.pipeline_model_parallel_size if len(chunks) > 1 else 1
+    # What fills a group up counts nowhere.
+    filler = dataclasses.replace(rows[0], pair_numbers=torch.full_like(rows[0].pair_numbers, -1))
+    fillers = -len(rows) % size
+    known: list[ReferenceHead | None] = [*references] or [None] * len(rows)
+    return [*rows, *[filler] * fillers], known + known[:1] * fillers
+
+
+def _check_lengths(model: torch.nn.Module, rows: Sequence[Row]) -> None:
+    """Refuse rows of several lengths where stages of a pipeline do not tell each other how long a row is."""
+    config = unwrapped(model).config
+    lengths = {row.token_ids.shape[-1] for row in rows}
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths and len(lengths) > 1:
+        raise ConfigError(
+            f"the model's config has variable_seq_lengths=False, and rows of {min(lengths)} to {max(lengths)} tokens would go "
+            "through its pipeline. Set it to True."
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: Chunks) -> Iterator[bool]:
+    """A model in evaluation mode, so that activations are not recomputed; whether it was in training mode before."""
+    modes = [(module, module.training) for chunk in chunks_of(model) for module in chunk.modules()]
+    for chunk in chunks_of(model):
+        chunk.eval()
+    try:
+        yield modes[0][1]
+    finally:
+        for module, trains in modes:
+            module.training = trains
+
+
+def check_rows(model: Chunks, rows: Sequence[Row], lengths: np.ndarray) -> None:
+    """Refuse packed rows that a model which somebody else attached has no embedding or no position for. No communication.
+
+    Args:
+        model: as of :func:`run_rows`.
+        rows: of this rank.
+        lengths: int ``[P, 3]``, prompt, chosen and rejected tokens of all ranks' pairs.
+
+    Raises:
+        ConfigError: the model takes no packed rows, a pair is too long, or a token is none of its vocabulary.
+    """
+    if isinstance(rows[0], PaddedRows):
+        return
+    options = scoring_options(chunks_of(model)[0])
+    # The last token of a response is predicted, and predicts nothing.
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()) - 1
+    if options.longest is not None and longest > options.longest:
+        raise ConfigError(
+            f"a prompt with its response takes {longest} positions, and the model has {options.longest} (max_sequence_length). "
+            "Prepare the data with a smaller --seq-length, or build the model with more."
+        )
+    ids = torch.cat([part for row in rows for part in (row.token_ids, row.target)])
+    if ids.numel() and int(ids.max()) >= options.vocab_size:
+        raise ConfigError(
+            f"token {int(ids.max())} is none of the model's vocabulary (vocab_size {options.vocab_size}): the data was made with "
+            "another tokenizer, or the model attached with too small a vocab_size."
+        )
 
 
 def on_device(row: Row) -> Row:
@@ -160,11 +231,11 @@ def response_sums(logprobs: Tensor, row: Row) -> Tensor:
     return torch.stack([response_sums(one, row) for one in logprobs])
 
 
-def score_responses(model: torch.nn.Module, rows: Sequence[Row], num_pairs: int, *, name: str = "scoring pass") -> Tensor:
+def score_responses(model: Chunks, rows: Sequence[Row], num_pairs: int, *, name: str = "scoring pass") -> Tensor:
     """Log-probs of every response of this rank's rows, forward only.
 
     Args:
-        model: this rank's stage of the model.
+        model: this rank's stage of the model, or its chunks.
         rows: at least one; the same number on all stages of a replica.
         num_pairs: P.
         name: of the pass, for messages.
@@ -199,3 +270,14 @@ def from_last_stage(value: Any, groups: ProcessGroups) -> Any:
         source = dist.get_global_rank(groups.pp, groups.pp_size - 1)
         dist.broadcast_object_list(payload, src=source, group=groups.pp, device=current_device())
     return payload[0]
+
+
+def scores_everywhere(
+    model: Chunks, rows: Sequence[Row], num_pairs: int, groups: ProcessGroups, *, name: str = "scoring pass"
+) -> Tensor:
+    """What :func:`score_responses` finds, of all data-parallel ranks, on every rank of the run; on the CPU."""
+    scores = score_responses(model, rows, num_pairs, name=name)
+    if groups.is_last_stage:
+        scores = gather_pairs(scores, groups)
+    found: Tensor = from_last_stage(scores, groups)
+    return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, head_weight, scoring_options
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
 from megatron_rmipo.objectives.contract import check_prepared
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, as_tensors, row_losses
@@ -45,22 +45,22 @@ class PairMetrics:
 
 @torch.no_grad()
 def prepare_batch(
-    model: torch.nn.Module,
+    model: Chunks,
     batch: RankBatch,
     objective: Objective,
     state: State,
     groups: ProcessGroups,
-    reference: PolicyModel | None = None,
+    reference: Chunks | None = None,
 ) -> Prepared:
     """Run the forward-only passes the objective declares, and let it look at the global batch.
 
     Args:
-        model: the policy in evaluation mode, so that activations are not recomputed.
+        model: the policy, or its chunks, in evaluation mode, so that activations are not recomputed.
         batch: this rank's share.
         objective: what is trained.
         state: of the objective; it is not changed.
         groups: the process groups of this rank.
-        reference: the resident reference, for objectives that need one.
+        reference: the resident reference, for objectives that need one; or its chunks.
     """
     needs = objective.needs
     unconditional = _score("unconditional pass", model, batch.unconditional, batch) if batch.unconditional else None
@@ -72,8 +72,7 @@ def prepare_batch(
         with trace_range("reference pass"):
             keep = lambda row, output: output  # noqa: E731
             hidden = run_rows(reference, batch.conditional, keep, name="reference pass", backward=False, scores=False)
-        rules = reference.scoring_options.logits
-        references = [ReferenceHead(one, reference.head_weight(), needs.perturbation, rules) for one in hidden]
+        references = _heads(reference, hidden, needs.perturbation)
     if not groups.is_last_stage:
         return Prepared()
     prepared = objective.prepare(_whole_batch(batch, scores, mismatched, groups), state)
@@ -81,7 +80,17 @@ def prepare_batch(
     return Prepared(unconditional, prepared, references)
 
 
-def _score(name: str, model: torch.nn.Module, rows: Sequence[Row], batch: RankBatch) -> Tensor:
+def _heads(reference: Chunks, hidden: Sequence[Tensor], epsilon: float) -> list[ReferenceHead]:
+    """Hidden states of rows under the reference, with its output layer; none but on the last stage."""
+    if not hidden:
+        return []
+    last = chunks_of(reference)[-1]
+    weight, rules = head_weight(last), scoring_options(last).logits
+    # Megatron's wrapper for mixed precision gives fp32 out of a model, of the same value.
+    return [ReferenceHead(one.to(weight.dtype), weight, epsilon, rules) for one in hidden]
+
+
+def _score(name: str, model: Chunks, rows: Sequence[Row], batch: RankBatch) -> Tensor:
     with trace_range(name):
         return score_responses(model, rows, batch.num_pairs, name=name)
 

@@ -1,1 +1,58 @@
-"""Preference losses inside other people's Megatron models and training loops."""
+"""Preference losses and log-probs inside other people's Megatron models and training loops.
+
+What is public is listed here, and imported where it is first used: adapters to programs without Megatron do not load it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_rmipo.model.adopt import attach_model as attach
+    from megatron_rmipo.model.adopt import detach_model as detach
+    from megatron_rmipo.model.logprobs import (
+        ReferenceHead,
+        linear_logprobs,
+        perturbed_linear_logprobs,
+        vocab_parallel_logprobs,
+    )
+    from megatron_rmipo.plugin.batches import preference_batches
+    from megatron_rmipo.plugin.scores import PairScores, score, score_reference
+    from megatron_rmipo.plugin.step import PreferenceStep
+
+_MODEL, _OWN = "megatron_rmipo.model", "megatron_rmipo.plugin"
+# Name -> (module, its name there).
+_PUBLIC = {
+    "PairScores": (f"{_OWN}.scores", "PairScores"),
+    "PreferenceStep": (f"{_OWN}.step", "PreferenceStep"),
+    "ReferenceHead": (f"{_MODEL}.logprobs", "ReferenceHead"),
+    "attach": (f"{_MODEL}.adopt", "attach_model"),
+    "detach": (f"{_MODEL}.adopt", "detach_model"),
+    "linear_logprobs": (f"{_MODEL}.logprobs", "linear_logprobs"),
+    "perturbed_linear_logprobs": (f"{_MODEL}.logprobs", "perturbed_linear_logprobs"),
+    "preference_batches": (f"{_OWN}.batches", "preference_batches"),
+    "score": (f"{_OWN}.scores", "score"),
+    "score_reference": (f"{_OWN}.scores", "score_reference"),
+    "vocab_parallel_logprobs": (f"{_MODEL}.logprobs", "vocab_parallel_logprobs"),
+}
+__all__ = [
+    "PairScores",
+    "PreferenceStep",
+    "ReferenceHead",
+    "attach",
+    "detach",
+    "linear_logprobs",
+    "perturbed_linear_logprobs",
+    "preference_batches",
+    "score",
+    "score_reference",
+    "vocab_parallel_logprobs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, own = _PUBLIC[name]
+    return getattr(importlib.import_module(module), own)

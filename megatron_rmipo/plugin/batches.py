@@ -6,22 +6,18 @@ import dataclasses
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch, iterate_batches
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
 from megatron_rmipo.data.batches.padding import PaddedShape, Row
-from megatron_rmipo.data.batches.sizes import CostModel, check_capacity
-from megatron_rmipo.data.store.collection import PairCollection
-from megatron_rmipo.data.store.pair_store import PairStore
+from megatron_rmipo.data.batches.sizes import BY_TOKENS, CostModel, check_capacity
+from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.groups import ProcessGroups
-
-# Balance by tokens.
-_BY_TOKENS = CostModel(per_token=1.0, per_area=0.0, per_scored_token=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +81,7 @@ class PreferenceBatches(Iterator[Microbatch]):
 
 
 def preference_batches(
-    data: str | Sequence[str] | PairCollection,
+    data: PairData,
     objective: Objective,
     *,
     global_batch_size: int,
@@ -108,7 +104,8 @@ def preference_batches(
     """Micro-batches for this rank, on every pipeline stage the same. No communication.
 
     Args:
-        data: ``PREFIX`` of prepared data, several, or a collection that has what the objective reads beside the pairs.
+        data: ``PREFIX`` of prepared data, several, a collection that has what the objective reads beside the pairs, or
+            ``(prompt_ids, chosen_ids, rejected_ids)`` of each pair.
         objective: what is trained; it says which responses are laid out.
         global_batch_size: pairs of a step, over all data-parallel ranks.
         num_microbatches: of a step on each rank, the same at every step: what the loop gives Megatron's schedule.
@@ -136,13 +133,13 @@ def preference_batches(
         DataError: a data set is missing or incomplete.
     """
     groups = groups or ProcessGroups.of_megatron()
-    pairs = open_pairs(data, objective)
+    pairs = pairs_for(data, objective)
     needs = objective.needs
     batch_layout = BatchLayout(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         tokens_per_microbatch=sys.maxsize if tokens_per_microbatch is None else tokens_per_microbatch,
-        cost=cost or _BY_TOKENS,
+        cost=cost or BY_TOKENS,
         share_prompts=share_prompts,
         with_rejected=needs.rejected,
         unconditional="none" if needs.unconditional == "bos" and context_token_id is None else needs.unconditional,
@@ -150,6 +147,8 @@ def preference_batches(
         bos_token_id=context_token_id,
         columns=needs.columns,
         multiple_of=multiple_of,
+        # Ranks that meet in layers of experts run as many rows in the passes before the step, too.
+        equal_packs=groups.ep.size() > 1,
         num_microbatches=num_microbatches,
     )
     builder: BatchBuilder
@@ -175,23 +174,20 @@ def preference_batches(
     return PreferenceBatches(batches, consumed_pairs=consumed_pairs)
 
 
-def open_pairs(data: str | Sequence[str] | PairCollection, objective: Objective) -> PairCollection:
-    """Prepared pairs with what an objective reads beside them.
+def pairs_for(data: PairData, objective: Objective) -> PairCollection:
+    """Pairs with what an objective reads beside them.
 
     Raises:
         ConfigError: it compares with a reference, and there are no log-probs of one.
         DataError: a data set is missing or incomplete.
     """
-    if isinstance(data, PairCollection):
-        pairs = data
-    else:
-        pairs = PairCollection([PairStore(prefix) for prefix in ([data] if isinstance(data, str) else data)])
+    pairs = open_pairs(data)
     if objective.needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
     if objective.needs.reference and pairs.reference_scores is None:
         raise ConfigError(
             f"objective {objective.name} compares with a reference, and the data has no log-probs of one: "
-            "give it those of megatron_rmipo.plugin.score_reference first."
+            "give it some with megatron_rmipo.plugin.score_reference(model, pairs, objective, ...) first."
         )
     return pairs
 

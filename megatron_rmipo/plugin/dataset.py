@@ -19,7 +19,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.pair_losses import KnownPairs
 from megatron_rmipo.passes.rows import on_device
-from megatron_rmipo.plugin.batches import check_padded, open_pairs
+from megatron_rmipo.plugin.batches import check_padded, pairs_for
 from megatron_rmipo.runtime.groups import current_device
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -49,7 +49,7 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, data: str | Sequence[str] | PairCollection, objective: Objective) -> None:
         _refuse_whole_batch(objective)
-        self.pairs = open_pairs(data, objective)
+        self.pairs = pairs_for(data, objective)
         self.objective = objective
         self.lengths = self.pairs.lengths
         self.mean_chosen_length = float(self.lengths[:, 1].mean()) or 1.0

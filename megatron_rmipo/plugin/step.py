@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,11 +13,11 @@ from torch.nn import Module
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.packed_model import unwrapped
+from megatron_rmipo.model.packed_model import Chunks, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
-from megatron_rmipo.passes.rows import on_device, row_output
+from megatron_rmipo.passes.rows import check_rows, evaluating, on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
 from megatron_rmipo.plugin.dataset import given_rows
@@ -36,7 +35,7 @@ class PreferenceStep:
 
     Args:
         objective: what is trained.
-        reference: of objectives that keep one in memory: an attached model on this rank, frozen.
+        reference: of objectives that keep one in memory: an attached model on this rank, frozen, or its chunks.
         groups: the process groups of this rank; None: Megatron's.
 
     Attributes:
@@ -44,7 +43,7 @@ class PreferenceStep:
         state: what the objective carries from step to step.
     """
 
-    def __init__(self, objective: Objective, *, reference: Module | None = None, groups: ProcessGroups | None = None) -> None:
+    def __init__(self, objective: Objective, *, reference: Chunks | None = None, groups: ProcessGroups | None = None) -> None:
         self.objective = objective
         self.reference = reference
         self.groups = groups or ProcessGroups.of_megatron()
@@ -89,18 +88,19 @@ class PreferenceStep:
         assert self._known is not None
         return row_output(model, row, reference), partial(self._loss, row, self._known, self._reports)
 
-    def before_step(self, model: Module, batch: RankBatch) -> None:
+    def before_step(self, model: Chunks, batch: RankBatch) -> None:
         """Find out what the objective must know of a batch before its losses. All ranks call it together, before the schedule.
 
         Args:
-            model: as the schedule takes it.
+            model: as the schedule takes it, with interleaved pipelines the list of its chunks.
             batch: whose micro-batches come next: ``batches.peek()``.
         """
+        check_rows(model, batch.rows, batch.lengths)
         if self._advances and self.state:
             # The loop has not called after_step.
             self.after_step()
-        with _evaluating(model) as trains:
-            prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)  # type: ignore[arg-type]
+        with evaluating(model) as trains:
+            prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)
         self._current, self._prepared, self._advances = batch, prepared, trains
         self._known = KnownPairs.of(batch, prepared)
         self._reports, self._seen = [], set()
@@ -158,18 +158,6 @@ def _report(found: RowLosses) -> dict[str, Tensor]:
         counts = (found.numbers >= 0) & ~torch.isnan(values) if name != "loss" else found.numbers >= 0
         report[name] = torch.stack([torch.where(counts, values, 0.0).sum(), counts.sum().to(values.dtype)])
     return report
-
-
-@contextlib.contextmanager
-def _evaluating(model: Module) -> Iterator[bool]:
-    """The model in evaluation mode, so that activations are not recomputed; whether it was in training mode before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield modes[0][1]
-    finally:
-        for module, trains in modes:
-            module.training = trains
 
 
 def _check_loop(model: Module) -> None:

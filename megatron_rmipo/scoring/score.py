@@ -33,7 +33,7 @@ from megatron_rmipo.data.store.reference_scores import (
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.policy import PolicyModel
-from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, score_responses
+from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
@@ -156,11 +156,8 @@ def score_rows(
 @torch.no_grad()
 def _score_block(model: PolicyModel, batch: RankBatch, groups: ProcessGroups) -> np.ndarray:
     model.eval()
-    scores: Any = score_responses(model, batch.conditional, batch.num_pairs)
-    if groups.is_last_stage:
-        scores = gather_pairs(scores, groups)[:, :, 0].numpy()
-    result: np.ndarray = from_last_stage(scores, groups)
-    return result
+    scores: np.ndarray = scores_everywhere(model, batch.conditional, batch.num_pairs, groups)[:, :, 0].numpy()
+    return scores
 
 
 def _write(writer: Sequence[ScoreWriter], scores: np.ndarray) -> None:

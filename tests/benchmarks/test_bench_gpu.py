@@ -32,6 +32,7 @@ from megatron_rmipo.data.batches.packing import pack_pairs
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
+from megatron_rmipo.model.packed_model import head_weight
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.step import evaluate_batch
@@ -234,7 +235,7 @@ def logprobs_with_and_without_layers() -> tuple[torch.Tensor, torch.Tensor, torc
         hidden = policy.embedding.word_embeddings.weight[row.token_ids].double()
         hidden = hidden * (hidden.square().mean(1, keepdim=True) + ARCH.layernorm_epsilon).rsqrt()
         hidden = hidden * policy.decoder.final_layernorm.weight.double()
-        logits = hidden[row.source] @ policy.head_weight()[: ARCH.vocab_size].double().t()
+        logits = hidden[row.source] @ head_weight(policy)[: ARCH.vocab_size].double().t()
         by_hand = logits.log_softmax(-1).gather(-1, row.target[:, None])[:, 0]
     return without, by_hand, after, before
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.verify import policy_logits
 from megatron_rmipo.model.build import build_policy
 from megatron_rmipo.model.megatron_config import transformer_config
+from megatron_rmipo.model.packed_model import head_weight
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 from tests.model.test_build import ARCH
@@ -27,7 +28,7 @@ def logits_of_a_model_that_caps_them() -> dict[str, Tensor]:
     with torch.no_grad():
         logits = policy_logits(policy, ids, groups)
         logprobs = policy(ids, positions, segments, positions[:-1], ids[1:])
-        product = policy(ids, positions, segments, positions, None) @ policy.head_weight()[:53].t()
+        product = policy(ids, positions, segments, positions, None) @ head_weight(policy)[:53].t()
     shutdown_runtime()
     assert logits is not None
     return {"logits": logits, "logprobs": logprobs, "product": product}

@@ -18,10 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.adopt import adopt_model
+from megatron_rmipo.model.adopt import attach_model, detach_model
 from megatron_rmipo.model.hybrid import HybridModel, hybrid_config, hybrid_stack
 from megatron_rmipo.model.layers.norms import RMSNorm
-from megatron_rmipo.model.packed_model import ScoringOptions, score_row
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 
@@ -159,11 +158,17 @@ def packed(model: Any, pairs: list[list[Tensor]]) -> Tensor:
             source += [start + first - 1, *range(start + place, start + place + len(response) - 1)]
             target.append(response)
         start += second + len(rejected)
-    row = (torch.cat(tokens), torch.cat(positions), torch.tensor(segments), torch.tensor(source), torch.cat(target))
+    row = {
+        "token_ids": torch.cat(tokens),
+        "position_ids": torch.cat(positions),
+        "segments": torch.tensor(segments),
+        "source": torch.tensor(source),
+        "target": torch.cat(target),
+    }
     # The last tokens of a row, whose outputs nothing reads but their own.
     uncounted = torch.arange(start) >= start - 3
     before = counts(model)
-    scores = score_row(model, *row, options=ScoringOptions(VOCAB, chunk_size=7), uncounted=uncounted)
+    scores = model(**row, uncounted=uncounted)
     assert counts(model) == [count + model.config.moe_router_topk * (start - 3) for count in before]
     return scores
 
@@ -186,6 +191,18 @@ def scores_and_gradients(model: Any, scores: Tensor, groups: ProcessGroups) -> t
     return scores.detach(), gradients
 
 
+def everything(model: Any) -> dict[str, Any]:
+    """What detaching must leave as it was; but for ``attributes`` attaching, too."""
+    sharded = model.sharded_state_dict()
+    return {
+        "attributes": [{key: id(value) for key, value in vars(module).items()} for module in model.modules()],
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        "state": [(name, getattr(value, "shape", None)) for name, value in model.state_dict().items()],
+        "sharded": [(name, value.key, getattr(value, "global_shape", None)) for name, value in sharded.items()],
+    }
+
+
 def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
     """Of each model its scores and gradients apart, and packed once it is adopted."""
     groups = initialize_runtime(tp)
@@ -196,15 +213,19 @@ def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
     for name in names:
         model = build(KINDS[name], groups, RMSNorm if tp > 1 else None)
         first = scores_and_gradients(model, apart(model, pairs, tp), groups)
-        keys = sorted(model.state_dict()), sorted(model.sharded_state_dict())
-        for _ in range(2):  # The second time there is nothing left to do.
-            adopt_model(model)
-        assert keys == (sorted(model.state_dict()), sorted(model.sharded_state_dict())), name
+        kept = everything(model)
+        for _ in range(2):
+            attach_model(model, vocab_size=VOCAB, chunk_size=7)
+            assert kept | {"attributes": None} == everything(model) | {"attributes": None}, name
+            found[name] = first, scores_and_gradients(model, packed(model, pairs), groups)
+            torch.testing.assert_close(apart(model, pairs, tp).detach(), first[0], rtol=0, atol=0)
+            for layer in model.decoder.layers:
+                # What recomputation of attention asks for; layers of MLPs have none.
+                layer.self_attention.checkpoint_core_attention = tp == 1
+            detach_model(model)
         for layer in model.decoder.layers:
-            # What recomputation of attention asks for; layers of MLPs have none.
-            layer.self_attention.checkpoint_core_attention = tp == 1
-        found[name] = first, scores_and_gradients(model, packed(model, pairs), groups)
-        torch.testing.assert_close(apart(model, pairs, tp).detach(), first[0], rtol=0, atol=0)
+            layer.self_attention.checkpoint_core_attention = False
+        assert kept == everything(model), name
     shutdown_runtime()
     return found
 
@@ -308,10 +329,10 @@ def refusals() -> None:
     for alter, message in REFUSED:
         model = build(Built(), groups)
         alter(model)
-        before = [type(module) for module in model.modules()]
+        before = [dict(vars(module)) for module in model.modules()]
         with pytest.raises(ConfigError, match=message):
-            adopt_model(model)
-        assert before == [type(module) for module in model.modules()]
+            attach_model(model, vocab_size=VOCAB)
+        assert before == [vars(module) for module in model.modules()]
     with pytest.raises(ConfigError, match="This Linear cannot be scored"):
-        adopt_model(torch.nn.Linear(2, 2))
+        attach_model(torch.nn.Linear(2, 2), vocab_size=VOCAB)
     shutdown_runtime()

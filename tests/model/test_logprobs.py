@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs, linear_logprobs, vocab_parallel_logprobs
-from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
+from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs, vocab_parallel_logprobs
+from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules
 from tests.harness import run_distributed
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37
@@ -249,12 +249,6 @@ def dense_perturbed(padded_rows: int, rules: LogitRules, reference_rules: LogitR
     return torch.stack([torch.log_softmax(logits, -1).gather(-1, target[:, None])[:, 0] for logits in mixtures])
 
 
-def perturbed(
-    hidden: Tensor, weight: Tensor, target: Tensor, reference: ReferenceHead, shard: VocabularyShard, **options: Any
-) -> Tensor:
-    return head_logprobs(hidden, weight, target, shard, reference=reference, reduce_hidden_grad=True, **options)
-
-
 def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
     """By case: log-probs, gradients of hidden and weight, number of collectives of the forward pass."""
     torch.distributed.init_process_group("gloo")
@@ -270,9 +264,9 @@ def perturbed_on_this_rank() -> list[tuple[Tensor, Tensor, Tensor, int]]:
         reference_hidden, reference_weight = reference_problem(padded_rows)
         leaves = (hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_())
         reference = ReferenceHead(reference_hidden, reference_weight[shard], EPSILON, RULES[number - 1])
-        vocabulary = VocabularyShard(rows, VOCAB, group)
         calls.clear()
-        logprobs = perturbed(*leaves, target, reference, vocabulary, chunk_size=chunk_size, rules=RULES[number])
+        options: dict[str, Any] = {"vocab_size": VOCAB, "chunk_size": chunk_size, "rules": RULES[number]}
+        logprobs = perturbed_linear_logprobs(*leaves, target, reference, group, **options)
         num_collectives = len(calls)
         logprobs[0].backward(grad)
         assert leaves[0].grad is not None
@@ -299,6 +293,5 @@ def test_perturbed_logprobs_match_dense_float64_in_two_collectives(world_size: i
 def test_mixtures_of_equal_models_are_the_model_to_the_bit() -> None:
     hidden, weight, target, _ = dense_problem(VOCAB)
     hidden, weight = hidden.float(), weight.float()
-    shard = VocabularyShard(VOCAB, None, None)
-    logprobs = perturbed(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), shard, chunk_size=4)
+    logprobs = perturbed_linear_logprobs(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), chunk_size=4)
     assert torch.equal(logprobs, linear_logprobs(hidden, weight, target, chunk_size=4).expand(4, -1))

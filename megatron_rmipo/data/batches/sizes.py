@@ -27,6 +27,10 @@ class CostModel:
     per_windowed_area: tuple[tuple[int, float], ...] = ()
 
 
+# Balance by tokens, where nothing is known of the model.
+BY_TOKENS = CostModel(per_token=1.0, per_area=0.0, per_scored_token=0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class PairSizes:
     """Sizes of a number of pairs under one layout, each a NumPy array over the pairs.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rmipo.data.store.in_memory import IdLists, PairsInMemory
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
 from megatron_rmipo.data.store.reference_scores import Scores
@@ -109,3 +110,22 @@ class PairCollection(Sequence[TokenizedPair]):
     def __getitem__(self, index: int) -> TokenizedPair:  # type: ignore[override]
         which, row = self._locate(index)
         return self.stores[which][row]
+
+
+# PREFIX of prepared data, several, what is open already, or pairs of token ids in memory.
+PairData = str | Sequence[str] | Sequence[IdLists] | PairCollection
+
+
+def open_pairs(data: PairData) -> PairCollection:
+    """The pairs that a program names, as a collection.
+
+    Raises:
+        DataError: a data set is missing or incomplete, or pairs in memory are none.
+    """
+    if isinstance(data, PairCollection):
+        return data
+    if isinstance(data, str):
+        data = [data]
+    prefixes = [one for one in data if isinstance(one, str)]
+    stores: list[Any] = [PairStore(prefix) for prefix in prefixes] or [PairsInMemory(data)]  # type: ignore[arg-type]
+    return PairCollection(stores)
