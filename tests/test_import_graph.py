@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "model": {"errors", "torchrun", "config", "runtime", "data", "families"},
     "memory": {"errors", "config", "runtime", "data", "families", "model"},
     "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
-    "plugin": {"errors", "runtime", "objectives", "data", "model", "passes"},
+    "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},
@@ -49,7 +49,7 @@ INNER_ROOMS = {
     },
     "checkpoint": {"hf": {"whole_directories", "raw_files"}, "megatron": {"hf", "whole_directories", "raw_files"}},
     "model": {"attention": set(), "layers": {"attention", "products"}},
-    "plugin": {"adapters": {"pair_sums", "mismatched_rows"}},
+    "plugin": {"adapters": {"batches", "step", "pair_sums", "mismatched_rows"}},
 }
 # So many files a room holds at most; these have one file each of something.
 MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}

@@ -94,6 +94,54 @@ def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog
     return sections
 
 
+def add_objective_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str], objectives: Mapping[str, type], load_options: Callable[[str], type]
+) -> None:
+    """Add ``--objective``, its switches and the options of all objectives to the parser of another program.
+
+    Args:
+        parser: has all its other flags already; those that are not given end up as None, or as the trainer's default.
+        argv: the command line, for the options of an objective that is not among ``objectives``.
+        objectives, load_options: as of :func:`parse_config`.
+
+    Raises:
+        ConfigError: there is no such objective, or an option of it is a flag of the other program.
+    """
+    early = _Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--objective", default=str(ObjectiveConfig().objective))
+    name = early.parse_known_args(list(argv))[0].objective
+    objectives = {**objectives, name: _options_class(name, objectives, load_options)}
+    flags = _all_flags(objectives)
+    taken = {action.dest for action in parser._actions} | {flag for action in parser._actions for flag in action.option_strings}
+    for key in ("objective", "pair_weight", *_option_helps(objectives)):
+        if key in taken or flag_of(key) in taken:
+            raise ConfigError(f"{flag_of(key)}: an option of the objective is a flag of this program; give it another name.")
+    _add_section(parser, ObjectiveConfig, ["objective", "pair_weight"], flags, list(objectives))
+    parser.set_defaults(objective=name, pair_weight=False)
+    group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
+    for key, text in _option_helps(objectives).items():
+        _add_flag(group, key, flags[key], text, None)
+
+
+def read_objective_flags(
+    values: Mapping[str, object], objectives: Mapping[str, type], load_options: Callable[[str], type]
+) -> ObjectiveConfig:
+    """What flags that :func:`add_objective_flags` added say.
+
+    Args:
+        values: name -> what the other program's parser found, None for what is not given; other names are not looked at.
+        objectives, load_options: as there.
+
+    Raises:
+        ConfigError: a value of the wrong type, or an option of another objective.
+    """
+    name = str(values["objective"])
+    objectives = {**objectives, name: _options_class(name, objectives, load_options)}
+    given = {key: Given(values[key], flag_of(key)) for key in _option_helps(objectives) if values.get(key) is not None}
+    options = _objective_options(given, name, objectives, [])
+    return ObjectiveConfig(objective=name, pair_weight=bool(values["pair_weight"]), options=options)
+
+
 def _converted(given: Mapping[str, Given], kinds: Mapping[str, ValueType], problems: list[str]) -> dict[str, Any]:
     """The values of the given flags; what is wrong with them is added to ``problems``."""
     values: dict[str, Any] = {}
@@ -216,18 +264,26 @@ def _add_flag(group: Any, key: str, kind: ValueType, text: str, metavar: str | N
 def _assemble(given: Mapping[str, Given], name: str, objectives: Mapping[str, type]) -> Config:
     problems: list[str] = []
     section_values = {section: _converted(given, field_types(section), problems) for section in _sections()}
-    option_kinds = field_types(objectives[name])
-    options = _converted(given, option_kinds, problems)
-    taken = set(option_kinds).union(*(field_types(section) for section in _sections()))
-    problems += [_unused_option(given[key], key, name, objectives) for key in given if key not in taken]
+    own = {key for section in _sections() for key in field_types(section)}
+    options = {key: one for key, one in given.items() if key not in own}
+    section_values[ObjectiveConfig]["options"] = _objective_options(options, name, objectives, problems)
+    names = [section.name for section in dataclasses.fields(Config)]
+    return Config(**{key: section(**section_values[section]) for key, section in zip(names, _sections(), strict=True)})
+
+
+def _objective_options(
+    given: Mapping[str, Given], name: str, objectives: Mapping[str, type], problems: list[str]
+) -> dict[str, Any]:
+    """Every option of an objective with its value, from those that are given; refuses them together with other problems."""
+    kinds = field_types(objectives[name])
+    options = _converted(given, kinds, problems)
+    problems += [_unused_option(given[key], key, name, objectives) for key in given if key not in kinds]
     _refuse(problems)
     try:
         resolved = objectives[name](**options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--objective {name}: {error}") from error
-    section_values[ObjectiveConfig]["options"] = {key: getattr(resolved, key) for key in option_kinds}
-    names = [section.name for section in dataclasses.fields(Config)]
-    return Config(**{key: section(**section_values[section]) for key, section in zip(names, _sections(), strict=True)})
+    return {key: getattr(resolved, key) for key in kinds}
 
 
 def _unused_option(given: Given, key: str, name: str, objectives: Mapping[str, type]) -> str:

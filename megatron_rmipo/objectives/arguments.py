@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 
-from megatron_rmipo.config.parsing import parse_config
+from megatron_rmipo.config.parsing import add_objective_flags, parse_config, read_objective_flags
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
@@ -22,13 +23,45 @@ def parse_arguments(argv: Sequence[str]) -> Config:
         ConfigError: see :func:`megatron_rmipo.config.parsing.parse_config`.
         SystemExit: after ``--help``.
     """
-    options = {name: objective.Config for name, objective in OBJECTIVES.items()}
     return parse_config(
         argv,
-        options,
-        load_options=lambda name: find_objective(name).Config,
+        _known_options(),
+        load_options=_options_of,
         defaults_of=lambda name: {"lr": find_objective(name).default_lr},
     )
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the trainer's flags of an objective to another program's parser.
+
+    Args:
+        parser: of the other program, with all its flags.
+        argv: the command line that it will read.
+
+    Raises:
+        ConfigError: see :func:`megatron_rmipo.config.parsing.add_objective_flags`.
+    """
+    add_objective_flags(parser, argv, _known_options(), _options_of)
+
+
+def objective_of_arguments(values: Mapping[str, object]) -> Objective:
+    """The objective that another program's arguments name, their parser being one of :func:`add_objective_arguments`.
+
+    Args:
+        values: name -> value.
+
+    Raises:
+        ConfigError: an option of another objective, or one whose value is not taken.
+    """
+    return objective_of(Config(objective=read_objective_flags(values, _known_options(), _options_of)))
+
+
+def _known_options() -> dict[str, type]:
+    return {name: objective.Config for name, objective in OBJECTIVES.items()}
+
+
+def _options_of(name: str) -> type:
+    return find_objective(name).Config
 
 
 def objective_of(config: Config) -> Objective:

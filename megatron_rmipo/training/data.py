@@ -21,6 +21,7 @@ from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.passes.needed_data import check_length, check_read, refuse_empty, refuse_mixed
 from megatron_rmipo.training.progress import Progress
 
 
@@ -117,7 +118,7 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
     train = PairCollection.combine(parts, weights)
     num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
     stores = [store for pairs in (train, held_out) if pairs is not None for store in pairs.stores]
-    _refuse_mixed(stores)
+    refuse_mixed(stores)
     context = find_context_token(tokenizer, [store.manifest for store in stores])
     data = RunData(train, held_out, num_held_out, context)
     made: dict[str, MismatchedStore] = {}
@@ -137,46 +138,11 @@ def _open_blend(
     return [PairCollection([store]) for store in stores], [weight for weight, _ in blend] if len(blend) > 1 else None
 
 
-def _refuse_mixed(stores: Sequence[PairStore]) -> None:
-    """Unpaired rows count one response, pairs two: a mean over rows of both kinds would weigh responses unevenly."""
-    kinds = {store.manifest.unpaired: store.prefix for store in stores}
-    if len(kinds) > 1:
-        raise DataError(
-            f"{kinds[True]} holds unpaired rows, {kinds[False]} pairs; one run takes one kind. Train on them one after the "
-            "other, or write the pairs as unpaired rows, too."
-        )
-
-
 def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNeeds, config: Config, source: ModelSource) -> None:
-    if len(store) == 0:
-        raise DataError(f"{flag} {store.prefix}: no pairs in it. Look at {store.prefix}.json for why rows were dropped.")
+    refuse_empty(store, flag)
     check_tokenizer(store, flag, source, fingerprint)
-    objective = config.objective.objective
-    if needs.rejected and not store.manifest.has_rejected:
-        raise DataError(
-            f"{flag} {store.prefix}: supervised data, without rejected responses, which --objective {objective} needs. "
-            "Train on preference pairs, or use --objective sft."
-        )
-    if store.manifest.unpaired and not needs.unpaired:
-        raise DataError(
-            f"{flag} {store.prefix}: unpaired data, one response with a label a row, but --objective {objective} needs "
-            f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or use "
-            "--objective kto."
-        )
-    missing = [column for column in needs.columns if column not in store.manifest.pair_columns]
-    if missing:
-        readers = " and ".join(dict.fromkeys(_reader(config.objective, column) for column in missing))
-        raise DataError(
-            f"{flag} {store.prefix}: no {' and no '.join(missing)} beside its pairs, to be read by {readers}. Prepare the data "
-            "from rows that have such a column, or train without reading it."
-        )
-    longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
-    most, allowed = int(longest.max()), config.data.seq_length
-    if most > allowed:
-        raise ConfigError(
-            f"--seq-length {allowed}: pair {int(longest.argmax())} of {store.prefix} is {most} tokens long. "
-            f"Use --seq-length {most}, or prepare the data again with --seq-length {allowed}."
-        )
+    check_read(store, flag, needs, config.objective.objective, lambda column: _reader(config.objective, column))
+    check_length(store, config.data.seq_length)
 
 
 def _reader(objective: ObjectiveConfig, column: str) -> str:
