@@ -17,6 +17,7 @@ from megatron_rmipo.data.batches.sizes import BY_TOKENS, CostModel, check_capaci
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.plugin.context import ContextToken, context_token
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -94,7 +95,7 @@ def preference_batches(
     consumed_pairs: int = 0,
     seed: int = 1234,
     unconditional: Literal["rows", "pass"] = "rows",
-    context_token_id: int | None = None,
+    context_token_id: ContextToken = "bos",
     share_prompts: bool = True,
     multiple_of: int = 1,
     cost: CostModel | None = None,
@@ -120,7 +121,8 @@ def preference_batches(
         seed: of the order.
         unconditional: where log p(y) comes from, should the objective read it: ``rows`` lays the responses alone into the rows
             of the gradient pass, ``pass`` leaves them to :meth:`megatron_rmipo.plugin.step.PreferenceStep.before_step`.
-        context_token_id: the token before a response in log p(y), BOS as a rule; None: its first token is not scored.
+        context_token_id: the token before a response in log p(y); ``bos``: that of the data's tokenizer; None: its first token is
+            not scored.
         share_prompts: packed: a prompt stands once for both responses.
         multiple_of: rows are padded to a multiple of this many tokens, TP under sequence parallelism. Packed rows are equally
             long where it is ``tokens_per_microbatch``, as pipelines without ``variable_seq_lengths`` want them.
@@ -135,6 +137,7 @@ def preference_batches(
     groups = groups or ProcessGroups.of_megatron()
     pairs = pairs_for(data, objective)
     needs = objective.needs
+    context = context_token(context_token_id, pairs) if needs.unconditional == "bos" else None
     batch_layout = BatchLayout(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
@@ -142,9 +145,9 @@ def preference_batches(
         cost=cost or BY_TOKENS,
         share_prompts=share_prompts,
         with_rejected=needs.rejected,
-        unconditional="none" if needs.unconditional == "bos" and context_token_id is None else needs.unconditional,
+        unconditional="none" if needs.unconditional == "bos" and context is None else needs.unconditional,
         unconditional_in_rows=unconditional == "rows",
-        bos_token_id=context_token_id,
+        bos_token_id=context,
         columns=needs.columns,
         multiple_of=multiple_of,
         # Ranks that meet in layers of experts run as many rows in the passes before the step, too.

@@ -20,6 +20,7 @@ from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.pair_losses import KnownPairs
 from megatron_rmipo.passes.rows import on_device
 from megatron_rmipo.plugin.batches import check_padded, pairs_for
+from megatron_rmipo.plugin.context import ContextToken, context_token
 from megatron_rmipo.runtime.groups import current_device
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -81,7 +82,7 @@ class PreferenceCollator:
         dataset: whose items they are. Of its pairs is the mean length by which an objective may divide: here that of all pairs,
             and not that of each global batch.
         vocab_size: of the model, without padding for tensor parallelism.
-        context_token_id: the token before a response in log p(y), BOS as a rule; None: its first token is not scored.
+        context_token_id: as of :func:`megatron_rmipo.plugin.batches.preference_batches`.
         multiple_of: S is a multiple of this many tokens, TP under sequence parallelism.
         pad_to: S; None: as long as the longest row makes it.
 
@@ -94,7 +95,7 @@ class PreferenceCollator:
         dataset: PreferenceDataset,
         *,
         vocab_size: int,
-        context_token_id: int | None = None,
+        context_token_id: ContextToken = "bos",
         multiple_of: int = 1,
         pad_to: int | None = None,
     ) -> None:
@@ -103,7 +104,7 @@ class PreferenceCollator:
         self.shape = PaddedShape(vocab_size, with_rejected=needs.rejected, multiple_of=multiple_of, pad_to=pad_to)
         self.shape.check(dataset.pairs.lengths, dataset.pairs.describe)
         self.unconditional = needs.unconditional
-        self.context_token_id = context_token_id if needs.unconditional == "bos" else None
+        self.context_token_id = context_token(context_token_id, dataset.pairs) if needs.unconditional == "bos" else None
         self.mean_chosen_length = dataset.mean_chosen_length
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.rows import check_rows, evaluating, scores_everywhere
+from megatron_rmipo.plugin.context import ContextToken, context_token
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 # Pairs of each data-parallel rank that are laid out at a time: enough to fill several packs.
@@ -49,7 +50,7 @@ def score(
     *,
     tokens_per_microbatch: int,
     unconditional: bool = False,
-    context_token_id: int | None = None,
+    context_token_id: ContextToken = "bos",
     share_prompts: bool = True,
     multiple_of: int | None = None,
     groups: ProcessGroups | None = None,
@@ -61,7 +62,7 @@ def score(
         rows: ``PREFIX`` of prepared data, several, a collection, or ``(prompt_ids, chosen_ids, rejected_ids)`` of each pair.
         tokens_per_microbatch: most tokens that run through the model at a time; twice as many of responses alone.
         unconditional: also score the responses without their prompts.
-        context_token_id: the token before a response then, BOS as a rule; None: its first token is not scored.
+        context_token_id: as of :func:`megatron_rmipo.plugin.batches.preference_batches`.
         share_prompts: a prompt stands once for both responses.
         multiple_of: rows are padded to a multiple of this many tokens; None: TP under sequence parallelism, else 1.
         groups: the process groups of this rank; None: Megatron's.
@@ -73,14 +74,15 @@ def score(
     """
     groups = groups or ProcessGroups.of_megatron()
     pairs = open_pairs(rows)
+    context = context_token(context_token_id, pairs) if unconditional else None
     layout = BatchLayout(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         tokens_per_microbatch=tokens_per_microbatch,
         cost=BY_TOKENS,
         share_prompts=share_prompts,
-        unconditional=("none" if context_token_id is None else "bos") if unconditional else None,
-        bos_token_id=context_token_id,
+        unconditional=("none" if context is None else "bos") if unconditional else None,
+        bos_token_id=context,
         multiple_of=_row_multiple(model, groups) if multiple_of is None else multiple_of,
         equal_packs=groups.ep.size() > 1,
     )

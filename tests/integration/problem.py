@@ -26,7 +26,9 @@ class PairList:
     """Pairs in memory, in the place of a PairStore."""
 
     prefix = "memory"
-    manifest = types.SimpleNamespace(pair_columns=["beta", "margin", "weight"])
+    manifest = types.SimpleNamespace(
+        pair_columns=["beta", "margin", "weight"], tokenizer=types.SimpleNamespace(bos_token_id=BOS), first_token_id=BOS
+    )
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
         self.pairs = list(pairs)

@@ -39,7 +39,7 @@ def score_at_layouts(cases: list[Case], folder: str, pairs: list[TokenizedPair],
         foreign.model.train()
         few = {"tokens_per_microbatch": 60, "share_prompts": case.share_prompts}
         with_bos = plugin.score(foreign.model, rows, unconditional=True, context_token_id=BOS, **few)
-        without = plugin.score(foreign.model, rows, unconditional=True, **few)
+        without = plugin.score(foreign.model, rows, unconditional=True, context_token_id=None, **few)
         # One data set of which others are not asked for, and some twice.
         part = collection(pairs)
         part.members = np.array([5, 2, 2, 9, 21])
