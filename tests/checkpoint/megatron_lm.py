@@ -33,10 +33,10 @@ _FLAGS = """
 # What --use-checkpoint-args leaves to further flags, of what the checkpoint's arguments say.
 _LEFT_OUT = """
     layernorm_epsilon qk_layernorm window_size window_attn_skip_freq use_rope_scaling rotary_seq_len_interpolation_factor
-    no_rope_freq softmax_type quick_geglu glu_linear_offset activation_func_clamp_value rotary_scaling_factor mscale mscale_all_dim
-    yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int moe_shared_expert_gate
-    moe_router_num_groups moe_router_group_topk moe_router_load_balancing_type multi_latent_attention q_lora_rank kv_lora_rank
-    qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
+    no_rope_freq softmax_type quick_geglu glu_linear_offset activation_func_clamp_value rotary_scaling_factor mscale
+    mscale_all_dim yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
+    moe_shared_expert_gate moe_router_num_groups moe_router_group_topk moe_router_load_balancing_type multi_latent_attention
+    q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
 """
 
 

@@ -23,7 +23,8 @@ DOCS = Path(__file__).parents[3] / "docs" / "checkpoints.md"
 BRIDGE = """
     multi_latent_attention heterogeneous_layers_config_path no_persist_layer_norm params_dtype overlap_p2p_comm num_experts
     rotary_interleaved decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers fp8_param_gather swiglu
-    bias_swiglu_fusion bias_gelu_fusion squared_relu init_method_xavier_uniform group_query_attention num_query_groups config_logger_dir cp_comm_type
+    bias_swiglu_fusion bias_gelu_fusion squared_relu init_method_xavier_uniform group_query_attention num_query_groups
+    config_logger_dir cp_comm_type
     is_hybrid_model moe_grouped_gemm qk_layernorm qk_l2_norm normalization transformer_impl mtp_num_layers padded_vocab_size
     max_position_embeddings fp16_lm_cross_entropy untie_embeddings_and_output_weights position_embedding_type rotary_percent
     rotary_base use_rope_scaling init_model_with_meta_device fp16 bf16 make_vocab_size_divisible_by spec
