@@ -20,14 +20,17 @@ from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_piec
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, dtype_to_store, write_hf_directory
 from megatron_rmipo.checkpoint.megatron.commit import abandon_checkpoint, begin_checkpoint, commit_checkpoint
+from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
 from megatron_rmipo.checkpoint.megatron.digests import check_digests, damage
 from megatron_rmipo.checkpoint.megatron.directory import (
     ASSETS_NAME,
+    checkpoint_path,
     choose_checkpoint,
     find_checkpoint,
     hf_assets_directory,
 )
 from megatron_rmipo.checkpoint.megatron.keys import Location, extra_state_keys, location_of
+from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
@@ -39,11 +42,6 @@ from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import megatron_shape, tensors_of
 from megatron_rmipo.runtime.messages import warn
 
-_COMMON = {
-    "checkpoint_version": 3.0,
-    "iteration": 0,
-    "content_metadata": {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
-}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -69,17 +67,19 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     try:
         check_space(save_dir, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
         with DirectoryOwner(save_dir):
-            return _write_release(save_dir, hf_dir, entries, extra_state_keys(arch))
+            return _write_release(save_dir, hf_dir, entries, arch)
     except OSError as error:
         raise ConversionError(
             f"--save {save_dir} cannot be written: {error}. Free some space or name another directory."
         ) from error
 
 
-def _write_release(save_dir: Path, hf_dir: Path, entries: list[Entry], objects: list[str]) -> Path:
+def _write_release(save_dir: Path, hf_dir: Path, entries: list[Entry], arch: ModelArchitecture) -> Path:
     partial_dir = begin_checkpoint(save_dir, "release")
+    tokenizer = checkpoint_path(save_dir, "release").absolute() / ASSETS_NAME
+    common = common_of_model(arch, 0, dtype=entries[0].dtype, tokenizer=tokenizer, run={"no_save_optim": True})
     try:
-        digests = write_torch_dist(partial_dir, entries, objects, _COMMON)
+        digests = write_torch_dist(partial_dir, entries, extra_state_keys(arch), {**common, "content_metadata": CONTENT})
         copy_hf_assets(hf_dir, partial_dir / ASSETS_NAME)
         set_config_dtype(partial_dir / ASSETS_NAME / "config.json", entries[0].dtype)
         return commit_checkpoint(partial_dir, CheckpointRecord("release"), digests)

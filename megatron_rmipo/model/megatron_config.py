@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_rmipo.config.schema import ExpertsConfig
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.families.architecture import LatentAttention, ModelArchitecture
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.megatron_fields import latent_fields, megatron_fields
 from megatron_rmipo.model.layers.experts import expert_settings
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -60,27 +61,9 @@ def transformer_config(
     """
     on_gpu, use_te = torch.cuda.is_available(), _uses_transformer_engine(transformer_impl, fp8_format)
     settings: dict[str, Any] = {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.ffn_hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_query_groups,
-        "kv_channels": arch.kv_channels,
-        "softmax_scale": arch.attention_scale,
-        "layernorm_epsilon": arch.layernorm_epsilon,
-        "normalization": "RMSNorm",
-        "layernorm_zero_centered_gamma": arch.zero_centered_norm,
+        **megatron_fields(arch),
         "gated_linear_unit": True,
         "activation_func": _ACTIVATIONS[arch.activation],
-        "activation_func_clamp_value": arch.activation_limit,
-        "glu_linear_offset": float(arch.activation == "clamped_swiglu"),
-        "add_bias_linear": arch.mlp_bias,
-        "add_qkv_bias": arch.qkv_bias,
-        # Not of latents, whose norms' gradients are whole on every rank: Megatron would sum them.
-        "qk_layernorm": arch.qk_norm,
-        "rotary_interleaved": arch.rotary_interleaved,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
         "tensor_model_parallel_size": groups.tp_size,
         "pipeline_model_parallel_size": groups.pp_size,
         "sequence_parallel": sequence_parallel,
@@ -114,22 +97,8 @@ def transformer_config(
     settings.update(expert_settings(arch, groups, experts or ExpertsConfig()))
     if arch.latent is None:
         return TransformerConfig(**{**settings, **overrides})
-    return MLATransformerConfig(**{**settings, **_latent_settings(arch.latent), **overrides})
-
-
-def _latent_settings(latent: LatentAttention) -> dict[str, Any]:
-    return {
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_head_dim": latent.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
-        "rope_type": "rope",
-        # Of what is turned apart; our attention asks the architecture.
-        "rotary_interleaved": False,
-        # Its fused kernel turns yarn's angles of whole rows.
-        "apply_rope_fusion": False,
-    }
+    # The fused kernel of latent attention turns yarn's angles of whole rows.
+    return MLATransformerConfig(**{**settings, **latent_fields(arch.latent), "apply_rope_fusion": False, **overrides})
 
 
 def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:

@@ -4,7 +4,8 @@ Layout::
 
     DIR/latest_checkpointed_iteration.txt   names the one to go on from
     DIR/iter_0000100/                       or DIR/release/ for a converted model
-        *.distcp .metadata metadata.json common.pt    Megatron-Core's torch_dist format
+        *.distcp .metadata metadata.json              Megatron-Core's torch_dist format
+        common.pt                                     of it, too, where Megatron-Core before 0.19 wrote it
         hf/                                 Hugging Face config and tokenizer
         rmipo.json                          progress, configuration, size and digest of every file above; written last
     DIR/iter_0000300.set_aside/             of a branch that was left, or damaged; never taken, never removed
@@ -21,7 +22,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -34,6 +34,9 @@ from megatron_rmipo.errors import CheckpointError
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 ASSETS_NAME = "hf"
 RANDOM_KEY = "rmipo_random_state"
+# Where the common state lies: in a file, or, as Megatron-Core 0.19 writes it, as an object of this key.
+COMMON_NAME = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -82,23 +85,6 @@ def read_metadata(path: Path) -> Metadata:
     except Exception as error:
         # A truncated pickle raises whatever its bytes happen to say.
         raise CheckpointError(f"{path / '.metadata'} is missing or damaged ({error!r})") from error
-
-
-def check_common(path: Path) -> None:
-    """Check that ``common.pt`` of a checkpoint, where there is one, can be read. It is small.
-
-    Raises:
-        CheckpointError: it is damaged, or names what no checkpoint may hold.
-    """
-    common = path / "common.pt"
-    # megatron-core 0.19 writes none.
-    if not common.exists():
-        return
-    try:
-        with restricted_unpickling():
-            torch.load(common, weights_only=False, map_location="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{common} is damaged ({error!r})") from error
 
 
 def fault_of(path: Path) -> str | None:
@@ -257,10 +243,12 @@ def _is_ours(path: Path) -> bool:
 
 def _sizes_by_metadata(path: Path) -> Mapping[str, int]:
     """Least sizes of the files of a checkpoint of another program, by what torch's metadata says lies in them."""
-    # Newer versions of megatron-core write no common.pt.
     sizes = dict.fromkeys(("metadata.json", ".metadata"), 1)
     if not (path / ".metadata").is_file():
         return sizes
-    for item in read_metadata(path).storage_data.values():
+    metadata = read_metadata(path)
+    if COMMON_KEY not in metadata.state_dict_metadata:
+        sizes[COMMON_NAME] = 1
+    for item in metadata.storage_data.values():
         sizes[item.relative_path] = max(sizes.get(item.relative_path, 0), item.offset + item.length)
     return sizes

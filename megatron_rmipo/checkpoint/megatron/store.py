@@ -25,16 +25,18 @@ from megatron_rmipo.checkpoint.megatron.commit import (
     commit_checkpoint,
     prune_checkpoints,
 )
+from megatron_rmipo.checkpoint.megatron.common_state import CONTENT, read_common
 from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, damage
 from megatron_rmipo.checkpoint.megatron.directory import (
     ASSETS_NAME,
     RANDOM_KEY,
-    check_common,
+    checkpoint_path,
     find_checkpoint,
     read_metadata,
 )
 from megatron_rmipo.checkpoint.megatron.hashed_writes import WrittenDigests, digests_of_writes
 from megatron_rmipo.checkpoint.megatron.matching import match_model
+from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.random_state import random_state, set_random_state
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
@@ -46,8 +48,6 @@ from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.first_failure import lost_a_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 
-# The one form of the distributed optimizer's state that another TP, PP or DP can load.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
@@ -91,7 +91,13 @@ def save_checkpoint(
     """
     directory = Path(directory)
     state = _sharded_state(model, optimizer, scheduler, groups, is_loading=False)
-    state.update(iteration=iteration, checkpoint_version=3.0)
+    state |= common_of_model(
+        unwrapped(model).architecture,
+        iteration,
+        dtype=unwrapped(model).config.params_dtype,
+        tokenizer=None if assets_dir is None else checkpoint_path(directory, iteration).absolute() / ASSETS_NAME,
+        run=_arguments_of_run(config, train_state, groups, has_optimizer=optimizer is not None),
+    )
     state[RANDOM_KEY] = _random_object(groups, random_state())
     record = CheckpointRecord(iteration, train_state, config, _layout(groups), _optimizer_kind(optimizer))
     num_bytes = _bytes_to_write(state, groups)
@@ -119,7 +125,7 @@ def save_checkpoint(
     try:
         partial = on_first_rank(groups.world, begin)
         with digests_of_writes() as written:
-            dist_checkpointing.save(state, str(partial), content_metadata=dict(_SHARDING))
+            dist_checkpointing.save(state, str(partial), content_metadata=dict(CONTENT))
         digests = _gather(written.digests, groups)
         return on_first_rank(groups.world, finish)
     except (*_WRITE_ERRORS, RmipoError) as error:
@@ -180,14 +186,14 @@ def load_checkpoint(
     with_optimizer = None if weights_only else optimizer
     state = _sharded_state(model, with_optimizer, None if weights_only else scheduler, groups, is_loading=True)
     stored = on_every_rank(groups.world, lambda: read_metadata(path).state_dict_metadata)
-    on_every_rank(groups.world, lambda: check_common(path))
+    common = on_every_rank(groups.world, lambda: read_common(path))
     match_model(state["model"], stored, path, groups.world)
     restores_random = load_rng and not weights_only and record.layout == _layout(groups)
     if restores_random and any(name.startswith(RANDOM_KEY) for name in stored):
         state[RANDOM_KEY] = _random_object(groups, None)
     with restricted_unpickling():
         # What one rank meets while it reads, not every version of torch raises on all.
-        loaded = on_every_rank(groups.world, lambda: _read(path, state))
+        loaded = on_every_rank(groups.world, lambda: _read(path, state, common))
         # Transformer Engine unpickles its state here.
         unwrapped(model).load_state_dict(loaded["model"], strict=False)
         if with_optimizer is not None:
@@ -201,9 +207,9 @@ def load_checkpoint(
     return dict(record.train_state)
 
 
-def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, state: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), **_common_strategy(common))
     except (Exception, CheckpointException) as error:
         if lost_a_rank(error):
             raise
@@ -212,10 +218,21 @@ def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
+def _common_strategy(common: dict[str, Any]) -> dict[str, Any]:
+    """What makes Megatron-Core before 0.19, which looks for the file alone, take a common state that is at hand."""
+    try:
+        from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+    except ImportError:
+        return {}
+    strategy = TorchCommonLoadStrategy()
+    strategy.load_common = lambda checkpoint_dir: common
+    return {"common_strategy": strategy}
+
+
 def _sharded_state(
     model: Module, optimizer: Any | None, scheduler: Any | None, groups: ProcessGroups, *, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = {"dp_cp_group": groups.dp, **_SHARDING}
+    metadata = {"dp_cp_group": groups.dp, **CONTENT}
     weights = unwrapped(model).sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
@@ -254,6 +271,30 @@ def _optimizer_kind(optimizer: Any | None) -> str | None:
 
 def _layout(groups: ProcessGroups) -> dict[str, int]:
     return {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
+
+
+def _arguments_of_run(
+    config: dict[str, Any], train_state: dict[str, Any], groups: ProcessGroups, *, has_optimizer: bool
+) -> dict[str, Any]:
+    """What Megatron-LM calls the run's layout, progress and flags."""
+    same_name = (
+        "seq_length",
+        "global_batch_size",
+        "make_vocab_size_divisible_by",
+        "sequence_parallel",
+        "use_distributed_optimizer",
+    )
+    return {
+        **{name: config[name] for name in same_name if name in config},
+        "tensor_model_parallel_size": groups.tp_size,
+        "pipeline_model_parallel_size": groups.pp_size,
+        "data_parallel_size": groups.dp_size,
+        "expert_model_parallel_size": groups.ep.size(),
+        "expert_tensor_parallel_size": groups.expert_tp.size(),
+        "world_size": groups.world_size,
+        "consumed_train_samples": train_state.get("consumed_pairs", 0),
+        "no_save_optim": not has_optimizer,
+    }
 
 
 def _bytes_to_write(state: dict[str, Any], groups: ProcessGroups) -> int:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_rmipo.checkpoint.megatron.directory import check_common, read_metadata
+from megatron_rmipo.checkpoint.megatron import common_state
+from megatron_rmipo.checkpoint.megatron.directory import COMMON_KEY, COMMON_NAME, read_metadata
 from megatron_rmipo.checkpoint.megatron.keys import LAYERS
 from megatron_rmipo.checkpoint.raw_files import open_output, read_into
 from megatron_rmipo.errors import CheckpointError
@@ -67,7 +68,7 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
         directory: the folder.
         entries: every tensor; the pieces of a layer go to one file.
         objects: keys of Megatron's per-layer objects to write as None.
-        common: what ``common.pt`` holds.
+        common: the common state, written in the form of the installed Megatron-Core.
 
     Returns:
         sha256 of each file of tensors by name, taken on its way to the disk.
@@ -76,18 +77,22 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
         OSError: the file system refuses.
     """
     writer = FileSystemWriter(directory)
+    stored: dict[str, Any] = dict.fromkeys(objects)
+    backends: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    if common_state.is_written_as_object():
+        stored[COMMON_KEY] = common
+    else:
+        backends |= {"common_backend": "torch", "common_backend_version": 1}
+        with (directory / COMMON_NAME).open("wb") as stream:
+            _save(common, stream)
     files = list(_files_of(entries).values())
     paths = [directory / f"__0_{number}.distcp" for number in range(len(files))]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        written = list(pool.map(_write_file, paths, files, [objects, *([()] * (len(files) - 1))]))
+        written = list(pool.map(_write_file, paths, files, [stored, *([{}] * (len(files) - 1))]))
     described: dict[str, Any] = {entry.key: _describe(entry) for entry in entries}
-    described.update({key: BytesStorageMetadata() for key in objects})
+    described.update({key: BytesStorageMetadata() for key in stored})
     writer.finish(Metadata(state_dict_metadata=described), [storage for storage, _ in written])
-    with (directory / "common.pt").open("wb") as stream:
-        _save(common, stream)
-    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-    versions = {"sharded_backend_version": 1, "common_backend_version": 1}
-    (directory / "metadata.json").write_text(json.dumps({**backends, **versions}), encoding="utf-8")
+    (directory / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
     return {path.name: digest for path, (_, digest) in zip(paths, written, strict=True)}
 
 
@@ -106,7 +111,7 @@ def _layer_of(key: str, piece: Piece) -> str:
     return number if number.isdecimal() else str(piece.offset[0])
 
 
-def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Sequence[str]) -> tuple[list[WriteResult], str]:
+def _write_file(path: Path, items: Sequence[tuple[Entry, Piece]], objects: Mapping[str, Any]) -> tuple[list[WriteResult], str]:
     storage: list[WriteResult] = []
     digest = hashlib.sha256()
     # One memory for all: threads that allocate and free each piece keep many of them.
@@ -133,12 +138,12 @@ def _save(value: Any, stream: Any) -> None:
         raise OSError(str(cause)) from error
 
 
-def _write_objects(stream: Any, file_name: str, objects: Sequence[str]) -> Iterator[WriteResult]:
-    for key in objects:
+def _write_objects(stream: Any, file_name: str, objects: Mapping[str, Any]) -> Iterator[WriteResult]:
+    for key, value in objects.items():
         offset = stream.tell()
         # Megatron stores the list of a rank's objects under a key.
         data = io.BytesIO()
-        torch.save([None], data)
+        torch.save([value], data)
         stream.write(data.getbuffer())
         yield _stored(MetadataIndex(key), file_name, offset, stream.tell())
 
@@ -260,18 +265,17 @@ class TorchDistReader:
 
 
 def check_archives(directory: Path) -> None:
-    """Check that each piece of a checkpoint, and ``common.pt``, can be read and has the checksums torch wrote with it.
+    """Check that each piece of a checkpoint, and its common state, can be read and has the checksums torch wrote with it.
 
     Raises:
         CheckpointError: naming the file and what lies there; also where one names what no checkpoint may hold.
     """
     for index, info in read_metadata(directory).storage_data.items():
         _check_archive(directory / info.relative_path, info.offset, info.length, index.fqn)
-    common = directory / "common.pt"
-    # Checkpoints of megatron-core 0.19 have none.
+    common = directory / COMMON_NAME
     if common.exists():
         _check_archive(common, 0, common.stat().st_size, "the common state")
-    check_common(directory)
+    common_state.read_common(directory)
 
 
 def _check_archive(path: Path, start: int, length: int, name: str) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_rmipo.config.schema import ExpertsConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture
+from megatron_rmipo.families.megatron_fields import expert_fields
 from megatron_rmipo.model.layers.expert_biases import with_biases
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -199,26 +200,12 @@ def expert_settings(arch: ModelArchitecture, groups: ProcessGroups, flags: Exper
     if problem is not None:
         raise ConfigError(f"This model's router is not supported: {problem}.")
     settings: dict[str, Any] = {
-        "num_moe_experts": experts.num_experts,
-        "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        # Layers that are all alike are numbered by checkpoints in one tensor.
-        "moe_layer_freq": [int(arch.has("expert_layers", layer)) for layer in range(arch.num_layers)] if arch.dense_layers else 1,
-        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
-        "moe_shared_expert_gate": experts.shared_gate,
+        **expert_fields(arch, experts),
         "expert_model_parallel_size": groups.ep.size(),
         "expert_tensor_parallel_size": groups.expert_tp.size(),
-        "moe_router_topk": experts.per_token,
-        "moe_router_score_function": experts.score_function,
-        # Softmax over the chosen sums to one, over all it does not; sigmoids are always made to.
-        "moe_router_pre_softmax": experts.score_function == "softmax" and not experts.normalized,
-        "moe_router_topk_scaling_factor": experts.scaling if experts.scaling != 1.0 else None,
-        "moe_router_num_groups": experts.num_groups,
-        "moe_router_group_topk": experts.groups_per_token,
-        "moe_router_enable_expert_bias": experts.score_bias,
         "moe_router_bias_update_rate": flags.moe_router_bias_update_rate,
         "moe_router_dtype": flags.moe_router_dtype,
-        # Megatron's own would be a loss of each micro-batch. The coefficients are for our router to read.
-        "moe_router_load_balancing_type": "none",
+        # For our router to read; Megatron's own balancing is off.
         "moe_aux_loss_coeff": flags.moe_aux_loss_coeff,
         "moe_z_loss_coeff": flags.moe_z_loss_coeff or None,
         "moe_grouped_gemm": flags.moe_grouped_gemm,

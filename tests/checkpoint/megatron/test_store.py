@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_rmipo.checkpoint.hf import assets
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
-from megatron_rmipo.checkpoint.megatron import hashed_writes, store
+from megatron_rmipo.checkpoint.megatron import common_state, hashed_writes, store
+from megatron_rmipo.checkpoint.megatron.common_state import is_written_as_object, read_common
 from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iteration
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record, write_record
 from megatron_rmipo.checkpoint.megatron.store import load_checkpoint, save_checkpoint
@@ -103,6 +104,9 @@ def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: s
         assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
     # What was written at this layout, and what was converted offline, loads at others.
     convert_hf_to_megatron(hf, tmp_path / "converted")
+    args = read_common(tmp_path / "checkpoints" / "iter_0000003")["args"]
+    told = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size)
+    assert (told, args.consumed_train_samples, args.no_save_optim) == (sizes, 77, True)
     state, agreement = run_distributed(load, 1, hf, tmp_path / "checkpoints", (1, 1, 1))[0]
     assert state == {"step": 3, "consumed_pairs": 77}
     assert_agrees(agreement)
@@ -220,6 +224,15 @@ def test_code_in_a_checkpoint_and_damage_met_while_reading_are_refused_on_every_
         assert "iter_0000001 cannot be loaded: " in outcomes["damaged"]
         assert "__1_0.distcp does not hold what was written" in outcomes["verified"]
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_another_version_of_megatron_wrote_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, is_object = write_hf_model(tmp_path / "hf", "llama32_tied"), is_written_as_object()
+    monkeypatch.setattr(common_state, "is_written_as_object", lambda: not is_object)
+    assert (convert_hf_to_megatron(hf, tmp_path / "converted") / "common.pt").exists() == is_object
+    state, agreement = run_distributed(load, 1, hf, tmp_path / "converted", (1, 1, 1))[0]
+    assert state == {}
+    assert_agrees(agreement)
 
 
 def load_into_another(hf: Path, checkpoints: Path) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rmipo.checkpoint.megatron import common_state
 from megatron_rmipo.checkpoint.megatron.directory import read_metadata
-from megatron_rmipo.checkpoint.megatron.torch_dist import check_archives
+from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, check_archives, write_torch_dist
 from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
 from megatron_rmipo.errors import CheckpointError
 from tests.checkpoint.models import write_checkpoint, write_hf_model
@@ -118,8 +119,9 @@ def test_what_checkpoints_hold_is_read() -> None:
     assert found["state"][0].read() == b"scales"
 
 
-@pytest.mark.parametrize("name", [".metadata", "common.pt"])
-def test_files_that_would_run_code_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "the common state as an object"])
+def test_files_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(common_state, "is_written_as_object", lambda: name != "common.pt")
     path = write_checkpoint(tmp_path / "run", 4, write_hf_model(tmp_path / "hf", "llama32_tied"))
     check_archives(path)
     if name == ".metadata":
@@ -127,7 +129,11 @@ def test_files_that_would_run_code_are_refused(tmp_path: Path, name: str) -> Non
         with pytest.raises(CheckpointError, match=r"\.metadata.*mkdir is nothing that a checkpoint may hold"):
             read_metadata(path)
     else:
-        torch.save({"args": Evil(tmp_path / "ran")}, path / name)
-        with pytest.raises(CheckpointError, match=r"common\.pt.*mkdir is nothing that a checkpoint may hold"):
-            check_archives(path)
+        evil = tmp_path / "evil"
+        evil.mkdir()
+        entry = Entry("embedding.weight", (1,), torch.float32, (Piece((0,), (1,), lambda values: None),))
+        write_torch_dist(evil, [entry], [], {"args": Evil(tmp_path / "ran")})
+        file = name if name == "common.pt" else "__0_0.distcp"
+        with pytest.raises(CheckpointError, match=rf"{file} is damaged.*mkdir is nothing that a checkpoint may hold"):
+            check_archives(evil)
     assert not (tmp_path / "ran").exists()
