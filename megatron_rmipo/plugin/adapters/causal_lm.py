@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -72,7 +73,6 @@ class CausalLmLoss:
         self.context_token_id = None if objective.needs.unconditional == "none" else context_token_id
         self._reference = reference
         self._group = group
-        self._rank = 0 if group is None else group.rank()
 
     @torch.no_grad()
     def before_step(self, model: torch.nn.Module, batches: Sequence[Batch], state: State) -> list[StepFacts]:
@@ -202,14 +202,11 @@ class CausalLmLoss:
         """The global batch's prompts with responses to other prompts of it: scores under the policy, sums under the reference."""
         reference = self._reference_model("log-probs of responses to other prompts under the reference")
         pairs = [tokenized_pairs(*(batch[name] for name in _ROWS), order="chosen_first") for batch in batches]
-        everywhere = self._gather_objects([pair for own in pairs for pair in own])
-        mismatched = mismatched_pairs([pair for own in everywhere for pair in own])
-        start = sum(map(len, everywhere[: self._rank]))
+        mismatched = mismatched_pairs([pair for own in self._in_order(pairs) for pair in own])
         found = []
-        for batch, own in zip(batches, pairs, strict=True):
+        for batch, own, start in zip(batches, pairs, self._starts([len(own) for own in pairs]), strict=True):
             rows = padded_rows(mismatched[start : start + len(own)], batch["input_ids"].device, order="chosen_first")
             found.append((self._scores(model, rows), self._scores(reference, rows).logps))
-            start += len(own)
         logps, lengths = (self.gather([getattr(policy, name) for policy, _ in found]) for name in ("logps", "lengths"))
         return PairScores(logps, lengths), self.gather([sums for _, sums in found])
 
@@ -233,26 +230,36 @@ class CausalLmLoss:
         references: Sequence[Tensor | None],
         num_pairs: int,
     ) -> list[StepFacts]:
-        everywhere = self._gather_objects(sum(sizes))
-        start = sum(everywhere[: self._rank])
-        weight = len(sizes) * len(everywhere) / num_pairs
+        ranks = 1 if self._group is None else self._group.size()
+        weight = len(sizes) * ranks / num_pairs
         facts = []
-        for size, reference in zip(sizes, references, strict=True):
+        for size, start, reference in zip(sizes, self._starts(sizes), references, strict=True):
             batch = {name: values[start : start + size] if values.dim() else values for name, values in prepared.items()}
             facts.append(StepFacts(mean_chosen_length, weight, prepared, batch, reference))
-            start += size
         return facts
 
     def gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """All ranks' values of their micro-batches' pairs, in order, on the CPU."""
-        return torch.cat(self._gather_objects(torch.cat(list(parts)).cpu()))
+        """All ranks' values of their micro-batches' pairs, in the order of the global batch, on the CPU.
 
-    def _gather_objects(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        That is the order in which a data loader deals micro-batches out: a first one to every rank, then a second.
+        """
+        return torch.cat(self._in_order([part.cpu() for part in parts]))
+
+    def _starts(self, sizes: Sequence[int]) -> list[int]:
+        """Where in the global batch each of this rank's micro-batches begins, from their numbers of pairs."""
+        rank = 0 if self._group is None else self._group.rank()
+        tagged = self._in_order([(rank, size) for size in sizes])
+        ends = itertools.accumulate(size for _, size in tagged)
+        return [end - size for end, (owner, size) in zip(ends, tagged, strict=True) if owner == rank]
+
+    def _in_order(self, own: Sequence[Any]) -> list[Any]:
+        """One value a micro-batch of this rank: those of all ranks, in the order of the global batch."""
+        everywhere: list[Any] = [list(own)]
+        if self._group is not None:
+            everywhere = [None] * self._group.size()
+            dist.all_gather_object(everywhere, list(own), group=self._group)
+        rounds = itertools.zip_longest(*([(one,) for one in of_rank] for of_rank in everywhere))
+        return [one[0] for dealt in rounds for one in dealt if one is not None]
 
 
 @contextlib.contextmanager

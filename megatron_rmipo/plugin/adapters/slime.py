@@ -127,8 +127,8 @@ def _refuse_token_means(objective: Objective) -> None:
         output = objective(pair_logps(logps, mean_chosen_length=mean_length, unconditional=logps, reference=logps.logps))
     if output.losses.requires_grad:
         raise ConfigError(
-            f"objective {objective.name} in slime: its loss counts chosen tokens over the whole global batch; {_ONE_BATCH}. "
-            "Leave sft and sft_weight out"
+            f"objective {objective.name} in slime: its loss has a mean over the chosen tokens of the global batch; {_ONE_BATCH}; "
+            "take an objective, or a weight of that mean, without it"
         )
 
 
