@@ -21,7 +21,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"layout": "padded
 
 
 def make(objective: str = "rmipo", rank: int = 0, ranks: int = 1, **settings: Any) -> PreferenceBatches:
-    groups: Any = types.SimpleNamespace(dp_rank=rank, dp_size=ranks)
+    groups: Any = types.SimpleNamespace(dp_rank=rank, dp_size=ranks, ep=types.SimpleNamespace(size=lambda: 1))
     defaults = {"global_batch_size": 7, "num_microbatches": 3, "total_pairs": 50, "context_token_id": BOS, "groups": groups}
     return preference_batches(collection(make_pairs()), build_objective(objective, {}), **{**defaults, **settings})
 
