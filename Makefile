@@ -79,6 +79,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_balance --csv "$(basename $(BENCH_CSV))_balance.csv"
 	$(BIN)/python -m benchmarks.bench_logprobs --csv "$(basename $(BENCH_CSV))_logprobs.csv"
 	$(BIN)/python -m benchmarks.bench_flops --csv "$(basename $(BENCH_CSV))_flops.csv"
+	$(BIN)/python -m benchmarks.bench_alone --csv "$(basename $(BENCH_CSV))_alone.csv"
 	$(BIN)/python -m benchmarks.bench_data --csv "$(basename $(BENCH_CSV))_data.csv"
 	$(BIN)/python -m benchmarks.bench_convert --csv "$(basename $(BENCH_CSV))_convert.csv"
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"

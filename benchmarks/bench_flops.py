@@ -54,6 +54,7 @@ def run_row(policy: PolicyModel, row: PackedRow, *, backward: bool) -> None:
             segments=row.segments,
             source=row.source.to("meta"),
             target=row.target.to("meta"),
+            num_ungraded=row.num_alone_scored,
         )
         if backward:
             logprobs.sum().backward()

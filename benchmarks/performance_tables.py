@@ -127,6 +127,16 @@ TABLES = {
             Figure("counted / least", "ratio", form=".4f"),
         ),
     ),
+    "alone": Table(
+        "results_alone.csv",
+        {"lengths": "{lengths}", "pairs, counted / timed": "{batch_size} / {num_pairs}"},
+        (
+            Figure("FLOPs, rows / pass", "flops_rows", "flops_pass", form=".3f"),
+            Figure("CPU, rows / pass", "cpu_seconds_rows_p50", "cpu_seconds_pass_p50", form=".3f"),
+            Figure("FLOPs, pass / SimPO", "flops_pass", "flops_none", form=".3f"),
+            Figure("CPU, pass / SimPO", "cpu_seconds_pass_p50", "cpu_seconds_none_p50", form=".3f"),
+        ),
+    ),
     "logprobs": Table(
         "results_logprobs.csv",
         {

@@ -147,6 +147,7 @@ def head_logprobs(
     reduce_hidden_grad: bool,
     rules: LogitRules = PLAIN_LOGITS,
     reference: ReferenceHead | None = None,
+    num_ungraded: int = 0,
 ) -> Tensor:
     """:func:`linear_logprobs` within a call of the module that holds the weight; with a reference the perturbed form.
 
@@ -157,6 +158,7 @@ def head_logprobs(
         hidden, weight, target, chunk_size, reduce_hidden_grad, rules: as there.
         shard: of the weight's rows; its group calls this together.
         reference: scores the targets under its logits r, and under two mixtures of them with the policy's f.
+        num_ungraded: the last so many of the N carry no gradient, and the backward pass computes nothing for them.
 
     Returns:
         fp32 ``[1, N]``, replicated over the group; with a reference ``[4, N]``: the log-probability under ``f``, ``r``,
@@ -168,7 +170,9 @@ def head_logprobs(
         assert hidden.shape[0] == reference.hidden.shape[0], (hidden.shape, reference.hidden.shape)
         assert weight.shape[0] == reference.weight.shape[0], (weight.shape, reference.weight.shape)
     function: Any = _LinearLogprobs
-    logprobs: Tensor = function.apply(hidden, weight, target, shard, chunk_size, reduce_hidden_grad, rules, reference)
+    logprobs: Tensor = function.apply(
+        hidden, weight, target, shard, chunk_size, reduce_hidden_grad, rules, reference, target.numel() - num_ungraded
+    )
     return logprobs
 
 
@@ -206,6 +210,7 @@ class _LinearLogprobs(torch.autograd.Function):
         reduce_hidden_grad: bool,
         rules: LogitRules,
         reference: ReferenceHead | None,
+        num_graded: int,
     ) -> Tensor:
         local = shard.local_target(target)
         statistics = LogitStatistics.empty(hidden, 1 if reference is None else 4, hidden.shape[0])
@@ -216,7 +221,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 # Gone before the next are made.
                 del logits
         logprobs, log_sum_exp = shard.combine(statistics)
-        ctx.save_for_backward(hidden, weight, local, log_sum_exp[0])
+        ctx.save_for_backward(hidden, weight, local[:num_graded], log_sum_exp[0, :num_graded])
         # The parameter itself: its main_grad is not on the tensor that autograd saves.
         ctx.weight = weight
         ctx.shard, ctx.chunk_size, ctx.reduce_hidden_grad, ctx.rules = shard, chunk_size, reduce_hidden_grad, rules
@@ -224,12 +229,13 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad_outputs[0][0]
-        hidden, weight, local, log_sum_exp = ctx.saved_tensors
+        whole, weight, local, log_sum_exp = ctx.saved_tensors
+        num_graded = local.numel()
+        grad, hidden = grad_outputs[0][0, :num_graded], whole[:num_graded]
         shard: VocabularyShard = ctx.shard
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Summed over chunks in fp32: in bf16 each chunk would round away part of the ones before it.
-        grad_hidden = torch.zeros_like(hidden, dtype=accumulation_dtype(hidden.dtype)) if needs_hidden else None
+        grad_hidden = torch.zeros_like(whole, dtype=accumulation_dtype(hidden.dtype)) if needs_hidden else None
         grad_weight = WeightGrad(ctx.weight, ctx.next_functions[1][0], shard.valid_rows) if needs_weight else None
         scratch = _scratch(hidden, shard.valid_rows, ctx.chunk_size)
         for chunk in _chunks(shard.valid_rows, ctx.chunk_size):
@@ -238,7 +244,7 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logits = logits_grad(logits, log_sum_exp, local - chunk.start, grad)
             grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).to(weight.dtype)
             if grad_hidden is not None:
-                add_product(grad_hidden, grad_logits, weight[chunk])
+                add_product(grad_hidden[:num_graded], grad_logits, weight[chunk])
             if grad_weight is not None:
                 grad_weight.put(chunk, grad_logits.t(), hidden)
             del logits, slope, grad_logits
@@ -246,7 +252,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if shard.group is not None and ctx.reduce_hidden_grad:
                 dist.all_reduce(grad_hidden, group=shard.group)
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), *[None] * 6
+        return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), *[None] * 7
 
 
 class _LogitsLogprobs(torch.autograd.Function):

@@ -87,12 +87,14 @@ class LogprobHead(Replacement):
         target: Tensor | None = None,
         options: ScoringOptions | None = None,
         reference: ReferenceHead | None = None,
+        num_ungraded: int = 0,
         **kwargs: Any,
     ) -> Any:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
-        With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.head_logprobs`. The gradient of ``hidden`` is left
-        unreduced under sequence parallelism: the gather before it reduce-scatters. Without targets it is Megatron's own call.
+        With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.head_logprobs`, also for ``num_ungraded``. The
+        gradient of ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters. Without targets
+        it is Megatron's own call.
         """
         if target is None:
             return self.behind(hidden, weight, *args, **kwargs)
@@ -107,6 +109,7 @@ class LogprobHead(Replacement):
             reduce_hidden_grad=not self.layer.config.sequence_parallel,
             rules=options.logits,
             reference=reference,
+            num_ungraded=num_ungraded,
         )
         return logprobs[0] if reference is None else logprobs
 
@@ -168,6 +171,7 @@ def score_row(
     options: ScoringOptions,
     reference: ReferenceHead | None = None,
     uncounted: Tensor | None = None,
+    num_ungraded: int = 0,
 ) -> Tensor:
     """Run a stage of a model over one packed row. Every tensor-parallel rank of the stage calls it together.
 
@@ -183,6 +187,7 @@ def score_row(
         reference: on the last stage: score the targets under mixtures with a reference model, too.
         uncounted: bool ``[T]``: padding, and all of a filler. Such tokens go through experts as others do, whose routers leave
             them out of loads, score biases and auxiliary losses. None: all count.
+        num_ungraded: the last so many of the N carry no gradient.
 
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
@@ -198,7 +203,8 @@ def score_row(
     if target is None:
         return scored
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    logprobs: Tensor = model.output_layer(scored, weight, target=target, options=options, reference=reference)
+    scoring: dict[str, Any] = {"options": options, "reference": reference, "num_ungraded": num_ungraded}
+    logprobs: Tensor = model.output_layer(scored, weight, target=target, **scoring)
     return logprobs
 
 

@@ -54,10 +54,11 @@ class PolicyModel(LanguageModule):
         target: Tensor | None,
         reference: ReferenceHead | None = None,
         uncounted: Tensor | None = None,
+        num_ungraded: int = 0,
     ) -> Tensor:
         """Run this stage over one packed row: :func:`megatron_rmipo.model.packed_model.score_row`."""
-        further: dict[str, Any] = {"options": self.scoring_options, "reference": reference, "uncounted": uncounted}
-        return score_row(self, token_ids, position_ids, segments, source, target, **further)
+        further: dict[str, Any] = {"reference": reference, "uncounted": uncounted, "num_ungraded": num_ungraded}
+        return score_row(self, token_ids, position_ids, segments, source, target, options=self.scoring_options, **further)
 
 
 class GPTPolicy(PolicyModel, GPTModel):

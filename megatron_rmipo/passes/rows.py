@@ -186,6 +186,8 @@ def row_output(model: torch.nn.Module, row: Row, reference: ReferenceHead | None
         assert scores
         return _padded_output(model, row)
     extra: dict[str, Any] = {} if reference is None else {"reference": reference}
+    if row.num_alone_scored:
+        extra["num_ungraded"] = row.num_alone_scored
     if getattr(model.config, "num_moe_experts", None):
         extra["uncounted"] = _uncounted(row)
     output: Tensor = model(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         vocab_parallel_logprobs,
     )
     from megatron_rmipo.plugin.batches import preference_batches
+    from megatron_rmipo.plugin.dataset import PreferenceCollator, PreferenceDataset
     from megatron_rmipo.plugin.scores import PairScores, score, score_reference
     from megatron_rmipo.plugin.step import PreferenceStep
 
@@ -25,6 +26,8 @@ _MODEL, _OWN = "megatron_rmipo.model", "megatron_rmipo.plugin"
 # Name -> (module, its name there).
 _PUBLIC = {
     "PairScores": (f"{_OWN}.scores", "PairScores"),
+    "PreferenceCollator": (f"{_OWN}.dataset", "PreferenceCollator"),
+    "PreferenceDataset": (f"{_OWN}.dataset", "PreferenceDataset"),
     "PreferenceStep": (f"{_OWN}.step", "PreferenceStep"),
     "ReferenceHead": (f"{_MODEL}.logprobs", "ReferenceHead"),
     "attach": (f"{_MODEL}.adopt", "attach_model"),
@@ -38,6 +41,8 @@ _PUBLIC = {
 }
 __all__ = [
     "PairScores",
+    "PreferenceCollator",
+    "PreferenceDataset",
     "PreferenceStep",
     "ReferenceHead",
     "attach",

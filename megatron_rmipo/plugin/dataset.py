@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.data.batches.padding import PaddedRows, PaddedShape, pad_pairs, pad_pairs_and_responses
-from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.collection import PairData
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
@@ -48,7 +48,7 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         DataError: a data set is missing or incomplete.
     """
 
-    def __init__(self, data: str | Sequence[str] | PairCollection, objective: Objective) -> None:
+    def __init__(self, data: PairData, objective: Objective) -> None:
         _refuse_whole_batch(objective)
         self.pairs = pairs_for(data, objective)
         self.objective = objective

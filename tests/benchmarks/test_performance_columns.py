@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_balance, bench_convert, bench_data, bench_flops, bench_gpu, bench_logprobs, bench_step, gpu_results
+from benchmarks import (
+    bench_alone,
+    bench_balance,
+    bench_convert,
+    bench_data,
+    bench_flops,
+    bench_gpu,
+    bench_logprobs,
+    bench_step,
+    gpu_results,
+)
 from benchmarks.bench_convert import Conversion
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_results import PHASES, Results
@@ -83,9 +93,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     report(argparse.Namespace(csv=path, json=False, check=False), "x", "", rows, [])
 
 
+def write_alone(path: Path, patch: pytest.MonkeyPatch) -> None:
+    for name in ("initialize_runtime", "shutdown_runtime"):
+        patch.setattr(bench_alone, name, lambda *_, **__: None)
+    patch.setattr(bench_alone, "step_flops", lambda *_: 1.0)
+    patch.setattr(bench_alone, "cpu_seconds", lambda *_: dict.fromkeys(bench_alone.WAYS, SPREAD))
+    assert bench_alone.main(["--lengths", "hh", "--batch-size", "2", "--csv", str(path)]) == 0
+
+
 WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results.csv": write_step,
     "results_flops.csv": write_flops,
+    "results_alone.csv": write_alone,
     "results_logprobs.csv": write_logprobs,
     "results_balance.csv": write_balance,
     "results_data.csv": write_data,

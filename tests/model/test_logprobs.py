@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.logprobs import ReferenceHead, linear_logprobs, perturbed_linear_logprobs, vocab_parallel_logprobs
-from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules
+from megatron_rmipo.model.logprobs import (
+    ReferenceHead,
+    head_logprobs,
+    linear_logprobs,
+    perturbed_linear_logprobs,
+    vocab_parallel_logprobs,
+)
+from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
 from tests.harness import run_distributed
 
 NUM_TOKENS, HIDDEN, VOCAB = 13, 11, 37
@@ -295,3 +302,21 @@ def test_mixtures_of_equal_models_are_the_model_to_the_bit() -> None:
     hidden, weight = hidden.float(), weight.float()
     logprobs = perturbed_linear_logprobs(hidden, weight, target, ReferenceHead(hidden, weight, 0.01), chunk_size=4)
     assert torch.equal(logprobs, linear_logprobs(hidden, weight, target, chunk_size=4).expand(4, -1))
+
+
+@pytest.mark.parametrize("num_ungraded", [0, 4, NUM_TOKENS])
+def test_the_last_ones_carry_no_gradient_and_cost_no_backward(num_ungraded: int) -> None:
+    hidden, weight, target, grad = dense_problem(40)
+    graded = NUM_TOKENS - num_ungraded
+    expected = dense_reference(hidden, weight, target, torch.cat([grad[:graded], torch.zeros(num_ungraded)]))
+    leaves = (hidden.float().requires_grad_(), weight.float().requires_grad_())
+    shard = VocabularyShard(40, VOCAB, None)
+    settings: dict[str, Any] = {"chunk_size": 7, "reduce_hidden_grad": True, "num_ungraded": num_ungraded}
+    logprobs = head_logprobs(*leaves, target, shard, **settings)[0]
+    with FlopCounterMode(display=False) as counter:
+        logprobs.backward(grad.float())
+    for found, dense in zip((logprobs.detach(), leaves[0].grad, leaves[1].grad), expected[:3], strict=True):
+        torch.testing.assert_close(found.double(), dense, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    # Logits anew, and the products of both gradients, some of which are added in place, uncounted.
+    assert counter.get_total_flops() % max(graded, 1) == 0
+    assert (counter.get_total_flops() == 0) == (graded == 0)

@@ -39,7 +39,7 @@ class PackedRow:
         num_padding: tokens at the end that stand for nothing (to make T a multiple).
         num_alone: of the responses, the last so many are the first ones again without their prompts, in the same order, to be
             scored without gradient; 0 or R / 2.
-        num_alone_tokens: tokens before the padding that these take.
+        num_alone_tokens, num_alone_scored: tokens before the padding that these take, and of the triples the last ones.
     """
 
     token_ids: Tensor
@@ -54,6 +54,7 @@ class PackedRow:
     num_padding: int
     num_alone: int = 0
     num_alone_tokens: int = 0
+    num_alone_scored: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -144,6 +145,7 @@ class _RowBuilder:
             num_padding=num_padding,
             num_alone=num_alone,
             num_alone_tokens=num_alone_tokens,
+            num_alone_scored=sum(self.lengths[len(self.lengths) - num_alone :]),
         )
 
 

@@ -161,6 +161,7 @@ def test_responses_alone_in_the_row_of_their_pairs(
     row = pack_pairs_and_responses(pairs, numbers, context_token_id=context, multiple_of=8, **settings)  # type: ignore[arg-type]
     assert contexts(row) == contexts(behind) + contexts(alone)
     assert (row.num_alone, row.num_alone_tokens) == (alone.num_responses, alone.num_tokens)
+    assert row.num_alone_scored == alone.num_scored
     assert row.num_alone == behind.num_responses
     assert row.num_tokens == behind.num_tokens + alone.num_tokens + row.num_padding
     assert row.num_tokens % 8 == 0
