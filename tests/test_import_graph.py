@@ -49,6 +49,7 @@ INNER_ROOMS = {
     },
     "checkpoint": {"hf": {"whole_directories", "raw_files"}, "megatron": {"hf", "whole_directories", "raw_files"}},
     "model": {"attention": set(), "layers": {"attention", "products"}},
+    "plugin": {"adapters": {"batches", "step"}},
 }
 # So many files a room holds at most; these have one file each of something.
 MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}
