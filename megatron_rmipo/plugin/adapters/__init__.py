@@ -1,1 +1,1 @@
-"""Our objectives as the losses that other programs call: a file a program."""
+"""Other people's training programs: what each of them wants said of ours."""

@@ -1,0 +1,78 @@
+"""Log-probs of a reference that ``tools/score_pairs.py`` computed, found by the data that they are of."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.reference_scores import PROGRESS_FILE, Kind, ScoreKey, data_fingerprint, open_scores
+from megatron_rmipo.errors import ConfigError, DataError
+from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
+from megatron_rmipo.runtime.groups import ProcessGroups
+
+
+def attach_cached_scores(pairs: PairCollection, objective: Objective, cache: str | None, groups: ProcessGroups) -> None:
+    """Give pairs the log-probs under the reference that the objective reads. All ranks call it together.
+
+    Args:
+        pairs: get them; their mismatched pairs are made before, where they are needed.
+        objective: what is trained.
+        cache: the directory that ``tools/score_pairs.py`` was given as ``--reference-cache``; None: beside the data.
+        groups: the process groups of this rank.
+
+    Raises:
+        ConfigError: there are none, or those of several references.
+        DataError: they are damaged.
+    """
+    wanted: list[tuple[Kind, PairCollection]] = [("matched", pairs)] if objective.needs.reference else []
+    if pairs.mismatched is not None:
+        wanted.append(("mismatched", pairs.mismatched))
+    for kind, part in wanted:
+        found = []
+        for store in part.stores:
+            directory, key = on_first_rank(groups.world, partial(_find, store.prefix, kind, objective.name, cache))
+            found.append(on_every_rank(groups.world, partial(_open, directory, key, store)))
+        part.reference_scores = found
+
+
+def _find(prefix: str, kind: Kind, objective: str, cache: str | None) -> tuple[Path, ScoreKey]:
+    """Where the scores of a data set lie, and what they depend on."""
+    root = Path(f"{prefix}.reference" if cache is None else cache)
+    data, found = data_fingerprint(prefix), []
+    for path in sorted(root.glob(f"{kind}-*/{PROGRESS_FILE}")):
+        key = _read_key(path)
+        if key.data == data:
+            found.append((path.parent, key))
+    if len(found) == 1:
+        return found[0]
+    option = " --mismatched" if kind == "mismatched" else ""
+    if not found:
+        raise ConfigError(
+            f"objective {objective} compares with a reference, and {root} holds no log-probs of {prefix} under one. Compute "
+            f"them: python tools/score_pairs.py --pairs {prefix}{option} --load-hf REFERENCE --reference-cache {root}"
+        )
+    listed = "\n".join(f"  {directory}: reference {key.reference[:12]}, {key.dtype}" for directory, key in found)
+    raise ConfigError(
+        f"{root} holds log-probs of {prefix} under several references; which is meant?\n{listed}\n"
+        "Set reference_cache to a directory with those of one."
+    )
+
+
+def _read_key(path: Path) -> ScoreKey:
+    try:
+        return ScoreKey(**json.loads(path.read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not readable ({error!r}). Remove {path.parent}, and compute it again.") from None
+
+
+def _open(directory: Path, key: ScoreKey, store: Any) -> Any:
+    scores = open_scores(directory, key, len(store))
+    if scores is None:
+        raise ConfigError(
+            f"{directory}: the log-probs of {store.prefix} are not all there yet. Run tools/score_pairs.py to its end."
+        )
+    return scores
