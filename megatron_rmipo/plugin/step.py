@@ -16,7 +16,7 @@ from megatron_rmipo.model.packed_model import Chunks, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
-from megatron_rmipo.passes.rows import check_rows, evaluating, on_device, row_output
+from megatron_rmipo.passes.rows import check_lengths, check_rows, evaluating, on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -67,6 +67,7 @@ class PreferenceStep:
         microbatch = next(data_iterator)
         if microbatch.batch is not self._current:
             check_rows(model, microbatch.batch.rows, microbatch.batch.lengths)
+            check_lengths(model, microbatch.batch.conditional, backward=model.training)
             _check_loop(model)
             self._begin_in_forward(model, microbatch.batch)
         row = on_device(microbatch.row)
