@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
+from megatron_rmipo.data.batches.packing import pack_pairs
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.plugin import PreferenceStep, attach, preference_batches
+from megatron_rmipo.passes.rows import row_output
+from megatron_rmipo.plugin import PreferenceStep, attach, detach, preference_batches
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 from tests.integration.problem import BOS, DenseProblem, collection, make_hf_model, make_pairs
@@ -116,3 +122,90 @@ def test_an_interleaved_pipeline_gives_the_loss_and_the_gradients_of_one_stage(t
         assert gradients.keys() == one_stage.keys()
         for key, gradient in one_stage.items():
             assert (gradients[key] - gradient).norm() < 1e-5 * gradient.norm(), (name, key)
+
+
+# bf16 parameters and their wrapper, gradients and parameters that travel while others are computed.
+WRAPPED = [(False, False), (False, True), (True, False), (True, True)]
+
+
+def wrap(inner: Any, *, bf16: bool, overlap: bool) -> tuple[DistributedDataParallel, Any]:
+    """As training loops do it; the model and its optimizer."""
+    inner.config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=overlap, overlap_grad_reduce=overlap, overlap_param_gather=overlap
+    )
+    model = DistributedDataParallel(inner.config, ddp, Float16Module(inner.config, inner) if bf16 else inner)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-2, bf16=bf16, use_distributed_optimizer=overlap, clip_grad=0.0),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    return model, optimizer
+
+
+def wrapped_calls(folder: str) -> list[dict[str, Any]]:
+    """Of each way to wrap: gradients of the owner's call before and after attaching, of a packed one, and of both in a step."""
+    groups = initialize_runtime()
+    arch, pairs = read_architecture(Path(folder)), make_pairs(6, seed=groups.rank)
+    row = pack_pairs(pairs, range(6))
+    tokens = torch.from_numpy(pairs[0].prompt)[None]
+
+    def owners(model: Any) -> Tensor:
+        logits: Tensor = model(tokens, torch.arange(tokens.shape[1])[None], None)
+        return logits.float().square().mean()
+
+    def packed(model: Any) -> Tensor:
+        return row_output(model, row).sum() / 50
+
+    def step(model: Any, *calls: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        model.zero_grad_buffer()
+        losses = []
+        for number, call in enumerate(calls):
+            with model.no_sync() if number + 1 < len(calls) else contextlib.nullcontext():
+                losses.append(call(model))
+                losses[-1].backward()
+        model.finish_grad_sync()
+        return [loss.detach() for loss in losses], {name: p.main_grad.clone() for name, p in model.named_parameters()}
+
+    results = []
+    for bf16, overlap in WRAPPED:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        inner = build_llama(arch, groups, bf16=bf16, params_dtype=dtype)
+        load_hf_weights(inner, Path(folder), arch, groups=groups)
+        model, optimizer = wrap(inner, bf16=bf16, overlap=overlap)
+        found: dict[str, Any] = {"before": step(model, owners)}
+        # Inside of the wrappers, whose hooks are there already.
+        attach(inner, vocab_size=arch.vocab_size)
+        found["after"], found["packed"] = step(model, owners), step(model, packed)
+        found["both"] = step(model, owners, packed)
+        assert optimizer.step()[0]
+        # The first call since, where parameters may still be on their way.
+        found["moved"] = step(model, packed)
+        detach(model)
+        found["detached"] = step(model, owners)
+        results.append(found)
+    shutdown_runtime()
+    return results
+
+
+@pytest.mark.dist
+def test_the_owners_call_and_ours_share_a_step_in_every_wrapper(tmp_path: Path) -> None:
+    by_rank = run_distributed(wrapped_calls, 2, str(make_hf_model(tmp_path / "model")))
+    plain, overlapped = 0, 1
+    for found in by_rank:
+        for one, (bf16, _) in zip(found, WRAPPED, strict=True):
+            assert torch.equal(one["before"][0][0], one["after"][0][0])
+            for name, gradient in one["before"][1].items():
+                assert torch.equal(gradient, one["after"][1][name]), name
+                total = gradient + one["packed"][1][name]
+                assert (one["both"][1][name] - total).norm() <= 1e-5 * total.norm(), name
+            assert (one["moved"][0][0] - one["packed"][0][0]).abs() > 1e-2
+            assert one["detached"][0][0] != one["after"][0][0]
+            exact = found[plain]["packed"][0][0].item()
+            assert one["packed"][0][0].item() == pytest.approx(exact, rel=2e-2 if bf16 else 1e-6)
+        # The distributed optimizer's buffers hold sums over ranks in part.
+        for name, gradient in found[plain]["packed"][1].items():
+            assert (found[2]["packed"][1][name] - gradient).norm() < 0.1 * gradient.norm(), name
+        for first in (0, 2):
+            moved = [found[first + which]["moved"] for which in (plain, overlapped)]
+            assert moved[1][0][0].item() == pytest.approx(moved[0][0][0].item(), rel=1e-6)
