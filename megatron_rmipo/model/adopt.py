@@ -35,6 +35,9 @@ _MODELS = (GPTModel,) if HybridModel is None else (GPTModel, HybridModel)
 # What a forward pass of these goes through beside their modules.
 _MODEL_METHODS = ("forward", "_preprocess", "_postprocess", "_scale_logits", "shared_embedding_or_output_weight")
 
+# Of problems: the layers of a model have the same as a rule.
+_MOST_TOLD = 8
+
 
 class PackedCore(Replacement):
     """The call of a core attention: segments as its mask make it attend within them.
@@ -137,7 +140,9 @@ def attach_model(model: Chunks, *, vocab_size: int, chunk_size: int = 4096, atte
     for inner in own:
         problems = list(_problems(inner, vocab_size))
         if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems)
+            listed = "\n".join(f"  {problem}" for problem in problems[:_MOST_TOLD])
+            if len(problems) > _MOST_TOLD:
+                listed += f"\n  and {len(problems) - _MOST_TOLD} more"
             raise ConfigError(f"This {type(inner).__name__} cannot be scored over packed rows as it computes:\n{listed}")
     for inner in own:
         _attach(inner, ScoringOptions(vocab_size, chunk_size, longest=_longest(inner)), attention_backend)

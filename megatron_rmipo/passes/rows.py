@@ -63,7 +63,7 @@ def run_rows(
         PackOutOfMemory: memory ran out, on this rank alone.
     """
     chunks = chunks_of(model)
-    _check_lengths(chunks[0], rows)
+    check_lengths(chunks, rows, backward=backward)
     begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
 
     def forward_step(
@@ -111,14 +111,29 @@ def _in_groups(
     return [*rows, *[filler] * fillers], known + known[:1] * fillers
 
 
-def _check_lengths(model: torch.nn.Module, rows: Sequence[Row]) -> None:
-    """Refuse rows of several lengths where stages of a pipeline do not tell each other how long a row is."""
-    config = unwrapped(model).config
+def check_lengths(model: Chunks, rows: Sequence[Row], *, backward: bool) -> None:
+    """Refuse rows of several lengths where the stages of a pipeline would take one for another.
+
+    Args:
+        model: as of :func:`run_rows`.
+        rows: of one schedule.
+        backward: the schedule runs backward passes, too.
+
+    Raises:
+        ConfigError: the rows differ in length, and the pipeline cannot have that.
+    """
+    config = unwrapped(chunks_of(model)[0]).config
     lengths = {row.token_ids.shape[-1] for row in rows}
-    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths and len(lengths) > 1:
+    if config.pipeline_model_parallel_size == 1 or len(lengths) == 1:
+        return
+    told = f"rows of {min(lengths)} to {max(lengths)} tokens would go through the model's pipeline"
+    if not config.variable_seq_lengths:
+        raise ConfigError(f"{told}, whose config has variable_seq_lengths=False. Set it to True.")
+    # Of two ranks each is before and behind the other, and Megatron sends the shapes of both directions in one order.
+    if backward and config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size:
         raise ConfigError(
-            f"the model's config has variable_seq_lengths=False, and rows of {min(lengths)} to {max(lengths)} tokens would go "
-            "through its pipeline. Set it to True."
+            f"{told}, interleaved over two ranks, between which Megatron mixes up lengths that differ. Give "
+            "preference_batches a tokens_per_microbatch, and the same as multiple_of, so that all rows are equally long."
         )
 
 

@@ -17,7 +17,7 @@ from megatron_rmipo.model.packed_model import Chunks, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
-from megatron_rmipo.passes.rows import check_rows, evaluating, on_device, row_output
+from megatron_rmipo.passes.rows import check_lengths, check_rows, evaluating, on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
 from megatron_rmipo.plugin.dataset import given_rows
@@ -100,6 +100,7 @@ class PreferenceStep:
             # The loop has not called after_step.
             self.after_step()
         with evaluating(model) as trains:
+            check_lengths(model, batch.conditional, backward=trains)
             prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)
         self._current, self._prepared, self._advances = batch, prepared, trains
         self._known = KnownPairs.of(batch, prepared)

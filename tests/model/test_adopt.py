@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -183,6 +185,9 @@ def scores_and_gradients(model: Any, scores: Tensor, groups: ProcessGroups) -> t
     (scores * weights).sum().backward()
     gradients = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+            continue
         assert parameter.grad is not None, name
         if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(parameter.grad, group=groups.tp)
@@ -245,6 +250,77 @@ def test_packed_rows_score_as_the_model_itself_does(tp: int) -> None:
                 assert error < 1e-4, (name, parameter, float(error))
 
 
+@pytest.mark.dist
+def test_adapters_experts_and_copies() -> None:
+    run_distributed(adapters, 1)
+    run_distributed(uncounted_tokens, 1)
+
+
+def adapters() -> None:
+    """Of a model with LoRA the adapters alone get gradients, the same as apart; its copy is a model of its own."""
+    groups, pairs = initialize_runtime(), make_tokens(1)
+    model = build(Built(config={"add_bias_linear": False}), groups)
+    add_adapters(model)
+    kept = everything(model)
+    first, gradients = scores_and_gradients(model, apart(model, pairs, 1), groups)
+    assert gradients.keys() == {name for name, _ in model.named_parameters() if ".adapter." in name}
+    attach_model(model, vocab_size=VOCAB, chunk_size=7)
+    # Process groups are nothing that Python can copy.
+    handed_over = {id(group): group for group in (groups.tp, groups.pp, groups.dp, groups.ep, groups.expert_tp, groups.world)}
+    for module in model.modules():
+        handed_over |= {id(value): value for value in vars(module).values() if isinstance(value, dist.ProcessGroup)}
+        handed_over |= {id(value): value for name, value in vars(module).items() if name == "pg_collection"}
+    copied = copy.deepcopy(model, handed_over)
+    for one in (model, copied):
+        scores, found = scores_and_gradients(one, packed(one, pairs), groups)
+        torch.testing.assert_close(scores, first, rtol=1e-5, atol=1e-5)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    # Its own table, attention and head.
+    assert packed(copied, pairs).allclose(torch.tensor(1 / VOCAB).log())
+    torch.testing.assert_close(packed(model, pairs), first, rtol=1e-5, atol=1e-5)
+    detach_model(copied)
+    detach_model(model)
+    assert kept == everything(model)
+    build(Built(config={"add_bias_linear": False}), groups).load_state_dict(
+        {name: value for name, value in model.state_dict().items() if ".adapter." not in name}
+    )
+    shutdown_runtime()
+
+
+def uncounted_tokens() -> None:
+    """Auxiliary losses that a model's owner asked for are those of the tokens that count, whatever else is in the row."""
+    groups = initialize_runtime()
+    torch.compiler.set_stance("force_eager")
+    experts = {
+        name: value for name, value in KINDS["experts, score biases"].config.items() if "bias" not in name or "linear" in name
+    }
+    experts |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}
+    found = []
+    for further in (0, 5):
+        model = build(Built(config=experts), groups).train()
+        attach_model(model, vocab_size=VOCAB)
+        tokens = torch.randint(VOCAB, (9 + further,), generator=torch.Generator().manual_seed(3))
+        row = {
+            "token_ids": tokens,
+            "position_ids": torch.cat([torch.arange(9), torch.arange(further)]),
+            "segments": torch.tensor([[0, 9, 0, 0], [9, further, 0, 0]][: 1 + bool(further)]),
+            "source": torch.arange(4, 8),
+            "target": tokens[5:9],
+        }
+        # The head's gradient is zero: what is left comes from the auxiliary losses alone.
+        (0.0 * model(**row, uncounted=torch.arange(9 + further) >= 9).sum()).backward()
+        found.append([layer.mlp.router.weight.grad for layer in model.decoder.layers])
+    for alone, among_others in zip(*found, strict=True):
+        assert alone.norm() > 0
+        torch.testing.assert_close(among_others, alone, rtol=1e-5, atol=1e-7)
+    shutdown_runtime()
+
+
 class ScaledLogits(GPTModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return 2 * super().forward(*args, **kwargs)
@@ -282,12 +358,57 @@ def changes(*several: Callable[[Any], None]) -> Callable[[Any], None]:
     return apply
 
 
+class LoRALinear(torch.nn.Module):
+    """As Megatron-Bridge 0.6.2 wraps a layer (megatron/bridge/peft/lora_layers.py, adapter_wrapper.py), on one rank.
+
+    Args:
+        to_wrap: a linear layer of Megatron's.
+        rank: of the adapter.
+        dropout: before it.
+    """
+
+    def __init__(self, to_wrap: torch.nn.Module, rank: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.to_wrap = to_wrap
+        rows, columns = to_wrap.weight.shape
+        self.adapter = torch.nn.Sequential(
+            torch.nn.Dropout(dropout), torch.nn.Linear(columns, rank, bias=False), torch.nn.Linear(rank, rows, bias=False)
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = self.to_wrap(x, *args, **kwargs)
+        return output + self.adapter(x.contiguous()).reshape(output.shape), bias
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        destination = {} if destination is None else destination
+        self.to_wrap.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        self.adapter.state_dict(destination=destination, prefix=f"{prefix}adapter.", keep_vars=keep_vars)
+        return destination
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        return self.to_wrap.sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def add_adapters(model: Any, dropout: float = 0.0) -> None:
+    """LoRA on every linear layer of the decoder, all else frozen."""
+    model.requires_grad_(False)
+    for module in list(model.decoder.modules()):
+        for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+            if name in module._modules:
+                module._modules[name] = LoRALinear(module._modules[name], dropout=dropout)
+
+
 class OtherCore(torch.nn.Module):
     pass
 
 
 class OtherAttention(torch.nn.Module):
     pass
+
+
+class OtherRotary(torch.nn.Module):
+    def forward(self, length: int) -> Tensor:
+        return torch.zeros(length, 1, 1, 8)
 
 
 class Mamba(torch.nn.Module):
@@ -308,7 +429,20 @@ REFUSED = [
         "load_balancing_type sinkhorn",
     ),
     (change("config.cuda_graph_impl", "local"), "cuda_graph_impl 'local'"),
+    (change("config.tp_comm_overlap", True), "tp_comm_overlap fixes the length of rows"),
+    (
+        changes(change("config.num_moe_experts", 4), change("config.moe_router_force_load_balancing", True)),
+        "moe_router_force_load_balancing gives tokens to experts by chance",
+    ),
     (change("output_layer", torch.nn.Linear(2, 2)), "output_layer: it is a Linear"),
+    (change("output_layer.bias", torch.nn.Parameter(torch.zeros(PADDED))), "output_layer: it has a bias"),
+    (lambda model: change("output_layer", LoRALinear(model.output_layer))(model), "output_layer: it is a LoRALinear"),
+    (
+        partial(add_adapters, dropout=0.1),
+        r"layers\.0\.mlp\.linear_fc1\.adapter\.0: dropout of 0\.1(.|\n)*and 4 more$",
+    ),
+    (change("decoder.layers.1.forward", print), r"decoder\.layers\.1: TransformerLayer\.forward was replaced in this object"),
+    (change("rotary_pos_emb", OtherRotary()), r"rotary_pos_emb: OtherRotary\.forward of tests.* is not Megatron-Core's"),
     (change("position_embedding_type", "mrope"), "rotary_pos_emb: positions of the kind 'mrope'"),
     (change("decoder.layers.1", Mamba()), r"decoder\.layers\.1: Mamba is no TransformerLayer"),
     (change("decoder.layers.2.self_attention", OtherAttention()), r"decoder\.layers\.2\.self_attention: OtherAttention is not"),
@@ -333,6 +467,18 @@ def refusals() -> None:
         with pytest.raises(ConfigError, match=message):
             attach_model(model, vocab_size=VOCAB)
         assert before == [vars(module) for module in model.modules()]
+    for vocab_size in (0, PADDED + 1):
+        with pytest.raises(ConfigError, match=f"vocab_size {vocab_size}: the model has {PADDED} tokens, padding among them"):
+            attach_model(build(Built(), groups), vocab_size=vocab_size)
+    with pytest.raises(ConfigError, match="this GPTModel is not attached"):
+        detach_model(build(Built(), groups))
+    whole, chunks = build(Built(), groups), [build(Built(), groups) for _ in range(2)]
+    chunks[1].config.hidden_dropout = 0.1
+    with pytest.raises(ConfigError, match="hidden_dropout"):
+        attach_model(chunks, vocab_size=VOCAB)
+    attach_model([whole, chunks[0]], vocab_size=VOCAB)
+    with pytest.raises(ConfigError, match="it takes packed rows already; to attach it otherwise, detach it first"):
+        attach_model(whole, vocab_size=VOCAB)
     with pytest.raises(ConfigError, match="This Linear cannot be scored"):
         attach_model(torch.nn.Linear(2, 2), vocab_size=VOCAB)
     shutdown_runtime()

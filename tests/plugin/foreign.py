@@ -55,9 +55,10 @@ def build_llama(
     *,
     sequence_parallel: bool = False,
     fixed_shape: bool = False,
+    vp_stage: int | None = None,
     **changes: Any,
 ) -> GPTModel:
-    """This rank's part of a Llama as a user of megatron-core builds it, without anything of ours."""
+    """This rank's part of a Llama as a user of megatron-core builds it, without anything of ours; a chunk, with ``vp_stage``."""
     config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -88,16 +89,18 @@ def build_llama(
         calculate_per_token_loss=True,
         **changes,
     )
+    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     # torch's own norm refuses sequence parallelism.
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     return GPTModel(
         config,
-        TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
+        TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm),
         padded_vocab_size(arch.vocab_size, 8, groups.tp_size),
         arch.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and vp_stage in (None, 0),
+        post_process=groups.is_last_stage and vp_stage in (None, last_chunk),
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=int(arch.ropes[0].base),

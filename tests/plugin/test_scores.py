@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_rmipo.runtime.groups import ProcessGroups
 from tests.harness import run_distributed
 from tests.integration.problem import BOS, VOCAB, DenseProblem, collection, make_hf_model, make_pairs
 from tests.integration.worlds import Case, run_at_layouts
-from tests.plugin.foreign import build_foreign
+from tests.plugin.foreign import Foreign, build_foreign
 
 LAYOUTS = {
     1: [Case("TP 1"), Case("prompts not shared", share_prompts=False)],
@@ -89,6 +90,7 @@ def refusals(folder: str) -> None:
     def compute(case: Case, folder: str, pairs: Any, groups: ProcessGroups) -> None:
         foreign = build_foreign(case, Path(folder), groups)
         score = lambda rows=pairs, **options: plugin.score(foreign.model, rows, **{"tokens_per_microbatch": 600} | options)  # noqa: E731
+        run_the_page(foreign, pairs, groups)
         data = collection(make_pairs())
         keep = lambda name: plugin.score_reference(foreign.model, data, build_objective(name, {}), tokens_per_microbatch=60)  # noqa: E731
         with pytest.raises(ConfigError, match=r"pair .* of the pairs in memory needs .* tokens in one pack"):
@@ -122,8 +124,40 @@ def refusals(folder: str) -> None:
     run_at_layouts(compute, [Case("TP 1")], folder, pairs)
 
 
+def run_the_page(foreign: Foreign, rows: list[Any], groups: ProcessGroups) -> None:
+    """The examples of docs/plugin_log_probs.md as they stand there, and that their forms agree."""
+    plugin.detach(foreign.model)
+    head = foreign.model.module.output_layer
+    hidden, target = torch.randn(7, head.weight.shape[1]), torch.arange(7)
+    names = {
+        "model": foreign.model,
+        "vocab_size": VOCAB,
+        "rows": rows,
+        "bos": BOS,
+        "pairs": collection(make_pairs()),
+        "objective": build_objective("dpo", {}),
+        "tp_group": groups.tp,
+        "hidden": hidden,
+        "output_layer": head,
+        "logits": hidden @ head.weight.t(),
+        "target": target,
+        "reference_hidden": hidden,
+        "reference_weight": head.weight.detach(),
+    }
+    page = (Path(__file__).parents[2] / "docs" / "plugin_log_probs.md").read_text()
+    found = []
+    for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(example, names)
+        found += [names[name] for name in ("logprobs", "policy", "frozen", "extrapolated", "interpolated") if name in names]
+    assert len(found) == 7
+    for logprobs in found:
+        torch.testing.assert_close(logprobs, found[0])
+    assert np.array_equal(names["scores"].logps, names["pairs"].scores_of(np.arange(24)))  # type: ignore[attr-defined]
+    assert names["batches"].peek().num_pairs == 24  # type: ignore[attr-defined]
+
+
 @pytest.mark.dist
-def test_what_cannot_be_scored_is_said_before_it_is_tried(tmp_path: Path) -> None:
+def test_the_page_runs_and_what_cannot_be_scored_is_said_before_it_is_tried(tmp_path: Path) -> None:
     run_distributed(refusals, 1, str(make_hf_model(tmp_path / "model")))
 
 
