@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -26,6 +27,7 @@ from tests.integration.problem import BOS, NUM_PAIRS, VOCAB, DenseProblem, colle
 from tests.integration.test_invariance import check
 from tests.integration.worlds import Case
 from tests.plugin.adapters.pretraining import first_gradients, model_arguments, run_pretraining, train_with_trainer
+from tests.test_readme import MEGATRON_LM_FLAGS
 
 needs_megatron_lm = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None, reason="megatron-core here has no megatron.training: 0.19 does"
@@ -98,7 +100,7 @@ def fixture_arguments(tmp_path: Path, **changes: str | None) -> list[str]:
 def test_ten_steps_and_evaluation_are_our_trainers(tmp_path: Path) -> None:
     prefix = write_pairs(tmp_path / "pairs")
     convert_hf_to_megatron(MODEL, tmp_path / "megatron")
-    held_out = {"valid-data-path": str(prefix), "full-validation": ""}
+    held_out = {"valid-data-path": str(prefix), "eval-iters": "8"}
     runs = [fixture_arguments(tmp_path, objective=name, **held_out) for name in ("rmipo", "dpo")]
     theirs = run_distributed(run_pretraining, 1, runs)[0]
     for name, (losses, norms, evaluations) in zip(("rmipo", "dpo"), theirs, strict=True):
@@ -124,16 +126,16 @@ def test_resumed_is_undisturbed(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs")
     convert_hf_to_megatron(MODEL, tmp_path / "megatron")
     # It carries a mean from step to step, and reads a reference.
-    common = {"objective": "beta_dpo", "pass-before-schedule": "", "train-iters": "6", "save-interval": "3"}
-    whole, first = str(tmp_path / "whole"), str(tmp_path / "first")
+    common = {"objective": "beta_dpo", "pass-before-schedule": "", "lr-decay-iters": "6", "save-interval": "3"}
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
     runs = [
-        fixture_arguments(tmp_path, **common, save=whole),
-        fixture_arguments(tmp_path, **common, save=first, **{"exit-interval": "3"}),
-        fixture_arguments(tmp_path, **common, save=first, load=first, finetune=None),
+        fixture_arguments(tmp_path, **common, **{"save": whole, "train-iters": "6"}),
+        fixture_arguments(tmp_path, **common, **{"save": halves, "train-iters": "3"}),
+        fixture_arguments(tmp_path, **common, **{"save": halves, "train-iters": "6", "load": halves, "finetune": None}),
     ]
-    # Megatron-LM ends an interrupted run with the process.
-    undisturbed, *halves = (run_distributed(run_pretraining, 1, [run])[0][0] for run in runs)
-    assert halves[0][0] + halves[1][0] == undisturbed[0]
+    undisturbed, first, second = (losses for losses, _, _ in run_distributed(run_pretraining, 1, runs)[0])
+    assert len(set(undisturbed)) == 6
+    assert first + second == undisturbed
 
 
 @pytest.mark.dist
@@ -197,7 +199,7 @@ def megatron_arguments(**changes: Any) -> SimpleNamespace:
         ({"split": "99,1,0"}, "--split 99,1,0: held-out pairs are those of --valid-data-path"),
         ({"multiple_validation_sets": True}, "--multiple-validation-sets"),
         ({"eval_iters": 100}, "--eval-iters 100: there are no held-out pairs"),
-        ({"full_validation": True}, "--full-validation: there are no held-out pairs"),
+        ({"full_validation": True}, "--full-validation ends Megatron-LM"),
         ({"valid_data_path": ["B"]}, "--valid-data-path does nothing: give --eval-iters N for N x 8 pairs"),
         ({"objective": "epsilon_dpo"}, "--objective epsilon_dpo keeps its reference in memory"),
         ({"objective": "beta_dpo"}, "--objective beta_dpo carries numbers from step to step"),
@@ -236,6 +238,13 @@ def test_flags_stand_beside_another_parsers(monkeypatch: pytest.MonkeyPatch) -> 
     assert training.objective.config.beta == 0.3
 
 
+@needs_megatron_lm
+def test_the_page_names_flags_that_megatron_lm_has() -> None:
+    arguments = importlib.import_module("megatron.training.arguments")
+    parser = megatron_lm.add_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    assert set(parser._option_string_actions) >= MEGATRON_LM_FLAGS
+
+
 def test_an_option_that_is_a_flag_of_the_other_program_is_refused() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--rl-kl-beta", dest="beta")
@@ -252,6 +261,5 @@ def test_more_held_out_pairs_than_there_are_is_refused() -> None:
     args = megatron_arguments(eval_iters=100, valid_data_path=["B"])
     with pytest.raises(ConfigError, match=r"--eval-iters 100 x 8 pairs: --valid-data-path B has 24. Give --eval-iters 3"):
         held_out_pairs(args, collection(make_pairs()))
-    args.full_validation = True
-    args.eval_global_batch_size = 7
-    assert held_out_pairs(args, collection(make_pairs())) == (24, 4)
+    args.eval_iters = 2
+    assert held_out_pairs(args, collection(make_pairs())) == 16
