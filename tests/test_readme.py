@@ -6,12 +6,14 @@ import argparse
 import importlib
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from megatron_rmipo import entry
 from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.plugin.adapters.megatron_lm import add_arguments
 
 ROOT = Path(__file__).parent.parent
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,6 +30,29 @@ OUTPUTS = ("data/pairs", "work/", "runs/", ".venv", "DIR/", "iter_", "hf/", "/p"
 OUTPUT_FILES = {"config.yaml", "data/"}
 # Flags of programs that are not ours.
 FOREIGN_FLAGS = {"--no-build-isolation", "--nproc-per-node"}
+# Of Megatron-LM's parser, beside which ours stand; tests/plugin/adapters looks them up in it.
+MEGATRON_LM_FLAGS = {
+    "--attention-dropout",
+    "--calculate-per-token-loss",
+    "--dataloader-type",
+    "--eval-global-batch-size",
+    "--eval-iters",
+    "--full-validation",
+    "--hidden-dropout",
+    "--hidden-size",
+    "--micro-batch-size",
+    "--mock-data",
+    "--mtp-num-layers",
+    "--num-layers",
+    "--context-parallel-size",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--test-data-path",
+    "--tokenizer-type",
+    "--train-data-path",
+    "--vocab-size",
+}
+# Scripts in which our flags stand beside another program's.
+PLUGIN_SCRIPTS = "examples/plugins/"
 
 
 class ParsedError(Exception):
@@ -109,13 +134,15 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         target, arguments = program(words)
         if target and "--help" not in arguments:
             parse_as(monkeypatch, target, arguments)
+        elif any(word.startswith(PLUGIN_SCRIPTS) for word in words):
+            assert all((ROOT / word).is_file() for word in words if word.startswith(PLUGIN_SCRIPTS)), words
         elif any(word in ("python", "torchrun") for word in words) and not target:
             raise AssertionError(f"{' '.join(words)}: starts neither a tool nor a module of this project")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_flags_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    known = set(FOREIGN_FLAGS)
+    known = FOREIGN_FLAGS | MEGATRON_LM_FLAGS | set(add_arguments(argparse.ArgumentParser())._option_string_actions)
     # Of two objectives, whose common options are flags of each.
     samples = {"megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo"], "benchmarks.bench_step": []}
     for words in (words for text in DOCUMENTS.values() for words in commands_of(text)):
@@ -183,7 +210,8 @@ def test_python_blocks_import_what_exists(name: str) -> None:
             compile(body, name, "exec")
             imports = re.findall(r"^from (megatron_rmipo\S*) import (.+)$", body, re.MULTILINE)
             assert imports
-            assert all(hasattr(importlib.import_module(module), item) for module, items in imports for item in items.split(", "))
+            named = [(module, item) for module, items in imports for item in items.split(", ")]
+            assert all(hasattr(importlib.import_module(module), item) or find_spec(f"{module}.{item}") for module, item in named)
 
 
 def test_the_annotated_tree_is_the_tree() -> None:

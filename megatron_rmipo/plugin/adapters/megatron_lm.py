@@ -168,11 +168,8 @@ class PreferenceTraining:
         _say(f"objective: {args.objective}; {len(train)} pairs, {args.global_batch_size} a step", groups)
         held_out = None
         if valid is not None:
-            total, num_batches = held_out_pairs(args, valid)
-            begin = functools.partial(
-                batches, valid, size=args.eval_global_batch_size, mean=args.eval_micro_batch_size, total_pairs=total
-            )
-            held_out = HeldOutBatches(begin, num_batches)
+            size, mean, total_pairs = args.eval_global_batch_size, args.eval_micro_batch_size, held_out_pairs(args, valid)
+            held_out = HeldOutBatches(functools.partial(batches, valid, size=size, mean=mean, total_pairs=total_pairs))
         if args.skip_train:
             return None, held_out, None
         training = batches(

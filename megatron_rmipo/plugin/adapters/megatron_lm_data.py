@@ -94,16 +94,10 @@ class HeldOutBatches(Iterator[Microbatch]):
 
     Args:
         begin: an evaluation's micro-batches.
-        num_batches: global batches of an evaluation.
     """
 
-    def __init__(self, begin: Callable[[], PreferenceBatches], num_batches: int) -> None:
-        self._begin, self._num_batches = begin, num_batches
-        self._current = begin()
-
-    def __len__(self) -> int:
-        """Global batches of an evaluation, what ``--full-validation`` asks for."""
-        return self._num_batches
+    def __init__(self, begin: Callable[[], PreferenceBatches]) -> None:
+        self._begin, self._current = begin, begin()
 
     def __next__(self) -> Microbatch:
         try:
@@ -113,22 +107,20 @@ class HeldOutBatches(Iterator[Microbatch]):
             return next(self._current)
 
 
-def held_out_pairs(args: Any, pairs: PairCollection) -> tuple[int, int]:
-    """(pairs, global batches) of an evaluation.
+def held_out_pairs(args: Any, pairs: PairCollection) -> int:
+    """Pairs of an evaluation.
 
     Raises:
-        ConfigError: there are fewer pairs than ``--eval-iters`` asks for.
+        ConfigError: there are fewer than ``--eval-iters`` asks for.
     """
     size = args.eval_global_batch_size
-    if args.full_validation:
-        return len(pairs), -(-len(pairs) // size)
     wanted: int = args.eval_iters * size
     if wanted > len(pairs):
         raise ConfigError(
             f"--eval-iters {args.eval_iters} x {size} pairs: --valid-data-path {' '.join(args.valid_data_path)} has "
-            f"{len(pairs)}. Give --eval-iters {len(pairs) // size}, a smaller --eval-global-batch-size, or --full-validation."
+            f"{len(pairs)}. Give --eval-iters {len(pairs) // size}, or a smaller --eval-global-batch-size."
         )
-    return wanted, args.eval_iters
+    return wanted
 
 
 def attach_reference_scores(

@@ -74,14 +74,12 @@ def _data_problems(args: Any) -> Iterator[str]:
 def _evaluation_problems(args: Any) -> Iterator[str]:
     if args.multiple_validation_sets:
         yield "--multiple-validation-sets: name one set, or a blend, with --valid-data-path"
-    if args.valid_data_path and not (args.eval_iters or args.full_validation):
-        yield (
-            f"--valid-data-path does nothing: give --eval-iters N for N x {args.eval_global_batch_size} pairs an evaluation, or "
-            "--full-validation"
-        )
-    if not args.valid_data_path and (args.eval_iters or args.full_validation):
-        flag = "--full-validation" if args.full_validation else f"--eval-iters {args.eval_iters}"
-        yield f"{flag}: there are no held-out pairs; name them with --valid-data-path, or leave it out"
+    if args.full_validation:
+        yield "--full-validation ends Megatron-LM with a TypeError where there is one set (0.19.2); give --eval-iters"
+    if args.valid_data_path and not args.eval_iters:
+        yield f"--valid-data-path does nothing: give --eval-iters N for N x {args.eval_global_batch_size} pairs an evaluation"
+    if args.eval_iters and not args.valid_data_path:
+        yield (f"--eval-iters {args.eval_iters}: there are no held-out pairs; name them with --valid-data-path, or leave it out")
 
 
 def _objective_problems(args: Any, objective: Objective) -> Iterator[str]:
