@@ -1,6 +1,6 @@
 """Train with one of our objectives in TRL's DPOTrainer.
 
-``pip install 'trl>=1.16,<2'``, then ``python examples/plugins/trl_trainer.py``, which makes a small model and pairs of its own;
+``pip install -e '.[trl]'``, then ``python examples/plugins/trl_trainer.py``, which makes a small model and pairs of its own;
 ``--model DIR --data FILE.jsonl`` takes yours (prompt, chosen, rejected).
 """
 

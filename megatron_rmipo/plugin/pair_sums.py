@@ -54,10 +54,6 @@ class PairScores:
         """Those of some pairs; of some columns too, where there are more than two."""
         return PairScores(self.logps[which], self.lengths[which])
 
-    def detach(self) -> PairScores:
-        """The same without gradient."""
-        return PairScores(self.logps.detach(), self.lengths)
-
 
 def pairs_of_rows(values: Tensor, order: RowOrder) -> Tensor:
     """One value a row, ``[B]``, as ``[P, 2]`` of (chosen, rejected).

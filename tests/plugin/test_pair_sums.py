@@ -49,7 +49,6 @@ def test_sums_keep_their_digits_and_read_nothing_else() -> None:
     assert unread.grad is not None
     assert torch.equal(unread.grad, scored.float())
     assert torch.equal(scores[1:].logps, scores.logps[1:])
-    assert not scores.detach().logps.requires_grad
 
 
 @pytest.mark.parametrize("context", [1, None])
@@ -84,7 +83,7 @@ def test_every_field_reaches_the_objective() -> None:
     logps = pair_logps(
         policy,
         mean_chosen_length=torch.tensor(4.0),
-        unconditional=PairScores(table[3:], table[:3].float()),
+        unconditional=PairScores(table[3:].float().requires_grad_(), table[:3].float()),
         reference=table[1:4],
         extrapolated=table[2:5],
         interpolated=table[:3],
@@ -93,6 +92,8 @@ def test_every_field_reaches_the_objective() -> None:
     )
     assert logps.chosen_logps.tolist() == [0, 2, 4]
     assert logps.rejected_logps.requires_grad
+    assert logps.uncond_chosen_logps is not None
+    assert not logps.uncond_chosen_logps.requires_grad
     found = {
         name: getattr(logps, name).tolist() for name in ("uncond_chosen_logps", "uncond_rejected_lengths", "ref_rejected_logps")
     }

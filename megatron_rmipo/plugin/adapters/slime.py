@@ -91,7 +91,7 @@ class ObjectiveLoss:
             # Not known here; no loss that reads it gets so far.
             mean_chosen_length=logprobs.new_ones(()),
             reference=self._reference(batch, each)[counts] if needs.reference else None,
-            unconditional=scores[counts, 2:].detach() if needs.unconditional is not None else None,
+            unconditional=scores[counts, 2:] if needs.unconditional is not None else None,
         )
         output = pair_losses(self.objective, logps)
         metrics = {name: values.sum() for name, values in output.metrics.items() if name != "nll/chosen"}

@@ -81,6 +81,32 @@ def test_sums_of_the_reference_may_come_with_the_batch(problem: Problem) -> None
     assert step(model, CausalLmLoss(objective, context_token_id=BOS), objective, batches) == expected
 
 
+# By objective: (rows, whether in training mode) of each forward pass of the policy, and rows of each of the reference.
+PASSES = {
+    "simpo": ([(16, True)], []),
+    "sft": ([(8, True)], []),
+    "rmipo": ([(16, False), (16, True)], []),
+    "dpo": ([(16, True)], [16]),
+    "beta_dpo": ([(16, False), (16, True)], [16]),
+    "kto": ([(16, False), (16, True)], [16, 16]),
+    "epsilon_dpo": ([(16, True)], [16]),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_nothing_is_computed_that_nobody_asked_for(name: str, problem: Problem) -> None:
+    model, reference = problem.models()
+    model.train()
+    of_policy: list[tuple[int, bool]] = []
+    of_reference: list[int] = []
+    note = lambda module, _, given: of_policy.append((len(given["input_ids"]), module.training))  # noqa: E731
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    reference.register_forward_pre_hook(lambda _, __, given: of_reference.append(len(given["input_ids"])), with_kwargs=True)
+    objective = build_objective(name, {})
+    step(model, CausalLmLoss(objective, context_token_id=BOS, reference=reference), objective, micro_batches([0, 8]))
+    assert (of_policy, of_reference) == PASSES[name]
+
+
 def test_without_a_context_token_the_first_is_not_scored(problem: Problem) -> None:
     model, _ = problem.models()
     (batch,) = micro_batches([0, 8])
