@@ -18,7 +18,7 @@ PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
 # Those that show nothing to run.
-WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")}
+WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")} | {"docs/plugin_log_probs.md"}
 SHELLS = ("", "bash", "sh", "console")
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|bash|pip|source) ")
 # Where names in a document may be rooted.

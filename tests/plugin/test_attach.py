@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.data.batches.packing import pack_pairs
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.rows import row_output
 from megatron_rmipo.plugin import PreferenceStep, attach, detach, preference_batches
@@ -165,7 +166,7 @@ def wrapped_calls(folder: str) -> list[dict[str, Any]]:
                 losses.append(call(model))
                 losses[-1].backward()
         model.finish_grad_sync()
-        return [loss.detach() for loss in losses], {name: p.main_grad.clone() for name, p in model.named_parameters()}
+        return [loss.detach() for loss in losses], {name: p.main_grad.clone() for name, p in unwrapped(model).named_parameters()}
 
     results = []
     for bf16, overlap in WRAPPED:
