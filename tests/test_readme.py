@@ -20,7 +20,7 @@ PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
 # Those that show nothing to run.
-WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")}
+WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")} | {"docs/plugin_log_probs.md"}
 # Of slime, whose losses ours may be.
 SLIME_FLAGS = {
     *("--calculate-per-token-loss", "--custom-loss-function-path", "--disable-compute-advantages-and-returns"),

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model import adopt
 from megatron_rmipo.model.adopt import attach_model, detach_model
 from megatron_rmipo.model.hybrid import HybridModel, hybrid_config, hybrid_stack
 from megatron_rmipo.model.layers.norms import RMSNorm
@@ -208,6 +212,12 @@ def everything(model: Any) -> dict[str, Any]:
     }
 
 
+def recompute_attention(model: Any, asked: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.checkpoint_core_attention = asked
+
+
 def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
     """Of each model its scores and gradients apart, and packed once it is adopted."""
     groups = initialize_runtime(tp)
@@ -224,12 +234,10 @@ def before_and_after(names: list[str], tp: int) -> dict[str, Any]:
             assert kept | {"attributes": None} == everything(model) | {"attributes": None}, name
             found[name] = first, scores_and_gradients(model, packed(model, pairs), groups)
             torch.testing.assert_close(apart(model, pairs, tp).detach(), first[0], rtol=0, atol=0)
-            for layer in model.decoder.layers:
-                # What recomputation of attention asks for; layers of MLPs have none.
-                layer.self_attention.checkpoint_core_attention = tp == 1
+            # What recomputation of attention asks for; the second time.
+            recompute_attention(model, tp == 1)
             detach_model(model)
-        for layer in model.decoder.layers:
-            layer.self_attention.checkpoint_core_attention = False
+        recompute_attention(model, False)
         assert kept == everything(model), name
     shutdown_runtime()
     return found
@@ -251,14 +259,40 @@ def test_packed_rows_score_as_the_model_itself_does(tp: int) -> None:
 
 
 @pytest.mark.dist
-def test_adapters_experts_and_copies() -> None:
-    run_distributed(adapters, 1)
-    run_distributed(uncounted_tokens, 1)
+def test_adapters_experts_copies_and_transformer_engine() -> None:
+    run_distributed(in_one_world, 1)
 
 
-def adapters() -> None:
+def in_one_world() -> None:
+    groups = initialize_runtime()
+    adapters(groups)
+    uncounted_tokens(groups)
+    transformer_engine_core(groups)
+    shutdown_runtime()
+
+
+def transformer_engine_core(groups: ProcessGroups) -> None:
+    """A stand-in for Transformer Engine's core attention is replaced as Megatron's is; it needs a GPU itself."""
+
+    class TEDotProductAttention(DotProductAttention):
+        """Of the real one's name and parameters, which are none but the sinks."""
+
+    pairs, model = make_tokens(1), build(KINDS["sinks, windows in every second layer"], groups)
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.__class__ = TEDotProductAttention
+    first = apart(model, pairs, 1).detach()
+    with pytest.raises(ConfigError, match="what TEDotProductAttention does with scores is not known"):
+        attach_model(model, vocab_size=VOCAB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer_engine, "TEDotProductAttention", TEDotProductAttention, raising=False)
+        patch.setattr(adopt, "transformer_engine_available", lambda: True)
+        attach_model(model, vocab_size=VOCAB)
+    torch.testing.assert_close(packed(model, pairs).detach(), first, rtol=1e-5, atol=1e-5)
+
+
+def adapters(groups: ProcessGroups) -> None:
     """Of a model with LoRA the adapters alone get gradients, the same as apart; its copy is a model of its own."""
-    groups, pairs = initialize_runtime(), make_tokens(1)
+    pairs = make_tokens(1)
     model = build(Built(config={"add_bias_linear": False}), groups)
     add_adapters(model)
     kept = everything(model)
@@ -289,12 +323,10 @@ def adapters() -> None:
     build(Built(config={"add_bias_linear": False}), groups).load_state_dict(
         {name: value for name, value in model.state_dict().items() if ".adapter." not in name}
     )
-    shutdown_runtime()
 
 
-def uncounted_tokens() -> None:
+def uncounted_tokens(groups: ProcessGroups) -> None:
     """Auxiliary losses that a model's owner asked for are those of the tokens that count, whatever else is in the row."""
-    groups = initialize_runtime()
     torch.compiler.set_stance("force_eager")
     experts = {
         name: value for name, value in KINDS["experts, score biases"].config.items() if "bias" not in name or "linear" in name
@@ -318,7 +350,6 @@ def uncounted_tokens() -> None:
     for alone, among_others in zip(*found, strict=True):
         assert alone.norm() > 0
         torch.testing.assert_close(among_others, alone, rtol=1e-5, atol=1e-7)
-    shutdown_runtime()
 
 
 class ScaledLogits(GPTModel):

@@ -19,12 +19,14 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.data.batches.packing import pack_pairs
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.rows import row_output
 from megatron_rmipo.plugin import PreferenceStep, attach, detach, preference_batches
-from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 from tests.integration.problem import BOS, DenseProblem, collection, make_hf_model, make_pairs
+from tests.integration.worlds import end_case
 from tests.plugin.foreign import build_llama
 
 # Objective, its options, whether its passes come before the schedule.
@@ -65,11 +67,23 @@ def gradients_of(chunks: list[DistributedDataParallel]) -> dict[str, Tensor]:
     return gradients
 
 
-def interleaved_steps(pp: int, num_chunks: int, folder: str) -> list[tuple[float, dict[str, Tensor]]]:
-    """Loss and this rank's gradients of each of the objectives, in a bare loop, the model in so many chunks."""
-    groups = initialize_runtime(pipeline_model_parallel_size=pp)
-    if num_chunks > 1:
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(num_chunks)
+Results = list[tuple[float, dict[str, Tensor]]]
+
+
+def steps_at_layouts(layouts: list[tuple[int, int, int]], folder: str) -> list[Results]:
+    """At each (tensor-parallel size, pipeline stages, chunks of each) what :func:`bare_steps` gives."""
+    results = []
+    for tp, pp, num_chunks in layouts:
+        groups = initialize_runtime(tp, pp)
+        if num_chunks > 1:
+            parallel_state.set_virtual_pipeline_model_parallel_world_size(num_chunks)
+        results.append(bare_steps(groups, num_chunks, folder))
+        end_case()
+    return results
+
+
+def bare_steps(groups: ProcessGroups, num_chunks: int, folder: str) -> Results:
+    """Loss and this rank's gradients of each of the objectives, in a bare loop."""
     results = []
     for name, options, before_step in INTERLEAVED:
         chunks = build_chunks(Path(folder) / "model", groups, num_chunks)
@@ -100,28 +114,29 @@ def interleaved_steps(pp: int, num_chunks: int, folder: str) -> list[tuple[float
         )
         loss = step.after_step().values["loss"].double().mean().item()
         results.append((loss, gradients_of(chunks)))
-    shutdown_runtime()
     return results
 
 
 @pytest.mark.dist
-def test_an_interleaved_pipeline_gives_the_loss_and_the_gradients_of_one_stage(tmp_path: Path) -> None:
+def test_chunks_of_a_pipeline_and_a_resident_reference_give_the_loss_and_the_gradients_of_one_rank(tmp_path: Path) -> None:
     pairs = make_pairs()
     problem = DenseProblem(make_hf_model(tmp_path / "model"), make_hf_model(tmp_path / "reference", seed=1), pairs)
-    (whole,) = run_distributed(interleaved_steps, 1, 1, 1, str(tmp_path))
-    stages = run_distributed(interleaved_steps, 2, 2, 2, str(tmp_path))
+    ((whole,),) = run_distributed(steps_at_layouts, 1, [(1, 1, 1)], str(tmp_path))
+    by_rank = run_distributed(steps_at_layouts, 2, [(1, 2, 2), (2, 1, 1)], str(tmp_path))
     for number, (name, options, _) in enumerate(INTERLEAVED):
         expected = problem.answer(build_objective(name, options))[0]
-        gradients: dict[str, Tensor] = {}
-        for loss, own in (stage[number] for stage in stages):
-            assert loss == pytest.approx(expected, rel=1e-5)
-            assert not own.keys() & gradients.keys()
-            gradients.update(own)
-        loss, one_stage = whole[number]
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert gradients.keys() == one_stage.keys()
-        for key, gradient in one_stage.items():
-            assert (gradients[key] - gradient).norm() < 1e-5 * gradient.norm(), (name, key)
+        one_rank = whole[number][1]
+        for results in ([whole], *([*found] for found in by_rank)):
+            for result in results:
+                assert result[number][0] == pytest.approx(expected, rel=1e-5), name
+        stages, shards = ([found[layout][number][1] for found in by_rank] for layout in (0, 1))
+        assert not stages[0].keys() & stages[1].keys()
+        chunks = stages[0] | stages[1]
+        assert chunks.keys() == shards[0].keys() == one_rank.keys()
+        for key, gradient in one_rank.items():
+            assert (chunks[key] - gradient).norm() < 1e-5 * gradient.norm(), (name, key)
+            if shards[0][key].shape == gradient.shape:
+                assert (shards[0][key] - gradient).norm() < 1e-5 * gradient.norm(), (name, key)
 
 
 # bf16 parameters and their wrapper, gradients and parameters that travel while others are computed.
@@ -165,7 +180,7 @@ def wrapped_calls(folder: str) -> list[dict[str, Any]]:
                 losses.append(call(model))
                 losses[-1].backward()
         model.finish_grad_sync()
-        return [loss.detach() for loss in losses], {name: p.main_grad.clone() for name, p in model.named_parameters()}
+        return [loss.detach() for loss in losses], {name: p.main_grad.clone() for name, p in unwrapped(model).named_parameters()}
 
     results = []
     for bf16, overlap in WRAPPED:
