@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 import zipfile
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def test_fault_of_one_thread_stops_the_others(tmp_path: Path, monkeypatch: pytes
 
     def refuse(layer: int) -> None:
         asked.append(layer)
+        # As long as a write takes, so that those that were not begun can be called off.
+        time.sleep(0.01)
         raise OSError("no space left")
 
     pieces = tuple(Piece((layer, 0), (1, 3), lambda out, layer=layer: refuse(layer)) for layer in range(50))
