@@ -190,6 +190,7 @@ def megatron_arguments(**changes: Any) -> SimpleNamespace:
         ({"context_parallel_size": 2}, "--context-parallel-size 2"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"num_experts": 8}, "--moe-token-dispatcher-type allgather, Megatron-LM's default"),
         ({"step_batch_size_schedule": "0:8"}, "--step-batch-size-schedule: the batch is as large at every step"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel does nothing here"),
         ({"eod_mask_loss": True}, "--eod-mask-loss does nothing here"),
