@@ -55,8 +55,8 @@ def _loop_problems(args: Any) -> Iterator[str]:
         yield "--overlap-moe-expert-parallel-comm wants a schedule plan, which packed rows have none of; leave it out"
     if args.num_experts is not None and args.moe_token_dispatcher_type == "allgather":
         yield (
-            "--moe-token-dispatcher-type allgather, Megatron-LM's default: ranks would have to hold equally many tokens, and rows "
-            "differ in length; alltoall"
+            "--moe-token-dispatcher-type allgather, Megatron-LM's default: ranks would have to hold equally many tokens, and "
+            "rows differ in length; alltoall"
         )
     for name in _OTHER_STEPS:
         if getattr(args, name, None):
