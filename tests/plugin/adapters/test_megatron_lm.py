@@ -133,8 +133,11 @@ def test_resumed_is_undisturbed(tmp_path: Path) -> None:
         fixture_arguments(tmp_path, **common, **{"save": halves, "train-iters": "3"}),
         fixture_arguments(tmp_path, **common, **{"save": halves, "train-iters": "6", "load": halves, "finetune": None}),
     ]
+    # Megatron-LM takes the number of steps for a part of the schedule, which goes to 6 in all of them.
+    runs[2].append("--override-opt-param-scheduler")
     undisturbed, first, second = (losses for losses, _, _ in run_distributed(run_pretraining, 1, runs)[0])
-    assert len(set(undisturbed)) == 6
+    # The first step of the warm-up moves nothing.
+    assert len(set(undisturbed)) == 5
     assert first + second == undisturbed
 
 
