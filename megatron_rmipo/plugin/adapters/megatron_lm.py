@@ -26,7 +26,7 @@ from megatron_rmipo.plugin.adapters.megatron_lm_data import (
     attach_reference_scores,
     context_token_of,
     held_out_pairs,
-    open_pairs,
+    open_named_pairs,
 )
 from megatron_rmipo.plugin.adapters.megatron_lm_problems import refuse_arguments
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
@@ -155,10 +155,10 @@ class PreferenceTraining:
         needs, args, vocab_size = self.objective.needs, self.args, self.vocab_size
         # Megatron-LM takes --data-path only where there is no --valid-data-path.
         flag = "--data-path" if args.data_path else "--train-data-path"
-        train = open_pairs(args, flag, args.data_path or args.train_data_path, needs, vocab_size)
+        train = open_named_pairs(args, flag, args.data_path or args.train_data_path, needs, vocab_size)
         valid = None
         if args.valid_data_path:
-            valid = open_pairs(args, "--valid-data-path", args.valid_data_path, needs, vocab_size)
+            valid = open_named_pairs(args, "--valid-data-path", args.valid_data_path, needs, vocab_size)
         collections = [pairs for pairs in (train, valid) if pairs is not None]
         attach_reference_scores(self._model, collections, needs, args, groups)
         self._step = PreferenceStep(self.objective, groups=groups)

@@ -35,7 +35,7 @@ from megatron_rmipo.runtime.groups import ProcessGroups
 _PAIRS_AT_A_TIME = 64
 
 
-def open_pairs(args: Any, flag: str, values: Sequence[str], needs: LogpNeeds, vocab_size: int) -> PairCollection:
+def open_named_pairs(args: Any, flag: str, values: Sequence[str], needs: LogpNeeds, vocab_size: int) -> PairCollection:
     """What ``--train-data-path`` or ``--valid-data-path`` names.
 
     Args:

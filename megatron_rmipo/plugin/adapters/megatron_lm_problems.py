@@ -53,6 +53,11 @@ def _loop_problems(args: Any) -> Iterator[str]:
         yield f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction has a loss of its own, not built; leave it out"
     if args.overlap_moe_expert_parallel_comm:
         yield "--overlap-moe-expert-parallel-comm wants a schedule plan, which packed rows have none of; leave it out"
+    if args.num_experts is not None and args.moe_token_dispatcher_type == "allgather":
+        yield (
+            "--moe-token-dispatcher-type allgather, Megatron-LM's default: ranks would have to hold equally many tokens, and "
+            "rows differ in length; alltoall"
+        )
     for name in _OTHER_STEPS:
         if getattr(args, name, None):
             yield f"{flag_of(name)}: the batch is as large at every step; give --global-batch-size"

@@ -133,8 +133,11 @@ def test_resumed_is_undisturbed(tmp_path: Path) -> None:
         fixture_arguments(tmp_path, **common, **{"save": halves, "train-iters": "3"}),
         fixture_arguments(tmp_path, **common, **{"save": halves, "train-iters": "6", "load": halves, "finetune": None}),
     ]
+    # Megatron-LM takes the number of steps for a part of the schedule, which goes to 6 in all of them.
+    runs[2].append("--override-opt-param-scheduler")
     undisturbed, first, second = (losses for losses, _, _ in run_distributed(run_pretraining, 1, runs)[0])
-    assert len(set(undisturbed)) == 6
+    # The first step of the warm-up moves nothing.
+    assert len(set(undisturbed)) == 5
     assert first + second == undisturbed
 
 
@@ -190,6 +193,7 @@ def megatron_arguments(**changes: Any) -> SimpleNamespace:
         ({"context_parallel_size": 2}, "--context-parallel-size 2"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"num_experts": 8}, "--moe-token-dispatcher-type allgather, Megatron-LM's default"),
         ({"step_batch_size_schedule": "0:8"}, "--step-batch-size-schedule: the batch is as large at every step"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel does nothing here"),
         ({"eod_mask_loss": True}, "--eod-mask-loss does nothing here"),
