@@ -150,19 +150,23 @@ def evaluating(model: Chunks) -> Iterator[bool]:
             module.training = trains
 
 
-def check_rows(model: Chunks, rows: Sequence[Row], lengths: np.ndarray) -> None:
-    """Refuse packed rows that a model which somebody else attached has no embedding or no position for. No communication.
+def check_rows(model: Chunks, rows: Sequence[Row], lengths: np.ndarray | None = None) -> None:
+    """Refuse rows that somebody else's model has no embedding or no position for, or cannot share. No communication.
 
     Args:
         model: as of :func:`run_rows`.
         rows: of this rank.
-        lengths: int ``[P, 3]``, prompt, chosen and rejected tokens of all ranks' pairs.
+        lengths: int ``[P, 3]``, prompt, chosen and rejected tokens of all ranks' pairs; of padded rows they are not looked at.
 
     Raises:
-        ConfigError: the model takes no packed rows, a pair is too long, or a token is none of its vocabulary.
+        ConfigError: the model takes no packed rows, a pair is too long, a token is none of its vocabulary, or tensor-parallel
+            ranks cannot share rows of such a length.
     """
+    _check_shards(unwrapped(chunks_of(model)[0]).config, rows)
     if isinstance(rows[0], PaddedRows):
+        _check_ids(rows, rows[0].vocab_size)
         return
+    assert lengths is not None
     options = scoring_options(chunks_of(model)[0])
     # The last token of a response is predicted, and predicts nothing.
     longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()) - 1
@@ -171,11 +175,25 @@ def check_rows(model: Chunks, rows: Sequence[Row], lengths: np.ndarray) -> None:
             f"a prompt with its response takes {longest} positions, and the model has {options.longest} (max_sequence_length). "
             "Prepare the data with a smaller --seq-length, or build the model with more."
         )
-    ids = torch.cat([part for row in rows for part in (row.token_ids, row.target)])
-    if ids.numel() and int(ids.max()) >= options.vocab_size:
+    _check_ids(rows, options.vocab_size)
+
+
+def _check_shards(config: Any, rows: Sequence[Row]) -> None:
+    shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    for length in (row.token_ids.shape[-1] for row in rows):
+        if length % shards:
+            raise ConfigError(
+                f"sequence parallelism shares a row out to {shards} ranks, and there is one of {length} tokens. Have rows laid "
+                f"out with multiple_of={shards}."
+            )
+
+
+def _check_ids(rows: Sequence[Row], vocab_size: int) -> None:
+    ids = torch.cat([part.flatten() for row in rows for part in (row.token_ids, row.target)])
+    if ids.numel() and int(ids.max()) >= vocab_size:
         raise ConfigError(
-            f"token {int(ids.max())} is none of the model's vocabulary (vocab_size {options.vocab_size}): the data was made with "
-            "another tokenizer, or the model attached with too small a vocab_size."
+            f"token {int(ids.max())} is none of the model's vocabulary (vocab_size {vocab_size}): the data was made with another "
+            "tokenizer, or too small a vocab_size given."
         )
 
 

@@ -18,7 +18,6 @@ from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.pair_losses import KnownPairs
-from megatron_rmipo.passes.rows import on_device
 from megatron_rmipo.plugin.batches import check_padded, pairs_for
 from megatron_rmipo.plugin.context import ContextToken, context_token
 from megatron_rmipo.runtime.groups import current_device
@@ -130,7 +129,7 @@ class PreferenceCollator:
 
 
 def given_rows(given: Mapping[str, Any], objective: Objective) -> tuple[PaddedRows, KnownPairs]:
-    """What a micro-batch as of :class:`PreferenceCollator` says: rows and what is known of their pairs, on the device.
+    """What a micro-batch as of :class:`PreferenceCollator` says: rows on the CPU, and what is known of their pairs on the device.
 
     Raises:
         ConfigError: something that the objective reads is not there, or is not told by the micro-batch alone.
@@ -155,9 +154,7 @@ def given_rows(given: Mapping[str, Any], objective: Objective) -> tuple[PaddedRo
         batch={},
         mean_chosen_length=torch.full((), float(given["mean_chosen_length"]), device=current_device()),
     )
-    moved = on_device(rows)
-    assert isinstance(moved, PaddedRows)
-    return moved, known
+    return rows, known
 
 
 def _refuse_whole_batch(objective: Objective) -> None:

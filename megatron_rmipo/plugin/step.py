@@ -74,7 +74,9 @@ class PreferenceStep:
         microbatch = next(data_iterator)
         if isinstance(microbatch, Mapping):
             _check_loop(model)
-            rows, known = given_rows(microbatch, self.objective)
+            given, known = given_rows(microbatch, self.objective)
+            check_rows(model, [given])
+            rows = on_device(given)
             return row_output(model, rows), partial(self._loss, rows, known, [])
         place = (id(model), microbatch.number)
         # Run again, it is another step's: what was found out before that is not true of the weights any more.

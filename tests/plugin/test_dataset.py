@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -187,3 +188,28 @@ def test_what_dicts_do_not_tell_is_refused_by_name() -> None:
             given_rows(lacking, dataset.objective)
     with pytest.raises(ConfigError, match="pad_to 20: pair"):
         PreferenceCollator(dataset, vocab_size=VOCAB, pad_to=20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"labels": VOCAB}, {}, f"token {VOCAB} is none of the model's vocabulary"),
+        (
+            {},
+            {"sequence_parallel": True, "tensor_model_parallel_size": 2},
+            "one of 9 tokens. Have rows laid out with multiple_of=2",
+        ),
+    ],
+)
+def test_rows_that_a_model_cannot_take_are_refused(changes: dict[str, int], settings: dict[str, Any], message: str) -> None:
+    objective = build_objective("simpo", {})
+    dataset = PreferenceDataset(pairs_with_reference(), objective)
+    given = PreferenceCollator(dataset, vocab_size=VOCAB, pad_to=35)([dataset[0]])
+    given = {name: value[:, -9:] if isinstance(value, Tensor) else value for name, value in given.items()}
+    given["loss_mask"] = torch.ones_like(given["loss_mask"])
+    given.update({name: torch.full_like(given[name], value) for name, value in changes.items()})
+    model = torch.nn.Identity()
+    config = {"calculate_per_token_loss": True, "finalize_model_grads_func": print, "sequence_parallel": False, **settings}
+    model.config = types.SimpleNamespace(**config)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=message):
+        PreferenceStep(objective, groups=types.SimpleNamespace())(iter([given]), model)  # type: ignore[arg-type]
