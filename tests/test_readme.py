@@ -27,7 +27,7 @@ ROOTS = ("", "megatron_rmipo", "megatron_rmipo/objectives", "megatron_rmipo/chec
 OUTPUTS = ("data/pairs", "work/", "runs/", ".venv", "DIR/", "iter_", "hf/", "/p")
 OUTPUT_FILES = {"config.yaml", "data/"}
 # Flags of programs that are not ours.
-FOREIGN_FLAGS = {"--no-build-isolation", "--nproc-per-node"}
+FOREIGN_FLAGS = {"--no-build-isolation", "--nproc-per-node", "--use-checkpoint-args", "--no-bias-gelu-fusion"}
 
 
 class ParsedError(Exception):
