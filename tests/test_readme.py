@@ -38,6 +38,8 @@ FOREIGN_FLAGS = {"--no-build-isolation", "--nproc-per-node"}
 # Of Megatron-LM's parser, beside which ours stand; tests/plugin/adapters looks them up in it.
 MEGATRON_LM_FLAGS = {
     "--attention-dropout",
+    "--no-bias-gelu-fusion",
+    "--use-checkpoint-args",
     "--calculate-per-token-loss",
     "--dataloader-type",
     "--eval-global-batch-size",
