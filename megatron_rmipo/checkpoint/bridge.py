@@ -1,7 +1,8 @@
 """Models through NVIDIA's Megatron-Bridge, whatever their family: built, loaded, scored by the seam, exported.
 
 Interface: ``AutoBridge`` of Megatron-Bridge 0.6 and 0.7 (``megatron/bridge/models/conversion/auto_bridge.py``) and its model
-providers (``megatron/bridge/models/model_provider.py``). It was never run with the package itself, which needs CUDA.
+providers (``megatron/bridge/models/model_provider.py``). With 0.6.2 itself it was run on
+the CPU alone, with Megatron's local layers.
 """
 
 from __future__ import annotations
@@ -201,15 +202,19 @@ def build_bridged_policy(
 
     Raises:
         ConfigError: Megatron-Bridge is not installed, its provider lacks a field, or what it builds cannot be scored exactly.
-        ConversionError: no model there, or none that Megatron-Bridge takes.
+        ConversionError: no model there, or none that Megatron-Bridge takes, or can build on this machine.
     """
     bridge, provider = on_every_rank(groups.world, lambda: _provider_of(Path(hf_dir), load_weights=load_weights))
     settings = {**_settings(groups, max_length, dtype, sequence_parallel), **overrides}
+    # Only where it must: the package writes padded rows into the files that it exports (seen in 0.6.2).
+    settings.setdefault("should_pad_vocab", provider.vocab_size % groups.tp_size != 0)
     for name, value in settings.items():
         if not hasattr(provider, name):
             raise ConfigError(f"{hf_dir}: Megatron-Bridge's {type(provider).__name__} has no field {name}, to be {value!r}.")
         setattr(provider, name, value)
-    provider.finalize()
+    # What it asks for and this machine has not, such as kernels of Transformer Engine, it finds here.
+    with _told(f"{hf_dir}: Megatron-Bridge cannot build this model here"):
+        provider.finalize()
     models = provider.provide_distributed_model(
         # The trainer wraps, in what it chooses.
         wrap_with_ddp=False,
@@ -270,7 +275,6 @@ def _settings(groups: ProcessGroups, max_length: int, dtype: torch.dtype, sequen
         "expert_tensor_parallel_size": groups.expert_tp.size(),
         "sequence_parallel": sequence_parallel,
         "seq_length": max_length,
-        "should_pad_vocab": True,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

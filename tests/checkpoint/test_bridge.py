@@ -20,8 +20,10 @@ from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shu
 from tests.checkpoint.stand_in_bridge import install_stand_in
 from tests.harness import run_distributed
 from tests.integration import worlds
+from tests.integration.data import MODEL
 from tests.integration.problem import DenseProblem, collection, make_hf_model, make_pairs
 from tests.integration.worlds import Case
+from tests.plugin.adapters.bridge_on_cpu import WITHOUT_KERNELS, bridge_is_installed, import_bridge
 
 
 def score_and_export(cases: list[Case], folder: str, pairs: Any) -> list[Any]:
@@ -91,3 +93,28 @@ def refusals(hf_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"attention_dropout: dropout of 0\.2"):
         build_bridged_policy(hf_dir, groups, max_length=64, attention_dropout=0.2)
     shutdown_runtime()
+
+
+def export_by_the_package(layouts: list[dict[str, int]], folder: str) -> None:
+    """The model of the tests through Megatron-Bridge itself: its kernels missed by name, built without, exported."""
+    import_bridge()
+    for number, layout in enumerate(layouts):
+        groups = initialize_runtime(**layout)
+        with pytest.raises(ConversionError, match=r"cannot build this model here: apply_rope_fusion is not available"):
+            build_bridged_policy(MODEL, groups, max_length=256)
+        bridged = build_bridged_policy(MODEL, groups, max_length=256, sequence_parallel=groups.tp_size > 1, **WITHOUT_KERNELS)
+        bridged.export(Path(folder) / str(number))
+        worlds.end_case()
+
+
+@pytest.mark.skipif(not bridge_is_installed(), reason="needs Megatron-Bridge itself (0.6.2, Python 3.12), which is not installed")
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_package_itself_loads_and_exports_every_bit(tmp_path: Path) -> None:
+    layouts = [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]
+    run_distributed(export_by_the_package, 2, layouts, str(tmp_path))
+    given = load_file(MODEL / "model.safetensors")
+    for number in range(len(layouts)):
+        written = load_file(tmp_path / str(number) / "model.safetensors")
+        assert given.keys() == written.keys()
+        assert all(torch.equal(tensor, written[key]) for key, tensor in given.items())

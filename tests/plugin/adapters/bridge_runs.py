@@ -66,3 +66,34 @@ def first_steps(cases: list[Case], folder: str) -> list[dict[str, Any] | None]:
         finetune(configure(Path(folder), case), step, callbacks=[step, found])
         results.append(found.result)
     return results
+
+
+class Losses:
+    """A callback that keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_step_end(self, context: Any) -> None:
+        self.found.append(context.loss_dict["loss"].item())
+
+
+def goes_on(folder: str, rank: int | None) -> dict[str, Any]:
+    """Losses and state of four steps, and of the last two from a checkpoint between; of all weights, or of an adapter's."""
+    finetune, losses, states = start(), [], []
+    from megatron.bridge.peft.lora import LoRA
+
+    from megatron_rmipo.plugin.adapters.megatron_bridge import PreferenceFinetune
+
+    for number, loaded in enumerate((None, "run-0")):
+        peft = None if rank is None else LoRA(dim=rank, alpha=rank)
+        small = {"train_iters": 4, "global_batch_size": 8, "micro_batch_size": 2, "eval_iters": 2, "eval_interval": 2}
+        save = Path(folder) / f"run-{number}"
+        config = configure(Path(folder), Case("", objective="beta_dpo"), save, save_interval=2, peft=peft, **small)
+        if loaded is not None:
+            config.checkpoint.load, config.checkpoint.ckpt_step = str(Path(folder) / loaded), 2
+        step, kept = PreferenceFinetune(), Losses()
+        finetune(config, step, callbacks=[step, kept])
+        losses.append(kept.found)
+        states.append(dict(step.step.state))  # type: ignore[union-attr]
+    return {"losses": losses, "states": states}
