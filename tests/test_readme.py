@@ -20,7 +20,7 @@ PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
 # Those that show nothing to run.
-WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")} | {"docs/plugin_log_probs.md"}
+WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")} | {"docs/plugin/log_probs.md"}
 # Of slime, whose losses ours may be.
 SLIME_FLAGS = {
     *("--calculate-per-token-loss", "--custom-loss-function-path", "--disable-compute-advantages-and-returns"),
@@ -159,7 +159,7 @@ def test_flags_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for target, arguments in samples.items():
         known |= parse_as(monkeypatch, target, arguments)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", DOCUMENTS[name]))
-    named -= SLIME_FLAGS if name == "docs/plugin_frameworks.md" else set()
+    named -= SLIME_FLAGS if name == "docs/plugin/frameworks.md" else set()
     assert named <= known, named - known
 
 

@@ -1,7 +1,7 @@
 """Megatron-LM's pretraining on preference pairs: what a pretrain_gpt.py looks like with a preference objective.
 
 Everything is Megatron-LM's (megatron-core 0.19.2, Python 3.12) but the lines with ``megatron_lm`` and ``preference``. See
-docs/plugin_megatron_lm.md.
+docs/plugin/megatron_lm.md.
 """
 
 import sys

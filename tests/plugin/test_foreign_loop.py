@@ -74,7 +74,7 @@ def ways_of(line: str) -> tuple[str, list[bool]]:
     return name.strip("`"), [cell == "yes" for cell in cells[:3]]
 
 
-PAGE = Path(__file__).parent.parent.parent / "docs/plugin_batches.md"
+PAGE = Path(__file__).parent.parent.parent / "docs/plugin/batches.md"
 TABLE = PAGE.read_text(encoding="utf-8").partition("## Objectives")[2]
 WAYS = dict(ways_of(line) for line in TABLE.splitlines() if line.startswith("| `"))
 

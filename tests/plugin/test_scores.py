@@ -125,7 +125,7 @@ def refusals(folder: str) -> None:
 
 
 def run_the_page(foreign: Foreign, rows: list[Any], groups: ProcessGroups) -> None:
-    """The examples of docs/plugin_log_probs.md as they stand there, and that their forms agree."""
+    """The examples of docs/plugin/log_probs.md as they stand there, and that their forms agree."""
     plugin.detach(foreign.model)
     head = foreign.model.module.output_layer
     hidden, target = torch.randn(7, head.weight.shape[1]), torch.arange(7)
@@ -144,7 +144,7 @@ def run_the_page(foreign: Foreign, rows: list[Any], groups: ProcessGroups) -> No
         "reference_hidden": hidden,
         "reference_weight": head.weight.detach(),
     }
-    page = (Path(__file__).parents[2] / "docs" / "plugin_log_probs.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "plugin/log_probs.md").read_text()
     found = []
     for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(example, names)
