@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
     write_problem(tmp_path)
     said = run_distributed(stand_in_runs.refusals, 1, str(tmp_path))[0]
     expected = {
-        "means of means": ["model.calculate_per_token_loss False", "ddp.average_in_collective", "train.rampup_batch_size"],
+        "mean of means": ["model.calculate_per_token_loss False", "ddp.average_in_collective", "train.rampup_batch_size"],
         "interleaved": ["model.virtual_pipeline_model_parallel_size 2", "dist.use_megatron_fsdp"],
         "a reference in memory": ["objective epsilon_dpo keeps its reference in memory"],
         "state lost": ["checkpoint.async_save", "checkpoint.non_persistent_save_interval"],
