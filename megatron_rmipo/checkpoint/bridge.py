@@ -201,13 +201,18 @@ def build_bridged_policy(
         **overrides: further fields of the model's provider, which is a TransformerConfig, such as recomputation.
 
     Raises:
-        ConfigError: Megatron-Bridge is not installed, its provider lacks a field, or what it builds cannot be scored exactly.
+        ConfigError: Megatron-Bridge is not installed, its provider lacks a field, tensor parallelism does not divide the
+            vocabulary, or what it builds cannot be scored exactly.
         ConversionError: no model there, or none that Megatron-Bridge takes, or can build on this machine.
     """
     bridge, provider = on_every_rank(groups.world, lambda: _provider_of(Path(hf_dir), load_weights=load_weights))
     settings = {**_settings(groups, max_length, dtype, sequence_parallel), **overrides}
-    # Only where it must: the package writes padded rows into the files that it exports (seen in 0.6.2).
-    settings.setdefault("should_pad_vocab", provider.vocab_size % groups.tp_size != 0)
+    if provider.vocab_size % groups.tp_size:
+        raise ConfigError(
+            f"--tensor-model-parallel-size {groups.tp_size} does not divide the vocabulary of {provider.vocab_size} tokens in "
+            f"{hf_dir}. It would be padded, and Megatron-Bridge writes the padding into what it exports: take a size that divides it."
+        )
+    settings.setdefault("should_pad_vocab", False)
     for name, value in settings.items():
         if not hasattr(provider, name):
             raise ConfigError(f"{hf_dir}: Megatron-Bridge's {type(provider).__name__} has no field {name}, to be {value!r}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from tests.checkpoint.stand_in_bridge import install_stand_in
 from tests.harness import run_distributed
 from tests.integration import worlds
 from tests.integration.data import MODEL
-from tests.integration.problem import DenseProblem, collection, make_hf_model, make_pairs
+from tests.integration.problem import VOCAB, DenseProblem, collection, make_hf_model, make_pairs
 from tests.integration.worlds import Case
 from tests.plugin.adapters.bridge_on_cpu import WITHOUT_KERNELS, bridge_is_installed, import_bridge
 
@@ -48,7 +50,7 @@ def score_and_export(cases: list[Case], folder: str, pairs: Any) -> list[Any]:
 
 @pytest.mark.dist
 def test_a_bridged_model_scores_trains_and_exports(tmp_path: Path) -> None:
-    hf_dir = make_hf_model(tmp_path / "llama" / "model")
+    hf_dir = make_hf_model(tmp_path / "llama" / "model", vocab_size=VOCAB + 1)
     pairs = make_pairs(9)
     problem = DenseProblem(hf_dir, hf_dir, pairs)
     cases = [
@@ -92,6 +94,9 @@ def refusals(hf_dir: Path) -> None:
         build_bridged_policy(hf_dir, groups, max_length=64, made_up=3)
     with pytest.raises(ConfigError, match=r"attention_dropout: dropout of 0\.2"):
         build_bridged_policy(hf_dir, groups, max_length=64, attention_dropout=0.2)
+    two: Any = dataclasses.replace(groups, tp=SimpleNamespace(size=lambda: 2))
+    with pytest.raises(ConfigError, match="--tensor-model-parallel-size 2 does not divide the vocabulary of 83 tokens"):
+        build_bridged_policy(hf_dir, two, max_length=64)
     shutdown_runtime()
 
 
