@@ -31,7 +31,7 @@ FORMS = {
     "sft:0.2,dpo,epsilon_dpo:0.5": {"epsilon": 0.2},
 }
 LAYOUTS = {
-    1: [{"tokens_per_microbatch": 48}, {"tokens_per_microbatch": 200}],
+    1: [{"tokens_per_microbatch": 48}],
     2: [{"tp": 2, "tokens_per_microbatch": 120}, {"pp": 2, "tokens_per_microbatch": 120}, {"tokens_per_microbatch": 120}],
     4: [{"tp": 2, "pp": 2, "sequence_parallel": True, "tokens_per_microbatch": 120}],
 }
@@ -46,11 +46,20 @@ def cases_of(options: dict[str, dict[str, Any]], world_size: int) -> list[Case]:
     ]
 
 
+def one_of_each_kind() -> list[str]:
+    """Of objectives that need the same, and carry a state or none, the first: what differs beyond is a function of the numbers."""
+    kinds: dict[str, str] = {}
+    for name in OBJECTIVES:
+        objective = build_objective(name, OPTIONS.get(name, {}))
+        kinds.setdefault(f"{objective.needs} {sorted(objective.initial_state())}", name)
+    return list(kinds.values())
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
 def test_every_objective_is_the_same_at_every_layout(world_size: int, tmp_path: Path) -> None:
-    cases = cases_of({name: OPTIONS.get(name, {}) for name in OBJECTIVES}, world_size)
-    run_and_check(cases, world_size, make_pairs(), tmp_path)
+    names = list(OBJECTIVES) if world_size < 4 else one_of_each_kind()
+    run_and_check(cases_of({name: OPTIONS.get(name, {}) for name in names}, world_size), world_size, make_pairs(), tmp_path)
 
 
 @pytest.mark.dist
