@@ -47,7 +47,7 @@ def cases_of(options: dict[str, dict[str, Any]], world_size: int) -> list[Case]:
 
 
 def one_of_each_kind() -> list[str]:
-    """Of objectives that need the same, and carry a state or none, the first: what differs beyond is a function of the numbers."""
+    """Of objectives that need the same and carry the same, the first: the others differ in a function of numbers."""
     kinds: dict[str, str] = {}
     for name in OBJECTIVES:
         objective = build_objective(name, OPTIONS.get(name, {}))
