@@ -19,7 +19,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.pair_losses import KnownPairs
 from megatron_rmipo.plugin.batches import check_padded, pairs_for
-from megatron_rmipo.plugin.context import ContextToken, context_token
+from megatron_rmipo.plugin.context import ContextTokenId, context_token
 from megatron_rmipo.runtime.groups import current_device
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -94,7 +94,7 @@ class PreferenceCollator:
         dataset: PreferenceDataset,
         *,
         vocab_size: int,
-        context_token_id: ContextToken = "bos",
+        context_token_id: ContextTokenId = "bos",
         multiple_of: int = 1,
         pad_to: int | None = None,
     ) -> None:

@@ -17,7 +17,8 @@ from megatron_rmipo.model.packed_model import Chunks, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
-from megatron_rmipo.passes.rows import check_lengths, check_rows, evaluating, on_device, row_output
+from megatron_rmipo.passes.row_problems import check_lengths, check_rows
+from megatron_rmipo.passes.rows import evaluating, on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
 from megatron_rmipo.plugin.dataset import given_rows

@@ -94,9 +94,8 @@ def bare_steps(groups: ProcessGroups, num_chunks: int, folder: str) -> Results:
             objective,
             global_batch_size=len(pairs),
             num_microbatches=4,
-            tokens_per_microbatch=260,
             # Between two ranks Megatron's interleaved schedule mixes up lengths that differ.
-            multiple_of=260,
+            pad_to=260,
             context_token_id=BOS,
             unconditional="pass" if before_step else "rows",
         )

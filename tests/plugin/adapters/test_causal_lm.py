@@ -62,7 +62,7 @@ def check(objective: Objective, problem: Problem) -> None:
     model.train()
     loss = CausalLmLoss(objective, context_token_id=BOS, reference=reference)
     value = step(model, loss, objective, micro_batches(CUTS))
-    expected, gradients, _ = problem.dense.answer(objective)
+    expected, gradients, _ = problem.answer(objective)
     assert value == pytest.approx(expected, rel=1e-5)
     check_gradients(model, gradients)
     assert model.training
@@ -166,5 +166,5 @@ def one_of_two(hf_dir: str, reference_dir: str) -> dict[str, float]:
 def test_two_processes_share_a_global_batch(problem: Problem) -> None:
     ranks = run_distributed(one_of_two, 2, str(problem.hf_dir), str(problem.reference_dir))
     for name in TWO_PROCESSES:
-        expected, _, _ = problem.dense.answer(build_objective(name, {}))
+        expected, _, _ = problem.answer(build_objective(name, {}))
         assert (ranks[0][name] + ranks[1][name]) / 2 == pytest.approx(expected, rel=1e-5), name
