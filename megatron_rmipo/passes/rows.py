@@ -8,7 +8,6 @@ Shape letters: N scored tokens, P pairs of the global batch, R responses of a ro
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -108,19 +107,6 @@ def _in_groups(
     fillers = -len(rows) % size
     known: list[ReferenceHead | None] = [*references] or [None] * len(rows)
     return [*rows, *[filler] * fillers], known + known[:1] * fillers
-
-
-@contextlib.contextmanager
-def evaluating(model: Chunks) -> Iterator[bool]:
-    """A model in evaluation mode, so that activations are not recomputed; whether it was in training mode before."""
-    modes = [(module, module.training) for chunk in chunks_of(model) for module in chunk.modules()]
-    for chunk in chunks_of(model):
-        chunk.eval()
-    try:
-        yield modes[0][1]
-    finally:
-        for module, trains in modes:
-            module.training = trains
 
 
 def on_device(row: Row) -> Row:

@@ -157,15 +157,20 @@ def given_rows(given: Mapping[str, Any], objective: Objective) -> tuple[PaddedRo
     return rows, known
 
 
-def _refuse_whole_batch(objective: Objective) -> None:
+def read_of_whole_batch(objective: Objective) -> list[str]:
+    """What an objective has to know of a global batch before the losses of its micro-batches, in words."""
     needs = objective.needs
     reasons = {
         "log-probs of the whole batch": needs.batch,
         "log-probs of mismatched pairs": needs.mismatched,
         "a reference in memory": needs.perturbation is not None,
-        "a state that goes from step to step": bool(objective.initial_state()),
+        "what it carries from step to step": bool(objective.initial_state()),
     }
-    if wanted := [reason for reason, holds in reasons.items() if holds]:
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _refuse_whole_batch(objective: Objective) -> None:
+    if wanted := read_of_whole_batch(objective):
         raise ConfigError(
             f"objective {objective.name} reads {', '.join(wanted)}, which micro-batches alone do not tell. Use "
             "megatron_rmipo.plugin.batches.preference_batches, whose micro-batches know their global batch."

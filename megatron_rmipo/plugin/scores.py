@@ -22,8 +22,9 @@ from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.row_problems import check_rows
-from megatron_rmipo.passes.rows import evaluating, scores_everywhere
+from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.plugin.context import ContextTokenId, context_token
+from megatron_rmipo.runtime.evaluation_mode import evaluating
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 # Pairs of each data-parallel rank that are laid out at a time: enough to fill several packs.

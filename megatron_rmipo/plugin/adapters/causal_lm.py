@@ -8,10 +8,9 @@ Shape letters: B rows, S tokens of a row, P pairs (B / 2), N scored tokens, V vo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +24,7 @@ from megatron_rmipo.objectives.contract import check_prepared
 from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.plugin.mismatched_rows import mismatched_pairs, padded_rows, tokenized_pairs
 from megatron_rmipo.plugin.response_rows import ResponseRows, pair_losses, rows_of_responses, sums_of_rows
+from megatron_rmipo.runtime.evaluation_mode import evaluating
 
 Batch: TypeAlias = Mapping[str, Any]
 # Called as the model is, with input_ids, attention_mask and use_cache; what it gives has logits [B, S, V].
@@ -94,7 +94,7 @@ class CausalLmLoss:
         chosen_lengths = self.gather([_scored(batch)[:size].sum(dim=1) for batch, size in zip(batches, sizes, strict=True)])
         scores = None
         references: list[Tensor | None] = [None] * len(batches)
-        with evaluation(model):
+        with evaluating(model):
             if needs.batch:
                 scores = [self._scores(model, _rows(batch)) for batch in batches]
                 references = [self._reference_sums(batch) if needs.reference else None for batch in batches]
@@ -128,7 +128,7 @@ class CausalLmLoss:
         needs = self.objective.needs
         self._check(batch)
         fields: dict[str, Any] = {"reference": facts.reference}
-        with torch.no_grad(), evaluation(model):
+        with torch.no_grad(), evaluating(model):
             if needs.unconditional is not None:
                 fields["unconditional"] = self._scores(model, self._responses(batch))
             if needs.reference and facts.reference is None and needs.perturbation is None:
@@ -139,7 +139,7 @@ class CausalLmLoss:
         logits, target = _scored_logits(model, rows)
         policy = _sums(vocab_parallel_logprobs(logits, target), rows)
         if needs.perturbation is not None:
-            with evaluation(model):
+            with evaluating(model):
                 fields.update(self._mixed(logits.detach(), target, rows, needs.perturbation))
         device = policy.logps.device
         logps = pair_logps(
@@ -261,17 +261,6 @@ class CausalLmLoss:
             dist.all_gather_object(everywhere, list(own), group=self._group)
         rounds = itertools.zip_longest(*([(one,) for one in of_rank] for of_rank in everywhere))
         return [one[0] for dealt in rounds for one in dealt if one is not None]
-
-
-@contextlib.contextmanager
-def evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, so that nothing is dropped out or recomputed, and then as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _scored(batch: Batch) -> Tensor:

@@ -182,12 +182,9 @@ def _check_samples(tokens: Sequence[Tensor], lengths: Sequence[int], each: int) 
     )
     if len(tokens) % each:
         raise DataError(f"a micro-batch of {len(tokens)} samples; {hint}")
-    samples = list(zip(tokens, lengths, strict=True))
+    samples = [(one[: len(one) - size], one[len(one) - size :]) for one, size in zip(tokens, lengths, strict=True)]
     for start in range(0, len(samples), each):
-        group = [
-            (one[: len(one) - size], one[len(one) - size :])
-            for one, size in list(zip(tokens, lengths, strict=True))[start:][:each]
-        ]
+        group = samples[start : start + each]
         fits = torch.equal(group[0][0], group[1][0])
         for (_, response), (_, alone) in zip(group[:2], group[2:], strict=False):
             fits = fits and torch.equal(response[len(response) - len(alone) :], alone) and len(response) - len(alone) in (0, 1)

@@ -60,12 +60,14 @@ def test_weights_of_pairs_count(problem: Problem) -> None:
 def check(objective: Objective, problem: Problem) -> None:
     model, reference = problem.models()
     model.train()
+    # A part that its owner keeps as it is.
+    model.model.embed_tokens.eval()
     loss = CausalLmLoss(objective, context_token_id=BOS, reference=reference)
     value = step(model, loss, objective, micro_batches(CUTS))
     expected, gradients, _ = problem.answer(objective)
     assert value == pytest.approx(expected, rel=1e-5)
     check_gradients(model, gradients)
-    assert model.training
+    assert (model.training, model.lm_head.training, model.model.embed_tokens.training) == (True, True, False)
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
