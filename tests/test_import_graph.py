@@ -49,7 +49,7 @@ INNER_ROOMS = {
     },
     "checkpoint": {"hf": {"whole_directories", "raw_files"}, "megatron": {"hf", "whole_directories", "raw_files"}},
     "model": {"attention": set(), "layers": {"attention", "products"}},
-    "plugin": {"adapters": {"batches", "step", "pair_sums", "mismatched_rows"}},
+    "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }
 # So many files a room holds at most; these have one file each of something.
 MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}

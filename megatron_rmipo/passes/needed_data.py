@@ -40,7 +40,7 @@ def check_read(store: PairStore, flag: str, needs: LogpNeeds, objective: str, re
         store: the data set.
         flag: that named it.
         needs: of the objective.
-        objective: its name.
+        objective: how the user named it, such as ``--objective rmipo``.
         readers: column -> the flags by which it is read.
 
     Raises:
@@ -48,14 +48,14 @@ def check_read(store: PairStore, flag: str, needs: LogpNeeds, objective: str, re
     """
     if needs.rejected and not store.manifest.has_rejected:
         raise DataError(
-            f"{flag} {store.prefix}: supervised data, without rejected responses, which --objective {objective} needs. "
-            "Train on preference pairs, or use --objective sft."
+            f"{flag} {store.prefix}: supervised data, without rejected responses, which {objective} needs. "
+            "Train on preference pairs, or take the objective sft."
         )
     if store.manifest.unpaired and not needs.unpaired:
         raise DataError(
-            f"{flag} {store.prefix}: unpaired data, one response with a label a row, but --objective {objective} needs "
-            f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or use "
-            "--objective kto."
+            f"{flag} {store.prefix}: unpaired data, one response with a label a row, but {objective} needs "
+            f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or take "
+            "the objective kto."
         )
     missing = [column for column in needs.columns if column not in store.manifest.pair_columns]
     if missing:
@@ -64,6 +64,22 @@ def check_read(store: PairStore, flag: str, needs: LogpNeeds, objective: str, re
             f"{flag} {store.prefix}: no {' and no '.join(missing)} beside its pairs, to be read by {told}. Prepare the data "
             "from rows that have such a column, or train without reading it."
         )
+
+
+def check_needed(stores: Sequence[PairStore], flag: str, needs: LogpNeeds, objective: str, readers: Callable[[str], str]) -> None:
+    """Refuse data sets that are empty, of both kinds, or lack what an objective reads.
+
+    Args:
+        stores: the data sets that are read together.
+        flag, needs, objective, readers: as of :func:`check_read`.
+
+    Raises:
+        DataError: what is missing, and what would work.
+    """
+    for store in stores:
+        refuse_empty(store, flag)
+        check_read(store, flag, needs, objective, readers)
+    refuse_mixed(stores)
 
 
 def check_length(store: PairStore, seq_length: int) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
-from megatron_rmipo.objectives.base import Objective, PairLogps
+from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.contract import check_output
+from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.passes.rows import response_sums
 from megatron_rmipo.runtime.groups import current_device
 from megatron_rmipo.runtime.transfers import to_device
@@ -70,17 +71,16 @@ class KnownPairs:
         )
 
     def of_pairs(self, numbers: Tensor) -> dict[str, Any]:
-        """Fields of :class:`PairLogps` for some pairs, numbers ``[pairs]`` of the global batch on the device."""
+        """For some pairs, numbers ``[pairs]`` of the global batch on the device, arguments of :func:`pair_logps` by name."""
         # A filler reads what is known of pair 0; its loss does not count.
         numbers = numbers.clamp(min=0)
-        known: dict[str, Any] = {"mean_chosen_length": self.mean_chosen_length}
-        if self.unconditional is not None:
-            known.update(_unconditional_fields(*self.unconditional[numbers].unbind(2)))
-        if self.reference is not None:
-            known["ref_chosen_logps"], known["ref_rejected_logps"] = self.reference[numbers].unbind(1)
-        known["columns"] = {name: values[numbers] for name, values in self.columns.items()}
-        known["batch"] = {name: values[numbers] if values.dim() else values for name, values in self.batch.items()}
-        return known
+        return {
+            "mean_chosen_length": self.mean_chosen_length,
+            "unconditional": None if self.unconditional is None else PairSums(*self.unconditional[numbers].unbind(2)),
+            "reference": None if self.reference is None else self.reference[numbers],
+            "columns": {name: values[numbers] for name, values in self.columns.items()},
+            "batch": {name: values[numbers] if values.dim() else values for name, values in self.batch.items()},
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,44 +129,15 @@ def row_losses(row: Row, logprobs: Tensor, *, objective: Objective, known: Known
     policy, *others = sums[:, :num_responses].reshape(len(sums), -1, branches)
     scored = lengths[:num_responses].view(-1, branches)
     numbers = row.pair_numbers[:num_responses].view(-1, branches)[:, 0]
-    fields = known.of_pairs(numbers)
+    told = known.of_pairs(numbers)
     if row.num_alone:
-        alone = (part[num_responses:].view(-1, branches) for part in (sums[0].detach(), lengths))
-        fields.update(_unconditional_fields(*alone))
+        told["unconditional"] = PairSums(*(part[num_responses:].view(-1, branches) for part in (sums[0], lengths)))
     # A reference in memory, where there is one, says the same as what was kept of it.
-    fields.update(_resident_fields(others))
-    absent = torch.zeros_like(policy[:, 0])
-    output = objective(
-        PairLogps(
-            chosen_logps=policy[:, 0],
-            rejected_logps=policy[:, 1] if branches == 2 else absent,
-            chosen_lengths=scored[:, 0],
-            rejected_lengths=scored[:, 1] if branches == 2 else absent + 1,
-            **fields,
-        )
-    )
+    told.update(zip(("reference", "extrapolated", "interpolated"), others, strict=False))
+    output = objective(pair_logps(PairSums(policy, scored), **told))
     check_output(objective, output, numbers.numel())
     values = {"loss": output.losses.detach(), **output.metrics}
     return RowLosses(output.losses, numbers, values, output.distributions)
-
-
-def _unconditional_fields(sums: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Of responses alone, ``[pairs, branches]`` each, as :class:`PairLogps` names them."""
-    fields = {}
-    # Rejected responses that were not laid out count nothing.
-    for branch, name in enumerate(("chosen", "rejected")):
-        there = branch < sums.shape[1]
-        fields[f"uncond_{name}_logps"] = sums[:, branch] if there else torch.zeros_like(sums[:, 0])
-        fields[f"uncond_{name}_lengths"] = lengths[:, branch] if there else torch.zeros_like(lengths[:, 0])
-    return fields
-
-
-def _resident_fields(others: Sequence[Tensor]) -> dict[str, Any]:
-    """Sums under the reference and under both mixtures, as :class:`PairLogps` names them, from ``[pairs, 2]`` each."""
-    fields = {}
-    for prefix, sums in zip(("ref", "extrapolated", "interpolated"), others, strict=False):
-        fields[f"{prefix}_chosen_logps"], fields[f"{prefix}_rejected_logps"] = sums.detach().unbind(1)
-    return fields
 
 
 def as_tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +18,9 @@ from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, head_weight, scoring_options
-from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
+from megatron_rmipo.objectives.base import BatchLogps, Objective, State
 from megatron_rmipo.objectives.contract import check_prepared
+from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, as_tensors, row_losses
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, run_rows, score_responses
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
@@ -99,33 +98,24 @@ def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | N
     pairs = None
     if scores is not None:
         scores = gather_pairs(scores, groups)
-        pairs = PairLogps(
-            chosen_logps=scores[:, 0, 0],
-            rejected_logps=scores[:, 1, 0],
-            chosen_lengths=scores[:, 0, 1],
-            rejected_lengths=scores[:, 1, 1],
+        reference = batch.reference_scores
+        pairs = pair_logps(
+            PairSums(*scores.unbind(2)),
             mean_chosen_length=torch.tensor(batch.mean_chosen_length),
+            reference=None if reference is None else torch.from_numpy(reference),
             columns=as_tensors(batch.columns),
-            **_reference_fields(batch.reference_scores),
         )
     has_response = torch.from_numpy(batch.lengths[:, 1:] > 0)
     if mismatched is not None:
         mismatched = gather_pairs(mismatched, groups)
         has_response = mismatched[:, :, 1] > 0
-    reference = batch.mismatched_reference_scores
+    ref_mismatched = batch.mismatched_reference_scores
     return BatchLogps(
         pairs=pairs,
         mismatched_logps=mismatched[:, :, 0] if mismatched is not None else None,
-        ref_mismatched_logps=torch.from_numpy(reference) if reference is not None else None,
+        ref_mismatched_logps=torch.from_numpy(ref_mismatched) if ref_mismatched is not None else None,
         has_response=has_response,
     )
-
-
-def _reference_fields(scores: np.ndarray | None) -> dict[str, Any]:
-    if scores is None:
-        return {}
-    table = torch.from_numpy(scores)
-    return {"ref_chosen_logps": table[:, 0], "ref_rejected_logps": table[:, 1]}
 
 
 def gradient_pass(

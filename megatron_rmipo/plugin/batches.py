@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from collections import deque
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch, iterate_batches
+import numpy as np
+
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
-from megatron_rmipo.data.batches.padding import PaddedShape, Row
-from megatron_rmipo.data.batches.sizes import BY_TOKENS, CostModel, check_capacity
+from megatron_rmipo.data.batches.padding import PaddedShape, Row, check_pad_to
+from megatron_rmipo.data.batches.read_ahead import iterate_batches
+from megatron_rmipo.data.batches.sizes import BY_TOKENS, check_capacity
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.data.store.in_memory import PairsInMemory
+from megatron_rmipo.data.store.pair_store import PairStore
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.plugin.context import ContextToken, context_token
+from megatron_rmipo.passes.needed_data import check_needed
+from megatron_rmipo.plugin.context import ContextTokenId, context_token
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -95,10 +100,9 @@ def preference_batches(
     consumed_pairs: int = 0,
     seed: int = 1234,
     unconditional: Literal["rows", "pass"] = "rows",
-    context_token_id: ContextToken = "bos",
+    context_token_id: ContextTokenId = "bos",
     share_prompts: bool = True,
     multiple_of: int = 1,
-    cost: CostModel | None = None,
     groups: ProcessGroups | None = None,
     num_workers: int = 0,
 ) -> PreferenceBatches:
@@ -112,10 +116,10 @@ def preference_batches(
         num_microbatches: of a step on each rank, the same at every step: what the loop gives Megatron's schedule.
         layout: ``packed`` for models that are attached: no padding, a prompt once. ``padded`` for any other: a row for each
             response, behind its prompt.
-        tokens_per_microbatch: packed: most tokens of a row; None: as many as come together.
+        tokens_per_microbatch: packed: most tokens of a row; None: as many as come together, in as many rows in every pass.
         vocab_size: padded: that of the model, without padding for tensor parallelism; logits from there on do not count.
-        pad_to: padded: tokens of every row, as pipelines without ``variable_seq_lengths`` want them, and as many rows in each
-            micro-batch; None: as many tokens as the longest row of a micro-batch has.
+        pad_to: tokens of every row, as pipelines without ``variable_seq_lengths`` want them; of padded ones each micro-batch then
+            has as many. None: as many as a packed row, or the longest padded one of a micro-batch, takes.
         total_pairs: pairs of the run; None: one epoch.
         consumed_pairs: pairs seen before; the order goes on from there.
         seed: of the order.
@@ -124,25 +128,27 @@ def preference_batches(
         context_token_id: the token before a response in log p(y); ``bos``: that of the data's tokenizer; None: its first token is
             not scored.
         share_prompts: packed: a prompt stands once for both responses.
-        multiple_of: rows are padded to a multiple of this many tokens, TP under sequence parallelism. Packed rows are equally
-            long where it is ``tokens_per_microbatch``, as pipelines without ``variable_seq_lengths`` want them.
-        cost: what packs are balanced by; None: tokens.
+        multiple_of: rows are padded to a multiple of this many tokens, TP under sequence parallelism.
         groups: the process groups of this rank; None: Megatron's.
         num_workers: processes that prepare batches ahead.
 
     Raises:
         ConfigError: a pair, or the pairs of a step, fit no micro-batch; the layout cannot give what the objective reads.
-        DataError: a data set is missing or incomplete.
+        DataError: as of :func:`pairs_for`.
     """
     groups = groups or ProcessGroups.of_megatron()
+    if layout == "packed" and pad_to is not None:
+        _refuse_given(f"rows of pad_to {pad_to} tokens", tokens_per_microbatch=tokens_per_microbatch)
+        check_pad_to(pad_to, multiple_of)
+        tokens_per_microbatch = multiple_of = pad_to
     pairs = pairs_for(data, objective)
     needs = objective.needs
     context = context_token(context_token_id, pairs) if needs.unconditional == "bos" else None
     batch_layout = BatchLayout(
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
-        tokens_per_microbatch=sys.maxsize if tokens_per_microbatch is None else tokens_per_microbatch,
-        cost=cost or BY_TOKENS,
+        tokens_per_microbatch=tokens_per_microbatch,
+        cost=BY_TOKENS,
         share_prompts=share_prompts,
         with_rejected=needs.rejected,
         unconditional="none" if needs.unconditional == "bos" and context is None else needs.unconditional,
@@ -163,8 +169,8 @@ def preference_batches(
         )
         builder = PaddedBatchBuilder(pairs, batch_layout, shape)
     else:
-        _refuse_given("packed", vocab_size=vocab_size, pad_to=pad_to)
-        _check_capacity(pairs, batch_layout, tokens_per_microbatch, global_batch_size)
+        _refuse_given("packed rows", vocab_size=vocab_size)
+        _check_capacity(pairs, batch_layout, global_batch_size)
         builder = BatchBuilder(pairs, batch_layout)
     batches = iterate_batches(
         builder,
@@ -182,9 +188,13 @@ def pairs_for(data: PairData, objective: Objective) -> PairCollection:
 
     Raises:
         ConfigError: it compares with a reference, and there are no log-probs of one.
-        DataError: a data set is missing or incomplete.
+        DataError: a data set is missing, incomplete, empty, or without the responses or the columns that the objective reads.
     """
     pairs = open_pairs(data)
+    named = f"objective {objective.name}"
+    prepared = [store for store in pairs.stores if isinstance(store, PairStore)]
+    check_needed(prepared, "data", objective.needs, named, lambda column: f"{named} or a weight of each pair")
+    _check_in_memory([store for store in pairs.stores if isinstance(store, PairsInMemory)], objective)
     if objective.needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
     if objective.needs.reference and pairs.reference_scores is None:
@@ -193,6 +203,24 @@ def pairs_for(data: PairData, objective: Objective) -> PairCollection:
             "give it some with megatron_rmipo.plugin.score_reference(model, pairs, objective, ...) first."
         )
     return pairs
+
+
+def _check_in_memory(stores: Sequence[Any], objective: Objective) -> None:
+    """Refuse pairs in memory without what an objective reads, as those on disk are."""
+    needs = objective.needs
+    for store in stores:
+        if needs.columns:
+            raise DataError(
+                f"objective {objective.name} reads {' and '.join(needs.columns)} beside each pair, and {store.prefix} have no "
+                "such numbers: prepare the data, from rows that have such a column."
+            )
+        read = store.lengths[:, 1:] if needs.rejected else store.lengths[:, 1:2]
+        empty = np.flatnonzero((read == 0).all(axis=1) if needs.unpaired else (read == 0).any(axis=1))
+        if empty.size:
+            raise DataError(
+                f"pair {empty[0]} of {store.prefix} lacks a response that objective {objective.name} reads ({empty.size} such "
+                "pairs in all). Leave them out."
+            )
 
 
 def check_padded(objective: Objective, vocab_size: int | None, tokens_per_microbatch: int | None = None) -> None:
@@ -211,19 +239,21 @@ def check_padded(objective: Objective, vocab_size: int | None, tokens_per_microb
             f"objective {objective.name} mixes the logits of a reference in memory with the policy's, from the hidden states of "
             "both, which padded rows do not give: attach the model and use packed rows."
         )
-    _refuse_given("padded", tokens_per_microbatch=tokens_per_microbatch)
+    _refuse_given("padded rows", tokens_per_microbatch=tokens_per_microbatch)
 
 
-def _refuse_given(layout: str, **given: int | None) -> None:
+def _refuse_given(rows: str, **given: int | None) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ConfigError(f"{name} {value} says nothing of {layout} rows; leave it out.")
+            raise ConfigError(f"{name} {value} says nothing of {rows}; leave it out.")
 
 
-def _check_capacity(pairs: PairCollection, layout: BatchLayout, tokens: int | None, global_batch_size: int) -> None:
+def _check_capacity(pairs: PairCollection, layout: BatchLayout, global_batch_size: int) -> None:
     """Refuse rows that a pair does not fit in, or that the mean step does not, so that some step would not."""
-    if tokens is None or layout.num_microbatches is None:
+    tokens = layout.tokens_per_microbatch
+    if tokens is None:
         return
+    assert layout.num_microbatches is not None
     sizes = layout.gradient_sizes(pairs.lengths)
     check_capacity(sizes, tokens, pairs.describe)
     step = float(sizes.tokens.mean()) * min(global_batch_size, len(pairs))

@@ -8,10 +8,10 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError
 
 # An id, None for nothing (the first token of a response is not scored then), or the BOS of the tokenizer that made the data.
-ContextToken: TypeAlias = int | Literal["bos"] | None
+ContextTokenId: TypeAlias = int | Literal["bos"] | None
 
 
-def context_token(given: ContextToken, pairs: PairCollection) -> int | None:
+def context_token(given: ContextTokenId, pairs: PairCollection) -> int | None:
     """The id of the token before a response in log p(y), or None for nothing.
 
     Args:

@@ -19,7 +19,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.pair_losses import KnownPairs
 from megatron_rmipo.plugin.batches import check_padded, pairs_for
-from megatron_rmipo.plugin.context import ContextToken, context_token
+from megatron_rmipo.plugin.context import ContextTokenId, context_token
 from megatron_rmipo.runtime.groups import current_device
 from megatron_rmipo.runtime.transfers import to_device
 
@@ -94,7 +94,7 @@ class PreferenceCollator:
         dataset: PreferenceDataset,
         *,
         vocab_size: int,
-        context_token_id: ContextToken = "bos",
+        context_token_id: ContextTokenId = "bos",
         multiple_of: int = 1,
         pad_to: int | None = None,
     ) -> None:
@@ -157,15 +157,20 @@ def given_rows(given: Mapping[str, Any], objective: Objective) -> tuple[PaddedRo
     return rows, known
 
 
-def _refuse_whole_batch(objective: Objective) -> None:
+def read_of_whole_batch(objective: Objective) -> list[str]:
+    """What an objective has to know of a global batch before the losses of its micro-batches, in words."""
     needs = objective.needs
     reasons = {
         "log-probs of the whole batch": needs.batch,
         "log-probs of mismatched pairs": needs.mismatched,
         "a reference in memory": needs.perturbation is not None,
-        "a state that goes from step to step": bool(objective.initial_state()),
+        "what it carries from step to step": bool(objective.initial_state()),
     }
-    if wanted := [reason for reason, holds in reasons.items() if holds]:
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _refuse_whole_batch(objective: Objective) -> None:
+    if wanted := read_of_whole_batch(objective):
         raise ConfigError(
             f"objective {objective.name} reads {', '.join(wanted)}, which micro-batches alone do not tell. Use "
             "megatron_rmipo.plugin.batches.preference_batches, whose micro-batches know their global batch."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import TokenizedPair
-from megatron_rmipo.plugin.pair_sums import ResponseRows, RowOrder
+from megatron_rmipo.plugin.response_rows import ResponseRows, RowOrder
 
 
 def mismatched_pairs(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:

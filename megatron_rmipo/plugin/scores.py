@@ -8,6 +8,7 @@ Shape letter: P pairs.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,10 @@ from megatron_rmipo.data.store.reference_scores import Scores
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.passes.rows import check_rows, evaluating, scores_everywhere
-from megatron_rmipo.plugin.context import ContextToken, context_token
+from megatron_rmipo.passes.row_problems import check_rows
+from megatron_rmipo.passes.rows import scores_everywhere
+from megatron_rmipo.plugin.context import ContextTokenId, context_token
+from megatron_rmipo.runtime.evaluation_mode import evaluating
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 # Pairs of each data-parallel rank that are laid out at a time: enough to fill several packs.
@@ -50,7 +53,7 @@ def score(
     *,
     tokens_per_microbatch: int,
     unconditional: bool = False,
-    context_token_id: ContextToken = "bos",
+    context_token_id: ContextTokenId = "bos",
     share_prompts: bool = True,
     multiple_of: int | None = None,
     groups: ProcessGroups | None = None,
@@ -87,6 +90,7 @@ def score(
         equal_packs=groups.ep.size() > 1,
     )
     check_capacity(layout.conditional_sizes(pairs.lengths), tokens_per_microbatch, pairs.describe)
+    # Without what else the collection has: nothing but the pairs is scored.
     return _score(model, BatchBuilder(PairCollection(pairs.stores, pairs.members), layout), groups)
 
 
@@ -147,21 +151,36 @@ def score_reference(
         )
     if needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
-    for part in [pairs] * needs.reference + [pairs.mismatched] * needs.mismatched:
-        assert part is not None
+    for _, part in pairs.read_under_reference(matched=needs.reference):
         once = PairCollection(part.stores, np.unique(part.members))
-        found = score(
-            model,
+        part.reference_scores = _by_store(
             once,
-            tokens_per_microbatch=tokens_per_microbatch,
-            share_prompts=share_prompts,
-            multiple_of=multiple_of,
-            groups=groups,
-        ).logps
-        broken = np.flatnonzero(~np.isfinite(found).all(axis=1))
-        if broken.size:
-            raise DataError(f"{once.describe(int(broken[0]))} has the log-probs {found[broken[0]].tolist()} under the reference.")
-        part.reference_scores = _by_store(once, found)
+            reference_logps(
+                model,
+                once,
+                tokens_per_microbatch=tokens_per_microbatch,
+                share_prompts=share_prompts,
+                multiple_of=multiple_of,
+                groups=groups,
+            ),
+        )
+
+
+def reference_logps(model: Chunks, pairs: PairCollection, **options: Any) -> Scores:
+    """fp32 ``[P, 2]``: log-probs of (chosen, rejected) under the model as it is now, on every rank.
+
+    Args:
+        model, pairs, options: as of :func:`score`.
+
+    Raises:
+        ConfigError: as there.
+        DataError: one is not finite.
+    """
+    found = score(model, pairs, **options).logps
+    broken = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if broken.size:
+        raise DataError(f"{pairs.describe(int(broken[0]))} has the log-probs {found[broken[0]].tolist()} under the reference.")
+    return found
 
 
 def _by_store(pairs: PairCollection, scores: Scores) -> list[Scores]:

@@ -17,10 +17,12 @@ from megatron_rmipo.model.packed_model import Chunks, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
-from megatron_rmipo.passes.rows import check_lengths, check_rows, evaluating, on_device, row_output
+from megatron_rmipo.passes.row_problems import check_lengths, check_rows
+from megatron_rmipo.passes.rows import on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
-from megatron_rmipo.plugin.dataset import given_rows
+from megatron_rmipo.plugin.dataset import given_rows, read_of_whole_batch
+from megatron_rmipo.runtime.evaluation_mode import evaluating
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -131,15 +133,7 @@ class PreferenceStep:
 
     def _check_passes(self, batch: RankBatch) -> None:
         """Refuse passes over several pipeline stages where a schedule runs already: later stages wait for their first input."""
-        needs = self.objective.needs
-        reasons = {
-            "log p(y) from a pass of its own": bool(batch.unconditional),
-            "log-probs of the whole batch": needs.batch,
-            "log-probs of mismatched pairs": bool(batch.mismatched),
-            "a reference in memory": needs.perturbation is not None,
-            "what it carries from step to step": bool(self.state),
-        }
-        wanted = [reason for reason, holds in reasons.items() if holds]
+        wanted = ["log p(y) from a pass of its own"] * bool(batch.unconditional) + read_of_whole_batch(self.objective)
         if wanted and self.groups.pp_size > 1:
             raise ConfigError(
                 f"objective {self.objective.name} reads {', '.join(wanted)}, which takes all pipeline stages before the schedule "

@@ -177,10 +177,8 @@ def attach_scores(
         forget_peak_memory()
     tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}
     for part in collections:
-        if needs.reference:
-            part.reference_scores = [tables["matched", store.prefix] for store in part.stores]
-        if part.mismatched is not None:
-            part.mismatched.reference_scores = [tables["mismatched", store.prefix] for store in part.mismatched.stores]
+        for kind, pairs in part.read_under_reference(matched=needs.reference):
+            pairs.reference_scores = [tables[kind, store.prefix] for store in pairs.stores]
 
 
 def _distinct(stores: Sequence[Any]) -> list[Any]:

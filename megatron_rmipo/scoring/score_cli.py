@@ -127,7 +127,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
     sizes = [layout.conditional_sizes(one.lengths) for one in rows]
     for one, own in zip(rows, sizes, strict=True):
-        check_capacity(own, layout.tokens_per_microbatch, functools.partial("pair {1} of {0}".format, one.prefix))
+        check_capacity(own, layout.capacity, functools.partial("pair {1} of {0}".format, one.prefix))
     rendezvous.compare(read_facts(config, source, stores))
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,

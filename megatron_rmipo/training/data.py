@@ -74,7 +74,7 @@ class RunData:
             if pairs.mismatched is not None:
                 laid_out.append((pairs.mismatched.lengths, partial(_describe_mismatched, pairs)))
         for lengths, describe in laid_out:
-            check_capacity(layout.conditional_sizes(lengths), layout.tokens_per_microbatch, describe)
+            check_capacity(layout.conditional_sizes(lengths), layout.capacity, describe)
         return max(int(layout.conditional_sizes(lengths).tokens.max(initial=0)) for lengths, _ in laid_out)
 
 
@@ -141,7 +141,7 @@ def _open_blend(
 def _check_store(store: PairStore, flag: str, *, fingerprint: str, needs: LogpNeeds, config: Config, source: ModelSource) -> None:
     refuse_empty(store, flag)
     check_tokenizer(store, flag, source, fingerprint)
-    check_read(store, flag, needs, config.objective.objective, lambda column: _reader(config.objective, column))
+    check_read(store, flag, needs, f"--objective {config.objective.objective}", lambda column: _reader(config.objective, column))
     check_length(store, config.data.seq_length)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch, iterate_batches
+from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.read_ahead import iterate_batches
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.attention.flex import num_fallbacks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,8 @@ def bare_steps(groups: ProcessGroups, num_chunks: int, folder: str) -> Results:
             objective,
             global_batch_size=len(pairs),
             num_microbatches=4,
-            tokens_per_microbatch=260,
             # Between two ranks Megatron's interleaved schedule mixes up lengths that differ.
-            multiple_of=260,
+            pad_to=260,
             context_token_id=BOS,
             unconditional="pass" if before_step else "rows",
         )
@@ -105,7 +103,7 @@ def bare_steps(groups: ProcessGroups, num_chunks: int, folder: str) -> Results:
             step.before_step(chunks, batches.peek())
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=list(itertools.tee(batches, num_chunks)),
+            data_iterator=batches.chunks(num_chunks),
             model=chunks,
             num_microbatches=4,
             seq_length=1,

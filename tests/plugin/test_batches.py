@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,9 @@ import torch
 
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
+from megatron_rmipo.data.store.pair_store import PairStoreWriter
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
 from tests.integration.problem import BOS, VOCAB, collection, make_pairs
@@ -99,14 +104,18 @@ def test_peek_takes_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "shapes"),
     [
-        ({"tokens_per_microbatch": 600, "multiple_of": 600}, {(600,)}),
+        ({"pad_to": 600}, {(600,)}),
+        ({"pad_to": 110, "unconditional": "pass"}, {(110,)}),
         ({**LAYOUTS["padded"], "pad_to": 36}, {(2 * 2 * 3, 36)}),
         ({**LAYOUTS["padded"], "pad_to": 36, "unconditional": "pass"}, {(2 * 3, 36)}),
     ],
-    ids=["packed", "padded", "padded, in a pass"],
+    ids=["packed", "packed, in a pass", "padded", "padded, in a pass"],
 )
 def test_one_shape_for_pipelines_without_variable_lengths(settings: dict[str, Any], shapes: set[tuple[int, ...]]) -> None:
-    assert {tuple(one.row.token_ids.shape) for one in make(**settings)} == shapes
+    microbatches = list(make(**settings))
+    assert {tuple(one.row.token_ids.shape) for one in microbatches} == shapes
+    lengths = {row.token_ids.shape[-1] for one in microbatches for row in one.batch.rows}
+    assert lengths == {shape[-1] for shape in shapes}
 
 
 def test_padded_rows_of_a_micro_batch_are_as_long_as_its_longest() -> None:
@@ -151,7 +160,9 @@ def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
         ("rmipo", {"layout": "padded"}, "vocab_size"),
         ("rmipo", {**LAYOUTS["padded"], "tokens_per_microbatch": 90}, "tokens_per_microbatch 90 says nothing of padded"),
         ("rmipo", {**LAYOUTS["padded"], "pad_to": 20}, "pad_to 20: pair"),
-        ("rmipo", {"pad_to": 20}, "pad_to 20 says nothing of packed"),
+        ("rmipo", {"pad_to": 90, "tokens_per_microbatch": 80}, "tokens_per_microbatch 80 says nothing of rows of pad_to 90"),
+        ("rmipo", {"pad_to": 90, "multiple_of": 4}, "pad_to 90 is no multiple of multiple_of 4"),
+        ("rmipo", LAYOUTS["padded"] | {"layout": "packed"}, f"vocab_size {VOCAB} says nothing of packed rows"),
         ("epsilon_dpo", LAYOUTS["padded"], "objective epsilon_dpo mixes"),
         ("dpo", {}, "objective dpo compares with a reference"),
     ],
@@ -159,6 +170,37 @@ def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
 def test_what_cannot_be_is_refused_before_the_first_step(objective: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(objective, **settings)
+
+
+def test_passes_before_a_step_are_cut_as_the_step_is() -> None:
+    pairs = collection(make_pairs())
+    pairs.reference_scores = [np.zeros((24, 2), dtype=np.float32)]
+    groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+    for name in ("rmipo", "kto"):
+        batches = preference_batches(
+            pairs, build_objective(name, {}), global_batch_size=24, num_microbatches=5, context_token_id=BOS,
+            unconditional="pass", groups=groups,
+        )  # fmt: skip
+        batch = batches.peek()
+        before = batch.unconditional or batch.mismatched
+        assert len(before) == len(batch.conditional) == 5
+        assert sorted(torch.cat([row.pair_numbers[::2] for row in before]).tolist()) == list(range(24))
+
+
+def test_data_without_what_the_objective_reads_is_refused(tmp_path: Path) -> None:
+    with PairStoreWriter(tmp_path / "alone", vocab_size=VOCAB) as writer:
+        writer.add(dataclasses.replace(make_pairs()[0], rejected=np.array([], dtype=np.int64)))
+        writer.finalize(Manifest(tokenizer=TokenizerInfo("random ids", VOCAB, BOS, 2), has_rejected=False))
+    groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+    start = functools.partial(preference_batches, global_batch_size=1, num_microbatches=1, context_token_id=BOS, groups=groups)
+    with pytest.raises(DataError, match=r"alone: supervised data, without rejected responses, which objective rmipo needs"):
+        start(str(tmp_path / "alone"), build_objective("rmipo", {}))
+    with pytest.raises(DataError, match="pair 1 of the pairs in memory lacks a response that objective rmipo reads"):
+        start([([1], [2], [3]), ([1], [2], [])], build_objective("rmipo", {}))
+    with pytest.raises(DataError, match="objective dpo reads margin beside each pair, and the pairs in memory have no such"):
+        start([([1], [2], [3])], build_objective("dpo", {"pair_margin": True}))
+    for data in (str(tmp_path / "alone"), [([1], [2], [])]):
+        assert len(start(data, build_objective("sft", {})).peek().conditional) == 1
 
 
 def test_a_step_whose_pairs_do_not_fit_says_so() -> None:

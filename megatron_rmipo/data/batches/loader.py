@@ -1,23 +1,14 @@
-"""Prepared data to global batches, cut and laid out for one data-parallel rank, ahead of the model in worker processes."""
+"""Prepared data to global batches, cut and laid out for one data-parallel rank."""
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures
-import copyreg
 import dataclasses
-import io
-import multiprocessing
-import pickle
-import signal
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
-import torch
 
-from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_sizes, unconditional_sizes
@@ -25,7 +16,6 @@ from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.runtime.worker_process import end_with_parent
 
 # A forward-only pass keeps no activations, so its packs may hold more.
 UNCONDITIONAL_PACK_FACTOR = 2
@@ -37,7 +27,9 @@ class BatchLayout:
 
     Attributes:
         dp_rank, dp_size: this rank's place in the data-parallel group.
-        tokens_per_microbatch: capacity of a conditional pack; unconditional ones hold twice as many.
+        tokens_per_microbatch: capacity of a conditional pack, and ``multiple_of`` it makes all rows equally long; unconditional
+            ones hold twice as many else. None: every pass has
+            ``num_microbatches`` packs, whatever these hold.
         cost: what balance is judged by.
         share_prompts: a prompt stands once for both responses.
         with_rejected: the objective reads rejected responses.
@@ -54,7 +46,7 @@ class BatchLayout:
 
     dp_rank: int
     dp_size: int
-    tokens_per_microbatch: int
+    tokens_per_microbatch: int | None
     cost: CostModel
     share_prompts: bool = True
     with_rejected: bool = True
@@ -68,9 +60,29 @@ class BatchLayout:
     num_microbatches: int | None = None
 
     @property
+    def capacity(self) -> int:
+        """Most tokens of a conditional pack."""
+        return sys.maxsize if self.tokens_per_microbatch is None else self.tokens_per_microbatch
+
+    @property
+    def unconditional_capacity(self) -> int:
+        """Most tokens of an unconditional pack: no more than of others where all rows are equally long."""
+        return self.capacity if self.multiple_of == self.capacity else UNCONDITIONAL_PACK_FACTOR * self.capacity
+
+    @property
+    def num_packs_before(self) -> int | None:
+        """Packs of each pass before the gradient pass; None: as few as the capacity allows."""
+        return self.num_microbatches if self.tokens_per_microbatch is None else None
+
+    @property
     def has_unconditional_pass(self) -> bool:
         """Whether responses alone are rows of a pass of their own."""
         return self.unconditional is not None and not self.unconditional_in_rows
+
+    @property
+    def has_responses_alone(self) -> bool:
+        """Whether they stand in the rows of the gradient pass."""
+        return self.unconditional is not None and self.unconditional_in_rows
 
     @property
     def context_token_id(self) -> int | None:
@@ -80,7 +92,7 @@ class BatchLayout:
     def gradient_sizes(self, lengths: np.ndarray) -> PairSizes:
         """Sizes of pairs (int ``[P, 3]`` lengths) in the gradient pass."""
         sizes = self.conditional_sizes(lengths)
-        if self.unconditional is None or not self.unconditional_in_rows:
+        if not self.has_responses_alone:
             return sizes
         alone = self.unconditional_sizes(lengths)
         return PairSizes(sizes.tokens + alone.tokens, sizes.costs + alone.costs)
@@ -163,19 +175,16 @@ class BatchBuilder:
         """
         layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
-        in_rows = layout.unconditional is not None and layout.unconditional_in_rows
-        sizes, gradient_row = (
-            layout.gradient_sizes(lengths),
-            self._row_with_responses_alone() if in_rows else self._conditional_row(),
-        )
-        passes = [Pass(self.pairs, lengths, sizes, layout.tokens_per_microbatch, gradient_row, layout.num_microbatches)]
+        capacity, before = layout.capacity, layout.num_packs_before
+        gradient_row = self._row_with_responses_alone() if layout.has_responses_alone else self._conditional_row()
+        passes = [Pass(self.pairs, lengths, layout.gradient_sizes(lengths), capacity, gradient_row, layout.num_microbatches)]
         if layout.has_unconditional_pass:
-            sizes, capacity = layout.unconditional_sizes(lengths), UNCONDITIONAL_PACK_FACTOR * layout.tokens_per_microbatch
-            passes.append(Pass(self.pairs, lengths, sizes, capacity, self._unconditional_row()))
+            sizes, most = layout.unconditional_sizes(lengths), layout.unconditional_capacity
+            passes.append(Pass(self.pairs, lengths, sizes, most, self._unconditional_row(), before))
         if mismatched is not None:
             others = mismatched.lengths[pair_indices]
-            sizes, capacity = layout.conditional_sizes(others), layout.tokens_per_microbatch
-            passes.append(Pass(mismatched, others, sizes, capacity, self._conditional_row()))
+            sizes = layout.conditional_sizes(others)
+            passes.append(Pass(mismatched, others, sizes, capacity, self._conditional_row(), before))
         costs = layout.step_costs(*(one.sizes for one in passes))
         rows = [self._lay_out(one, packs, pair_indices) for one, packs in zip(passes, self._cut(passes, costs), strict=True)]
         return RankBatch(
@@ -279,95 +288,3 @@ class Pass:
     max_tokens: int
     lay_out: Callable[[list[TokenizedPair], list[int]], Row]
     num_packs: int | None = None
-
-
-class _Steps(torch.utils.data.Dataset[RankBatch]):
-    """Number of a global batch, counted from ``consumed_pairs``, to its RankBatch, for DataLoader's workers."""
-
-    def __init__(self, builder: BatchBuilder, order: PairOrder, batch_size: int, consumed_pairs: int, total_pairs: int) -> None:
-        self.builder, self.order, self.batch_size = builder, order, batch_size
-        self.consumed_pairs, self.total_pairs = consumed_pairs, total_pairs
-
-    def __len__(self) -> int:
-        return max(0, -(-(self.total_pairs - self.consumed_pairs) // self.batch_size))
-
-    def __getitem__(self, step: int) -> RankBatch:
-        first = self.consumed_pairs + step * self.batch_size
-        return self.builder.build(self.order.batch(first, self.batch_size, self.total_pairs))
-
-
-def iterate_batches(
-    builder: BatchBuilder,
-    order: PairOrder,
-    *,
-    batch_size: int,
-    total_pairs: int,
-    consumed_pairs: int = 0,
-    num_workers: int = 0,
-) -> Iterator[RankBatch]:
-    """Global batches from ``consumed_pairs`` to the end of the run, for this rank, in order.
-
-    Args:
-        builder: cuts and lays out.
-        order: which pairs come when.
-        batch_size: global batch size, in pairs.
-        total_pairs: pairs of the whole run; the last batch may be smaller.
-        consumed_pairs: pairs of the run that were seen before.
-        num_workers: processes that prepare batches ahead; 0 prepares them when asked for.
-    """
-    steps = _Steps(builder, order, batch_size, consumed_pairs, total_pairs)
-    loader = torch.utils.data.DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(len(steps)),
-        num_workers=num_workers,
-        # As bytes: torch would send each tensor as an open file, and run out of them.
-        collate_fn=_to_bytes,
-        multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_prepare_worker,
-    )
-    batches: Iterator[RankBatch] = map(pickle.loads, loader)
-    if not num_workers:
-        return batches
-    # After the workers were started, so that it comes before torch's own farewell, which waits for each.
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)
-    return _read_ahead(batches)
-
-
-def _read_ahead(batches: Iterator[RankBatch]) -> Iterator[RankBatch]:
-    """The same batches, each received from its worker while the trainer is busy with the one before."""
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as reader:
-        following = reader.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = reader.submit(next, batches, None)
-            yield batch
-
-
-def _to_bytes(batch: Any) -> bytes:
-    """Pickled with NumPy arrays for tensors: torch's own form takes ten times as long, most of it when the trainer reads it."""
-    stream = io.BytesIO()
-    pickler = pickle.Pickler(stream, pickle.HIGHEST_PROTOCOL)
-    pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: _by_way_of_numpy}
-    pickler.dump(batch)
-    return stream.getvalue()
-
-
-def _by_way_of_numpy(tensor: torch.Tensor) -> tuple[Any, tuple[np.ndarray]]:
-    return torch.from_numpy, (tensor.numpy(),)
-
-
-def _prepare_worker(worker: int) -> None:
-    # Ignoring SIGTERM below, and perhaps blocked on a pipe that nobody reads any more, it would outlive a rank that is killed.
-    end_with_parent()
-    torch.set_num_threads(1)
-    # torchrun signals a rank's whole process group, Slurm every process of a step; the rank needs its workers while it saves.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """What multiprocessing does with daemons when a process ends, with a signal that they do not ignore."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()

@@ -154,8 +154,7 @@ class PaddedShape:
         """
         if self.pad_to is None:
             return
-        if self.pad_to % self.multiple_of:
-            raise ConfigError(f"pad_to {self.pad_to} is no multiple of multiple_of {self.multiple_of}; make it one.")
+        check_pad_to(self.pad_to, self.multiple_of)
         longest = row_lengths(lengths, with_rejected=self.with_rejected)
         if longest.size and int(longest.max()) > self.pad_to:
             which, too_long = int(longest.argmax()), int((longest > self.pad_to).sum())
@@ -163,6 +162,16 @@ class PaddedShape:
                 f"pad_to {self.pad_to}: {describe(which)} needs rows of {longest[which]} tokens, and {too_long} pairs in all do "
                 f"not fit. Use {longest[which]} or more, or prepare the data with a smaller --seq-length."
             )
+
+
+def check_pad_to(pad_to: int, multiple_of: int) -> None:
+    """Refuse rows of a length that is no multiple of what it has to be.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if pad_to % multiple_of:
+        raise ConfigError(f"pad_to {pad_to} is no multiple of multiple_of {multiple_of}; make it one.")
 
 
 def row_lengths(lengths: np.ndarray, *, with_rejected: bool) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_rmipo.data.store.in_memory import IdLists, PairsInMemory
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
-from megatron_rmipo.data.store.reference_scores import Scores
+from megatron_rmipo.data.store.reference_scores import Kind, Scores
 
 
 class PairCollection(Sequence[TokenizedPair]):
@@ -78,6 +78,11 @@ class PairCollection(Sequence[TokenizedPair]):
                 made[store.prefix] = MismatchedStore(store)
         stores: list[Any] = [made[store.prefix] for store in self.stores]
         self.mismatched = PairCollection(stores, self.members)
+
+    def read_under_reference(self, *, matched: bool) -> list[tuple[Kind, PairCollection]]:
+        """What has log-probs under a reference, by kind: these pairs, if ``matched``, and mismatched ones, if there are any."""
+        others: list[tuple[Kind, PairCollection]] = [] if self.mismatched is None else [("mismatched", self.mismatched)]
+        return [("matched", self), *others] if matched else others
 
     def scores_of(self, indices: np.ndarray) -> np.ndarray | None:
         """Sums under the reference of (chosen, rejected) of the pairs ``indices``, fp32 ``[P, 2]``; None where there are none."""

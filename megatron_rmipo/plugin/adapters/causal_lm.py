@@ -8,10 +8,9 @@ Shape letters: B rows, S tokens of a row, P pairs (B / 2), N scored tokens, V vo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,8 +21,10 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.logprobs import vocab_parallel_logprobs
 from megatron_rmipo.objectives.base import BatchLogps, LossOutput, Objective, PairLogps, State
 from megatron_rmipo.objectives.contract import check_prepared
+from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.plugin.mismatched_rows import mismatched_pairs, padded_rows, tokenized_pairs
-from megatron_rmipo.plugin.pair_sums import PairScores, ResponseRows, pair_logps, pair_losses, rows_of_responses
+from megatron_rmipo.plugin.response_rows import ResponseRows, pair_losses, rows_of_responses, sums_of_rows
+from megatron_rmipo.runtime.evaluation_mode import evaluating
 
 Batch: TypeAlias = Mapping[str, Any]
 # Called as the model is, with input_ids, attention_mask and use_cache; what it gives has logits [B, S, V].
@@ -93,7 +94,7 @@ class CausalLmLoss:
         chosen_lengths = self.gather([_scored(batch)[:size].sum(dim=1) for batch, size in zip(batches, sizes, strict=True)])
         scores = None
         references: list[Tensor | None] = [None] * len(batches)
-        with evaluation(model):
+        with evaluating(model):
             if needs.batch:
                 scores = [self._scores(model, _rows(batch)) for batch in batches]
                 references = [self._reference_sums(batch) if needs.reference else None for batch in batches]
@@ -127,7 +128,7 @@ class CausalLmLoss:
         needs = self.objective.needs
         self._check(batch)
         fields: dict[str, Any] = {"reference": facts.reference}
-        with torch.no_grad(), evaluation(model):
+        with torch.no_grad(), evaluating(model):
             if needs.unconditional is not None:
                 fields["unconditional"] = self._scores(model, self._responses(batch))
             if needs.reference and facts.reference is None and needs.perturbation is None:
@@ -138,7 +139,7 @@ class CausalLmLoss:
         logits, target = _scored_logits(model, rows)
         policy = _sums(vocab_parallel_logprobs(logits, target), rows)
         if needs.perturbation is not None:
-            with evaluation(model):
+            with evaluating(model):
                 fields.update(self._mixed(logits.detach(), target, rows, needs.perturbation))
         device = policy.logps.device
         logps = pair_logps(
@@ -171,7 +172,7 @@ class CausalLmLoss:
     def _responses(self, batch: Batch) -> ResponseRows:
         return rows_of_responses(batch["input_ids"], batch["completion_mask"], context_token_id=self.context_token_id)
 
-    def _scores(self, model: Model, rows: ResponseRows) -> PairScores:
+    def _scores(self, model: Model, rows: ResponseRows) -> PairSums:
         logits, target = _scored_logits(model, rows)
         return _sums(vocab_parallel_logprobs(logits, target), rows)
 
@@ -198,7 +199,7 @@ class CausalLmLoss:
         }
         return {name: _sums(vocab_parallel_logprobs(mixed, target), rows).logps for name, mixed in mixtures.items()}
 
-    def _mismatched(self, model: Model, batches: Sequence[Batch]) -> tuple[PairScores, Tensor]:
+    def _mismatched(self, model: Model, batches: Sequence[Batch]) -> tuple[PairSums, Tensor]:
         """The global batch's prompts with responses to other prompts of it: scores under the policy, sums under the reference."""
         reference = self._reference_model("log-probs of responses to other prompts under the reference")
         pairs = [tokenized_pairs(*(batch[name] for name in _ROWS), order="chosen_first") for batch in batches]
@@ -208,15 +209,15 @@ class CausalLmLoss:
             rows = padded_rows(mismatched[start : start + len(own)], batch["input_ids"].device, order="chosen_first")
             found.append((self._scores(model, rows), self._scores(reference, rows).logps))
         logps, lengths = (self.gather([getattr(policy, name) for policy, _ in found]) for name in ("logps", "lengths"))
-        return PairScores(logps, lengths), self.gather([sums for _, sums in found])
+        return PairSums(logps, lengths), self.gather([sums for _, sums in found])
 
     def _whole(
-        self, batches: Sequence[Batch], scores: list[PairScores], references: list[Tensor | None], mean_chosen_length: Tensor
+        self, batches: Sequence[Batch], scores: list[PairSums], references: list[Tensor | None], mean_chosen_length: Tensor
     ) -> PairLogps:
         sums = [sums for sums in references if sums is not None]
         columns = [self._columns(batch) for batch in batches]
         return pair_logps(
-            PairScores(self.gather([one.logps for one in scores]), self.gather([one.lengths for one in scores])),
+            PairSums(self.gather([one.logps for one in scores]), self.gather([one.lengths for one in scores])),
             mean_chosen_length=mean_chosen_length,
             reference=self.gather(sums) if sums else None,
             columns={name: self.gather([one[name] for one in columns]) for name in self.objective.needs.columns},
@@ -262,17 +263,6 @@ class CausalLmLoss:
         return [one[0] for dealt in rounds for one in dealt if one is not None]
 
 
-@contextlib.contextmanager
-def evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, so that nothing is dropped out or recomputed, and then as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _scored(batch: Batch) -> Tensor:
     """Which tokens of rows are scored, bool ``[B, S]``; the first of a row has none before it."""
     scored: Tensor = batch["completion_mask"].bool().clone()
@@ -294,8 +284,8 @@ def _scored_logits(model: Model, rows: ResponseRows) -> tuple[Tensor, Tensor]:
     return logits[:, :-1][scored], token_ids[:, 1:][scored]
 
 
-def _sums(logprobs: Tensor, rows: ResponseRows) -> PairScores:
+def _sums(logprobs: Tensor, rows: ResponseRows) -> PairSums:
     """Sums of the scored tokens' log-probs ``[N]``."""
     scored = rows.scored[:, 1:]
     table = torch.zeros(scored.shape, dtype=logprobs.dtype, device=logprobs.device).masked_scatter(scored, logprobs)
-    return PairScores.of_rows(table, scored, "chosen_first")
+    return sums_of_rows(table, scored, "chosen_first")

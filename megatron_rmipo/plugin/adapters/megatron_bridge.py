@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError
@@ -28,6 +27,7 @@ from megatron_rmipo.model.adopt import attach_model
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.plugin.adapters.held_out import HeldOutBatches, pairs_of_evaluation
 from megatron_rmipo.plugin.adapters.megatron_bridge_problems import problems_of, transformer_of
 from megatron_rmipo.plugin.adapters.reference_cache import attach_cached_scores
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
@@ -47,29 +47,6 @@ except ImportError as error:
 STATE_FILE = "preference_objective.json"
 
 
-class HeldOutBatches(Iterator[Microbatch]):
-    """The same held-out pairs at every evaluation.
-
-    Args:
-        begin: an evaluation's micro-batches, from the first pair on.
-    """
-
-    def __init__(self, begin: Callable[[], PreferenceBatches]) -> None:
-        self._begin = begin
-        self.restart()
-
-    def restart(self) -> None:
-        """Go on with the first pair."""
-        self._current = self._begin()
-
-    def peek(self) -> RankBatch:
-        """As of :meth:`megatron_rmipo.plugin.batches.PreferenceBatches.peek`."""
-        return self._current.peek()
-
-    def __next__(self) -> Microbatch:
-        return next(self._current)
-
-
 @dataclasses.dataclass(kw_only=True)
 class PreferenceData(DatasetProvider):
     """``config.dataset``: prepared pairs, and the objective that is trained on them.
@@ -82,7 +59,7 @@ class PreferenceData(DatasetProvider):
         data_path: ``PREFIX`` of prepared data, one or more.
         valid_data_path: the same, held out: the first ``validation.eval_iters`` batches are evaluated each time.
         reference_cache: where ``tools/score_pairs.py`` put log-probs of the reference; None: beside the data.
-        context_token_id: the token before a response in log p(y); None: BOS of the tokenizer that made the data, if it has one.
+        context_token_id: as of :func:`megatron_rmipo.plugin.batches.preference_batches`.
         tokens_per_microbatch: most tokens of a row; None: as many as come together.
         share_prompts: a prompt is computed once for both of its responses.
         seed: of the order.
@@ -95,7 +72,7 @@ class PreferenceData(DatasetProvider):
     data_path: list[str]
     valid_data_path: list[str] = dataclasses.field(default_factory=list)
     reference_cache: str | None = None
-    context_token_id: int | None = None
+    context_token_id: int | Literal["bos"] | None = "bos"
     tokens_per_microbatch: int | None = None
     share_prompts: bool = True
     seed: int = 1234
@@ -189,11 +166,6 @@ class PreferenceFinetune(Callback):
         if self.step is not None and self.step.state:
             self.step.after_step(updated=not context.skipped_iter)
 
-    def on_eval_start(self, context: CallbackContext) -> None:
-        """Begin with the first held-out pair."""
-        assert self._held_out is not None, "there is data that is evaluated"
-        self._held_out.restart()
-
     def on_eval_step_start(self, context: CallbackContext) -> None:
         """As of :meth:`on_train_step_start`."""
         self._before_step(context.model[0], self._held_out)
@@ -255,14 +227,9 @@ def _open(
     if not data.valid_data_path or not validation.eval_iters:
         return training, None
     held_out = _pairs_of(data.valid_data_path, data, objective, groups)
-    wanted = validation.eval_iters * validation.eval_global_batch_size
-    if wanted > len(held_out):
-        raise ConfigError(
-            f"validation.eval_iters {validation.eval_iters} x eval_global_batch_size {validation.eval_global_batch_size}: "
-            f"valid_data_path {' '.join(data.valid_data_path)} has {len(held_out)} pairs. "
-            f"Set eval_iters to {len(held_out) // validation.eval_global_batch_size} or take smaller batches."
-        )
     size, mean = validation.eval_global_batch_size, validation.eval_micro_batch_size
+    named = ("validation.eval_iters", "eval_global_batch_size", f"valid_data_path {' '.join(data.valid_data_path)}")
+    wanted = pairs_of_evaluation(held_out, validation.eval_iters, size, named=named)
     return training, HeldOutBatches(partial(batches, held_out, size, mean, total_pairs=wanted))
 
 
@@ -276,9 +243,6 @@ def _batches(
     mean: int,
     **further: Any,
 ) -> PreferenceBatches:
-    context_token_id = data.context_token_id
-    if context_token_id is None:
-        context_token_id = pairs.stores[0].manifest.tokenizer.bos_token_id
     return preference_batches(
         pairs,
         objective,
@@ -287,7 +251,7 @@ def _batches(
         tokens_per_microbatch=data.tokens_per_microbatch,
         seed=data.seed,
         unconditional="pass",
-        context_token_id=context_token_id,
+        context_token_id=data.context_token_id,
         share_prompts=data.share_prompts,
         multiple_of=model.tensor_model_parallel_size if model.sequence_parallel else 1,
         groups=groups,

@@ -21,13 +21,8 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.adopt import attach_model
 from megatron_rmipo.objectives.arguments import add_objective_arguments, objective_of_arguments
-from megatron_rmipo.plugin.adapters.megatron_lm_data import (
-    HeldOutBatches,
-    attach_reference_scores,
-    context_token_of,
-    held_out_pairs,
-    open_named_pairs,
-)
+from megatron_rmipo.plugin.adapters.held_out import HeldOutBatches, pairs_of_evaluation
+from megatron_rmipo.plugin.adapters.megatron_lm_data import attach_reference_scores, context_token_of, open_named_pairs
 from megatron_rmipo.plugin.adapters.megatron_lm_problems import refuse_arguments
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
 from megatron_rmipo.plugin.step import PreferenceStep
@@ -63,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--tokens-per-microbatch",
         type=int,
         metavar="INT",
-        help="Most tokens of one packed row; unset: enough for --micro-batch-size pairs on average.",
+        help="Most tokens of one packed row; unset: as many as --micro-batch-size pairs on average have.",
     )
     group.add_argument(
         "--logprob-chunk-size", type=int, default=4096, metavar="INT", help="Vocabulary entries whose logits exist at one time."
@@ -168,7 +163,9 @@ class PreferenceTraining:
         _say(f"objective: {args.objective}; {len(train)} pairs, {args.global_batch_size} a step", groups)
         held_out = None
         if valid is not None:
-            size, mean, total_pairs = args.eval_global_batch_size, args.eval_micro_batch_size, held_out_pairs(args, valid)
+            size, mean = args.eval_global_batch_size, args.eval_micro_batch_size
+            named = ("--eval-iters", "--eval-global-batch-size", f"--valid-data-path {' '.join(args.valid_data_path)}")
+            total_pairs = pairs_of_evaluation(valid, args.eval_iters, size, named=named)
             held_out = HeldOutBatches(functools.partial(batches, valid, size=size, mean=mean, total_pairs=total_pairs))
         if args.skip_train:
             return None, held_out, None
@@ -201,8 +198,7 @@ class PreferenceTraining:
             self.objective,
             global_batch_size=size,
             num_microbatches=size // (mean * groups.dp_size),
-            # Pairs, with their responses alone beside them, spread over rows: none is longer than the mean and one pair more.
-            tokens_per_microbatch=args.tokens_per_microbatch or (mean + 1) * 4 * args.seq_length,
+            tokens_per_microbatch=args.tokens_per_microbatch,
             seed=args.seed,
             unconditional="pass" if args.pass_before_schedule else "rows",
             share_prompts=args.share_prompts,

@@ -18,16 +18,16 @@ from torch import Tensor
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps
 from megatron_rmipo.objectives.contract import check_prepared
+from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.plugin.mismatched_rows import mismatched_pairs, padded_rows, tokenized_pairs
-from megatron_rmipo.plugin.pair_sums import (
-    PairScores,
+from megatron_rmipo.plugin.response_rows import (
     ResponseRows,
-    pair_logps,
     pair_losses,
     pairs_of_rows,
     refuse_needs,
     rows_of_pairs,
     rows_of_responses,
+    sums_of_rows,
 )
 
 # What ObjectiveBatches puts into a batch, one value a row.
@@ -92,12 +92,12 @@ class ObjectiveLoss:
         counts = _counts(data)
         fields: dict[str, Any] = {}
         if needs.reference:
-            reference = PairScores.of_rows(data["reference_policy_logprobs"][:, :-1], scored, "interleaved")
+            reference = sums_of_rows(data["reference_policy_logprobs"][:, :-1], scored, "interleaved")
             fields["reference"] = reference.logps[counts]
         if needs.unconditional is not None:
-            fields["unconditional"] = PairScores(*(_pairs(self.objective, data, name)[counts] for name in _UNCONDITIONAL))
+            fields["unconditional"] = PairSums(*(_pairs(self.objective, data, name)[counts] for name in _UNCONDITIONAL))
         logps = pair_logps(
-            PairScores.of_rows(next_token_logprobs, scored, "interleaved")[counts],
+            sums_of_rows(next_token_logprobs, scored, "interleaved")[counts],
             mean_chosen_length=_pairs(self.objective, data, _MEAN_LENGTH)[0, 0],
             columns={name: _pairs(self.objective, data, name)[counts, 0] for name in needs.columns},
             batch=_prepared_of(data, counts),
@@ -195,7 +195,7 @@ class ObjectiveBatches:
             reference = None
             if needs.reference:
                 kept = batch["reference_policy_logprobs"][:, :-1]
-                reference = PairScores.of_rows(kept, batch["token_mask"][:, 1:], "interleaved").logps[counts]
+                reference = sums_of_rows(kept, batch["token_mask"][:, 1:], "interleaved").logps[counts]
             pairs = pair_logps(
                 _score(policy.get_logprobs, "logprobs", batch, rows)[counts],
                 mean_chosen_length=mean_length,
@@ -230,7 +230,7 @@ class _NoReference:
         return {"reference_logprobs": torch.zeros(data["input_ids"].shape)}
 
 
-def _score(ask: Callable[..., Any], key: str, batch: Any, rows: ResponseRows) -> PairScores:
+def _score(ask: Callable[..., Any], key: str, batch: Any, rows: ResponseRows) -> PairSums:
     """Rows scored without gradient by all workers; what a worker says of a token stands at that token."""
     asked = type(batch)(
         {
@@ -240,7 +240,7 @@ def _score(ask: Callable[..., Any], key: str, batch: Any, rows: ResponseRows) ->
             "sample_mask": batch["sample_mask"],
         }
     )
-    return PairScores.of_rows(ask(asked)[key][:, : rows.scored.shape[1]].to(rows.scored.device), rows.scored, "interleaved")
+    return sums_of_rows(ask(asked)[key][:, : rows.scored.shape[1]].to(rows.scored.device), rows.scored, "interleaved")
 
 
 def _widened(rows: ResponseRows, multiple_of: int) -> ResponseRows:

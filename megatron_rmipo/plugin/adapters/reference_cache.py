@@ -28,10 +28,7 @@ def attach_cached_scores(pairs: PairCollection, objective: Objective, cache: str
         ConfigError: there are none, or those of several references.
         DataError: they are damaged.
     """
-    wanted: list[tuple[Kind, PairCollection]] = [("matched", pairs)] if objective.needs.reference else []
-    if pairs.mismatched is not None:
-        wanted.append(("mismatched", pairs.mismatched))
-    for kind, part in wanted:
+    for kind, part in pairs.read_under_reference(matched=objective.needs.reference):
         found = []
         for store in part.stores:
             directory, key = on_first_rank(groups.world, partial(_find, store.prefix, kind, objective.name, cache))

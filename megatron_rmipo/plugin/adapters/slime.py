@@ -20,7 +20,8 @@ from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.logprobs import vocab_parallel_logprobs
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.plugin.pair_sums import PairScores, pair_logps, pair_losses, refuse_needs
+from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
+from megatron_rmipo.plugin.response_rows import pair_losses, refuse_needs
 
 _ONE_BATCH = "slime calls its loss for one micro-batch, with nothing before the step"
 _NOT_GIVEN = {
@@ -121,7 +122,7 @@ class ObjectiveLoss:
 
 def _refuse_token_means(objective: Objective) -> None:
     """Refuse a loss that depends on the mean length of the global batch's chosen responses, which nobody tells slime's losses."""
-    logps = PairScores(torch.tensor([[-2.0, -3.0], [-4.0, -1.0]]), torch.full((2, 2), 3.0))
+    logps = PairSums(torch.tensor([[-2.0, -3.0], [-4.0, -1.0]]), torch.full((2, 2), 3.0))
     mean_length = torch.ones((), requires_grad=True)
     with torch.enable_grad():
         output = objective(pair_logps(logps, mean_chosen_length=mean_length, unconditional=logps, reference=logps.logps))
@@ -181,12 +182,9 @@ def _check_samples(tokens: Sequence[Tensor], lengths: Sequence[int], each: int) 
     )
     if len(tokens) % each:
         raise DataError(f"a micro-batch of {len(tokens)} samples; {hint}")
-    samples = list(zip(tokens, lengths, strict=True))
+    samples = [(one[: len(one) - size], one[len(one) - size :]) for one, size in zip(tokens, lengths, strict=True)]
     for start in range(0, len(samples), each):
-        group = [
-            (one[: len(one) - size], one[len(one) - size :])
-            for one, size in list(zip(tokens, lengths, strict=True))[start:][:each]
-        ]
+        group = samples[start : start + each]
         fits = torch.equal(group[0][0], group[1][0])
         for (_, response), (_, alone) in zip(group[:2], group[2:], strict=False):
             fits = fits and torch.equal(response[len(response) - len(alone) :], alone) and len(response) - len(alone) in (0, 1)
@@ -205,8 +203,8 @@ def _scored(tokens: Sequence[Tensor], lengths: Sequence[int], masks: Sequence[Te
     return torch.cat(source), torch.cat(target), [one.numel() for one in target]
 
 
-def _scores(logprobs: Tensor, sizes: Sequence[int], each: int) -> PairScores:
+def _scores(logprobs: Tensor, sizes: Sequence[int], each: int) -> PairSums:
     """Sums and numbers of tokens, ``[P, each]``, of pairs of so many samples, from those of all scored tokens ``[N]``."""
     parts = torch.split(logprobs, list(sizes))
     sums = torch.stack([part.sum(dtype=torch.float64) for part in parts]).to(torch.float32)
-    return PairScores(sums.view(-1, each), torch.tensor(sizes, dtype=torch.float32, device=logprobs.device).view(-1, each))
+    return PairSums(sums.view(-1, each), torch.tensor(sizes, dtype=torch.float32, device=logprobs.device).view(-1, each))

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, _read_ahead, iterate_batches
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.read_ahead import _read_ahead, iterate_batches
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.store.collection import PairCollection
 from tests.data.orphans import count_files, workers_left_by

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rmipo.objectives.base import Objective
 from tests.integration.problem import DenseProblem, make_hf_model, make_pairs
 
 
@@ -19,11 +21,20 @@ class Problem:
     dense: DenseProblem
     hf_dir: Path
     reference_dir: Path
+    loaded: tuple[Any, Any]
+    answers: dict[tuple[type, str, str], Any] = dataclasses.field(default_factory=dict)
 
     def models(self) -> tuple[Any, Any]:
         """Policy and reference, anew."""
-        policy, reference = (load_model(path) for path in (self.hf_dir, self.reference_dir))
+        policy, reference = copy.deepcopy(self.loaded)
         return policy, reference
+
+    def answer(self, objective: Objective) -> Any:
+        """As of :meth:`DenseProblem.answer`, computed once for all adapters."""
+        key = (type(objective), objective.name, repr(objective.config))
+        if key not in self.answers:
+            self.answers[key] = self.dense.answer(objective)
+        return self.answers[key]
 
 
 def load_model(path: Path) -> Any:
@@ -34,7 +45,8 @@ def load_model(path: Path) -> Any:
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     folder = tmp_path_factory.mktemp("models")
     hf_dir, reference_dir = make_hf_model(folder / "model", layers=2), make_hf_model(folder / "reference", layers=2, seed=1)
-    return Problem(DenseProblem(hf_dir, reference_dir, make_pairs()), hf_dir, reference_dir)
+    loaded = load_model(hf_dir), load_model(reference_dir)
+    return Problem(DenseProblem(hf_dir, reference_dir, make_pairs()), hf_dir, reference_dir, loaded)
 
 
 def check_gradients(model: Any, gradients: dict[str, Tensor]) -> None:

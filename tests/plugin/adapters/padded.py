@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.plugin.mismatched_rows import padded_rows
-from megatron_rmipo.plugin.pair_sums import RowOrder
+from megatron_rmipo.plugin.response_rows import RowOrder
 
 
 def preference_batch(pairs: Sequence[TokenizedPair], order: RowOrder = "chosen_first") -> dict[str, Tensor]:

@@ -60,12 +60,14 @@ def test_weights_of_pairs_count(problem: Problem) -> None:
 def check(objective: Objective, problem: Problem) -> None:
     model, reference = problem.models()
     model.train()
+    # A part that its owner keeps as it is.
+    model.model.embed_tokens.eval()
     loss = CausalLmLoss(objective, context_token_id=BOS, reference=reference)
     value = step(model, loss, objective, micro_batches(CUTS))
-    expected, gradients, _ = problem.dense.answer(objective)
+    expected, gradients, _ = problem.answer(objective)
     assert value == pytest.approx(expected, rel=1e-5)
     check_gradients(model, gradients)
-    assert model.training
+    assert (model.training, model.lm_head.training, model.model.embed_tokens.training) == (True, True, False)
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
@@ -166,5 +168,5 @@ def one_of_two(hf_dir: str, reference_dir: str) -> dict[str, float]:
 def test_two_processes_share_a_global_batch(problem: Problem) -> None:
     ranks = run_distributed(one_of_two, 2, str(problem.hf_dir), str(problem.reference_dir))
     for name in TWO_PROCESSES:
-        expected, _, _ = problem.dense.answer(build_objective(name, {}))
+        expected, _, _ = problem.answer(build_objective(name, {}))
         assert (ranks[0][name] + ranks[1][name]) / 2 == pytest.approx(expected, rel=1e-5), name

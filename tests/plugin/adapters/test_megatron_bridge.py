@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,20 +53,26 @@ def test_the_package_goes_on_from_its_checkpoint_to_the_bit(rank: int | None, tm
     assert states[0]["num_batches"] == 4
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where the problem lies, and the dense answers."""
+    folder = tmp_path_factory.mktemp("bridge")
+    return folder, write_problem(folder)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
-def test_the_loop_gives_the_dense_loss_and_gradients(world_size: int, tmp_path: Path) -> None:
-    answers = write_problem(tmp_path)
+def test_the_loop_gives_the_dense_loss_and_gradients(world_size: int, written: tuple[Path, dict[str, Any]]) -> None:
+    folder, answers = written
     cases = [dataclasses.replace(case, objective=name) for case in LAYOUTS[world_size] for name in OBJECTIVES]
-    results = run_distributed(stand_in_runs.first_steps, world_size, cases, str(tmp_path))[0]
+    results = run_distributed(stand_in_runs.first_steps, world_size, cases, str(folder))[0]
     for case, result in zip(cases, results, strict=True):
         check(case, result, answers[case.objective])
 
 
 @pytest.mark.dist
-def test_a_run_goes_on_with_its_state_and_evaluates_the_same_pairs(tmp_path: Path) -> None:
-    write_problem(tmp_path)
-    found = run_distributed(stand_in_runs.goes_on, 1, str(tmp_path))[0]
+def test_a_run_goes_on_with_its_state_and_evaluates_the_same_pairs(written: tuple[Path, dict[str, Any]]) -> None:
+    found = run_distributed(stand_in_runs.goes_on, 1, str(written[0]))[0]
     whole, later = found["reports"].values()
     assert found["state"]["whole"] == found["state"]["from the middle"]
     assert found["state"]["whole"]["num_batches"] == 4
@@ -79,16 +87,15 @@ def test_a_run_goes_on_with_its_state_and_evaluates_the_same_pairs(tmp_path: Pat
 
 
 @pytest.mark.dist
-def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
-    write_problem(tmp_path)
-    said = run_distributed(stand_in_runs.refusals, 1, str(tmp_path))[0]
+def test_what_does_not_go_together_is_refused_by_name(written: tuple[Path, dict[str, Any]]) -> None:
+    said = run_distributed(stand_in_runs.refusals, 1, str(written[0]))[0]
     expected = {
         "mean of means": ["model.calculate_per_token_loss False", "ddp.average_in_collective", "train.rampup_batch_size"],
         "interleaved": ["model.virtual_pipeline_model_parallel_size 2", "dist.use_megatron_fsdp"],
         "a reference in memory": ["objective epsilon_dpo keeps its reference in memory"],
         "state lost": ["checkpoint.async_save", "checkpoint.non_persistent_save_interval"],
         "no callback": ["finetune(config, step, callbacks=[step])"],
-        "too few held-out pairs": ["validation.eval_iters 5 x eval_global_batch_size 6", "has 24 pairs. Set eval_iters to 4"],
+        "too few held-out pairs": ["validation.eval_iters 5 x 6 pairs", "has 24. Give validation.eval_iters 4"],
         "no reference": ["holds no log-probs of", "tools/score_pairs.py --pairs"],
     }
     assert said.keys() == expected.keys()
@@ -96,8 +103,8 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
         assert all(part in said[name] for part in parts), said[name]
 
 
-def test_scores_of_several_references_are_asked_for(tmp_path: Path) -> None:
-    write_problem(tmp_path)
+def test_scores_of_several_references_are_asked_for(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     prefix = tmp_path / "pairs"
     directory, key = _find(str(prefix), "matched", "dpo", None)
     assert key.reference == "reference"

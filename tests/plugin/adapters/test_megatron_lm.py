@@ -20,10 +20,9 @@ from megatron_rmipo.data.store.pair_store import PairStoreWriter
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.adapters import megatron_lm
-from megatron_rmipo.plugin.adapters.megatron_lm_data import held_out_pairs
 from tests.harness import free_port, run_distributed
 from tests.integration.data import MODEL, write_pairs
-from tests.integration.problem import BOS, NUM_PAIRS, VOCAB, DenseProblem, collection, make_hf_model, make_pairs
+from tests.integration.problem import BOS, NUM_PAIRS, VOCAB, DenseProblem, make_hf_model, make_pairs
 from tests.integration.test_invariance import check
 from tests.integration.worlds import Case
 from tests.plugin.adapters.pretraining import first_gradients, model_arguments, run_pretraining, train_with_trainer
@@ -265,11 +264,3 @@ def test_an_option_that_is_a_flag_of_the_other_program_is_refused() -> None:
 def test_data_before_a_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="no model was attached"):
         megatron_lm.PreferenceTraining(megatron_arguments()).datasets([8, 0, 0])
-
-
-def test_more_held_out_pairs_than_there_are_is_refused() -> None:
-    args = megatron_arguments(eval_iters=100, valid_data_path=["B"])
-    with pytest.raises(ConfigError, match=r"--eval-iters 100 x 8 pairs: --valid-data-path B has 24. Give --eval-iters 3"):
-        held_out_pairs(args, collection(make_pairs()))
-    args.eval_iters = 2
-    assert held_out_pairs(args, collection(make_pairs())) == 16

@@ -123,7 +123,7 @@ def test_every_objective_it_can_train_is_as_in_float64(name: str, options: dict[
         )
         loss.backward()
         metrics = {key: metrics.get(key, 0.0) + value for key, value in found.items()}
-    expected, gradients, means = problem.dense.answer(objective)
+    expected, gradients, means = problem.answer(objective)
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["num_valid_samples"] == 24
     for key, values in means.items():

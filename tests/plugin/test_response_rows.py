@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from megatron_rmipo.errors import ConfigError, DataError
+from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.objectives.registry import build_objective
-from megatron_rmipo.plugin.pair_sums import (
-    PairScores,
+from megatron_rmipo.plugin.response_rows import (
     RowOrder,
-    pair_logps,
     pair_losses,
     pairs_of_rows,
     refuse_needs,
     rows_of_pairs,
     rows_of_responses,
+    sums_of_rows,
 )
 
 # Two prompts with responses of 3, 1, 2 and 3 tokens; 0 is padding.
@@ -42,7 +42,7 @@ def test_sums_keep_their_digits_and_read_nothing_else() -> None:
     scored = torch.rand(4, 1001, generator=generator) < 0.9
     dense = torch.where(scored, logprobs.double(), 0.0).sum(1)
     unread = torch.where(scored, logprobs, float("-inf")).requires_grad_()
-    scores = PairScores.of_rows(unread, scored, "interleaved")
+    scores = sums_of_rows(unread, scored, "interleaved")
     assert torch.equal(scores.logps, dense.float().view(2, 2))
     assert torch.equal(scores.lengths, scored.sum(1).float().view(2, 2))
     scores.logps.sum().backward()
@@ -77,41 +77,8 @@ def test_what_a_response_leaves_out_is_read_and_not_scored() -> None:
     assert not rows.scored[1].any()
 
 
-def test_every_field_reaches_the_objective() -> None:
-    table = torch.arange(12, dtype=torch.float64).view(6, 2)
-    policy = PairScores(table[:3].float().requires_grad_(), table[:3].float())
-    logps = pair_logps(
-        policy,
-        mean_chosen_length=torch.tensor(4.0),
-        unconditional=PairScores(table[3:].float().requires_grad_(), table[:3].float()),
-        reference=table[1:4],
-        extrapolated=table[2:5],
-        interpolated=table[:3],
-        columns={"margin": table[:3, 1]},
-        batch={"z": torch.tensor(2.0, dtype=torch.float64)},
-    )
-    assert logps.chosen_logps.tolist() == [0, 2, 4]
-    assert logps.rejected_logps.requires_grad
-    assert logps.uncond_chosen_logps is not None
-    assert not logps.uncond_chosen_logps.requires_grad
-    found = {
-        name: getattr(logps, name).tolist() for name in ("uncond_chosen_logps", "uncond_rejected_lengths", "ref_rejected_logps")
-    }
-    assert found == {
-        "uncond_chosen_logps": [6, 8, 10],
-        "uncond_rejected_lengths": [1, 3, 5],
-        "ref_rejected_logps": [3, 5, 7],
-    }
-    assert logps.extrapolated_chosen_logps is not None
-    assert logps.extrapolated_chosen_logps.tolist() == [4, 6, 8]
-    assert logps.interpolated_rejected_logps is not None
-    assert logps.interpolated_rejected_logps.dtype == torch.float32
-    assert logps.columns["margin"].tolist() == [1, 3, 5]
-    assert logps.batch["z"].dtype == torch.float32
-
-
 def test_a_response_without_a_token_is_refused() -> None:
-    scores = PairScores(-torch.ones(3, 2), torch.tensor([[2.0, 1.0], [1.0, 0.0], [3.0, 0.0]]))
+    scores = PairSums(-torch.ones(3, 2), torch.tensor([[2.0, 1.0], [1.0, 0.0], [3.0, 0.0]]))
     logps = pair_logps(scores, mean_chosen_length=torch.tensor(2.0), reference=-torch.ones(3, 2))
     with pytest.raises(DataError, match=r"rejected response of pair 1 of a batch is scored \(2 such pairs\); objective simpo"):
         pair_losses(build_objective("simpo", {}), logps)

@@ -1,4 +1,4 @@
-"""From per-token log-probs of rows that each hold a prompt and one response, to what objectives read of pairs.
+"""Rows of other programs that each hold a prompt and one response: their sums by pair, their responses alone, losses of them.
 
 Rows come in either of two orders: pair by pair, the chosen response first, or all chosen responses before all rejected ones.
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,42 +17,25 @@ from torch import Tensor
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps
 from megatron_rmipo.objectives.contract import check_output
+from megatron_rmipo.objectives.pair_sums import PairSums
 
 RowOrder: TypeAlias = Literal["interleaved", "chosen_first"]
-_SIDES = ("chosen", "rejected")
 
 
-@dataclasses.dataclass(frozen=True)
-class PairScores:
-    """Both responses of P pairs, scored by one model.
+def sums_of_rows(logprobs: Tensor, scored: Tensor, order: RowOrder) -> PairSums:
+    """Sum each row's scored tokens, in float64 as the packed rows' are, and put rows together to pairs.
 
-    Attributes:
-        logps: fp32 ``[P, 2]``, sum of log-probs over the scored tokens of (chosen, rejected).
-        lengths: fp32 ``[P, 2]``, their numbers of scored tokens; without gradient.
+    Args:
+        logprobs: ``[B, S]``, of each token, or of the one after it: whatever ``scored`` is aligned with.
+        scored: ``[B, S]``, non-zero where a token belongs to the response. What ``logprobs`` holds elsewhere is not read.
+        order: of the rows.
+
+    Raises:
+        ConfigError: the number of rows is odd, so that a response is without its pair.
     """
-
-    logps: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of_rows(cls, logprobs: Tensor, scored: Tensor, order: RowOrder) -> PairScores:
-        """Sum each row's scored tokens, in float64 as the packed rows' are, and put rows together to pairs.
-
-        Args:
-            logprobs: ``[B, S]``, of each token, or of the one after it: whatever ``scored`` is aligned with.
-            scored: ``[B, S]``, non-zero where a token belongs to the response. What ``logprobs`` holds elsewhere is not read.
-            order: of the rows.
-
-        Raises:
-            ConfigError: the number of rows is odd, so that a response is without its pair.
-        """
-        counts = scored.to(torch.bool)
-        sums = torch.where(counts, logprobs, 0.0).sum(dim=1, dtype=torch.float64).to(torch.float32)
-        return cls(pairs_of_rows(sums, order), pairs_of_rows(counts.sum(dim=1).to(torch.float32), order))
-
-    def __getitem__(self, which: Any) -> PairScores:
-        """Those of some pairs; of some columns too, where there are more than two."""
-        return PairScores(self.logps[which], self.lengths[which])
+    counts = scored.to(torch.bool)
+    sums = torch.where(counts, logprobs, 0.0).sum(dim=1, dtype=torch.float64).to(torch.float32)
+    return PairSums(pairs_of_rows(sums, order), pairs_of_rows(counts.sum(dim=1).to(torch.float32), order))
 
 
 def pairs_of_rows(values: Tensor, order: RowOrder) -> Tensor:
@@ -75,47 +58,6 @@ def rows_of_pairs(values: Tensor, order: RowOrder) -> Tensor:
     return (both if order == "interleaved" else both.t()).reshape(-1)
 
 
-def pair_logps(
-    policy: PairScores,
-    *,
-    mean_chosen_length: Tensor,
-    unconditional: PairScores | None = None,
-    reference: Tensor | None = None,
-    extrapolated: Tensor | None = None,
-    interpolated: Tensor | None = None,
-    columns: Mapping[str, Tensor] | None = None,
-    batch: Mapping[str, Tensor] | None = None,
-) -> PairLogps:
-    """What an objective is called with; see there what each field means.
-
-    Args:
-        policy: scores of the responses to their prompts; the only argument whose gradient is kept.
-        mean_chosen_length: scored chosen tokens a pair, over the global batch; a scalar.
-        unconditional: scores of the responses alone.
-        reference, extrapolated, interpolated: fp32 ``[P, 2]``, sums of (chosen, rejected).
-        columns: ``[P]`` each.
-        batch: what ``prepare`` gave: scalars, or ``[P]`` values of these pairs.
-    """
-    fields: dict[str, Any] = {}
-    tables = {"ref": reference, "extrapolated": extrapolated, "interpolated": interpolated}
-    if unconditional is not None:
-        tables["uncond"] = unconditional.logps
-        fields.update({f"uncond_{side}_lengths": unconditional.lengths[:, column] for column, side in enumerate(_SIDES)})
-    for prefix, table in tables.items():
-        if table is not None:
-            fields.update({f"{prefix}_{side}_logps": table.detach().float()[:, column] for column, side in enumerate(_SIDES)})
-    return PairLogps(
-        chosen_logps=policy.logps[:, 0],
-        rejected_logps=policy.logps[:, 1],
-        chosen_lengths=policy.lengths[:, 0],
-        rejected_lengths=policy.lengths[:, 1],
-        mean_chosen_length=mean_chosen_length,
-        columns={name: values.float() for name, values in (columns or {}).items()},
-        batch={name: values.float() for name, values in (batch or {}).items()},
-        **fields,
-    )
-
-
 def pair_losses(objective: Objective, logps: PairLogps) -> LossOutput:
     """The objective's losses and metrics, checked.
 
@@ -125,7 +67,7 @@ def pair_losses(objective: Objective, logps: PairLogps) -> LossOutput:
     """
     if not objective.needs.unpaired:
         lengths = [logps.chosen_lengths, logps.rejected_lengths] if objective.needs.rejected else [logps.chosen_lengths]
-        for side, number in zip(_SIDES, lengths, strict=False):
+        for side, number in zip(("chosen", "rejected"), lengths, strict=False):
             empty = torch.nonzero(number == 0).flatten().tolist()
             if empty:
                 raise DataError(
