@@ -1,8 +1,8 @@
 """Models through NVIDIA's Megatron-Bridge, whatever their family: built, loaded, scored by the seam, exported.
 
 Interface: ``AutoBridge`` of Megatron-Bridge 0.6 and 0.7 (``megatron/bridge/models/conversion/auto_bridge.py``) and its model
-providers (``megatron/bridge/models/model_provider.py``). With 0.6.2 itself it was run on
-the CPU alone, with Megatron's local layers.
+providers (``megatron/bridge/models/model_provider.py``). With 0.6.2 itself it was run on the CPU alone, with Megatron's local
+layers.
 """
 
 from __future__ import annotations

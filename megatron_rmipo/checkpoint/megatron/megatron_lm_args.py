@@ -129,7 +129,7 @@ def _model(arch: ModelArchitecture) -> dict[str, Any]:
         **fields,
         **_positions(arch),
         **_windows(arch),
-        "num_experts": fields.pop("num_moe_experts", None),
+        "num_experts": fields.get("num_moe_experts"),
         "multi_latent_attention": arch.latent is not None,
         "group_query_attention": arch.num_query_groups != arch.num_attention_heads,
         # The name in versions before 0.17, and that of the flag to this day.

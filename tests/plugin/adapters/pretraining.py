@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.passes.rows import from_last_stage
@@ -22,7 +23,7 @@ from megatron_rmipo.runtime.megatron_training import install_cpu_training
 from tests.integration.worlds import gather_gradients
 
 # Of the machine and not of the model.
-_WITHOUT_CUDA = [
+WITHOUT_CUDA = [
     *("--transformer-impl", "local", "--distributed-backend", "gloo", "--use-cpu-initialization", "--no-rope-fusion"),
     *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"),
     *("--no-bias-dropout-fusion", "--no-bias-swiglu-fusion", "--num-workers", "0", "--no-check-for-nan-in-loss-and-grad"),
@@ -41,7 +42,7 @@ def model_arguments(hf_dir: Path) -> list[str]:
         *("--position-embedding-type", "rope", "--rotary-base", str(int(rope["rope_theta"]))),
         *("--untie-embeddings-and-output-weights", "--vocab-size", str(config["vocab_size"])),
         *("--max-position-embeddings", "256", "--seq-length", "256", "--make-vocab-size-divisible-by", "8"),
-        *_WITHOUT_CUDA,
+        *WITHOUT_CUDA,
     ]
 
 
@@ -121,12 +122,26 @@ def _pretrain() -> megatron_lm.PreferenceTraining:
     return preference
 
 
-def run_pretraining(commands: Sequence[Sequence[str]]) -> list[tuple[list[float], list[float], list[dict[str, float]]]]:
-    """(losses, gradient norms, evaluations) of several runs, one after the other."""
+class Trained(NamedTuple):
+    """What a run left: as of :class:`Watched`, and fp32 ``[T, V]`` logits of a text by an ordinary call of its model."""
+
+    losses: list[float]
+    norms: list[float]
+    evaluations: list[dict[str, float]]
+    logits: Tensor | None
+
+
+def run_pretraining(commands: Sequence[Sequence[str]], token_ids: Tensor | None = None) -> list[Trained]:
+    """Several runs, one after the other; at one rank with logits of a text, int64 ``[T]``."""
     results = []
     for arguments in commands:
         with pretraining(arguments) as found:
-            results.append((found.losses, found.norms, found.evaluations))
+            logits = None
+            if token_ids is not None:
+                from tests.checkpoint.megatron_lm import logits_of
+
+                logits = logits_of(found.preference._model, token_ids)
+            results.append(Trained(found.losses, found.norms, found.evaluations, logits))
     return results
 
 

@@ -13,8 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron
+from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
 from megatron_rmipo.data.store.pair_store import PairStoreWriter
 from megatron_rmipo.errors import ConfigError
@@ -25,7 +28,13 @@ from tests.integration.data import MODEL, write_pairs
 from tests.integration.problem import BOS, NUM_PAIRS, VOCAB, DenseProblem, make_hf_model, make_pairs
 from tests.integration.test_invariance import check
 from tests.integration.worlds import Case
-from tests.plugin.adapters.pretraining import first_gradients, model_arguments, run_pretraining, train_with_trainer
+from tests.plugin.adapters.pretraining import (
+    WITHOUT_CUDA,
+    first_gradients,
+    model_arguments,
+    run_pretraining,
+    train_with_trainer,
+)
 from tests.test_readme import MEGATRON_LM_FLAGS
 
 needs_megatron_lm = pytest.mark.skipif(
@@ -96,26 +105,47 @@ def fixture_arguments(tmp_path: Path, **changes: str | None) -> list[str]:
 @pytest.mark.dist
 @pytest.mark.slow
 @needs_megatron_lm
-def test_ten_steps_and_evaluation_are_our_trainers(tmp_path: Path) -> None:
+def test_ten_steps_are_our_trainers_and_checkpoints_go_both_ways(tmp_path: Path) -> None:
     prefix = write_pairs(tmp_path / "pairs")
     convert_hf_to_megatron(MODEL, tmp_path / "megatron")
-    held_out = {"valid-data-path": str(prefix), "eval-iters": "8"}
-    runs = [fixture_arguments(tmp_path, objective=name, **held_out) for name in ("rmipo", "dpo")]
-    theirs = run_distributed(run_pretraining, 1, runs)[0]
-    for name, (losses, norms, evaluations) in zip(("rmipo", "dpo"), theirs, strict=True):
-        ours = run_distributed(
-            train_with_trainer,
-            1,
-            [
-                *("--load-hf", str(MODEL), "--data-path", str(prefix), "--valid-data-path", str(prefix), "--objective", name),
-                *("--train-iters", "10", "--lr", "1e-3", "--lr-warmup-iters", "2", "--weight-decay", "0.1"),
-                *("--adam-beta2", "0.99", "--global-batch-size", "6", "--seq-length", "512", "--num-workers", "0"),
-            ],
-            str(tmp_path / name),
-        )[0]
-        assert losses == pytest.approx(ours[0], rel=1e-5)
-        assert norms == pytest.approx(ours[1], rel=1e-4)
-        assert evaluations[-1]["loss"] == pytest.approx(ours[2], rel=1e-5)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    expected = {}
+    for name in ("rmipo", "dpo"):
+        arguments = [
+            *("--load-hf", str(MODEL), "--data-path", str(prefix), "--valid-data-path", str(prefix), "--objective", name),
+            *("--train-iters", "10", "--lr", "1e-3", "--lr-warmup-iters", "2", "--weight-decay", "0.1"),
+            *("--adam-beta2", "0.99", "--global-batch-size", "6", "--seq-length", "512", "--num-workers", "0"),
+            *("--save", str(ours / name)),
+        ]
+        expected[name] = run_distributed(train_with_trainer, 1, arguments, str(tmp_path / name))[0]
+    further = {"valid-data-path": str(prefix), "eval-iters": "8", "save-interval": "10"}
+    runs = [fixture_arguments(tmp_path, objective=name, **further, save=str(theirs / name)) for name in expected]
+    token_ids = torch.randint(400, (37,), generator=torch.Generator().manual_seed(3))
+    *trained, goes_on = run_distributed(run_pretraining, 1, [*runs, ours_there(ours / "rmipo", prefix)], token_ids)[0]
+    for (name, (losses, norms, held_out_loss)), run in zip(expected.items(), trained, strict=True):
+        assert run.losses == pytest.approx(losses, rel=1e-5)
+        assert run.norms == pytest.approx(norms, rel=1e-4)
+        assert run.evaluations[-1]["loss"] == pytest.approx(held_out_loss, rel=1e-5)
+        convert_megatron_to_hf(theirs / name, tmp_path / f"{name}-hf", assets_dir=MODEL)
+        assert hf_logits(tmp_path / f"{name}-hf", token_ids) == pytest.approx(run.logits, abs=1e-4)
+        assert (hf_logits(MODEL, token_ids) - run.logits).abs().max() > 0.1
+    # Its first step is over the pairs that our trainer held out.
+    assert goes_on.losses == pytest.approx([expected["rmipo"][2]], rel=1e-5)
+
+
+def ours_there(directory: Path, prefix: Path) -> list[str]:
+    """A step over all pairs from a checkpoint of our trainer, which says what the model is."""
+    return [
+        *(*WITHOUT_CUDA, "--use-checkpoint-args", "--load", str(directory), "--finetune", "--norm-epsilon", "1e-5"),
+        *("--train-data-path", str(prefix), "--objective", "rmipo", "--train-iters", "1", "--lr", "1e-3"),
+        *("--global-batch-size", "48", "--micro-batch-size", "4"),
+    ]
+
+
+def hf_logits(directory: Path, token_ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(token_ids[None]).logits[0]
+    return logits
 
 
 @pytest.mark.dist
@@ -134,7 +164,7 @@ def test_resumed_is_undisturbed(tmp_path: Path) -> None:
     ]
     # Megatron-LM takes the number of steps for a part of the schedule, which goes to 6 in all of them.
     runs[2].append("--override-opt-param-scheduler")
-    undisturbed, first, second = (losses for losses, _, _ in run_distributed(run_pretraining, 1, runs)[0])
+    undisturbed, first, second = (run.losses for run in run_distributed(run_pretraining, 1, runs)[0])
     # The first step of the warm-up moves nothing.
     assert len(set(undisturbed)) == 5
     assert first + second == undisturbed
