@@ -210,7 +210,7 @@ def build_bridged_policy(
     if provider.vocab_size % groups.tp_size:
         raise ConfigError(
             f"--tensor-model-parallel-size {groups.tp_size} does not divide the vocabulary of {provider.vocab_size} tokens in "
-            f"{hf_dir}. It would be padded, and Megatron-Bridge writes the padding into what it exports: take a size that divides it."
+            f"{hf_dir}. It would be padded, and Megatron-Bridge exports the padding, too: take a size that divides it."
         )
     settings.setdefault("should_pad_vocab", False)
     for name, value in settings.items():
