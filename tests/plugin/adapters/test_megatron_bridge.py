@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_its_state_and_evaluates_the_same_pairs(written: tupl
 def test_what_does_not_go_together_is_refused_by_name(written: tuple[Path, dict[str, Any]]) -> None:
     said = run_distributed(stand_in_runs.refusals, 1, str(written[0]))[0]
     expected = {
-        "means of means": ["model.calculate_per_token_loss False", "ddp.average_in_collective", "train.rampup_batch_size"],
+        "mean of means": ["model.calculate_per_token_loss False", "ddp.average_in_collective", "train.rampup_batch_size"],
         "interleaved": ["model.virtual_pipeline_model_parallel_size 2", "dist.use_megatron_fsdp"],
         "a reference in memory": ["objective epsilon_dpo keeps its reference in memory"],
         "state lost": ["checkpoint.async_save", "checkpoint.non_persistent_save_interval"],
