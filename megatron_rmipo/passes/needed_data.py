@@ -40,22 +40,23 @@ def check_read(store: PairStore, flag: str, needs: LogpNeeds, objective: str, re
         store: the data set.
         flag: that named it.
         needs: of the objective.
-        objective: how the user named it, such as ``--objective rmipo``.
+        objective: how the user names it, such as ``--objective rmipo``: its name is the last word.
         readers: column -> the flags by which it is read.
 
     Raises:
         DataError: what is missing, and what would work.
     """
+    kind = objective.rpartition(" ")[0]
     if needs.rejected and not store.manifest.has_rejected:
         raise DataError(
             f"{flag} {store.prefix}: supervised data, without rejected responses, which {objective} needs. "
-            "Train on preference pairs, or take the objective sft."
+            f"Train on preference pairs, or use {kind} sft."
         )
     if store.manifest.unpaired and not needs.unpaired:
         raise DataError(
             f"{flag} {store.prefix}: unpaired data, one response with a label a row, but {objective} needs "
-            f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or take "
-            "the objective kto."
+            f"{'preference pairs' if needs.rejected else 'supervised rows or preference pairs'}. Prepare such data, or use "
+            f"{kind} kto."
         )
     missing = [column for column in needs.columns if column not in store.manifest.pair_columns]
     if missing:

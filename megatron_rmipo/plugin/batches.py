@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch, check_pairs_fit
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
 from megatron_rmipo.data.batches.padding import PaddedShape, Row, check_pad_to
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
-from megatron_rmipo.data.batches.sizes import BY_TOKENS, check_capacity
+from megatron_rmipo.data.batches.sizes import BY_TOKENS
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.data.store.in_memory import PairsInMemory
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -151,7 +151,7 @@ def preference_batches(
         cost=BY_TOKENS,
         share_prompts=share_prompts,
         with_rejected=needs.rejected,
-        unconditional="none" if needs.unconditional == "bos" and context is None else needs.unconditional,
+        unconditional=needs.unconditional,
         unconditional_in_rows=unconditional == "rows",
         bos_token_id=context,
         columns=needs.columns,
@@ -163,10 +163,9 @@ def preference_batches(
     builder: BatchBuilder
     if layout == "padded":
         check_padded(objective, vocab_size, tokens_per_microbatch)
-        each = -(-global_batch_size // (groups.dp_size * num_microbatches))
-        shape = PaddedShape(
-            vocab_size or 0, multiple_of=multiple_of, pad_to=pad_to, num_pairs=each if pad_to is not None else None
-        )
+        assert vocab_size is not None
+        each = None if pad_to is None else -(-global_batch_size // (groups.dp_size * num_microbatches))
+        shape = PaddedShape(vocab_size, multiple_of=multiple_of, pad_to=pad_to, num_pairs=each)
         builder = PaddedBatchBuilder(pairs, batch_layout, shape)
     else:
         _refuse_given("packed rows", vocab_size=vocab_size)
@@ -251,12 +250,11 @@ def _refuse_given(rows: str, **given: int | None) -> None:
 def _check_capacity(pairs: PairCollection, layout: BatchLayout, global_batch_size: int) -> None:
     """Refuse rows that a pair does not fit in, or that the mean step does not, so that some step would not."""
     tokens = layout.tokens_per_microbatch
+    check_pairs_fit(pairs, layout)
     if tokens is None:
         return
     assert layout.num_microbatches is not None
-    sizes = layout.gradient_sizes(pairs.lengths)
-    check_capacity(sizes, tokens, pairs.describe)
-    step = float(sizes.tokens.mean()) * min(global_batch_size, len(pairs))
+    step = float(layout.gradient_sizes(pairs.lengths).tokens.mean()) * min(global_batch_size, len(pairs))
     most = layout.num_microbatches * layout.dp_size * tokens
     if step > most:
         raise ConfigError(

@@ -23,7 +23,7 @@ def context_token(given: ContextTokenId, pairs: PairCollection) -> int | None:
     """
     if given != "bos":
         return given
-    manifests = [getattr(store, "manifest", None) for store in pairs.stores]
+    manifests = [store.manifest for store in pairs.stores]
     found = {manifest.tokenizer.bos_token_id if manifest else None for manifest in manifests}
     if len(found) == 1 and (token := found.pop()) is not None:
         return int(token)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rmipo.data.store.in_memory import PairsInMemory
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.plugin.response_rows import ResponseRows, RowOrder
@@ -23,18 +24,9 @@ def mismatched_pairs(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     Raises:
         DataError: all prompts are the same.
     """
-    store: Any = _PairsOfStep(pairs)
-    store.lengths = np.array([[pair.prompt.size, pair.chosen.size, pair.rejected.size] for pair in pairs], dtype=np.int32)
+    store: Any = PairsInMemory([(pair.prompt, pair.chosen, pair.rejected) for pair in pairs], "the batch of a step")
     mismatched = MismatchedStore(store)
     return [mismatched[row] for row in range(len(pairs))]
-
-
-class _PairsOfStep(list[TokenizedPair]):
-    """Pairs in memory, in the place of a data set."""
-
-    prefix = "the batch of a step"
-    manifest = None
-    lengths: np.ndarray
 
 
 def tokenized_pairs(token_ids: Tensor, attended: Tensor, response: Tensor, *, order: RowOrder) -> list[TokenizedPair]:

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
-from megatron_rmipo.data.batches.sizes import BY_TOKENS, check_capacity
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, check_pairs_fit
+from megatron_rmipo.data.batches.sizes import BY_TOKENS
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.data.store.reference_scores import Scores
 from megatron_rmipo.errors import ConfigError, DataError
@@ -84,14 +84,15 @@ def score(
         tokens_per_microbatch=tokens_per_microbatch,
         cost=BY_TOKENS,
         share_prompts=share_prompts,
-        unconditional=("none" if context is None else "bos") if unconditional else None,
+        unconditional="bos" if unconditional else None,
         bos_token_id=context,
         multiple_of=_row_multiple(model, groups) if multiple_of is None else multiple_of,
         equal_packs=groups.ep.size() > 1,
     )
-    check_capacity(layout.conditional_sizes(pairs.lengths), tokens_per_microbatch, pairs.describe)
     # Without what else the collection has: nothing but the pairs is scored.
-    return _score(model, BatchBuilder(PairCollection(pairs.stores, pairs.members), layout), groups)
+    alone = PairCollection(pairs.stores, pairs.members)
+    check_pairs_fit(alone, layout)
+    return _score(model, BatchBuilder(alone, layout), groups)
 
 
 @torch.no_grad()

@@ -6,14 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
-
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config, ObjectiveConfig, TrainingConfig
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.data.batches.loader import BatchLayout
-from megatron_rmipo.data.batches.sizes import check_capacity
+from megatron_rmipo.data.batches.loader import BatchLayout, check_pairs_fit
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
@@ -68,18 +65,7 @@ class RunData:
         Raises:
             ConfigError: naming it, and the value that would work.
         """
-        laid_out: list[tuple[np.ndarray, Callable[[int], str]]] = []
-        for pairs in self.collections:
-            laid_out.append((pairs.lengths, pairs.describe))
-            if pairs.mismatched is not None:
-                laid_out.append((pairs.mismatched.lengths, partial(_describe_mismatched, pairs)))
-        for lengths, describe in laid_out:
-            check_capacity(layout.conditional_sizes(lengths), layout.capacity, describe)
-        return max(int(layout.conditional_sizes(lengths).tokens.max(initial=0)) for lengths, _ in laid_out)
-
-
-def _describe_mismatched(pairs: PairCollection, index: int) -> str:
-    return f"{pairs.describe(index)}, its prompt with the responses of another,"
+        return max(check_pairs_fit(pairs, layout) for pairs in self.collections)
 
 
 def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:

@@ -16,7 +16,7 @@ import torch
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows
 from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
-from megatron_rmipo.data.store.pair_store import PairStoreWriter
+from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
@@ -185,6 +185,18 @@ def test_passes_before_a_step_are_cut_as_the_step_is() -> None:
         before = batch.unconditional or batch.mismatched
         assert len(before) == len(batch.conditional) == 5
         assert sorted(torch.cat([row.pair_numbers[::2] for row in before]).tolist()) == list(range(24))
+
+
+def test_a_mismatched_pair_that_fits_no_row_is_refused() -> None:
+    # Rows of 10, 9 and 10 tokens; the first prompt with the second one's responses takes 14.
+    sizes = [(6, 3, 3), (1, 5, 5), (1, 10, 1)]
+    pairs = collection([TokenizedPair(*(np.arange(size) + number for size in own)) for number, own in enumerate(sizes)])
+    pairs.reference_scores = [np.zeros((3, 2), dtype=np.float32)]
+    groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+    start = functools.partial(preference_batches, pairs, global_batch_size=3, num_microbatches=3, groups=groups)
+    start(build_objective("dpo", {}), tokens_per_microbatch=10)
+    with pytest.raises(ConfigError, match="pair 0 of memory, its prompt with the responses of another, needs 14 tokens"):
+        start(build_objective("kto", {}), tokens_per_microbatch=10)
 
 
 def test_data_without_what_the_objective_reads_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rmipo.data.store.in_memory import PairsInMemory
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.plugin.context import context_token
 
@@ -28,7 +29,7 @@ def test_bos_of_the_data_or_what_the_caller_says() -> None:
         (data((None, 9)), r"begins with token 9\)"),
         (data((None, None)), "begins with, or None"),
         (data((7, 7), (None, 8)), "context_token_id"),
-        (SimpleNamespace(stores=[SimpleNamespace()]), "does not say it"),
+        (SimpleNamespace(stores=[PairsInMemory([([1], [2], [3])])]), "does not say it"),
     ],
 )
 def test_data_that_does_not_say_it_is_refused(pairs: Any, hint: str) -> None:

@@ -44,23 +44,6 @@ LAYOUTS = {
 }
 
 
-def check_all(cases: list[ForeignCase], world_size: int, folder: Path) -> None:
-    """Compare each case with the dense answer."""
-    pairs = make_pairs()
-    model, reference = (make_hf_model(folder / f"llama/{name}", seed=seed, layers=2) for seed, name in enumerate(MODELS))
-    problem = DenseProblem(model, reference, pairs)
-    answers = {case.objective: problem.answer(build_objective(case.objective, case.options)) for case in cases}
-    if "beta_dpo" in answers:
-        # It draws pairs by their places in the global batch.
-        order = PairOrder(len(pairs), seed=1234).epoch(0)
-        shuffled = DenseProblem(model, reference, [pairs[number] for number in order])
-        loss, gradients, metrics = shuffled.answer(build_objective("beta_dpo", {}))
-        answers["beta_dpo"] = loss, gradients, {name: values[order.argsort()] for name, values in metrics.items()}
-    results = run_distributed(run_foreign, world_size, cases, str(folder), collection(pairs))[0]
-    for case, result in zip(cases, results, strict=True):
-        check(case, result, answers[case.objective])
-
-
 def ways_of(line: str) -> tuple[str, list[bool]]:
     """Of a line of the page's table: the objective, and whether it runs without a hook at PP 1, at PP 2, and with one at PP 2."""
     name, *cells = (cell.strip() for cell in line.strip().strip("|").split("|"))
@@ -90,11 +73,29 @@ def cases_of(world_size: int) -> list[ForeignCase]:
     return cases
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where model and reference lie, and each objective's answer."""
+    folder, pairs = tmp_path_factory.mktemp("models"), make_pairs()
+    model, reference = (make_hf_model(folder / f"llama/{name}", seed=seed, layers=2) for seed, name in enumerate(MODELS))
+    problem = DenseProblem(model, reference, pairs)
+    answers = {name: problem.answer(build_objective(name, OPTIONS.get(name, {}))) for name in OBJECTIVES if name != "beta_dpo"}
+    # It draws pairs by their places in the global batch.
+    order = PairOrder(len(pairs), seed=1234).epoch(0)
+    shuffled = DenseProblem(model, reference, [pairs[number] for number in order])
+    loss, gradients, metrics = shuffled.answer(build_objective("beta_dpo", {}))
+    answers["beta_dpo"] = loss, gradients, {name: values[order.argsort()] for name, values in metrics.items()}
+    return folder, answers
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
-def test_same_loss_and_gradients_in_a_foreign_loop(world_size: int, tmp_path: Path) -> None:
+def test_same_loss_and_gradients_in_a_foreign_loop(world_size: int, dense: tuple[Path, dict[str, Any]]) -> None:
     assert list(WAYS) == list(OBJECTIVES)
-    check_all(cases_of(world_size), world_size, tmp_path)
+    (folder, answers), cases = dense, cases_of(world_size)
+    results = run_distributed(run_foreign, world_size, cases, str(folder), collection(make_pairs()))[0]
+    for case, result in zip(cases, results, strict=True):
+        check(case, result, answers[case.objective])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

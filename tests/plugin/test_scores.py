@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import megatron_rmipo.plugin as plugin
+from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.in_memory import PairsInMemory
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError, DataError
@@ -102,8 +103,8 @@ def refusals(folder: str) -> None:
             score([([1], [2, VOCAB], [3])])
         for rows, message in (
             ([], "there are no pairs"),
-            ([([1], [2])], "pair 0 in memory has 2 parts"),
-            ([([1], [2], []), ([], [2], [3])], "pair 1 in memory has no prompt"),
+            ([([1], [2])], "pair 0 of the pairs in memory has 2 parts"),
+            ([([1], [2], []), ([], [2], [3])], "pair 1 of the pairs in memory has no prompt"),
             ([([1], [-100, 2], [])], "the token id -100; ids begin at 0"),
         ):
             with pytest.raises(DataError, match=message):
@@ -173,3 +174,8 @@ def test_pairs_in_memory_stand_for_a_data_set() -> None:
     store = PairsInMemory([([1, 2], [3], []), ([4], [5, 6], [7])])
     assert store.lengths.tolist() == [[2, 1, 0], [1, 2, 1]]
     assert store[1].chosen.tolist() == [5, 6]
+    pairs = PairCollection([store])  # type: ignore[list-item]
+    pairs.match_anew()
+    assert pairs.mismatched is not None
+    assert pairs.mismatched[1].prompt.tolist() == [4]
+    assert pairs.mismatched[1].chosen.tolist() == [3]

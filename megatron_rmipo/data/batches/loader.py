@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
-from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, conditional_sizes, unconditional_sizes
+from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, check_capacity, conditional_sizes, unconditional_sizes
 from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
@@ -27,15 +27,14 @@ class BatchLayout:
 
     Attributes:
         dp_rank, dp_size: this rank's place in the data-parallel group.
-        tokens_per_microbatch: capacity of a conditional pack, and ``multiple_of`` it makes all rows equally long; unconditional
-            ones hold twice as many else. None: every pass has
-            ``num_microbatches`` packs, whatever these hold.
+        tokens_per_microbatch: capacity of a conditional pack; unconditional ones hold twice as many, or no more where it is
+            ``multiple_of``, too, so that all rows are equally long. None: every pass has ``num_microbatches`` packs.
         cost: what balance is judged by.
         share_prompts: a prompt stands once for both responses.
         with_rejected: the objective reads rejected responses.
         unconditional: ``"bos"``, ``"none"`` or None, as in :class:`megatron_rmipo.objectives.base.LogpNeeds`.
         forward_passes: forward-only passes over the conditional packs, beside the gradient pass.
-        bos_token_id: the context of unconditional responses for ``"bos"``: BOS, or what stands in for it.
+        bos_token_id: the context of unconditional responses for ``"bos"``: BOS, or what stands in for it; None for nothing.
         columns: numbers beside the pairs that the objective reads.
         multiple_of: rows are padded to a multiple of this many tokens.
         equal_packs: every data-parallel rank runs the same number of packs, for they meet in the model's layers.
@@ -157,6 +156,24 @@ class RankBatch:
     def num_pairs(self) -> int:
         """P, over all ranks."""
         return len(self.pair_indices)
+
+
+def check_pairs_fit(pairs: PairCollection, layout: BatchLayout) -> int:
+    """Refuse pairs, and mismatched ones, of which one fits no pack.
+
+    Returns:
+        The tokens of the largest, as it is laid out.
+
+    Raises:
+        ConfigError: naming it, and the value that would work.
+    """
+    passes: list[tuple[PairSizes, Callable[[int], str]]] = [(layout.gradient_sizes(pairs.lengths), pairs.describe)]
+    if pairs.mismatched is not None:
+        others = layout.conditional_sizes(pairs.mismatched.lengths)
+        passes.append((others, lambda index: f"{pairs.describe(index)}, its prompt with the responses of another,"))
+    for sizes, describe in passes:
+        check_capacity(sizes, layout.capacity, describe)
+    return max(int(sizes.tokens.max(initial=0)) for sizes, _ in passes)
 
 
 class BatchBuilder:

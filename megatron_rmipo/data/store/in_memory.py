@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import DataError
 
 # Ids of prompt, chosen and rejected response; a response that is not there is empty.
-IdLists = tuple[Sequence[int], Sequence[int], Sequence[int]]
+_Ids = Sequence[int] | npt.NDArray[np.integer]
+IdLists = tuple[_Ids, _Ids, _Ids]
 
 
 class PairsInMemory:
@@ -21,19 +23,22 @@ class PairsInMemory:
 
     Args:
         pairs: token ids, as the model is to see them.
+        prefix: stands for the data set in messages.
 
     Attributes:
-        prefix: stands for the data set in messages.
+        prefix: as given.
+        manifest: None: nothing is known of where they come from.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
 
     Raises:
         DataError: there are none, or one has no three parts, no prompt, or an id below zero.
     """
 
-    prefix = "the pairs in memory"
+    manifest = None
 
-    def __init__(self, pairs: Iterable[IdLists]) -> None:
-        self._pairs = [_read(number, pair) for number, pair in enumerate(pairs)]
+    def __init__(self, pairs: Iterable[IdLists], prefix: str = "the pairs in memory") -> None:
+        self.prefix = prefix
+        self._pairs = [_read(f"pair {number} of {prefix}", pair) for number, pair in enumerate(pairs)]
         if not self._pairs:
             raise DataError("there are no pairs: give (prompt_ids, chosen_ids, rejected_ids) of at least one.")
         sizes = [[pair.prompt.size, pair.chosen.size, pair.rejected.size] for pair in self._pairs]
@@ -46,13 +51,13 @@ class PairsInMemory:
         return self._pairs[row]
 
 
-def _read(number: int, pair: IdLists) -> TokenizedPair:
+def _read(name: str, pair: IdLists) -> TokenizedPair:
     if len(pair) != 3:
-        raise DataError(f"pair {number} in memory has {len(pair)} parts; (prompt_ids, chosen_ids, rejected_ids) are three.")
+        raise DataError(f"{name} has {len(pair)} parts; (prompt_ids, chosen_ids, rejected_ids) are three.")
     parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in pair]
     if not parts[0].size:
-        raise DataError(f"pair {number} in memory has no prompt: its first token (BOS as a rule) has to be there.")
+        raise DataError(f"{name} has no prompt: its first token (BOS as a rule) has to be there.")
     least = min(int(part.min()) for part in parts if part.size)
     if least < 0:
-        raise DataError(f"pair {number} in memory has the token id {least}; ids begin at 0.")
+        raise DataError(f"{name} has the token id {least}; ids begin at 0.")
     return TokenizedPair(*parts)

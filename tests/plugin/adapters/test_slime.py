@@ -21,8 +21,9 @@ from tests.integration.problem import BOS, VOCAB, make_pairs
 from tests.plugin.adapters.conftest import Problem, check_gradients
 
 REFUSED = {"kto", "alpha_dpo", "beta_dpo", "epsilon_dpo", "amapo", "gamma_po", "bco_pair", "aot_pair", "sft", "cpo", "orpo"}
+# One for each kind of what objectives read, and forms of them; the losses of others are made of the same.
 CASES = [
-    *((name, {}) for name in OBJECTIVES if name not in REFUSED),
+    *((name, {}) for name in ("simpo", "rmipo", "dpo")),
     ("cpo", {"sft_weight": 0.0}),
     ("rmipo:0.7,dpo:0.5", {}),
 ]
@@ -65,7 +66,7 @@ def reference_of(model: Any, batch: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[name for name, _ in CASES])
-def test_every_objective_it_can_train_is_as_in_float64(name: str, options: dict[str, Any], problem: Problem) -> None:
+def test_every_kind_of_objective_it_can_train_is_as_in_float64(name: str, options: dict[str, Any], problem: Problem) -> None:
     objective = build_objective(name, options)
     model, reference = problem.models()
     loss_fn = ObjectiveLoss(objective, tensor_parallel_group=lambda: None)
@@ -147,6 +148,8 @@ def test_what_cannot_be_is_refused_by_name(problem: Problem) -> None:
     for name in REFUSED:
         with pytest.raises(ConfigError, match=f"objective {name} in slime: it"):
             loss_of(name)
+    for name in OBJECTIVES.keys() - REFUSED:
+        loss_of(name)
     objective, (model, _) = build_objective("rmipo", {}), problem.models()
     batch = micro_batch(objective, range(3))
     logits = logits_of(model, batch)
