@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator, unset_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import arguments, checkpointing, global_vars
+from megatron.training import checkpointing, global_vars
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-# Its compiled functions want a compiler, and its check of tensor parallelism a device.
+from megatron_rmipo.runtime.megatron_training import install_cpu_training
+from tests.plugin.adapters.pretraining import WITHOUT_CUDA
+
+# Its compiled functions want a compiler.
 torch._dynamo.config.disable = True
-arguments.get_device_arch_version = lambda: 10
-# How it computes without Transformer Engine, apex and CUDA; and what it wants to be told.
+# What it wants to be told beside how it computes without CUDA.
 _FLAGS = """
-    --transformer-impl local --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion
-    --no-rope-fusion --no-persist-layer-norm --use-cpu-initialization --no-gradient-accumulation-fusion
-    --moe-token-dispatcher-type allgather --micro-batch-size 1 --seq-length 64 --dist-ckpt-strictness raise_unexpected
-    --save-interval 1
+    --no-bias-gelu-fusion --moe-token-dispatcher-type allgather --micro-batch-size 1 --seq-length 64
+    --dist-ckpt-strictness raise_unexpected --save-interval 1
 """
 # What --use-checkpoint-args leaves to further flags, of what the checkpoint's arguments say.
 _LEFT_OUT = """
@@ -42,7 +42,8 @@ _LEFT_OUT = """
 
 def arguments_of(directory: Path, *flags: str) -> Namespace:
     """Megatron-LM's arguments as ``--load directory --use-checkpoint-args`` makes them, made global."""
-    with _told_so((*_FLAGS.split(), "--use-checkpoint-args", "--load", str(directory), *flags)):
+    install_cpu_training()
+    with _told_so((*WITHOUT_CUDA, *_FLAGS.split(), "--use-checkpoint-args", "--load", str(directory), *flags)):
         args, stored = checkpointing.load_args_from_checkpoint(parse_args())
         for name in _LEFT_OUT.split():
             if hasattr(stored, name):

@@ -266,7 +266,7 @@ def test_rows_may_differ_in_length_between_pipeline_stages() -> None:
 
 
 def test_flags_stand_beside_another_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--objective", "dpo:0.8,sft:0.2", "--beta", "0.3", "--tokens-per-microbatch", "77"]
+    words = ["--objective", "dpo:0.8,sft:0.2", "--beta", "0.3", "--tokens-per-microbatch", "77", "--pair-weight"]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("hidden-dropout", "attention-dropout"):
@@ -275,6 +275,7 @@ def test_flags_stand_beside_another_parsers(monkeypatch: pytest.MonkeyPatch) -> 
     assert (args.hidden_dropout, args.calculate_per_token_loss, args.tokens_per_microbatch) == (0.0, True, 77)
     training = megatron_lm.PreferenceTraining(megatron_arguments(**vars(args)))
     assert training.objective.config.beta == 0.3
+    assert training.objective.needs.columns == ("weight",)
 
 
 @needs_megatron_lm
