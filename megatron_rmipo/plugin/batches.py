@@ -9,14 +9,17 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
+
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch, iterate_batches
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
 from megatron_rmipo.data.batches.padding import PaddedShape, Row
 from megatron_rmipo.data.batches.sizes import BY_TOKENS, CostModel, check_capacity
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.contract import check_objective
 from megatron_rmipo.plugin.context import ContextToken, context_token
 from megatron_rmipo.runtime.groups import ProcessGroups
 
@@ -131,9 +134,14 @@ def preference_batches(
         num_workers: processes that prepare batches ahead.
 
     Raises:
-        ConfigError: a pair, or the pairs of a step, fit no micro-batch; the layout cannot give what the objective reads.
-        DataError: a data set is missing or incomplete.
+        ConfigError: an argument is none that there is; a pair, or the pairs of a step, fit no micro-batch; the layout cannot
+            give what the objective reads.
+        DataError: a data set is missing or incomplete, or has not what the objective reads.
     """
+    _check_choice("layout", layout, ("packed", "padded"))
+    _check_choice("unconditional", unconditional, ("rows", "pass"))
+    _check_numbers(1, global_batch_size=global_batch_size, num_microbatches=num_microbatches, multiple_of=multiple_of)
+    _check_numbers(0, consumed_pairs=consumed_pairs)
     groups = groups or ProcessGroups.of_megatron()
     pairs = pairs_for(data, objective)
     needs = objective.needs
@@ -181,18 +189,53 @@ def pairs_for(data: PairData, objective: Objective) -> PairCollection:
     """Pairs with what an objective reads beside them.
 
     Raises:
-        ConfigError: it compares with a reference, and there are no log-probs of one.
-        DataError: a data set is missing or incomplete.
+        ConfigError: it is no objective, or it compares with a reference, and there are no log-probs of one.
+        DataError: a data set is missing or incomplete, or has not the responses or the columns that it reads.
     """
+    check_objective(objective)
     pairs = open_pairs(data)
+    _check_read(pairs, objective)
     if objective.needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
     if objective.needs.reference and pairs.reference_scores is None:
         raise ConfigError(
             f"objective {objective.name} compares with a reference, and the data has no log-probs of one: "
-            "give it some with megatron_rmipo.plugin.score_reference(model, pairs, objective, ...) first."
+            "give it some with megatron_rmipo.plugin.score_reference(model, pairs, objective, ...) first, where pairs is what "
+            "open_pairs made of the data."
         )
     return pairs
+
+
+def _check_read(pairs: PairCollection, objective: Objective) -> None:
+    needs, told = objective.needs, f"which objective {objective.name} reads"
+    # KTO takes responses one by one.
+    sides = ("chosen", "rejected")[: 0 if needs.unpaired else 2 if needs.rejected else 1]
+    for column, side in enumerate(sides, start=1):
+        empty = np.flatnonzero(pairs.lengths[:, column] == 0)
+        if empty.size:
+            raise DataError(
+                f"{pairs.describe(int(empty[0]))} has no {side} response, {told} ({empty.size} of {len(pairs)} pairs have none). "
+                "Leave them out, or take an objective for what is there: sft reads chosen responses alone, kto one of a row."
+            )
+    for store in pairs.stores:
+        # Pairs in memory have no manifest.
+        missing = set(needs.columns) - set(getattr(getattr(store, "manifest", None), "pair_columns", ()))
+        if missing:
+            raise DataError(
+                f"{store.prefix} has no {' and no '.join(sorted(missing))} beside its pairs, {told}. Prepare data from rows "
+                "that have such a column (tools/preprocess_preferences.py), or build the objective without reading it."
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r}: it is {' or '.join(map(repr, choices))}.")
+
+
+def _check_numbers(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if value < least:
+            raise ConfigError(f"{name} {value}: it is at least {least}.")
 
 
 def check_padded(objective: Objective, vocab_size: int | None, tokens_per_microbatch: int | None = None) -> None:
@@ -225,7 +268,7 @@ def _check_capacity(pairs: PairCollection, layout: BatchLayout, tokens: int | No
     if tokens is None or layout.num_microbatches is None:
         return
     sizes = layout.gradient_sizes(pairs.lengths)
-    check_capacity(sizes, tokens, pairs.describe)
+    check_capacity(sizes, tokens, pairs.describe, name="tokens_per_microbatch")
     step = float(sizes.tokens.mean()) * min(global_batch_size, len(pairs))
     most = layout.num_microbatches * layout.dp_size * tokens
     if step > most:

@@ -12,9 +12,10 @@ import torch
 
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
+from megatron_rmipo.plugin.dataset import PreferenceDataset
 from tests.integration.problem import BOS, VOCAB, collection, make_pairs
 
 LAYOUTS: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"layout": "padded", "vocab_size": VOCAB}}
@@ -146,7 +147,7 @@ def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
 @pytest.mark.parametrize(
     ("objective", "settings", "message"),
     [
-        ("rmipo", {"tokens_per_microbatch": 40}, "--tokens-per-microbatch 40: pair .* of memory needs"),
+        ("rmipo", {"tokens_per_microbatch": 40}, "^tokens_per_microbatch 40: pair .* of memory needs"),
         ("rmipo", {"tokens_per_microbatch": 76}, "3 micro-batches of at most 76 tokens .* hold 228 tokens, and 7 pairs take"),
         ("rmipo", {"layout": "padded"}, "vocab_size"),
         ("rmipo", {**LAYOUTS["padded"], "tokens_per_microbatch": 90}, "tokens_per_microbatch 90 says nothing of padded"),
@@ -154,11 +155,41 @@ def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
         ("rmipo", {"pad_to": 20}, "pad_to 20 says nothing of packed"),
         ("epsilon_dpo", LAYOUTS["padded"], "objective epsilon_dpo mixes"),
         ("dpo", {}, "objective dpo compares with a reference"),
+        ("rmipo", {"layout": "paded"}, "layout 'paded': it is 'packed' or 'padded'"),
+        ("rmipo", {"unconditional": "row"}, "unconditional 'row': it is 'rows' or 'pass'"),
+        ("rmipo", {"global_batch_size": 0}, "global_batch_size 0: it is at least 1"),
+        ("rmipo", {"num_microbatches": 0}, "num_microbatches 0: it is at least 1"),
+        ("rmipo", {"consumed_pairs": -7}, "consumed_pairs -7: it is at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_step(objective: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(objective, **settings)
+
+
+def test_pairs_without_what_the_objective_reads_are_refused() -> None:
+    groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+
+    def of(rows: Any, objective: Any) -> PreferenceBatches:
+        return preference_batches(rows, objective, global_batch_size=2, num_microbatches=2, context_token_id=BOS, groups=groups)
+
+    whole, without = ([3, 4], [5], [6, 7, 8]), ([3, 4], [5], [])
+    build = build_objective
+    with pytest.raises(DataError, match="pair 1 of the pairs in memory has no rejected response, which objective rmipo reads"):
+        of([whole, without, without], build("rmipo", {}))
+    with pytest.raises(DataError, match=r"no chosen response, which objective sft reads \(1 of 2 pairs have none\)"):
+        of([whole, ([3], [], [4])], build("sft", {}))
+    assert of([whole, without], build("sft", {})).peek().num_pairs == 2
+    assert PreferenceDataset([whole, whole], build("simpo", {}))[1]["rejected"].tolist() == [6, 7, 8]
+    for objective in (build("simpo", {"pair_margin": True}), build("dpo", {"pair_beta": True})):
+        with pytest.raises(DataError, match=r"the pairs in memory has no (margin|beta) beside its pairs, which objective"):
+            of([whole, whole], objective)
+        with pytest.raises(DataError, match=r"the pairs in memory has no (margin|beta) beside its pairs, which objective"):
+            PreferenceDataset([whole, whole], objective)
+    for wrong in ("rmipo", type(build("rmipo", {}))):
+        for take in (of, PreferenceDataset):
+            with pytest.raises(ConfigError, match=r"objective .*: an Objective is expected, as build_objective\("):
+                take([whole], wrong)
 
 
 def test_a_step_whose_pairs_do_not_fit_says_so() -> None:

@@ -65,8 +65,8 @@ class FirstStep:
 
     def on_train_step_end(self, context: Any) -> None:
         step = self._finetune.step
-        metrics = step.after_step()
         order = step._current.pair_indices.argsort()
+        metrics = step.after_step()
         (model,) = context.model
         gradients = gather_gradients(unwrapped(model), read_architecture(self._hf_dir), self._hf_dir, step.groups)
         # The last stage has it.
