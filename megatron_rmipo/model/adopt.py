@@ -223,7 +223,8 @@ def _problems(model: Any, vocab_size: int) -> Iterator[str]:
         yield f"it is none of {', '.join(kind.__name__ for kind in _MODELS)}, whose parts are known"
         return
     if isinstance(getattr(model, "scoring_options", None), ScoringOptions):
-        yield "it takes packed rows already; to attach it otherwise, detach it first"
+        attached = isinstance(vars(model).get("forward"), PackedCall)
+        yield f"it takes packed rows already; {'to attach it otherwise, detach it first' if attached else 'leave attach out'}"
         return
     for method in _MODEL_METHODS:
         if foreign := _foreign(model, method):

@@ -13,6 +13,19 @@ from megatron_rmipo.objectives.base import LossOutput, Objective, State
 _INTERFACE = "See megatron_rmipo/objectives/base.py."
 
 
+def check_objective(objective: Objective) -> None:
+    """It is one, and not its name or its class.
+
+    Raises:
+        ConfigError: naming what it is instead.
+    """
+    if not isinstance(objective, Objective):
+        raise ConfigError(
+            f"objective {objective!r}: an Objective is expected, as build_objective(name, options) of "
+            f"megatron_rmipo.objectives.registry makes it. {_INTERFACE}"
+        )
+
+
 def check_output(objective: Objective, output: LossOutput, num_pairs: int) -> None:
     """Losses and metrics are tensors of one value per pair, and distributions name metrics.
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_rmipo.data.store.collection import open_pairs
     from megatron_rmipo.model.adopt import attach_model as attach
     from megatron_rmipo.model.adopt import detach_model as detach
     from megatron_rmipo.model.logprobs import (
@@ -33,6 +34,7 @@ _PUBLIC = {
     "attach": (f"{_MODEL}.adopt", "attach_model"),
     "detach": (f"{_MODEL}.adopt", "detach_model"),
     "linear_logprobs": (f"{_MODEL}.logprobs", "linear_logprobs"),
+    "open_pairs": ("megatron_rmipo.data.store.collection", "open_pairs"),
     "perturbed_linear_logprobs": (f"{_MODEL}.logprobs", "perturbed_linear_logprobs"),
     "preference_batches": (f"{_OWN}.batches", "preference_batches"),
     "score": (f"{_OWN}.scores", "score"),
@@ -48,6 +50,7 @@ __all__ = [
     "attach",
     "detach",
     "linear_logprobs",
+    "open_pairs",
     "perturbed_linear_logprobs",
     "preference_batches",
     "score",

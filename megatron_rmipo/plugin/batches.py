@@ -21,6 +21,7 @@ from megatron_rmipo.data.store.in_memory import PairsInMemory
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.contract import check_objective
 from megatron_rmipo.passes.needed_data import check_needed
 from megatron_rmipo.plugin.context import ContextTokenId, context_token
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -133,9 +134,14 @@ def preference_batches(
         num_workers: processes that prepare batches ahead.
 
     Raises:
-        ConfigError: a pair, or the pairs of a step, fit no micro-batch; the layout cannot give what the objective reads.
+        ConfigError: an argument is none that there is; a pair, or the pairs of a step, fit no micro-batch; the layout cannot
+            give what the objective reads.
         DataError: as of :func:`pairs_for`.
     """
+    _check_choice("layout", layout, ("packed", "padded"))
+    _check_choice("unconditional", unconditional, ("rows", "pass"))
+    _check_numbers(1, global_batch_size=global_batch_size, num_microbatches=num_microbatches, multiple_of=multiple_of)
+    _check_numbers(0, consumed_pairs=consumed_pairs)
     groups = groups or ProcessGroups.of_megatron()
     if layout == "packed" and pad_to is not None:
         _refuse_given(f"rows of pad_to {pad_to} tokens", tokens_per_microbatch=tokens_per_microbatch)
@@ -186,9 +192,10 @@ def pairs_for(data: PairData, objective: Objective) -> PairCollection:
     """Pairs with what an objective reads beside them.
 
     Raises:
-        ConfigError: it compares with a reference, and there are no log-probs of one.
+        ConfigError: it is no objective, or it compares with a reference, and there are no log-probs of one.
         DataError: a data set is missing, incomplete, empty, or without the responses or the columns that the objective reads.
     """
+    check_objective(objective)
     pairs = open_pairs(data)
     named = f"objective {objective.name}"
     prepared = [store for store in pairs.stores if isinstance(store, PairStore)]
@@ -199,7 +206,8 @@ def pairs_for(data: PairData, objective: Objective) -> PairCollection:
     if objective.needs.reference and pairs.reference_scores is None:
         raise ConfigError(
             f"objective {objective.name} compares with a reference, and the data has no log-probs of one: "
-            "give it some with megatron_rmipo.plugin.score_reference(model, pairs, objective, ...) first."
+            "give it some with megatron_rmipo.plugin.score_reference(model, pairs, objective, ...) first, where pairs is what "
+            "open_pairs made of the data."
         )
     return pairs
 
@@ -220,6 +228,17 @@ def _check_in_memory(stores: Sequence[Any], objective: Objective) -> None:
                 f"pair {empty[0]} of {store.prefix} lacks a response that objective {objective.name} reads ({empty.size} such "
                 "pairs in all). Leave them out."
             )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r}: it is {' or '.join(map(repr, choices))}.")
+
+
+def _check_numbers(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if value < least:
+            raise ConfigError(f"{name} {value}: it is at least {least}.")
 
 
 def check_padded(objective: Objective, vocab_size: int | None, tokens_per_microbatch: int | None = None) -> None:
@@ -250,7 +269,7 @@ def _refuse_given(rows: str, **given: int | None) -> None:
 def _check_capacity(pairs: PairCollection, layout: BatchLayout, global_batch_size: int) -> None:
     """Refuse rows that a pair does not fit in, or that the mean step does not, so that some step would not."""
     tokens = layout.tokens_per_microbatch
-    check_pairs_fit(pairs, layout)
+    check_pairs_fit(pairs, layout, name="tokens_per_microbatch")
     if tokens is None:
         return
     assert layout.num_microbatches is not None

@@ -17,6 +17,7 @@ from megatron_rmipo.data.store.collection import PairData
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.contract import check_objective
 from megatron_rmipo.passes.pair_losses import KnownPairs
 from megatron_rmipo.plugin.batches import check_padded, pairs_for
 from megatron_rmipo.plugin.context import ContextTokenId, context_token
@@ -44,10 +45,11 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Raises:
         ConfigError: the objective needs the whole global batch, which nobody knows who loads pair by pair.
-        DataError: a data set is missing or incomplete.
+        DataError: a data set is missing or incomplete, or has not what the objective reads.
     """
 
     def __init__(self, data: PairData, objective: Objective) -> None:
+        check_objective(objective)
         _refuse_whole_batch(objective)
         self.pairs = pairs_for(data, objective)
         self.objective = objective

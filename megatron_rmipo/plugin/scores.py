@@ -21,6 +21,7 @@ from megatron_rmipo.data.store.reference_scores import Scores
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.objectives.contract import check_objective
 from megatron_rmipo.passes.row_problems import check_rows
 from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.plugin.context import ContextTokenId, context_token
@@ -91,7 +92,7 @@ def score(
     )
     # Without what else the collection has: nothing but the pairs is scored.
     alone = PairCollection(pairs.stores, pairs.members)
-    check_pairs_fit(alone, layout)
+    check_pairs_fit(alone, layout, name="tokens_per_microbatch")
     return _score(model, BatchBuilder(alone, layout), groups)
 
 
@@ -136,13 +137,20 @@ def score_reference(
 
     Args:
         model, tokens_per_microbatch, share_prompts, multiple_of, groups: as of :func:`score`.
-        pairs: get ``reference_scores``, and where the objective reads them mismatched pairs with theirs.
+        pairs: of :func:`megatron_rmipo.data.store.collection.open_pairs`; they get ``reference_scores``, and where the objective
+            reads them mismatched pairs with theirs.
         objective: what is going to be trained.
 
     Raises:
-        ConfigError: as there; or the objective reads none.
+        ConfigError: as there; the objective reads none, or ``pairs`` is nothing that could keep them.
         DataError: a log-prob is not finite, or all prompts of a data set are the same.
     """
+    check_objective(objective)
+    if not isinstance(pairs, PairCollection):
+        raise ConfigError(
+            f"score_reference leaves the log-probs with the pairs, and {pairs!r:.80} cannot keep them. Give it and "
+            "preference_batches the same pairs = megatron_rmipo.plugin.open_pairs(...)."
+        )
     needs = objective.needs
     if not (needs.reference or needs.mismatched):
         keeps = "keeps its reference in memory: PreferenceStep(objective, reference=model) takes one"

@@ -15,7 +15,7 @@ from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.packed_model import Chunks, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
-from megatron_rmipo.objectives.contract import check_state
+from megatron_rmipo.objectives.contract import check_objective, check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
 from megatron_rmipo.passes.row_problems import check_lengths, check_rows
 from megatron_rmipo.passes.rows import on_device, row_output
@@ -42,10 +42,15 @@ class PreferenceStep:
 
     Attributes:
         objective, reference, groups: as given.
-        state: what the objective carries from step to step.
+        state: what the objective carries from step to step; :meth:`state_dict` is what a checkpoint keeps of it.
+
+    Raises:
+        ConfigError: no objective, or a reference where it keeps none in memory, or none where it does.
     """
 
     def __init__(self, objective: Objective, *, reference: Chunks | None = None, groups: ProcessGroups | None = None) -> None:
+        check_objective(objective)
+        _check_reference(objective, reference)
         self.objective = objective
         self.reference = reference
         self.groups = groups or ProcessGroups.of_megatron()
@@ -66,14 +71,20 @@ class PreferenceStep:
         :class:`megatron_rmipo.plugin.dataset.PreferenceCollator` makes them.
 
         Raises:
-            ConfigError: the loop would not take the mean over pairs, the objective needs :meth:`before_step`, or it reads what a
-                dict does not tell.
+            ConfigError: the loop would not take the mean over pairs, the objective needs :meth:`before_step`, it reads what a
+                dict does not tell, or the iterator has nothing more.
         """
         if return_schedule_plan:
             raise ConfigError(
                 "overlap_moe_expert_parallel_comm wants a schedule plan, which packed rows have none of; leave it out."
             )
-        microbatch = next(data_iterator)
+        microbatch = next(data_iterator, None)
+        if microbatch is None:
+            # StopIteration would say nothing out of a schedule, which has begun to run by now.
+            raise ConfigError(
+                "the data iterator has no further micro-batch. preference_batches ends after total_pairs pairs, by default after "
+                "one epoch; those of a run are steps x global_batch_size. The schedule's num_microbatches has to be its own."
+            )
         if isinstance(microbatch, Mapping):
             _check_loop(model)
             given, known = given_rows(microbatch, self.objective)
@@ -117,19 +128,52 @@ class PreferenceStep:
             updated: whether the optimizer took the step; the objective's state stays as it is if not.
 
         Raises:
-            ConfigError: no batch was run since.
+            ConfigError: no batch was run since, or not all micro-batches of one.
         """
         if self._current is None:
             raise ConfigError(
                 "step.after_step() is called after a schedule has run this step's micro-batches, once; none was run. Those that "
                 "are dicts belong to no batch: their metrics are what the loss function reports."
             )
+        self._check_complete(self._current)
         metrics = gather_pair_metrics(self._reports, self._current.num_pairs, self._prepared, self.groups)
         if updated and self._advances:
             self.state = self.objective.advance(self.state, metrics.batch, metrics.values)
             check_state(self.objective, self.state)
         self._current, self._advances = None, False
         return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep: the objective's name and its state, plain numbers, the same on every rank."""
+        return {"objective": self.objective.name, "state": dict(self.state)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises:
+            ConfigError: it was another objective's, or holds something else than this one's state.
+        """
+        state, own = state_dict.get("state"), self.objective.initial_state()
+        if state_dict.get("objective") != self.objective.name or not isinstance(state, Mapping) or set(state) != set(own):
+            raise ConfigError(
+                f"what is to be loaded, {dict(state_dict)!r:.200}, is no state of objective {self.objective.name}, which carries "
+                f"{', '.join(own) or 'nothing'} from step to step. Go on with the objective that the checkpoint was written with."
+            )
+        check_state(self.objective, state)
+        self.state, self._current, self._advances = dict(state), None, False
+
+    def _check_complete(self, batch: RankBatch) -> None:
+        """Refuse a step that ran other micro-batches than all of one batch: its gradient is not the mean over that batch."""
+        numbers: dict[int, set[int]] = {}
+        for chunk, number in self._seen:
+            numbers.setdefault(chunk, set()).add(number)
+        count = len(batch.conditional)
+        least = min(map(len, numbers.values()), default=0)
+        if least < count:
+            raise ConfigError(
+                f"the schedule ran {least} of the {count} micro-batches of its last global batch. Give it the num_microbatches "
+                "of preference_batches, and of an interleaved pipeline the iterators batches.chunks(n), made once."
+            )
 
     def _check_passes(self, batch: RankBatch) -> None:
         """Refuse passes over several pipeline stages where a schedule runs already: later stages wait for their first input."""
@@ -157,13 +201,32 @@ def _report(found: RowLosses) -> dict[str, Tensor]:
     return report
 
 
+def _check_reference(objective: Objective, reference: Chunks | None) -> None:
+    keeps = objective.needs.perturbation is not None
+    if keeps and reference is None:
+        raise ConfigError(
+            f"objective {objective.name} mixes logits with those of a reference in memory: PreferenceStep(objective, "
+            "reference=model), a second model with the reference's weights, attached and in the same layout of ranks."
+        )
+    if reference is not None and not keeps:
+        raise ConfigError(
+            f"objective {objective.name} keeps no reference in memory, and would not read it: leave reference out. Log-probs of "
+            "one come from megatron_rmipo.plugin.score_reference where it compares with any."
+        )
+
+
 def _check_loop(model: Module) -> None:
-    """Refuse a loop that would divide the gradient by something else than the number of pairs."""
+    """Refuse a loop that would divide the gradient by something else than the number of pairs, or cut rows up."""
     config = unwrapped(model).config
     if not config.calculate_per_token_loss:
         raise ConfigError(
             "the model's config has calculate_per_token_loss=False: the loss would be a mean of means, which depends on how the "
             "batch is cut. Set it to True (--calculate-per-token-loss), for model and DDP."
+        )
+    if config.context_parallel_size > 1:
+        raise ConfigError(
+            f"the model's config has context_parallel_size {config.context_parallel_size}: rows are not cut over ranks. Use 1, "
+            "and tensor or pipeline parallelism for rows that are too long for one."
         )
     if model.training and config.finalize_model_grads_func is None:
         raise ConfigError(

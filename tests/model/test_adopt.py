@@ -27,6 +27,7 @@ from megatron_rmipo.model import adopt
 from megatron_rmipo.model.adopt import attach_model, detach_model
 from megatron_rmipo.model.hybrid import HybridModel, hybrid_config, hybrid_stack
 from megatron_rmipo.model.layers.norms import RMSNorm
+from megatron_rmipo.model.packed_model import ScoringOptions
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 
@@ -510,6 +511,11 @@ def refusals() -> None:
     attach_model([whole, chunks[0]], vocab_size=VOCAB)
     with pytest.raises(ConfigError, match="it takes packed rows already; to attach it otherwise, detach it first"):
         attach_model(whole, vocab_size=VOCAB)
+    policy = build(Built(), groups)
+    # As our own have it, which nobody attached.
+    policy.scoring_options = ScoringOptions(VOCAB)
+    with pytest.raises(ConfigError, match="it takes packed rows already; leave attach out"):
+        attach_model(policy, vocab_size=VOCAB)
     with pytest.raises(ConfigError, match="This Linear cannot be scored"):
         attach_model(torch.nn.Linear(2, 2), vocab_size=VOCAB)
     shutdown_runtime()

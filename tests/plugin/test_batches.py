@@ -20,6 +20,7 @@ from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
+from megatron_rmipo.plugin.dataset import PreferenceDataset
 from tests.integration.problem import BOS, VOCAB, collection, make_pairs
 
 LAYOUTS: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"layout": "padded", "vocab_size": VOCAB}}
@@ -155,7 +156,7 @@ def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
 @pytest.mark.parametrize(
     ("objective", "settings", "message"),
     [
-        ("rmipo", {"tokens_per_microbatch": 40}, "--tokens-per-microbatch 40: pair .* of memory needs"),
+        ("rmipo", {"tokens_per_microbatch": 40}, "^tokens_per_microbatch 40: pair .* of memory needs"),
         ("rmipo", {"tokens_per_microbatch": 76}, "3 micro-batches of at most 76 tokens .* hold 228 tokens, and 7 pairs take"),
         ("rmipo", {"layout": "padded"}, "vocab_size"),
         ("rmipo", {**LAYOUTS["padded"], "tokens_per_microbatch": 90}, "tokens_per_microbatch 90 says nothing of padded"),
@@ -165,6 +166,11 @@ def test_responses_alone_stand_in_the_rows_or_in_a_pass() -> None:
         ("rmipo", LAYOUTS["padded"] | {"layout": "packed"}, f"vocab_size {VOCAB} says nothing of packed rows"),
         ("epsilon_dpo", LAYOUTS["padded"], "objective epsilon_dpo mixes"),
         ("dpo", {}, "objective dpo compares with a reference"),
+        ("rmipo", {"layout": "paded"}, "layout 'paded': it is 'packed' or 'padded'"),
+        ("rmipo", {"unconditional": "row"}, "unconditional 'row': it is 'rows' or 'pass'"),
+        ("rmipo", {"global_batch_size": 0}, "global_batch_size 0: it is at least 1"),
+        ("rmipo", {"num_microbatches": 0}, "num_microbatches 0: it is at least 1"),
+        ("rmipo", {"consumed_pairs": -7}, "consumed_pairs -7: it is at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_step(objective: str, settings: dict[str, Any], message: str) -> None:
@@ -213,6 +219,15 @@ def test_data_without_what_the_objective_reads_is_refused(tmp_path: Path) -> Non
         start([([1], [2], [3])], build_objective("dpo", {"pair_margin": True}))
     for data in (str(tmp_path / "alone"), [([1], [2], [])]):
         assert len(start(data, build_objective("sft", {})).peek().conditional) == 1
+
+
+def test_what_is_no_objective_is_refused() -> None:
+    for wrong in ("rmipo", type(build_objective("rmipo", {}))):
+        groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1)
+        fed = functools.partial(preference_batches, global_batch_size=1, num_microbatches=1, groups=groups)
+        for take in (fed, PreferenceDataset):
+            with pytest.raises(ConfigError, match=r"objective .*: an Objective is expected, as build_objective\("):
+                take([([1], [2], [3])], wrong)  # type: ignore[arg-type]
 
 
 def test_a_step_whose_pairs_do_not_fit_says_so() -> None:

@@ -199,6 +199,7 @@ def test_what_dicts_do_not_tell_is_refused_by_name() -> None:
             {"sequence_parallel": True, "tensor_model_parallel_size": 2},
             "one of 9 tokens. Have rows laid out with multiple_of=2",
         ),
+        ({}, {"context_parallel_size": 2}, "context_parallel_size 2: rows are not cut over ranks"),
     ],
 )
 def test_rows_that_a_model_cannot_take_are_refused(changes: dict[str, int], settings: dict[str, Any], message: str) -> None:
@@ -209,7 +210,13 @@ def test_rows_that_a_model_cannot_take_are_refused(changes: dict[str, int], sett
     given["loss_mask"] = torch.ones_like(given["loss_mask"])
     given.update({name: torch.full_like(given[name], value) for name, value in changes.items()})
     model = torch.nn.Identity()
-    config = {"calculate_per_token_loss": True, "finalize_model_grads_func": print, "sequence_parallel": False, **settings}
+    config = {
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": print,
+        "sequence_parallel": False,
+        "context_parallel_size": 1,
+        **settings,
+    }
     model.config = types.SimpleNamespace(**config)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=message):
         PreferenceStep(objective, groups=types.SimpleNamespace())(iter([given]), model)  # type: ignore[arg-type]

@@ -106,6 +106,9 @@ def refusals(folder: str) -> None:
             ([([1], [2])], "pair 0 of the pairs in memory has 2 parts"),
             ([([1], [2], []), ([], [2], [3])], "pair 1 of the pairs in memory has no prompt"),
             ([([1], [-100, 2], [])], "the token id -100; ids begin at 0"),
+            ([([1], [2], [3]), ("what?", "this", "that")], "pair 1 in memory holds .*'what\\?'.* where a token id is expected"),
+            ([{"prompt": [1], "chosen": [2], "rejected": [3]}], "pair 0 in memory holds .*'prompt'"),
+            ([([1], [2], [3.5])], "pair 0 in memory holds .*3.5"),
         ):
             with pytest.raises(DataError, match=message):
                 score(rows)
@@ -114,6 +117,8 @@ def refusals(folder: str) -> None:
                 plugin.score_reference(
                     foreign.model, collection(make_pairs()), build_objective(name, {}), tokens_per_microbatch=60
                 )
+        with pytest.raises(ConfigError, match=r"'data/pairs' cannot keep them. .*open_pairs"):
+            plugin.score_reference(foreign.model, "data/pairs", build_objective("dpo", {}), tokens_per_microbatch=60)  # type: ignore[arg-type]
         with torch.no_grad():
             foreign.model.module.decoder.final_layernorm.weight[0] = torch.nan
         with pytest.raises(DataError, match=r"pair 0 of memory has the log-probs .nan, nan. under the reference"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.passes.rows import check_lengths
 from megatron_rmipo.plugin.batches import PreferenceBatches, preference_batches
 from megatron_rmipo.plugin.step import PreferenceStep
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
@@ -63,9 +65,10 @@ def misuse(hf_dir: str) -> list[str]:
     foreign = build_foreign(Case("alone"), Path(hf_dir), groups)
     config, messages = foreign.model.module.config, []
 
-    def run(name: str, where: Any = groups, **how: Any) -> Any:
-        step = PreferenceStep(build_objective(name, {}), groups=where)
-        run_schedule(foreign, step, make_batches(name, groups, **how), num_microbatches=NUM_MICROBATCHES)
+    def run(name: str, where: Any = groups, num_microbatches: int = NUM_MICROBATCHES, **how: Any) -> Any:
+        reference = foreign.model if name == "epsilon_dpo" else None
+        step = PreferenceStep(build_objective(name, {}), reference=reference, groups=where)
+        run_schedule(foreign, step, make_batches(name, groups, **how), num_microbatches=num_microbatches)
         return step
 
     stages: Any = SecondStage(groups)
@@ -76,6 +79,16 @@ def misuse(hf_dir: str) -> list[str]:
     twice = run("simpo")
     twice.after_step()
     messages.append(refused("twice", twice.after_step))
+    for number in (2, 4):
+        messages.append(refused(f"{number} of 3", run("simpo", num_microbatches=number).after_step))
+    messages.append(refused("over", lambda: run("simpo", steps=1, num_microbatches=4)))
+    # Two chunks of a pipeline over an iterator for both of them, and over one for each that does not know the other.
+    own = make_batches("simpo", groups)
+    for iterators in ((own, own), (make_batches("simpo", groups), make_batches("simpo", groups))):
+        step = PreferenceStep(build_objective("simpo", {}), groups=groups)
+        for number in range(2 * NUM_MICROBATCHES):
+            step(iterators[number % 2], (foreign.model, foreign.model.module)[number % 2])
+        messages.append(refused("chunks", step.after_step))
     config.calculate_per_token_loss = False
     messages.append(refused("mean of means", lambda: run("simpo")))
     config.calculate_per_token_loss = True
@@ -94,12 +107,75 @@ def test_misuse_is_told_by_name(tmp_path: Path) -> None:
         ("epsilon_dpo", "a reference in memory, .*step.before_step"),
         ("pass", r"log p\(y\) from a pass of its own, .*step.before_step"),
         ("twice", "none was run"),
+        ("2 of 3", "the schedule ran 2 of the 3 micro-batches .*num_microbatches"),
+        ("4 of 3", "the schedule ran 1 of the 3 micro-batches .*num_microbatches"),
+        ("over", "has no further micro-batch.*total_pairs"),
+        ("chunks", r"the schedule ran \d of the 3 .*batches.chunks\(n\)"),
+        ("chunks", r"the schedule ran \d of the 3 .*batches.chunks\(n\)"),
         ("mean of means", "calculate_per_token_loss"),
         ("sum", "finalize_model_grads_func"),
     ]
     for message, (name, pattern) in zip(messages, expected, strict=True):
         assert message.startswith(f"{name}: ")
         assert re.search(pattern, message), message
+
+
+def test_what_a_step_is_made_of_and_goes_on_from() -> None:
+    groups: Any = types.SimpleNamespace()
+    objective = build_objective("beta_dpo", {})
+    with pytest.raises(ConfigError, match="objective 'beta_dpo': an Objective is expected"):
+        PreferenceStep("beta_dpo", groups=groups)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"epsilon_dpo mixes logits .*PreferenceStep\(objective, reference=model\)"):
+        PreferenceStep(build_objective("epsilon_dpo", {}), groups=groups)
+    with pytest.raises(ConfigError, match=r"beta_dpo keeps no reference in memory.*leave reference out"):
+        PreferenceStep(objective, reference=torch.nn.Identity(), groups=groups)
+    step = PreferenceStep(objective, groups=groups)
+    kept = step.state_dict()
+    assert kept == {"objective": "beta_dpo", "state": objective.initial_state()}
+    changed = {name: number + 0.25 for name, number in step.state.items()}
+    step.load_state_dict(kept | {"state": changed})
+    assert step.state_dict()["state"] == step.state == changed
+    assert kept["state"] == objective.initial_state()
+    for wrong in (
+        {},
+        kept | {"objective": "dpo"},
+        kept | {"state": {}},
+        kept["state"],
+        kept | {"state": changed | {"more": 1.0}},
+    ):
+        with pytest.raises(ConfigError, match="is no state of objective beta_dpo, which carries "):
+            step.load_state_dict(wrong)
+    with pytest.raises(ConfigError, match="as nan; a finite number"):
+        step.load_state_dict(kept | {"state": dict.fromkeys(changed, float("nan"))})
+    assert step.state == changed
+    without = PreferenceStep(build_objective("simpo", {}), groups=groups)
+    without.load_state_dict(without.state_dict())
+    with pytest.raises(ConfigError, match="which carries nothing"):
+        without.load_state_dict(kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "backward", "message"),
+    [
+        ({"variable_seq_lengths": False}, False, "rows of 5 to 7 tokens .*variable_seq_lengths=False. Set it to True"),
+        ({"virtual_pipeline_model_parallel_size": 2}, True, "5 to 7 .*interleaved over two ranks.*multiple_of"),
+        ({"virtual_pipeline_model_parallel_size": 2}, False, None),
+        ({"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 4}, True, None),
+        ({"pipeline_model_parallel_size": 1, "variable_seq_lengths": False}, True, None),
+        ({}, True, None),
+    ],
+)
+def test_lengths_that_a_pipeline_would_mix_up_are_refused(settings: dict[str, Any], backward: bool, message: str | None) -> None:
+    model: Any = torch.nn.Identity()
+    config = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": None, "variable_seq_lengths": True}
+    model.config = types.SimpleNamespace(**config | settings)
+    rows: Any = [types.SimpleNamespace(token_ids=torch.zeros(length)) for length in (5, 7, 5)]
+    check_lengths([model, model], rows[:1] + rows[2:], backward=backward)
+    if message is None:
+        check_lengths(model, rows, backward=backward)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_lengths(model, rows, backward=backward)
 
 
 def states(hf_dir: str) -> dict[str, Any]:

@@ -158,8 +158,13 @@ class RankBatch:
         return len(self.pair_indices)
 
 
-def check_pairs_fit(pairs: PairCollection, layout: BatchLayout) -> int:
+def check_pairs_fit(pairs: PairCollection, layout: BatchLayout, *, name: str = "--tokens-per-microbatch") -> int:
     """Refuse pairs, and mismatched ones, of which one fits no pack.
+
+    Args:
+        pairs: the data.
+        layout: how it is laid out.
+        name: what a pack's capacity is called where it was given.
 
     Returns:
         The tokens of the largest, as it is laid out.
@@ -172,7 +177,7 @@ def check_pairs_fit(pairs: PairCollection, layout: BatchLayout) -> int:
         others = layout.conditional_sizes(pairs.mismatched.lengths)
         passes.append((others, lambda index: f"{pairs.describe(index)}, its prompt with the responses of another,"))
     for sizes, describe in passes:
-        check_capacity(sizes, layout.capacity, describe)
+        check_capacity(sizes, layout.capacity, describe, name=name)
     return max(int(sizes.tokens.max(initial=0)) for sizes, _ in passes)
 
 

@@ -88,8 +88,16 @@ def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored:
     return PairSizes(tokens, cost.per_token * tokens + attention + cost.per_scored_token * scored)
 
 
-def check_capacity(sizes: PairSizes, max_tokens: int, describe: Callable[[int], str]) -> None:
+def check_capacity(
+    sizes: PairSizes, max_tokens: int, describe: Callable[[int], str], *, name: str = "--tokens-per-microbatch"
+) -> None:
     """Refuse a data set with a pair that fits no pack.
+
+    Args:
+        sizes: of its pairs.
+        max_tokens: of a pack.
+        describe: where a pair can be looked up.
+        name: what ``max_tokens`` is called where it was given.
 
     Raises:
         ConfigError: names the largest pair, its tokens and the value that would work.
@@ -98,7 +106,6 @@ def check_capacity(sizes: PairSizes, max_tokens: int, describe: Callable[[int], 
         largest = int(sizes.tokens.argmax())
         needed, num_too_large = int(sizes.tokens[largest]), int((sizes.tokens > max_tokens).sum())
         raise ConfigError(
-            f"--tokens-per-microbatch {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} "
-            f"pairs in all do not fit. Use --tokens-per-microbatch {needed} or more, or prepare the data with a smaller "
-            "--seq-length."
+            f"{name} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} pairs in all do "
+            f"not fit. Use {name} {needed} or more, or prepare the data with a smaller --seq-length."
         )

@@ -31,7 +31,7 @@ class PairsInMemory:
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
 
     Raises:
-        DataError: there are none, or one has no three parts, no prompt, or an id below zero.
+        DataError: there are none, or one is no three lists of ids, has no prompt, or an id below zero.
     """
 
     manifest = None
@@ -54,7 +54,15 @@ class PairsInMemory:
 def _read(name: str, pair: IdLists) -> TokenizedPair:
     if len(pair) != 3:
         raise DataError(f"{name} has {len(pair)} parts; (prompt_ids, chosen_ids, rejected_ids) are three.")
-    parts = [np.asarray(part, dtype=np.int64).reshape(-1) for part in pair]
+    # Of a dict these are its keys.
+    parts = [np.asarray(part).reshape(-1) for part in pair]
+    for part in parts:
+        if part.size and part.dtype.kind not in "iu":
+            raise DataError(
+                f"{name} holds {part.tolist()[0]!r} where a token id is expected: give the lists (prompt_ids, chosen_ids, "
+                "rejected_ids). Text and rows of names are what tools/preprocess_preferences.py reads."
+            )
+    parts = [part.astype(np.int64) for part in parts]
     if not parts[0].size:
         raise DataError(f"{name} has no prompt: its first token (BOS as a rule) has to be there.")
     least = min(int(part.min()) for part in parts if part.size)

@@ -174,7 +174,7 @@ class PreferenceFinetune(Callback):
         """Write what the objective carries from step to step into the checkpoint. All ranks call it together."""
         if self.step is not None and self.step.state:
             directory = Path(context.state.cfg.checkpoint.save) / f"iter_{context.state.train_state.step:07d}"
-            content = {"objective": self.step.objective.name, "state": dict(self.step.state)}
+            content = self.step.state_dict()
             on_first_rank(self.step.groups.world, partial(_write_json, directory / STATE_FILE, content))
 
     def _before_step(self, model: Module, batches: PreferenceBatches | HeldOutBatches | None) -> None:
