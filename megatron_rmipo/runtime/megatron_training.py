@@ -34,8 +34,9 @@ def install_cpu_training() -> bool:
     arguments.get_device_arch_version = lambda: 9
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     training.initialize_megatron = _without_asking_for_cuda(training.initialize_megatron)
-    # Fused kernels would be warmed up on the device.
+    # Fused kernels would be warmed up on the device, and those of experts ask for one when they are compiled.
     training.set_jit_fusion_options = lambda *args, **kwargs: None
+    _module("torch._dynamo.config").disable = True
     # It runs make for helpers of Megatron's own data sets; its wheel has them compiled, and no Makefile.
     initialize._compile_dependencies = lambda: None
     norm: Any = _module("megatron.core.transformer.torch_norm").WrappedTorchNorm

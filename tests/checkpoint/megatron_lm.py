@@ -23,8 +23,6 @@ from torch import Tensor
 from megatron_rmipo.runtime.megatron_training import install_cpu_training
 from tests.plugin.adapters.pretraining import WITHOUT_CUDA
 
-# Its compiled functions want a compiler.
-torch._dynamo.config.disable = True
 # What it wants to be told beside how it computes without CUDA.
 _FLAGS = """
     --no-bias-gelu-fusion --moe-token-dispatcher-type allgather --micro-batch-size 1 --seq-length 64
