@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import LogpNeeds
@@ -64,6 +67,41 @@ def check_read(store: PairStore, flag: str, needs: LogpNeeds, objective: str, re
             f"{flag} {store.prefix}: no {' and no '.join(missing)} beside its pairs, to be read by {told}. Prepare the data "
             "from rows that have such a column, or train without reading it."
         )
+
+
+def check_given(pairs: PairCollection, needs: LogpNeeds, objective: str) -> None:
+    """Refuse pairs, from the disk or from memory, without the responses or the numbers that an objective reads.
+
+    Args:
+        pairs: what a program names.
+        needs: of the objective.
+        objective: its name.
+
+    Raises:
+        DataError: what is missing, of which pair.
+    """
+    there = pairs.lengths[:, 1:] > 0
+    both = np.asarray(there.all(axis=1))
+    if needs.unpaired:
+        refused = np.flatnonzero(both != both[:1])
+        why = "rows of one response and pairs, which would weigh responses unevenly"
+        if there.any(axis=0).sum() == 1:
+            refused, why = np.arange(1), "responses of one kind alone, and it compares chosen with rejected ones"
+    else:
+        refused = np.flatnonzero(~(both if needs.rejected else there[:, 0]))
+        why = f"rows without a {'chosen and a rejected' if needs.rejected else 'chosen'} response each"
+    if refused.size:
+        raise DataError(
+            f"objective {objective} cannot be trained on {why}: {pairs.describe(int(refused[0]))} has the lengths "
+            f"{pairs.lengths[refused[0]].tolist()} (prompt, chosen, rejected). Leave such rows out, or take another objective."
+        )
+    for store in pairs.stores:
+        known = store.manifest.pair_columns if store.manifest else ()
+        if missing := [column for column in needs.columns if column not in known]:
+            raise DataError(
+                f"objective {objective} reads {' and '.join(missing)} beside each pair, and {store.prefix} has none. Prepare the "
+                "data from rows that have such a column, or train without reading it."
+            )
 
 
 def check_length(store: PairStore, seq_length: int) -> None:

@@ -17,6 +17,7 @@ from megatron_rmipo.data.batches.sizes import BY_TOKENS, CostModel, check_capaci
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
+from megatron_rmipo.passes.needed_data import check_given
 from megatron_rmipo.plugin.context import ContextToken, context_token
 from megatron_rmipo.runtime.groups import ProcessGroups
 
@@ -182,9 +183,10 @@ def pairs_for(data: PairData, objective: Objective) -> PairCollection:
 
     Raises:
         ConfigError: it compares with a reference, and there are no log-probs of one.
-        DataError: a data set is missing or incomplete.
+        DataError: a data set is missing or incomplete, or has not the responses or numbers that it reads.
     """
     pairs = open_pairs(data)
+    check_given(pairs, objective.needs, objective.name)
     if objective.needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
     if objective.needs.reference and pairs.reference_scores is None:

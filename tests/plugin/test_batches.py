@@ -12,7 +12,8 @@ import torch
 
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.data.store.collection import open_pairs
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
 from tests.integration.problem import BOS, VOCAB, collection, make_pairs
@@ -161,6 +162,46 @@ def test_what_cannot_be_is_refused_before_the_first_step(objective: str, setting
         make(objective, **settings)
 
 
-def test_a_step_whose_pairs_do_not_fit_says_so() -> None:
+def test_a_step_whose_pairs_do_not_fit_says_so_on_every_rank() -> None:
     with pytest.raises(ConfigError, match=r"hold the \d+ pairs of a step"):
         list(make(tokens_per_microbatch=95, total_pairs=400))
+    told = set()
+    for rank in range(3):
+        with pytest.raises(ConfigError, match=r"pairs of a step on data-parallel rank \d") as caught:
+            list(make(rank=rank, ranks=3, tokens_per_microbatch=85, num_microbatches=1, global_batch_size=5, total_pairs=400))
+        told.add(str(caught.value))
+    assert len(told) == 1
+
+
+CHOSEN, REJECTED, PAIR = ([1], [3, 4], []), ([1, 6], [], [7]), ([1, 9], [5], [8])
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "message"),
+    [
+        ("simpo", [PAIR, CHOSEN], "a chosen and a rejected response each: pair 1 .* has the lengths .1, 2, 0."),
+        ("sft", [CHOSEN, REJECTED], "a chosen response each: pair 1"),
+        ("kto", [CHOSEN, REJECTED, PAIR], "rows of one response and pairs.*: pair 2"),
+        ("kto", [CHOSEN, CHOSEN], "one kind alone"),
+        ("rmipo:1,kto:1", [CHOSEN, REJECTED], "a chosen and a rejected response each: pair 0"),
+    ],
+)
+def test_responses_that_an_objective_reads_are_there_or_refused(objective: str, data: list[Any], message: str) -> None:
+    def begin(data: list[Any]) -> PreferenceBatches:
+        pairs = open_pairs(data)
+        pairs.reference_scores = [np.zeros((len(data), 2), dtype=np.float32)]
+        groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+        settings: dict[str, Any] = {"global_batch_size": 2, "num_microbatches": 1, "context_token_id": BOS, "groups": groups}
+        return preference_batches(pairs, build_objective(objective, {}), **settings)
+
+    with pytest.raises(DataError, match=message):
+        begin(data)
+    whole = [PAIR, ([1, 2], [3], [4])]
+    begin({"kto": [CHOSEN, REJECTED], "sft": [CHOSEN, PAIR]}.get(objective, whole)).peek()
+
+
+def test_numbers_that_an_objective_reads_are_there_or_refused() -> None:
+    groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+    objective = build_objective("simpo", {"pair_margin": True})
+    with pytest.raises(DataError, match="reads margin beside each pair, and the pairs in memory has none"):
+        preference_batches([PAIR], objective, global_batch_size=1, num_microbatches=1, groups=groups)

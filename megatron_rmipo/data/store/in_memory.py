@@ -24,6 +24,7 @@ class PairsInMemory:
 
     Attributes:
         prefix: stands for the data set in messages.
+        manifest: none.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
 
     Raises:
@@ -31,6 +32,7 @@ class PairsInMemory:
     """
 
     prefix = "the pairs in memory"
+    manifest = None
 
     def __init__(self, pairs: Iterable[IdLists]) -> None:
         self._pairs = [_read(number, pair) for number, pair in enumerate(pairs)]
