@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from functools import partial
 from pathlib import Path
@@ -41,18 +42,27 @@ LAYOUTS = {
 def check_all(cases: list[ForeignCase], world_size: int, folder: Path, *, layers: int = 4) -> None:
     """Compare each case with the dense answer."""
     pairs = make_pairs()
-    model, reference = (make_hf_model(folder / f"llama/{name}", seed=seed, layers=layers) for seed, name in enumerate(MODELS))
-    problem = DenseProblem(model, reference, pairs)
-    answers = {case.objective: problem.answer(build_objective(case.objective, case.options)) for case in cases}
-    if "beta_dpo" in answers:
+    answers, problems = {}, {}
+    for kind in {case.model for case in cases}:
+        tied = {"tie_word_embeddings": kind == "tied"}
+        made = (make_hf_model(folder / kind / name, seed=seed, layers=layers, **tied) for seed, name in enumerate(MODELS))
+        problems[kind] = DenseProblem(*made, pairs)
+    for case in cases:
+        question = case.model, case.objective
+        if question not in answers:
+            answers[question] = problems[case.model].answer(build_objective(case.objective, case.options))
+    if ("llama", "beta_dpo") in answers:
         # It draws pairs by their places in the global batch.
         order = PairOrder(len(pairs), seed=1234).epoch(0)
-        shuffled = DenseProblem(model, reference, [pairs[number] for number in order])
+        shuffled = DenseProblem(*(folder / "llama" / name for name in MODELS), [pairs[number] for number in order])
         loss, gradients, metrics = shuffled.answer(build_objective("beta_dpo", {}))
-        answers["beta_dpo"] = loss, gradients, {name: values[order.argsort()] for name, values in metrics.items()}
+        answers["llama", "beta_dpo"] = loss, gradients, {name: values[order.argsort()] for name, values in metrics.items()}
     results = run_distributed(run_foreign, world_size, cases, str(folder), collection(pairs))[0]
     for case, result in zip(cases, results, strict=True):
-        check(case, result, answers[case.objective])
+        if case.seed_apart:
+            assert re.search("would not run the same: the pairs of the first batch is .* on rank 0, but .* on rank 1", result)
+        else:
+            check(case, result, answers[case.model, case.objective])
 
 
 @pytest.mark.dist
@@ -65,6 +75,12 @@ def test_same_loss_and_gradients_in_a_foreign_loop(world_size: int, tmp_path: Pa
         for before_step in ((False, True) if name in ("rmipo", "kto") else (False,))
         if before_step or case.pp == 1 or name != "kto"
     ]
+    if world_size == 2:
+        cases += [
+            ForeignCase("DP 2, ranks have seeds of their own", seed_apart=1),
+            ForeignCase("PP 2, stages have seeds of their own", pp=2, before_step=True, seed_apart=1),
+            ForeignCase("PP 2, tied, more micro-batches than pairs", pp=2, model="tied", num_microbatches=30),
+        ]
     check_all(cases, world_size, tmp_path)
 
 
@@ -95,7 +111,7 @@ def test_every_objective_as_the_page_has_it(pp: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_needs_a_hook_at_two_stages_is_refused_by_name(name: str) -> None:
     groups: Any = types.SimpleNamespace(
-        dp_rank=0, dp_size=1, pp_size=2, is_last_stage=False, ep=types.SimpleNamespace(size=lambda: 1)
+        dp_rank=0, dp_size=1, pp_size=2, is_last_stage=False, ep=types.SimpleNamespace(size=lambda: 1), dp=None, tp=None
     )
     pairs, objective = collection(make_pairs()), build_objective(name, OPTIONS.get(name, {}))
     pairs.reference_scores = [np.zeros((len(pairs), 2), dtype=np.float32)]
