@@ -94,6 +94,33 @@ class UncountedTokens(Replacement):
         PaddedRouter._apply_expert_bias(self.router, routing_map, padding_mask)
 
 
+class ZLoss(Replacement):
+    """A router's z-loss, left out where no token counts: Megatron's is a mean, which over none is no number."""
+
+    def __init__(self, router: TopKRouter) -> None:
+        super().__init__(router, "apply_z_loss")
+        self.router = router
+
+    def __call__(self, logits: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """Logits ``[T, E]`` whose backward adds that of the loss, for tokens that count (``padding_mask [T]`` is false)."""
+        if self.router.config.moe_z_loss_coeff is not None and padding_mask is not None and bool(padding_mask.all()):
+            return logits
+        return self.behind(logits, padding_mask=padding_mask)
+
+
+class LoadBalancingLoss(Replacement):
+    """A router's load-balancing loss, left out in the same case."""
+
+    def __init__(self, router: TopKRouter) -> None:
+        super().__init__(router, "attach_and_log_load_balancing_loss")
+
+    def __call__(self, activation: Tensor, *args: Any, valid_token_count: Any = None, **kwargs: Any) -> Any:
+        """The activation, whose backward adds that of the loss times this rank's tokens that count."""
+        if valid_token_count is not None and int(valid_token_count) == 0:
+            return activation
+        return self.behind(activation, *args, valid_token_count=valid_token_count, **kwargs)
+
+
 class PackedCall(Replacement):
     """The call of a model: given ``segments`` it is one of a packed row, else the model's own.
 
@@ -178,6 +205,8 @@ def _attach(model: Any, options: ScoringOptions, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, TopKRouter) and not isinstance(module, PaddedRouter):
             UncountedTokens(module)
+            ZLoss(module)
+            LoadBalancingLoss(module)
     enable_scoring(model)
     PackedCall(model, options)
 

@@ -221,6 +221,12 @@ def _check_in_memory(stores: Sequence[Any], objective: Objective) -> None:
                 f"objective {objective.name} reads {' and '.join(needs.columns)} beside each pair, and {store.prefix} have no "
                 "such numbers: prepare the data, from rows that have such a column."
             )
+        there = store.lengths[:, 1:] > 0
+        if needs.unpaired and (there.all(axis=1).any() != there.all() or not there.any(axis=0).all()):
+            raise DataError(
+                f"objective {objective.name} compares chosen with rejected responses, each with as much weight: {store.prefix} "
+                "have to be pairs, or rows of one response each of both kinds."
+            )
         read = store.lengths[:, 1:] if needs.rejected else store.lengths[:, 1:2]
         empty = np.flatnonzero((read == 0).all(axis=1) if needs.unpaired else (read == 0).any(axis=1))
         if empty.size:

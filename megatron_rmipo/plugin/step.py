@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.model.packed_model import Chunks, unwrapped
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_objective, check_state
 from megatron_rmipo.passes.pair_losses import KnownPairs, Prepared, RowLosses, row_losses
@@ -22,8 +23,10 @@ from megatron_rmipo.passes.rows import on_device, row_output
 from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, prepare_batch
 from megatron_rmipo.plugin.batches import Microbatch
 from megatron_rmipo.plugin.dataset import given_rows, read_of_whole_batch
+from megatron_rmipo.plugin.loop_checks import check_auxiliary_losses, check_loop, refuse_different_batches
 from megatron_rmipo.runtime.evaluation_mode import evaluating
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.transfers import to_device
 
 
 class PreferenceStep:
@@ -58,9 +61,11 @@ class PreferenceStep:
         self._current: RankBatch | None = None
         self._prepared = Prepared()
         self._known: KnownPairs | None = None
+        self._tokens: Tensor | None = None  # of each pair of the batch, where the gradient is divided by tokens
         self._reports: list[RowLosses] = []
         self._seen: set[tuple[int, int]] = set()  # (chunk of the model, number of a row) of the current batch
         self._advances = False
+        self._agreed = False  # that all ranks have the same batches
 
     def __call__(
         self, data_iterator: Iterator[Microbatch | Mapping[str, Any]], model: Module, return_schedule_plan: bool = False
@@ -72,36 +77,31 @@ class PreferenceStep:
 
         Raises:
             ConfigError: the loop would not take the mean over pairs, the objective needs :meth:`before_step`, it reads what a
-                dict does not tell, or the iterator has nothing more.
+                dict does not tell, the data is at its end, or as of :meth:`before_step`.
         """
         if return_schedule_plan:
             raise ConfigError(
                 "overlap_moe_expert_parallel_comm wants a schedule plan, which packed rows have none of; leave it out."
             )
-        microbatch = next(data_iterator, None)
-        if microbatch is None:
-            # StopIteration would say nothing out of a schedule, which has begun to run by now.
-            raise ConfigError(
-                "the data iterator has no further micro-batch. preference_batches ends after total_pairs pairs, by default after "
-                "one epoch; those of a run are steps x global_batch_size. The schedule's num_microbatches has to be its own."
-            )
+        microbatch = _next(data_iterator)
         if isinstance(microbatch, Mapping):
-            _check_loop(model)
+            check_loop(model)
+            check_auxiliary_losses(model)
             given, known = given_rows(microbatch, self.objective)
             check_rows(model, [given])
             rows = on_device(given)
-            return row_output(model, rows), partial(self._loss, rows, known, [])
+            return row_output(model, rows), partial(self._loss, rows, known, [], None)
         place = (id(model), microbatch.number)
         # Run again, it is another step's: what was found out before that is not true of the weights any more.
         if microbatch.batch is not self._current or place in self._seen:
-            _check_loop(model)
+            check_loop(model)
             self._check_passes(microbatch.batch)
-            self.before_step(model, microbatch.batch)
+            self._begin(model, microbatch.batch, (self.groups.dp, self.groups.tp))
         self._seen.add(place)
         row = on_device(microbatch.row)
         reference = self._prepared.references[microbatch.number] if self._prepared.references else None
         assert self._known is not None
-        return row_output(model, row, reference), partial(self._loss, row, self._known, self._reports)
+        return row_output(model, row, reference), partial(self._loss, row, self._known, self._reports, self._tokens)
 
     def before_step(self, model: Chunks, batch: RankBatch) -> None:
         """Find out what the objective must know of a batch before its losses. All ranks call it together, before the schedule.
@@ -109,16 +109,28 @@ class PreferenceStep:
         Args:
             model: as the schedule takes it, with interleaved pipelines the list of its chunks.
             batch: whose micro-batches come next: ``batches.peek()``.
+
+        Raises:
+            ConfigError: on every rank: their batches differ, or the loop has not run all micro-batches of the batch before. Or on
+                this rank: the model cannot take its rows.
         """
+        self._begin(model, batch, (self.groups.dp, self.groups.mp))
+
+    def _begin(self, model: Chunks, batch: RankBatch, meeting: Sequence[ProcessGroup]) -> None:
+        """:meth:`before_step`, on all ranks of some groups."""
+        self._refuse_left_over()
         check_rows(model, batch.rows, batch.lengths)
-        if self._advances and self.state:
+        if not self._agreed:
+            refuse_different_batches(self.objective, batch, meeting)
+            self._agreed = True
+        if self._advances and self._seen and self.state:
             # The loop has not called after_step.
             self.after_step()
         with evaluating(model) as trains:
             check_lengths(model, batch.conditional, backward=trains)
             prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)
         self._current, self._prepared, self._advances = batch, prepared, trains
-        self._known = KnownPairs.of(batch, prepared)
+        self._known, self._tokens = KnownPairs.of(batch, prepared), _tokens_of_pairs(model, batch)
         self._reports, self._seen = [], set()
 
     def after_step(self, *, updated: bool = True) -> PairMetrics:
@@ -128,19 +140,21 @@ class PreferenceStep:
             updated: whether the optimizer took the step; the objective's state stays as it is if not.
 
         Raises:
-            ConfigError: no batch was run since, or not all micro-batches of one.
+            ConfigError: no batch was run since, or not all of its micro-batches.
         """
-        if self._current is None:
+        if self._current is None or not self._seen:
             raise ConfigError(
                 "step.after_step() is called after a schedule has run this step's micro-batches, once; none was run. Those that "
                 "are dicts belong to no batch: their metrics are what the loss function reports."
             )
-        self._check_complete(self._current)
+        self._refuse_left_over()
         metrics = gather_pair_metrics(self._reports, self._current.num_pairs, self._prepared, self.groups)
         if updated and self._advances:
             self.state = self.objective.advance(self.state, metrics.batch, metrics.values)
             check_state(self.objective, self.state)
-        self._current, self._advances = None, False
+        # Hidden states of a reference among it, which the next step's activations would stand beside.
+        self._current, self._prepared, self._known = None, Prepared(), None
+        self._reports, self._seen, self._advances = [], set(), False
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,17 +176,19 @@ class PreferenceStep:
         check_state(self.objective, state)
         self.state, self._current, self._advances = dict(state), None, False
 
-    def _check_complete(self, batch: RankBatch) -> None:
-        """Refuse a step that ran other micro-batches than all of one batch: its gradient is not the mean over that batch."""
+    def _refuse_left_over(self) -> None:
+        """Refuse to go on from a batch of which the loop has run some micro-batches alone."""
+        if self._current is None or not self._seen:
+            return
         numbers: dict[int, set[int]] = {}
         for chunk, number in self._seen:
             numbers.setdefault(chunk, set()).add(number)
-        count = len(batch.conditional)
-        least = min(map(len, numbers.values()), default=0)
-        if least < count:
+        run, all_of_them = min(map(len, numbers.values())), len(self._current.conditional)
+        if run < all_of_them:
             raise ConfigError(
-                f"the schedule ran {least} of the {count} micro-batches of its last global batch. Give it the num_microbatches "
-                "of preference_batches, and of an interleaved pipeline the iterators batches.chunks(n), made once."
+                f"the loop has run {run} of the {all_of_them} micro-batches of a global batch, and goes on to the next: "
+                "gradients and metrics would be those of other pairs. Give Megatron's schedule as many num_microbatches as "
+                "preference_batches was given, and an interleaved pipeline the iterators batches.chunks(n), made once."
             )
 
     def _check_passes(self, batch: RankBatch) -> None:
@@ -185,11 +201,15 @@ class PreferenceStep:
             )
 
     def _loss(
-        self, row: Row, known: KnownPairs, reports: list[RowLosses], output: Tensor
+        self, row: Row, known: KnownPairs, reports: list[RowLosses], tokens: Tensor | None, output: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         found = row_losses(row, output, objective=self.objective, known=known)
         reports.append(found.detached())
-        return *found.sum_and_count(), _report(found)
+        total, count = found.sum_and_count()
+        if tokens is not None:
+            total = total * (tokens.sum() / tokens.numel())
+            count = torch.where(found.numbers >= 0, tokens[found.numbers.clamp(min=0)], 0).sum().to(torch.int)
+        return total, count, _report(found)
 
 
 def _report(found: RowLosses) -> dict[str, Tensor]:
@@ -215,21 +235,24 @@ def _check_reference(objective: Objective, reference: Chunks | None) -> None:
         )
 
 
-def _check_loop(model: Module) -> None:
-    """Refuse a loop that would divide the gradient by something else than the number of pairs, or cut rows up."""
-    config = unwrapped(model).config
-    if not config.calculate_per_token_loss:
+def _next(data_iterator: Iterator[Any]) -> Any:
+    try:
+        return next(data_iterator)
+    except StopIteration:
+        # Ranks of later stages wait for this one's output by now: a loop cannot end well here.
         raise ConfigError(
-            "the model's config has calculate_per_token_loss=False: the loss would be a mean of means, which depends on how the "
-            "batch is cut. Set it to True (--calculate-per-token-loss), for model and DDP."
-        )
-    if config.context_parallel_size > 1:
-        raise ConfigError(
-            f"the model's config has context_parallel_size {config.context_parallel_size}: rows are not cut over ranks. Use 1, "
-            "and tensor or pipeline parallelism for rows that are too long for one."
-        )
-    if model.training and config.finalize_model_grads_func is None:
-        raise ConfigError(
-            "the model's config has no finalize_model_grads_func: nothing would divide the gradient by the number of pairs. Set "
-            "config.finalize_model_grads_func = megatron.core.distributed.finalize_model_grads."
-        )
+            "the data is at its end, and the loop asks for another micro-batch. End the loop before: batches.peek() raises "
+            "StopIteration on every rank when all pairs were seen. Or give preference_batches total_pairs, as many as the loop "
+            "trains on."
+        ) from None
+
+
+def _tokens_of_pairs(model: Chunks, batch: RankBatch) -> Tensor | None:
+    """Int64 ``[P]`` on the device: tokens of each pair, where the gradient has to be divided by them; None: by pairs.
+
+    Megatron's routers multiply a row's auxiliary losses by its tokens, so that division by all tokens makes a mean of them. The
+    sum over pairs is multiplied by the tokens of a mean pair, then, and its gradient stays what it is.
+    """
+    if not getattr(unwrapped(chunks_of(model)[0]).config, "num_moe_experts", None):
+        return None
+    return to_device(torch.from_numpy(batch.gradient_tokens))

@@ -41,12 +41,14 @@ class ForeignCase(Case):
         before_step: passes run before the schedule starts.
         padded: the model is not attached, and takes padded rows.
         pad_to: their length, and none of the pipeline's shapes varies.
+        seed_apart: how far apart the seeds of ranks are that were started with different ones.
     """
 
     num_microbatches: int = 5
     before_step: bool = False
     padded: bool = False
     pad_to: int | None = None
+    seed_apart: int = 0
 
 
 def build_llama(
@@ -179,6 +181,7 @@ def loss_and_gradients(case: ForeignCase, hf_dir: str, pairs: PairCollection, sc
         unconditional="pass" if case.before_step else "rows",
         share_prompts=case.share_prompts,
         multiple_of=case.tp if case.sequence_parallel else 1,
+        seed=1234 + groups.rank * case.seed_apart,
         groups=groups,
     )
     step = PreferenceStep(objective, reference=reference, groups=groups)

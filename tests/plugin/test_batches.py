@@ -15,6 +15,7 @@ import torch
 
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows
+from megatron_rmipo.data.store.collection import open_pairs
 from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
 from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from megatron_rmipo.errors import ConfigError, DataError
@@ -230,6 +231,39 @@ def test_what_is_no_objective_is_refused() -> None:
                 take([([1], [2], [3])], wrong)  # type: ignore[arg-type]
 
 
-def test_a_step_whose_pairs_do_not_fit_says_so() -> None:
+def test_a_step_whose_pairs_do_not_fit_says_so_on_every_rank() -> None:
     with pytest.raises(ConfigError, match=r"hold the \d+ pairs of a step"):
         list(make(tokens_per_microbatch=95, total_pairs=400))
+    told = set()
+    for rank in range(3):
+        with pytest.raises(ConfigError, match=r"pairs of a step on data-parallel rank \d") as caught:
+            list(make(rank=rank, ranks=3, tokens_per_microbatch=85, num_microbatches=1, global_batch_size=5, total_pairs=400))
+        told.add(str(caught.value))
+    assert len(told) == 1
+
+
+CHOSEN, REJECTED, PAIR = ([1], [3, 4], []), ([1, 6], [], [7]), ([1, 9], [5], [8])
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "message"),
+    [
+        ("simpo", [PAIR, CHOSEN], "pair 1 of the pairs in memory lacks a response that objective simpo reads"),
+        ("sft", [CHOSEN, REJECTED], "pair 1 of the pairs in memory lacks a response that objective sft reads"),
+        ("kto", [CHOSEN, REJECTED, PAIR], "to be pairs, or rows of one response each of both kinds"),
+        ("kto", [CHOSEN, CHOSEN], "to be pairs, or rows of one response each of both kinds"),
+        ("rmipo:1,kto:1", [CHOSEN, REJECTED], "pair 0 of the pairs in memory lacks a response"),
+    ],
+)
+def test_responses_that_an_objective_reads_are_there_or_refused(objective: str, data: list[Any], message: str) -> None:
+    def begin(data: list[Any]) -> PreferenceBatches:
+        pairs = open_pairs(data)
+        pairs.reference_scores = [np.zeros((len(data), 2), dtype=np.float32)]
+        groups: Any = types.SimpleNamespace(dp_rank=0, dp_size=1, ep=types.SimpleNamespace(size=lambda: 1))
+        settings: dict[str, Any] = {"global_batch_size": 2, "num_microbatches": 1, "context_token_id": BOS, "groups": groups}
+        return preference_batches(pairs, build_objective(objective, {}), **settings)
+
+    with pytest.raises(DataError, match=message):
+        begin(data)
+    whole = [PAIR, ([1, 2], [3], [4])]
+    begin({"kto": [CHOSEN, REJECTED], "sft": [CHOSEN, PAIR]}.get(objective, whole)).peek()

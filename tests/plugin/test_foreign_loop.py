@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from functools import partial
 from pathlib import Path
@@ -70,47 +71,61 @@ def cases_of(world_size: int) -> list[ForeignCase]:
             needs_hook = world_size == 2 and not alone_at_two
             others = {"objective": name, "options": OPTIONS.get(name, {}), "pp": world_size, "before_step": needs_hook}
             cases.append(ForeignCase(name, num_microbatches=3, **others))
+    if world_size == 2:
+        cases += [
+            ForeignCase("DP 2, ranks have seeds of their own", seed_apart=1),
+            ForeignCase("PP 2, stages have seeds of their own", pp=2, before_step=True, seed_apart=1),
+            ForeignCase("PP 2, tied, more micro-batches than pairs", pp=2, model="tied", num_microbatches=30),
+        ]
     return cases
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Where model and reference lie, and each objective's answer."""
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], Any]]:
+    """Where models and references lie, and the answer for each model and objective."""
     folder, pairs = tmp_path_factory.mktemp("models"), make_pairs()
     model, reference = (make_hf_model(folder / f"llama/{name}", seed=seed, layers=2) for seed, name in enumerate(MODELS))
     problem = DenseProblem(model, reference, pairs)
-    answers = {name: problem.answer(build_objective(name, OPTIONS.get(name, {}))) for name in OBJECTIVES if name != "beta_dpo"}
+    answers = {
+        ("llama", name): problem.answer(build_objective(name, OPTIONS.get(name, {}))) for name in OBJECTIVES if name != "beta_dpo"
+    }
     # It draws pairs by their places in the global batch.
     order = PairOrder(len(pairs), seed=1234).epoch(0)
     shuffled = DenseProblem(model, reference, [pairs[number] for number in order])
     loss, gradients, metrics = shuffled.answer(build_objective("beta_dpo", {}))
-    answers["beta_dpo"] = loss, gradients, {name: values[order.argsort()] for name, values in metrics.items()}
+    answers["llama", "beta_dpo"] = loss, gradients, {name: values[order.argsort()] for name, values in metrics.items()}
+    tied = make_hf_model(folder / "tied/model", layers=2, tie_word_embeddings=True)
+    answers["tied", "rmipo"] = DenseProblem(tied, tied, pairs).answer(build_objective("rmipo", {}))
     return folder, answers
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", sorted(LAYOUTS))
-def test_same_loss_and_gradients_in_a_foreign_loop(world_size: int, dense: tuple[Path, dict[str, Any]]) -> None:
+def test_same_loss_and_gradients_in_a_foreign_loop(world_size: int, dense: tuple[Path, Any]) -> None:
     assert list(WAYS) == list(OBJECTIVES)
     (folder, answers), cases = dense, cases_of(world_size)
     results = run_distributed(run_foreign, world_size, cases, str(folder), collection(make_pairs()))[0]
     for case, result in zip(cases, results, strict=True):
-        check(case, result, answers[case.objective])
+        if case.seed_apart:
+            assert re.search("would not run the same: the pairs of the first batch is .* on rank 0, but .* on rank 1", result)
+        else:
+            check(case, result, answers[case.model, case.objective])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_needs_a_hook_at_two_stages_is_refused_by_name(name: str) -> None:
     groups: Any = types.SimpleNamespace(
-        dp_rank=0, dp_size=1, pp_size=2, is_last_stage=False, ep=types.SimpleNamespace(size=lambda: 1)
+        dp_rank=0, dp_size=1, pp_size=2, is_last_stage=False, ep=types.SimpleNamespace(size=lambda: 1), dp=None, tp=None
     )
     pairs, objective = collection(make_pairs()), build_objective(name, OPTIONS.get(name, {}))
     pairs.reference_scores = [np.zeros((len(pairs), 2), dtype=np.float32)]
     batches = preference_batches(pairs, objective, global_batch_size=6, num_microbatches=2, context_token_id=BOS, groups=groups)
     model = torch.nn.Identity()
     model.config = types.SimpleNamespace(  # type: ignore[assignment]
-        calculate_per_token_loss=True, finalize_model_grads_func=print, sequence_parallel=False
+        calculate_per_token_loss=True, finalize_model_grads_func=print, sequence_parallel=False, context_parallel_size=1
     )
-    run = partial(PreferenceStep(objective, groups=groups), batches, model)
+    reference = model if objective.needs.perturbation is not None else None
+    run = partial(PreferenceStep(objective, reference=reference, groups=groups), batches, model)
     alone_at_one, alone_at_two, hook_at_two = WAYS[name]
     assert alone_at_one
     assert hook_at_two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable
@@ -71,6 +72,11 @@ def misuse(hf_dir: str) -> list[str]:
         run_schedule(foreign, step, make_batches(name, groups, **how), num_microbatches=num_microbatches)
         return step
 
+    def run_chunks(step: PreferenceStep, iterators: tuple[PreferenceBatches, PreferenceBatches]) -> None:
+        for number in range(2 * NUM_MICROBATCHES):
+            step(iterators[number % 2], (foreign.model, foreign.model.module)[number % 2])
+        step.after_step()
+
     stages: Any = SecondStage(groups)
     for name in ("kto", "beta_dpo", "epsilon_dpo"):
         messages.append(refused(name, lambda name=name: run(name, stages)))
@@ -86,9 +92,7 @@ def misuse(hf_dir: str) -> list[str]:
     own = make_batches("simpo", groups)
     for iterators in ((own, own), (make_batches("simpo", groups), make_batches("simpo", groups))):
         step = PreferenceStep(build_objective("simpo", {}), groups=groups)
-        for number in range(2 * NUM_MICROBATCHES):
-            step(iterators[number % 2], (foreign.model, foreign.model.module)[number % 2])
-        messages.append(refused("chunks", step.after_step))
+        messages.append(refused("chunks", functools.partial(run_chunks, step, iterators)))
     config.calculate_per_token_loss = False
     messages.append(refused("mean of means", lambda: run("simpo")))
     config.calculate_per_token_loss = True
@@ -107,11 +111,11 @@ def test_misuse_is_told_by_name(tmp_path: Path) -> None:
         ("epsilon_dpo", "a reference in memory, .*step.before_step"),
         ("pass", r"log p\(y\) from a pass of its own, .*step.before_step"),
         ("twice", "none was run"),
-        ("2 of 3", "the schedule ran 2 of the 3 micro-batches .*num_microbatches"),
-        ("4 of 3", "the schedule ran 1 of the 3 micro-batches .*num_microbatches"),
-        ("over", "has no further micro-batch.*total_pairs"),
-        ("chunks", r"the schedule ran \d of the 3 .*batches.chunks\(n\)"),
-        ("chunks", r"the schedule ran \d of the 3 .*batches.chunks\(n\)"),
+        ("2 of 3", "the loop has run 2 of the 3 micro-batches .*num_microbatches"),
+        ("4 of 3", "the loop has run 1 of the 3 micro-batches .*num_microbatches"),
+        ("over", "the data is at its end.*total_pairs"),
+        ("chunks", r"the loop has run \d of the 3 .*batches.chunks\(n\)"),
+        ("chunks", r"the loop has run \d of the 3 .*batches.chunks\(n\)"),
         ("mean of means", "calculate_per_token_loss"),
         ("sum", "finalize_model_grads_func"),
     ]
@@ -158,7 +162,7 @@ def test_what_a_step_is_made_of_and_goes_on_from() -> None:
     ("settings", "backward", "message"),
     [
         ({"variable_seq_lengths": False}, False, "rows of 5 to 7 tokens .*variable_seq_lengths=False. Set it to True"),
-        ({"virtual_pipeline_model_parallel_size": 2}, True, "5 to 7 .*interleaved over two ranks.*multiple_of"),
+        ({"virtual_pipeline_model_parallel_size": 2}, True, "5 to 7 .*interleaved over two ranks.*pad_to"),
         ({"virtual_pipeline_model_parallel_size": 2}, False, None),
         ({"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 4}, True, None),
         ({"pipeline_model_parallel_size": 1, "variable_seq_lengths": False}, True, None),

@@ -127,7 +127,7 @@ class RankBatch:
         columns: column -> fp32 ``[P]``, numbers beside the global batch's pairs, the same on every rank.
         mean_chosen_length: scored chosen tokens per pair, over the global batch; 1 where no row has a chosen response.
         num_tokens: tokens of all ranks' rows, each row counted once, padding left out.
-        num_gradient_tokens: those of the gradient pass alone.
+        gradient_tokens: int64 ``[P]``, tokens of each pair in the gradient pass, responses alone left out.
         num_padding: padding tokens of this rank's rows.
         cost: of all ranks' passes, forward and backward, by the layout's cost model.
         lengths: int32 ``[P, 3]``, prompt, chosen and rejected tokens of the global batch.
@@ -142,7 +142,7 @@ class RankBatch:
     columns: dict[str, np.ndarray]
     mean_chosen_length: float
     num_tokens: int
-    num_gradient_tokens: int
+    gradient_tokens: np.ndarray
     num_padding: int
     cost: float
     lengths: np.ndarray
@@ -151,6 +151,11 @@ class RankBatch:
     def rows(self) -> list[Row]:
         """All rows of this rank."""
         return self.conditional + self.unconditional + self.mismatched
+
+    @property
+    def num_gradient_tokens(self) -> int:
+        """Tokens of all ranks' rows of the gradient pass, padding and responses alone left out."""
+        return int(self.gradient_tokens.sum())
 
     @property
     def num_pairs(self) -> int:
@@ -219,7 +224,7 @@ class BatchBuilder:
             columns=self.pairs.values_of(pair_indices, layout.columns),
             mean_chosen_length=mean_chosen_length or float(lengths[:, 1].mean()) or 1.0,
             num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
-            num_gradient_tokens=int(passes[0].sizes.tokens.sum()),
+            gradient_tokens=layout.conditional_sizes(lengths).tokens,
             cost=float(costs.sum()),
             num_padding=sum(row.num_padding for part in rows for row in part),
             lengths=lengths,
@@ -243,7 +248,7 @@ class BatchBuilder:
         """This rank's packs of a pass, at least one; an empty one stands for a filler."""
         own = self.layout.dp_rank
         if one.num_packs is not None:
-            return self._filled_packs(one, shares[own])
+            return self._filled_packs(one, shares)
         # Ranks that meet in layers have to know how many packs the others run.
         looked_at = range(len(shares)) if self.layout.equal_packs else (own,)
         cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens) for rank in looked_at}
@@ -251,16 +256,22 @@ class BatchBuilder:
         packs = split_packs(cuts[own], one.sizes, num_packs)
         return packs + [[] for _ in range(num_packs - len(packs))]
 
-    def _filled_packs(self, one: Pass, share: list[int]) -> list[list[int]]:
+    def _filled_packs(self, one: Pass, shares: list[list[int]]) -> list[list[int]]:
         assert one.num_packs is not None
-        packs = fill_packs(share, one.sizes, one.max_tokens, one.num_packs)
-        if packs is None:
-            raise ConfigError(
-                f"{one.num_packs} micro-batches of at most {one.max_tokens} tokens do not hold the {len(share)} pairs of a step "
-                f"on this rank, {int(one.sizes.tokens[share].sum())} tokens in all. Give it more micro-batches or ranks, more "
-                "tokens for each, or fewer pairs a step."
-            )
-        return packs
+        own = self.layout.dp_rank
+        # Where a share may not fit, every rank looks at all of them, so that none waits for one that refuses.
+        looked_at = range(len(shares)) if one.max_tokens < int(one.sizes.tokens.sum()) else (own,)
+        packs = {rank: fill_packs(shares[rank], one.sizes, one.max_tokens, one.num_packs) for rank in looked_at}
+        for rank, found in packs.items():
+            if found is None:
+                raise ConfigError(
+                    f"{one.num_packs} micro-batches of at most {one.max_tokens} tokens do not hold the {len(shares[rank])} pairs "
+                    f"of a step on data-parallel rank {rank}, {int(one.sizes.tokens[shares[rank]].sum())} tokens in all. Give it "
+                    "more micro-batches or ranks, more tokens for each, or fewer pairs a step."
+                )
+        filled = packs[own]
+        assert filled is not None
+        return filled
 
     def _conditional_row(self) -> Callable[..., Row]:
         layout = self.layout
