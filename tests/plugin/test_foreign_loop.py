@@ -75,6 +75,9 @@ def test_same_loss_and_gradients_in_a_foreign_loop(world_size: int, tmp_path: Pa
         for before_step in ((False, True) if name in ("rmipo", "kto") else (False,))
         if before_step or case.pp == 1 or name != "kto"
     ]
+    # What is asked of the whole batch is not told by responses alone that stand in the same rows.
+    both = [case for case in LAYOUTS[world_size] if case.pp == 1 and not case.sequence_parallel]
+    cases += [dataclasses.replace(case, objective="rmipo:0.7,gamma_po:0.5") for case in both]
     if world_size == 2:
         cases += [
             ForeignCase("DP 2, ranks have seeds of their own", seed_apart=1),
