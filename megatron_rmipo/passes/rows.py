@@ -189,13 +189,15 @@ def score_responses(model: Chunks, rows: Sequence[Row], num_pairs: int, *, name:
 
     Returns:
         fp32 ``[P, 2, 2]`` on the device: (sum, scored tokens) of (chosen, rejected) by pair of the global batch; zero for pairs
-        of other ranks, and everywhere but on the last stage.
+        of other ranks, and everywhere but on the last stage. Where the same responses stand alone in a row, too, those do not
+        count.
     """
     # One place more at the end, where a filler's number, -1, writes: leaving fillers out would make the host wait.
     scores = torch.zeros(num_pairs + 1, 2, 2, device=current_device())
     sums_of = lambda row, logprobs: (row, response_sums(logprobs, row))  # noqa: E731
     for row, sums in run_rows(model, rows, sums_of, name=name, backward=False):
-        scores[row.pair_numbers, row.branches] = torch.stack([sums, row.lengths.to(torch.float32)], dim=1)
+        own = slice(row.num_responses - row.num_alone)
+        scores[row.pair_numbers[own], row.branches[own]] = torch.stack([sums, row.lengths.to(torch.float32)], dim=1)[own]
     return scores[:num_pairs]
 
 

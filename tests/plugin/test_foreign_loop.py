@@ -27,6 +27,7 @@ from tests.plugin.foreign import ForeignCase, run_foreign
 MODELS = ("model", "reference")
 # Each layout with the objectives that run at it; of all others the packed rows' TP 1 and PP 2 stand for the rest.
 FOUR = ("rmipo", "simpo", "dpo", "kto")
+BOTH = "rmipo:0.7,gamma_po:0.5"
 LAYOUTS = {
     1: [
         (ForeignCase("TP 1"), FOUR),
@@ -71,6 +72,9 @@ def cases_of(world_size: int) -> list[ForeignCase]:
             needs_hook = world_size == 2 and not alone_at_two
             others = {"objective": name, "options": OPTIONS.get(name, {}), "pp": world_size, "before_step": needs_hook}
             cases.append(ForeignCase(name, num_microbatches=3, **others))
+    # What is asked of the whole batch is not told by responses alone that stand in the same rows.
+    both = {"objective": BOTH, "before_step": False}
+    cases += [dataclasses.replace(case, **both) for case, _ in LAYOUTS[world_size] if case.pp == case.tp == 1]
     if world_size == 2:
         cases += [
             ForeignCase("DP 2, ranks have seeds of their own", seed_apart=1),
@@ -89,6 +93,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[st
     answers = {
         ("llama", name): problem.answer(build_objective(name, OPTIONS.get(name, {}))) for name in OBJECTIVES if name != "beta_dpo"
     }
+    answers["llama", BOTH] = problem.answer(build_objective(BOTH, {}))
     # It draws pairs by their places in the global batch.
     order = PairOrder(len(pairs), seed=1234).epoch(0)
     shuffled = DenseProblem(model, reference, [pairs[number] for number in order])
