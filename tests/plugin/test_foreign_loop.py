@@ -101,8 +101,11 @@ def test_what_needs_a_hook_at_two_stages_is_refused_by_name(name: str) -> None:
     pairs.reference_scores = [np.zeros((len(pairs), 2), dtype=np.float32)]
     batches = preference_batches(pairs, objective, global_batch_size=6, num_microbatches=2, context_token_id=BOS, groups=groups)
     model = torch.nn.Identity()
-    model.config = types.SimpleNamespace(calculate_per_token_loss=True, finalize_model_grads_func=print)  # type: ignore[assignment]
-    run = partial(PreferenceStep(objective, groups=groups), batches, model)
+    model.config = types.SimpleNamespace(  # type: ignore[assignment]
+        calculate_per_token_loss=True, context_parallel_size=1, sequence_parallel=False, finalize_model_grads_func=print
+    )
+    reference = model if objective.needs.perturbation is not None else None
+    run = partial(PreferenceStep(objective, reference=reference, groups=groups), batches, model)
     alone_at_one, alone_at_two, hook_at_two = WAYS[name]
     assert alone_at_one
     assert hook_at_two
