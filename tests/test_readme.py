@@ -39,6 +39,9 @@ FOREIGN_FLAGS = {"--no-build-isolation", "--nproc-per-node"}
 MEGATRON_LM_FLAGS = {
     "--attention-dropout",
     "--no-bias-gelu-fusion",
+    *("--distributed-backend", "--transformer-impl", "--use-cpu-initialization", "--no-check-for-nan-in-loss-and-grad"),
+    *("--no-rope-fusion", "--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"),
+    *("--no-bias-dropout-fusion", "--no-bias-swiglu-fusion"),
     "--use-checkpoint-args",
     "--calculate-per-token-loss",
     "--dataloader-type",

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -21,7 +22,7 @@ from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.rows import row_output
-from megatron_rmipo.plugin import PreferenceStep, attach, detach, preference_batches
+from megatron_rmipo.plugin import PreferenceStep, attach, detach, preference_batches, score
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 from tests.integration.problem import BOS, DenseProblem, collection, make_hf_model, make_pairs
@@ -66,7 +67,7 @@ def gradients_of(chunks: list[DistributedDataParallel]) -> dict[str, Tensor]:
     return gradients
 
 
-Results = list[tuple[float, dict[str, Tensor]]]
+Results = list[tuple[float, dict[str, Tensor], Any]]
 
 
 def steps_at_layouts(layouts: list[tuple[int, int, int]], folder: str) -> list[Results]:
@@ -82,12 +83,14 @@ def steps_at_layouts(layouts: list[tuple[int, int, int]], folder: str) -> list[R
 
 
 def bare_steps(groups: ProcessGroups, num_chunks: int, folder: str) -> Results:
-    """Loss and this rank's gradients of each of the objectives, in a bare loop."""
+    """Loss, this rank's gradients and log-probs before the step of each of the objectives, in a bare loop."""
     results = []
     for name, options, before_step in INTERLEAVED:
         chunks = build_chunks(Path(folder) / "model", groups, num_chunks)
         objective, pairs = build_objective(name, options), collection(make_pairs())
         reference = build_chunks(Path(folder) / "reference", groups, num_chunks) if name == "epsilon_dpo" else None
+        # Rows of several lengths.
+        scores = score(chunks, pairs, tokens_per_microbatch=90).logps
         batches = preference_batches(
             pairs,
             objective,
@@ -111,7 +114,7 @@ def bare_steps(groups: ProcessGroups, num_chunks: int, folder: str) -> Results:
             forward_only=False,
         )
         loss = step.after_step().values["loss"].double().mean().item()
-        results.append((loss, gradients_of(chunks)))
+        results.append((loss, gradients_of(chunks), scores))
     return results
 
 
@@ -127,6 +130,7 @@ def test_chunks_of_a_pipeline_and_a_resident_reference_give_the_loss_and_the_gra
         for results in ([whole], *([*found] for found in by_rank)):
             for result in results:
                 assert result[number][0] == pytest.approx(expected, rel=1e-5), name
+                np.testing.assert_allclose(result[number][2], problem.conditional.detach(), rtol=1e-5, atol=1e-5)
         stages, shards = ([found[layout][number][1] for found in by_rank] for layout in (0, 1))
         assert not stages[0].keys() & stages[1].keys()
         chunks = stages[0] | stages[1]

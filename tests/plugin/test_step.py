@@ -39,7 +39,9 @@ class SecondStage:
         return getattr(self.groups, name)
 
 
-def make_batches(name: str, groups: ProcessGroups, *, steps: int = 2, unconditional: Any = "rows") -> PreferenceBatches:
+def make_batches(
+    name: str, groups: ProcessGroups, *, steps: int = 2, unconditional: Any = "rows", consumed_pairs: int = 0
+) -> PreferenceBatches:
     pairs = collection(make_pairs(14))
     pairs.reference_scores = [np.random.default_rng(3).normal(-20, 4, (14, 2)).astype(np.float32)]
     return preference_batches(
@@ -48,6 +50,7 @@ def make_batches(name: str, groups: ProcessGroups, *, steps: int = 2, unconditio
         global_batch_size=7,
         num_microbatches=NUM_MICROBATCHES,
         total_pairs=7 * steps,
+        consumed_pairs=consumed_pairs,
         context_token_id=BOS,
         unconditional=unconditional,
         groups=groups,
@@ -208,6 +211,21 @@ def states(hf_dir: str) -> dict[str, Any]:
         foreign.model.train()
         step.after_step()
 
+    def go_on() -> None:
+        """Two steps, then a third by objects that were made anew."""
+        step, batches = PreferenceStep(build_objective("beta_dpo", {}), groups=groups), make_batches("beta_dpo", groups, steps=4)
+        for _ in range(2):
+            run_schedule(foreign, step, batches, num_microbatches=NUM_MICROBATCHES)
+            step.after_step()
+        saved = {"step": step.state_dict(), "consumed_pairs": batches.consumed_pairs}
+        step = PreferenceStep(build_objective("beta_dpo", {}), groups=groups)
+        step.load_state_dict(saved["step"])
+        batches = make_batches("beta_dpo", groups, steps=4, consumed_pairs=saved["consumed_pairs"])
+        run_schedule(foreign, step, batches, num_microbatches=NUM_MICROBATCHES)
+        step.after_step()
+        found["gone on"] = dict(step.state)
+
+    go_on()
     steps("after each", lambda step, foreign: step.after_step())
     steps("never after", lambda step, foreign: None)
     steps("no update", lambda step, foreign: step.after_step(updated=False))
@@ -222,6 +240,7 @@ def test_state_follows_updates_alone(tmp_path: Path) -> None:
     first, *later = found["after each"]
     assert first not in later
     assert later[0] != later[1] != later[2] == later[3]
+    assert found["gone on"] == found["after each"][-1]
     assert found["never after"] == [first, first, *later[:2], later[2]]
     assert found["no update"] == [first] * 5
     assert found["evaluation between"] == found["after each"]

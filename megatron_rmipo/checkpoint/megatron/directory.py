@@ -68,7 +68,8 @@ def hf_assets_directory(directory: Path, iteration: Iteration) -> Path:
     if not (assets / "config.json").is_file():
         raise CheckpointError(
             f"{assets.parent} holds no {ASSETS_NAME}/config.json: it was written by another program. Put the model's "
-            f"config.json and tokenizer files in {assets}, or convert its Hugging Face original with convert_hf_to_megatron.py."
+            f"config.json and tokenizer files in {assets} (convert_megatron_to_hf.py takes --hf-assets DIR with them, too), or "
+            "convert its Hugging Face original with convert_hf_to_megatron.py."
         )
     return assets
 

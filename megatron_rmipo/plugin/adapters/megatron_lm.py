@@ -144,7 +144,8 @@ class PreferenceTraining:
         if self._model is None:
             raise ConfigError(
                 "no model was attached: append PreferenceTraining.attach to model_config.post_wrap_hooks, or call it on what the "
-                "model provider has built."
+                "model provider has built. pretrain asks a provider only where pretrain_cfg_container_from_args is given "
+                "no model_config."
             )
         groups = ProcessGroups.of_megatron()
         needs, args, vocab_size = self.objective.needs, self.args, self.vocab_size
