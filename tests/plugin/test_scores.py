@@ -106,9 +106,12 @@ def refusals(folder: str) -> None:
             ([([1], [2])], "pair 0 of the pairs in memory has 2 parts"),
             ([([1], [2], []), ([], [2], [3])], "pair 1 of the pairs in memory has no prompt"),
             ([([1], [-100, 2], [])], "the token id -100; ids begin at 0"),
-            ([([1], [2], [3]), ("what?", "this", "that")], "pair 1 in memory holds .*'what\\?'.* where a token id is expected"),
-            ([{"prompt": [1], "chosen": [2], "rejected": [3]}], "pair 0 in memory holds .*'prompt'"),
-            ([([1], [2], [3.5])], "pair 0 in memory holds .*3.5"),
+            (
+                [([1], [2], [3]), ("what?", "this", "that")],
+                "pair 1 of the pairs in memory holds .*'what\\?'.* where a token id is expected",
+            ),
+            ([{"prompt": [1], "chosen": [2], "rejected": [3]}], "pair 0 of the pairs in memory holds .*'prompt'"),
+            ([([1], [2], [3.5])], "pair 0 of the pairs in memory holds .*3.5"),
         ):
             with pytest.raises(DataError, match=message):
                 score(rows)
