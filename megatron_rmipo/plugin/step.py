@@ -33,7 +33,9 @@ class PreferenceStep:
     """``forward_step`` of a Megatron loop: a micro-batch through the model, and the loss of its pairs.
 
     What the loss function gives is (sum over pairs, number of pairs, report), so that with ``calculate_per_token_loss`` the
-    gradient is the mean over the pairs of the global batch, however it is cut. The report's values are ``[sum, number]`` tensors.
+    gradient is the mean over the pairs of the global batch, however it is cut. Of a model with experts it counts tokens for
+    pairs, with a sum as many times larger, so that auxiliary losses of routers are means, too. The report's values are
+    ``[sum, number]`` tensors of pairs.
 
     What an objective must know of the whole batch before its losses, :meth:`before_step` finds out where the loop calls it before
     the schedule starts. Without such a call it is done in the step's first forward where there is one pipeline stage.

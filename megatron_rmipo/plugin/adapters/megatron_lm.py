@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -250,8 +249,7 @@ class PreferenceTraining:
     def _run_schedule(self, schedule: Callable[..., Any], *, data_iterator: Any, num_microbatches: int, **kwargs: Any) -> Any:
         assert self._step is not None
         microbatches = [next(data_iterator) for _ in range(num_microbatches)]
-        with torch.no_grad():
-            self._step.before_step(kwargs["model"][0], microbatches[0].batch)
+        self._step.before_step(kwargs["model"][0], microbatches[0].batch)
         return schedule(data_iterator=iter(microbatches), num_microbatches=num_microbatches, **kwargs)
 
 
