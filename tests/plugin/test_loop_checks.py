@@ -24,7 +24,7 @@ from megatron_rmipo.plugin.batches import PreferenceBatches, preference_batches
 from megatron_rmipo.plugin.dataset import PreferenceCollator, PreferenceDataset
 from megatron_rmipo.plugin.step import PreferenceStep
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from tests.model.test_adopt import VOCAB, Built, build
+from tests.model.built import VOCAB, Built, build
 from tests.plugin.foreign import Foreign, run_schedule
 
 EXPERTS = {
