@@ -55,6 +55,9 @@ def parallel_problems(config: Config) -> Iterator[str]:
         yield "--sequence-parallel needs --tensor-model-parallel-size 2 or more; leave it out at 1"
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce as well"
+    yield from _at_least(0, config.data, "min_microbatches_per_stage")
+    if config.data.min_microbatches_per_stage is not None and parallel.pipeline_model_parallel_size == 1:
+        yield "--min-microbatches-per-stage does nothing at --pipeline-model-parallel-size 1; leave it out"
     if parallel.distributed_timeout_minutes <= 0:
         yield f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes}: must be greater than 0"
 

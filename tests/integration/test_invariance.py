@@ -46,7 +46,7 @@ WORLDS = {
         Case("TP 2, sequence parallel, recomputation", tp=2, sequence_parallel=True, recompute="full"),
         Case("TP 2, prompts not shared", tp=2, share_prompts=False, tokens_per_microbatch=120),
         Case("TP 2, official preset", tp=2, options=OFFICIAL),
-        Case("PP 2", pp=2, tokens_per_microbatch=120),
+        Case("PP 2, three packs a stage", pp=2, min_packs_per_stage=3),
         Case("PP 2, one pair a pack", pp=2, tokens_per_microbatch=48),
         Case("PP 2, recomputation", pp=2, recompute="full", tokens_per_microbatch=120),
         Case("DP 2", tokens_per_microbatch=120),
@@ -72,7 +72,7 @@ WORLDS = {
         Case("TP 2 x PP 2, tied", model="tied", tp=2, pp=2, tokens_per_microbatch=120),
         Case("TP 2 x PP 2, biased attention", model="biased attention", tp=2, pp=2, tokens_per_microbatch=120),
         Case("EP 2 x DP 2", **SPARSE, tokens_per_microbatch=120, overlap=True),
-        Case("EP 2 x PP 2", **SPARSE, pp=2, tokens_per_microbatch=120),
+        Case("EP 2 x PP 2, four packs a stage", **SPARSE, pp=2, min_packs_per_stage=4),
         Case("EP 2 x TP 2, sequence parallel", **SPARSE, tp=2, sequence_parallel=True, tokens_per_microbatch=120),
     ],
 }
@@ -127,3 +127,5 @@ def test_same_loss_and_gradients_however_the_batch_is_cut(world_size: int, tmp_p
     packs = {case.name: result["packs"] for case, result in zip(cases, results, strict=True)}
     if world_size == 1:
         assert packs["one pair a pack"] > packs["few packs"] > packs["all in one pack"] == 1, packs
+    assert packs.get("PP 2, three packs a stage", 6) == 6
+    assert packs.get("EP 2 x PP 2, four packs a stage", 8) == 8

@@ -51,6 +51,7 @@ class Case:
     recompute: str | None = None
     distributed_optimizer: bool = False
     overlap: bool = False
+    min_packs_per_stage: int = 0
     objective: str = "rmipo"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
@@ -104,6 +105,8 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         columns=needs.columns,
         multiple_of=case.tp if case.sequence_parallel else 1,
         equal_packs=experts_cross_replicas(case.config().parallel),
+        num_stages=case.pp,
+        min_packs_per_stage=case.min_packs_per_stage,
     )
     return BatchBuilder(pairs, layout)
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
+from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts
 from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, check_capacity, conditional_sizes, unconditional_sizes
-from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split_packs, spread_evenly
+from megatron_rmipo.data.batches.spread import cheapest_at_both_ends, cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
@@ -41,6 +42,8 @@ class BatchLayout:
         unconditional_in_rows: the responses alone stand in the rows of the gradient pass instead of in a pass of their own.
         num_microbatches: the gradient pass has just so many packs on each rank, some of them fillers where there are few pairs;
             None: as few as an even spread of cost allows.
+        num_stages: pipeline stages that a pack goes through.
+        min_packs_per_stage: where there are several stages and pairs enough, each pass has at least so many packs for each.
     """
 
     dp_rank: int
@@ -57,6 +60,13 @@ class BatchLayout:
     equal_packs: bool = False
     unconditional_in_rows: bool = False
     num_microbatches: int | None = None
+    num_stages: int = 1
+    min_packs_per_stage: int = 0
+
+    @property
+    def least_packs(self) -> int:
+        """Packs of each pass on a rank that has pairs for them, where they are not just so many."""
+        return max(1, self.min_packs_per_stage * self.num_stages) if self.num_stages > 1 else 1
 
     @property
     def capacity(self) -> int:
@@ -94,7 +104,7 @@ class BatchLayout:
         if not self.has_responses_alone:
             return sizes
         alone = self.unconditional_sizes(lengths)
-        return PairSizes(sizes.tokens + alone.tokens, sizes.costs + alone.costs)
+        return PairSizes(sizes.tokens + alone.tokens, sizes.costs + alone.costs, sizes.head_costs + alone.head_costs)
 
     def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
         """Sizes of pairs (int ``[P, 3]`` lengths) with their prompts."""
@@ -108,8 +118,7 @@ class BatchLayout:
 
     def step_costs(self, gradient: PairSizes, *forward_only: PairSizes) -> np.ndarray:
         """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
-        # Backward costs twice the forward.
-        costs = gradient.costs * (3.0 + self.forward_passes)
+        costs = gradient.costs * (1.0 + BACKWARD + self.forward_passes)
         return np.asarray(sum((sizes.costs for sizes in forward_only), start=costs))
 
 
@@ -130,6 +139,7 @@ class RankBatch:
         gradient_tokens: int64 ``[P]``, tokens of each pair in the gradient pass, responses alone left out.
         num_padding: padding tokens of this rank's rows.
         cost: of all ranks' passes, forward and backward, by the layout's cost model.
+        passes: what this rank's packs cost, pass by pass as they run; where all ranks run theirs at one time, the costliest's.
         lengths: int32 ``[P, 3]``, prompt, chosen and rejected tokens of the global batch.
     """
 
@@ -145,6 +155,7 @@ class RankBatch:
     gradient_tokens: np.ndarray
     num_padding: int
     cost: float
+    passes: list[PassCosts]
     lengths: np.ndarray
 
     @property
@@ -202,18 +213,10 @@ class BatchBuilder:
         """
         layout, mismatched = self.layout, self.pairs.mismatched
         lengths = self.pairs.lengths[pair_indices]
-        capacity, before = layout.capacity, layout.num_packs_before
-        gradient_row = self._row_with_responses_alone() if layout.has_responses_alone else self._conditional_row()
-        passes = [Pass(self.pairs, lengths, layout.gradient_sizes(lengths), capacity, gradient_row, layout.num_microbatches)]
-        if layout.has_unconditional_pass:
-            sizes, most = layout.unconditional_sizes(lengths), layout.unconditional_capacity
-            passes.append(Pass(self.pairs, lengths, sizes, most, self._unconditional_row(), before))
-        if mismatched is not None:
-            others = mismatched.lengths[pair_indices]
-            sizes = layout.conditional_sizes(others)
-            passes.append(Pass(mismatched, others, sizes, capacity, self._conditional_row(), before))
+        passes = self._passes(pair_indices, lengths)
         costs = layout.step_costs(*(one.sizes for one in passes))
-        rows = [self._lay_out(one, packs, pair_indices) for one, packs in zip(passes, self._cut(passes, costs), strict=True)]
+        cuts = self._cut(passes, costs, [layout.dp_rank])
+        rows = [self._lay_out(one, packs[layout.dp_rank], pair_indices) for one, packs in zip(passes, cuts, strict=True)]
         return RankBatch(
             pair_indices=pair_indices,
             conditional=rows[0],
@@ -226,52 +229,90 @@ class BatchBuilder:
             num_tokens=sum(int(one.sizes.tokens.sum()) for one in passes),
             gradient_tokens=layout.conditional_sizes(lengths).tokens,
             cost=float(costs.sum()),
+            passes=self._pass_costs(passes, cuts, layout.dp_rank),
             num_padding=sum(row.num_padding for part in rows for row in part),
             lengths=lengths,
         )
 
+    def pass_costs(self, pair_indices: np.ndarray, ranks: Sequence[int]) -> tuple[float, list[list[PassCosts]]]:
+        """What a global batch costs, of which no token is read: all of it, and as :attr:`RankBatch.passes` of some ranks."""
+        passes = self._passes(pair_indices, self.pairs.lengths[pair_indices])
+        costs = self.layout.step_costs(*(one.sizes for one in passes))
+        cuts = self._cut(passes, costs, ranks)
+        return float(costs.sum()), [self._pass_costs(passes, cuts, rank) for rank in ranks]
+
+    def _passes(self, pair_indices: np.ndarray, lengths: np.ndarray) -> list[Pass]:
+        """The gradient pass, then those beside it: responses alone, then mismatched pairs, whichever there are."""
+        layout, mismatched = self.layout, self.pairs.mismatched
+        capacity, before = layout.capacity, layout.num_packs_before
+        gradient_row = self._row_with_responses_alone() if layout.has_responses_alone else self._conditional_row()
+        passes = [Pass(self.pairs, lengths, layout.gradient_sizes(lengths), capacity, gradient_row, layout.num_microbatches)]
+        if layout.has_unconditional_pass:
+            sizes, most = layout.unconditional_sizes(lengths), layout.unconditional_capacity
+            passes.append(Pass(self.pairs, lengths, sizes, most, self._unconditional_row(), before))
+        if mismatched is not None:
+            others = mismatched.lengths[pair_indices]
+            sizes = layout.conditional_sizes(others)
+            passes.append(Pass(mismatched, others, sizes, capacity, self._conditional_row(), before))
+        return passes
+
     def _lay_out(self, one: Pass, packs: list[list[int]], pair_indices: np.ndarray) -> list[Row]:
-        # Too few pairs: this rank runs a pair that does not count, so that collectives still match.
-        filler = int(one.sizes.tokens.argmin())
         rows = []
-        for numbers in (pack or [-1] for pack in packs):
-            positions = [filler if number < 0 else number for number in numbers]
-            rows.append(one.lay_out([one.pairs[int(pair_indices[position])] for position in positions], numbers))
+        for pack in packs:
+            pairs = [one.pairs[int(pair_indices[position])] for position in one.positions(pack)]
+            rows.append(one.lay_out(pairs, pack or [-1]))
         return rows
 
-    def _cut(self, passes: Sequence[Pass], costs: np.ndarray) -> list[list[list[int]]]:
-        """This rank's packs of each pass, as positions in the global batch; -1 or an empty one stands for a filler."""
+    def _pass_costs(self, passes: Sequence[Pass], cuts: Sequence[dict[int, list[list[int]]]], rank: int) -> list[PassCosts]:
+        """What a rank's packs cost, in the order in which passes run."""
+        found = []
+        for number, (one, packs) in enumerate(zip(passes, cuts, strict=True)):
+            together = list(packs.values()) if self.layout.equal_packs else [packs[rank]]
+            layers, head = (
+                np.array([[values[one.positions(pack)].sum() for pack in own] for own in together]).max(axis=0)
+                for values in (one.sizes.costs - one.sizes.head_costs, one.sizes.head_costs)
+            )
+            found.append(PassCosts(layers, head, backward=number == 0))
+        gradient, *beside = found
+        forward_only = [dataclasses.replace(gradient, backward=False)] * self.layout.forward_passes
+        return [*beside, *forward_only, gradient]
+
+    def _cut(self, passes: Sequence[Pass], costs: np.ndarray, ranks: Sequence[int]) -> list[dict[int, list[list[int]]]]:
+        """Of each pass some ranks' packs, as positions in the global batch; -1 or an empty one stands for a filler.
+
+        Where ranks meet in layers, those of all ranks: each has to know how many packs the others run.
+        """
         shares = spread_evenly(costs, self.layout.dp_size)
-        return [self._packs(one, shares) for one in passes]
+        looked_at = range(len(shares)) if self.layout.equal_packs else ranks
+        return [self._packs(one, shares, looked_at) for one in passes]
 
-    def _packs(self, one: Pass, shares: list[list[int]]) -> list[list[int]]:
-        """This rank's packs of a pass, at least one; an empty one stands for a filler."""
-        own = self.layout.dp_rank
+    def _packs(self, one: Pass, shares: list[list[int]], ranks: Sequence[int]) -> dict[int, list[list[int]]]:
+        """Some ranks' packs of a pass, at least one each; an empty one stands for a filler."""
         if one.num_packs is not None:
-            return self._filled_packs(one, shares)
-        # Ranks that meet in layers have to know how many packs the others run.
-        looked_at = range(len(shares)) if self.layout.equal_packs else (own,)
-        cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens) for rank in looked_at}
-        num_packs = max(1, *map(len, cuts.values()))
-        packs = split_packs(cuts[own], one.sizes, num_packs)
-        return packs + [[] for _ in range(num_packs - len(packs))]
+            return self._filled_packs(one, shares, ranks)
+        cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens, self.layout.least_packs) for rank in ranks}
+        most = max(1, *map(len, cuts.values())) if self.layout.equal_packs else 1
+        packs = {rank: split_packs(cut, one.sizes, most) for rank, cut in cuts.items()}
+        packs = {rank: split + [[] for _ in range(most - len(split))] for rank, split in packs.items()}
+        if self.layout.num_stages == 1:
+            return packs
+        return {rank: cheapest_at_both_ends(filled, one.sizes) for rank, filled in packs.items()}
 
-    def _filled_packs(self, one: Pass, shares: list[list[int]]) -> list[list[int]]:
+    def _filled_packs(self, one: Pass, shares: list[list[int]], ranks: Sequence[int]) -> dict[int, list[list[int]]]:
         assert one.num_packs is not None
-        own = self.layout.dp_rank
         # Where a share may not fit, every rank looks at all of them, so that none waits for one that refuses.
-        looked_at = range(len(shares)) if one.max_tokens < int(one.sizes.tokens.sum()) else (own,)
-        packs = {rank: fill_packs(shares[rank], one.sizes, one.max_tokens, one.num_packs) for rank in looked_at}
-        for rank, found in packs.items():
+        looked_at = range(len(shares)) if one.max_tokens < int(one.sizes.tokens.sum()) else ranks
+        packs = {}
+        for rank in looked_at:
+            found = fill_packs(shares[rank], one.sizes, one.max_tokens, one.num_packs)
             if found is None:
                 raise ConfigError(
                     f"{one.num_packs} micro-batches of at most {one.max_tokens} tokens do not hold the {len(shares[rank])} pairs "
                     f"of a step on data-parallel rank {rank}, {int(one.sizes.tokens[shares[rank]].sum())} tokens in all. Give it "
                     "more micro-batches or ranks, more tokens for each, or fewer pairs a step."
                 )
-        filled = packs[own]
-        assert filled is not None
-        return filled
+            packs[rank] = found
+        return packs
 
     def _conditional_row(self) -> Callable[..., Row]:
         layout = self.layout
@@ -321,3 +362,8 @@ class Pass:
     max_tokens: int
     lay_out: Callable[[list[TokenizedPair], list[int]], Row]
     num_packs: int | None = None
+
+    def positions(self, pack: Sequence[int]) -> list[int]:
+        """Those of the pairs that a pack runs; a filler is one that does not count, so that collectives still match."""
+        filler = int(self.sizes.tokens.argmin())
+        return [filler if position < 0 else position for position in pack or [-1]]

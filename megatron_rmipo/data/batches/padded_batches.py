@@ -40,13 +40,13 @@ class PaddedBatchBuilder(BatchBuilder):
         self.shape = dataclasses.replace(shape, with_rejected=layout.with_rejected)
         self.shape.check(pairs.lengths, pairs.describe)
 
-    def _cut(self, passes: Sequence[Pass], costs: np.ndarray) -> list[list[list[int]]]:
+    def _cut(self, passes: Sequence[Pass], costs: np.ndarray, ranks: Sequence[int]) -> list[dict[int, list[list[int]]]]:
         assert self.layout.num_microbatches is not None
         # The longest of a pair over all passes, so that neither has a long row among short ones.
         longest = np.max([row_lengths(one.lengths, with_rejected=self.shape.with_rejected) for one in passes], axis=0)
-        packs = cut_by_length(longest, self.layout.dp_size, self.layout.num_microbatches)[self.layout.dp_rank]
-        if self.shape.num_pairs is not None:
-            packs = [pack + [-1] * (self.shape.num_pairs - len(pack)) for pack in packs]
+        cut = cut_by_length(longest, self.layout.dp_size, self.layout.num_microbatches)
+        num_pairs = self.shape.num_pairs or 0
+        packs = {rank: [pack + [-1] * (num_pairs - len(pack)) for pack in cut[rank]] for rank in ranks}
         return [packs for _ in passes]
 
     def _conditional_row(self) -> Callable[..., Row]:

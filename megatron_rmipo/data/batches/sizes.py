@@ -38,10 +38,12 @@ class PairSizes:
     Attributes:
         tokens: int64, tokens that stand in the row.
         costs: float64, by the cost model.
+        head_costs: float64, of these in the output layer.
     """
 
     tokens: np.ndarray
     costs: np.ndarray
+    head_costs: np.ndarray
 
 
 def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bool, with_rejected: bool) -> PairSizes:
@@ -85,7 +87,8 @@ def _area(length: np.ndarray, window: int | None) -> np.ndarray:
 
 def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored: np.ndarray, cost: CostModel) -> PairSizes:
     attention = cost.per_area * area(None) + sum(per_area * area(window) for window, per_area in cost.per_windowed_area)
-    return PairSizes(tokens, cost.per_token * tokens + attention + cost.per_scored_token * scored)
+    head = cost.per_scored_token * scored
+    return PairSizes(tokens, cost.per_token * tokens + attention + head, head)
 
 
 def check_capacity(

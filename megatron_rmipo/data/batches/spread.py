@@ -62,13 +62,14 @@ def _exchange_pairs(costs: np.ndarray, share_of: np.ndarray, loads: np.ndarray) 
         loads[partner] += difference[row, other]
 
 
-def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int) -> list[list[int]]:
+def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int, least_packs: int = 1) -> list[list[int]]:
     """Cut one rank's pairs into packs of at most ``max_tokens`` tokens, as few as an even spread of cost allows.
 
     Args:
         share: positions of the pairs.
         sizes: of every pair of the global batch, by position.
         max_tokens: capacity of a pack (``--tokens-per-microbatch``).
+        least_packs: not fewer than so many, where there are pairs for them.
 
     Returns:
         Packs of positions, none empty, the positions of a pack in ascending order.
@@ -78,7 +79,7 @@ def cut_into_packs(share: Sequence[int], sizes: PairSizes, max_tokens: int) -> l
     tokens = sizes.tokens
     assert max(int(tokens[position]) for position in share) <= max_tokens, "checked against the data set before training"
     # At least one: rows whose layout is empty (one-token responses without a context) need a place too.
-    num_packs = max(1, math.ceil(sum(int(tokens[position]) for position in share) / max_tokens))
+    num_packs = max(1, math.ceil(sum(int(tokens[position]) for position in share) / max_tokens), min(least_packs, len(share)))
     costs = sizes.costs[list(share)]
     while True:
         packs = [[share[member] for member in pack] for pack in spread_evenly(costs, num_packs)]
@@ -112,3 +113,9 @@ def split_packs(packs: Sequence[Sequence[int]], sizes: PairSizes, num_packs: int
         pack = split.pop(max(divisible, key=lambda number: float(sizes.costs[split[number]].sum())))
         split += [sorted(pack[member] for member in half) for half in spread_evenly(sizes.costs[pack], 2)]
     return split
+
+
+def cheapest_at_both_ends(packs: Sequence[Sequence[int]], sizes: PairSizes) -> list[list[int]]:
+    """The packs in the order in which a pipeline waits least: it fills and drains with the cheapest, the costliest between."""
+    by_cost = sorted(packs, key=lambda pack: float(sizes.costs[list(pack)].sum()))
+    return [list(pack) for pack in [*by_cost[::2], *by_cost[1::2][::-1]]]

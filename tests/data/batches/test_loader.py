@@ -81,6 +81,45 @@ def test_ranks_that_meet_in_layers_run_as_many_packs_each(tokens: int, dp_size: 
         assert (-1 in numbers) == fills
 
 
+@pytest.mark.parametrize("equal_packs", [False, True])
+def test_each_pass_has_packs_for_every_stage_where_pairs_allow(equal_packs: bool) -> None:
+    pairs, indices = collection(make_pairs()), np.arange(23)
+    settings = {"tokens_per_microbatch": 900, "equal_packs": equal_packs, "min_packs_per_stage": 2}
+    for num_stages, expected in ((1, 1), (2, 4), (3, 6), (9, 12 if equal_packs else 11)):
+        builders = [BatchBuilder(pairs, layout(rank, 2, num_stages=num_stages, **settings)) for rank in range(2)]
+        batches = [builder.build(indices) for builder in builders]
+        passes = [rows for batch in batches for rows in (batch.conditional, batch.unconditional)]
+        assert min(map(len, passes)) == expected
+        for number in (0, 1):
+            numbers = [n for rows in passes[number::2] for row in rows for n in row.pair_numbers.tolist() if n >= 0]
+            assert sorted(numbers) == sorted([*range(23), *range(23)])
+        cost, passes_of = builders[0].pass_costs(indices, [0, 1])
+        assert cost == batches[0].cost == batches[1].cost
+        for batch, own in zip(batches, passes_of, strict=True):
+            assert [one.backward for one in own] == [False, True]
+            assert [len(one.layers) for one in own] == [len(batch.unconditional), len(batch.conditional)]
+            for one, other in zip(own, batch.passes, strict=True):
+                assert one.layers.tolist() == other.layers.tolist()
+                assert one.head.tolist() == other.head.tolist()
+        if not equal_packs:
+            assert sum(one.work for own in passes_of for one in own) == pytest.approx(cost)
+
+
+def test_what_a_rank_runs_is_costed_pass_by_pass() -> None:
+    pairs, indices = collection(make_pairs()), np.array([3, 20, 7])
+    batch = BatchBuilder(pairs, layout(forward_passes=1)).build(indices)
+    alone, again, gradient = batch.passes
+    lengths = pairs.lengths[indices].astype(float)
+    assert [one.backward for one in batch.passes] == [False, False, True]
+    assert gradient.head.sum() == alone.head.sum() == lengths[:, 1:].sum(), "each token of a response is scored"
+    assert again.layers.tolist() == gradient.layers.tolist()
+    assert sum(one.work for one in batch.passes) == pytest.approx(batch.cost)
+    # Ranks that meet in layers run their packs at one time: the costliest sets each.
+    apart = [BatchBuilder(pairs, layout(rank, 2)).build(indices).passes[1] for rank in range(2)]
+    together = [BatchBuilder(pairs, layout(rank, 2, equal_packs=True)).build(indices).passes[1] for rank in range(2)]
+    assert together[0].layers.tolist() == together[1].layers.tolist() == [max(one.layers[0] for one in apart)]
+
+
 def test_workers_give_the_same_batches_and_a_later_start_the_same_tail() -> None:
     pairs = collection(make_pairs())
     builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)

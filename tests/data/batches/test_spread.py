@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from megatron_rmipo.data.batches.sizes import PairSizes
-from megatron_rmipo.data.batches.spread import cut_into_packs, fill_packs, split_packs, spread_evenly
+from megatron_rmipo.data.batches.spread import cheapest_at_both_ends, cut_into_packs, fill_packs, split_packs, spread_evenly
+
+
+def sizes_of(tokens: np.ndarray, costs: np.ndarray) -> PairSizes:
+    return PairSizes(tokens, costs, head_costs=np.zeros(len(tokens)))
 
 
 def loads_of(costs: np.ndarray, shares: list[list[int]]) -> list[float]:
@@ -67,7 +71,7 @@ def test_packs_hold_every_pair_once_within_capacity() -> None:
     tokens = np.random.default_rng(2).integers(5, 60, size=41)
     share = list(range(3, 41))
     costs = tokens.astype(float) ** 2
-    packs = cut_into_packs(share, PairSizes(tokens, costs), 97)
+    packs = cut_into_packs(share, sizes_of(tokens, costs), 97)
     assert sorted(itertools.chain(*packs)) == share
     assert max(tokens[pack].sum() for pack in packs) <= 97
     assert len(packs) <= -(-tokens[share].sum() // 97) + 6
@@ -75,20 +79,39 @@ def test_packs_hold_every_pair_once_within_capacity() -> None:
     assert max(loads) / np.mean(loads) < 1.5, "packs are even in cost"
 
 
+def test_at_least_so_many_packs_where_there_are_pairs_for_them() -> None:
+    tokens = np.random.default_rng(2).integers(5, 60, size=41)
+    share = list(range(3, 41))
+    sizes = sizes_of(tokens, tokens.astype(float))
+    few = cut_into_packs(share, sizes, 2000)
+    assert len(few) == 1
+    packs = cut_into_packs(share, sizes, 2000, 12)
+    assert len(packs) == 12
+    assert sorted(itertools.chain(*packs)) == share
+    assert max(loads_of(sizes.costs, packs)) < 1.05 * np.mean(loads_of(sizes.costs, packs))
+    assert sorted(cut_into_packs(share, sizes, 2000, 99)) == [[position] for position in share]
+    assert cut_into_packs(share, sizes, 97, 2) == cut_into_packs(share, sizes, 97), "capacity asks for more"
+
+
+def test_the_cheapest_packs_stand_at_both_ends() -> None:
+    sizes = sizes_of(np.ones(6), np.array([5.0, 1.0, 3.0, 2.0, 4.0, 0.5]))
+    assert cheapest_at_both_ends([[0], [1, 5], [], [2], [3], [4]], sizes) == [[], [3], [4], [0], [2], [1, 5]]
+
+
 def test_one_pair_of_exactly_the_capacity_fits() -> None:
-    sizes = PairSizes(np.array([10, 10]), np.array([3.0, 3.0]))
+    sizes = sizes_of(np.array([10, 10]), np.array([3.0, 3.0]))
     assert sorted(cut_into_packs([0, 1], sizes, 10)) == [[0], [1]]
     assert cut_into_packs([], sizes, 10) == []
 
 
 def test_rows_without_tokens_share_a_pack() -> None:
-    sizes = PairSizes(np.array([0, 4, 0]), np.array([0.0, 2.0, 0.0]))
+    sizes = sizes_of(np.array([0, 4, 0]), np.array([0.0, 2.0, 0.0]))
     assert cut_into_packs([0, 2], sizes, 10) == [[0, 2]]
     assert sorted(itertools.chain(*cut_into_packs([0, 1, 2], sizes, 4))) == [0, 1, 2]
 
 
 def test_packs_are_split_where_they_cost_most_and_single_pairs_stay() -> None:
-    sizes = PairSizes(np.array([9, 2, 2, 2, 2]), np.array([9.0, 2.0, 2.0, 2.0, 2.0]))
+    sizes = sizes_of(np.array([9, 2, 2, 2, 2]), np.array([9.0, 2.0, 2.0, 2.0, 2.0]))
     packs = [[0], [1, 2, 3], [4]]
     assert sorted(split_packs(packs, sizes, 4)) == [[0], [1, 3], [2], [4]]
     assert sorted(split_packs(packs, sizes, 9)) == [[0], [1], [2], [3], [4]]
@@ -101,7 +124,7 @@ def test_a_fixed_number_of_packs_holds_every_pair_once_and_evenly() -> None:
         costs = tokens.astype(float) ** 2
         share = list(range(3, 41))
         for num_packs in (1, 7, 11):
-            packs = fill_packs(share, PairSizes(tokens, costs), 2000, num_packs)
+            packs = fill_packs(share, sizes_of(tokens, costs), 2000, num_packs)
             assert packs is not None
             assert len(packs) == num_packs
             assert sorted(itertools.chain(*packs)) == share
@@ -110,7 +133,7 @@ def test_a_fixed_number_of_packs_holds_every_pair_once_and_evenly() -> None:
 
 
 def test_fewer_pairs_than_packs_leaves_the_last_ones_empty() -> None:
-    sizes = PairSizes(np.array([4, 7, 5]), np.array([4.0, 7.0, 5.0]))
+    sizes = sizes_of(np.array([4, 7, 5]), np.array([4.0, 7.0, 5.0]))
     packs = fill_packs([2, 0], sizes, 10, 4)
     assert packs is not None
     assert sorted(packs[:2]) == [[0], [2]]
@@ -119,9 +142,9 @@ def test_fewer_pairs_than_packs_leaves_the_last_ones_empty() -> None:
 
 
 def test_even_tokens_where_even_costs_do_not_fit() -> None:
-    sizes = PairSizes(np.array([6, 6, 2, 2]), np.array([1.0, 1.0, 9.0, 9.0]))
+    sizes = sizes_of(np.array([6, 6, 2, 2]), np.array([1.0, 1.0, 9.0, 9.0]))
     assert fill_packs([0, 1, 2, 3], sizes, 8, 2) is not None
-    crossed = PairSizes(np.array([9, 1, 5, 5]), np.array([6.0, 5.0, 4.0, 3.0]))
+    crossed = sizes_of(np.array([9, 1, 5, 5]), np.array([6.0, 5.0, 4.0, 3.0]))
     by_cost = spread_evenly(crossed.costs, 2)
     assert max(crossed.tokens[pack].sum() for pack in by_cost) > 10
     assert fill_packs([0, 1, 2, 3], crossed, 10, 2) == [[0, 1], [2, 3]]

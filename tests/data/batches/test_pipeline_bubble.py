@@ -1,0 +1,140 @@
+"""The simulated pipeline: its order is that of Megatron's schedule, its length the textbook's, and one worked by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_rmipo.data.batches.pipeline_bubble import (
+    PassCosts,
+    Work,
+    even_bubble,
+    even_length,
+    idle_share,
+    simulated_length,
+    stage_order,
+)
+from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from tests.harness import run_distributed
+
+STAGES = 4
+
+
+def costs(*layers: float, head: float = 0.0, backward: bool = True) -> PassCosts:
+    return PassCosts(np.array(layers), np.full(len(layers), head), backward)
+
+
+@pytest.mark.parametrize(("num_stages", "num_packs"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 7, 16))])
+def test_equal_packs_over_equal_stages_take_what_the_formula_says(num_stages: int, num_packs: int) -> None:
+    for backward in (False, True):
+        one = costs(*[3.0] * num_packs, backward=backward)
+        length = simulated_length([one], num_stages)
+        assert length == pytest.approx(even_length([one], num_stages))
+        assert idle_share(one.work, length, num_stages, 1) == pytest.approx(even_bubble(num_stages, num_packs))
+
+
+def test_two_stages_by_hand() -> None:
+    # Stage 0: 1, then it waits until stage 1 takes the second pack; stage 1: 1 + 2 of the head, then 3.
+    forward_only = costs(2.0, 6.0, 2.0, backward=False)
+    assert simulated_length([forward_only], 2) == 1 + 3 + 3 + 1
+    assert simulated_length([costs(2.0, 6.0, 2.0, head=2.0, backward=False)], 2) == 1 + 3 + 5 + 3
+    # Stage 0: F0 to 1, F1 to 4, B0 4 to 6, B1 13 to 19. Stage 1: F0 1 to 2, B0 2 to 4, F1 4 to 7, B1 7 to 13.
+    assert simulated_length([costs(2.0, 6.0)], 2) == 19
+
+
+def test_a_pass_begins_while_the_one_before_drains() -> None:
+    before, gradient = costs(4.0, 4.0, backward=False), costs(4.0, 4.0)
+    apart = sum(simulated_length([one], 4) for one in (before, gradient))
+    assert apart == even_length([before, gradient], 4) == 5 + 15
+    # All stages but the first would have stood still at the seam.
+    assert simulated_length([before, gradient], 4) == 2 + 15
+
+
+def test_the_replica_that_takes_longest_sets_the_step() -> None:
+    slow, fast = costs(4.0, 4.0), costs(2.0, 2.0)
+    longest = simulated_length([slow], 2)
+    assert longest == 18
+    assert idle_share(slow.work + fast.work, longest, 2, 2) == pytest.approx(1 - 36 / (18 * 4))
+
+
+class Stage(torch.nn.Module):
+    """As much of a model as Megatron's schedules ask for; what it does, it writes down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = TransformerConfig(
+            num_layers=STAGES,
+            hidden_size=1,
+            num_attention_heads=1,
+            pipeline_model_parallel_size=STAGES,
+            pipeline_dtype=torch.float32,
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
+            batch_p2p_comm=False,
+            calculate_per_token_loss=True,
+        )
+        self.model_type = ModelType.encoder_or_decoder
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.order: list[Work] = []
+        self.received: Tensor | None = None
+
+    def set_input_tensor(self, received: Any) -> None:
+        self.received = received[0] if isinstance(received, list) else received
+
+    def forward(self, pack: int) -> Tensor:
+        self.order.append((False, pack))
+        received = torch.ones(2 + pack, 1, 1) if self.received is None else self.received
+        output = self.weight * received
+        if output.requires_grad:
+            output.register_hook(lambda grad: self.order.append((True, pack)))
+        return output
+
+
+def _loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return output.sum(), torch.tensor(1, dtype=torch.int), {}
+
+
+def _forward_step(packs: Iterator[int], stage: Stage) -> tuple[Tensor, Any]:
+    return stage(next(packs)), _loss
+
+
+def orders(nums_packs: tuple[int, ...]) -> list[tuple[list[Work], list[Work]]]:
+    """What this stage does in Megatron's own schedule, forward only and with backward, for each number of packs."""
+    groups = initialize_runtime(1, STAGES, seed=1)
+    assert groups.pp_size == STAGES
+    found = []
+    for num_packs in nums_packs:
+        both = []
+        for forward_only in (True, False):
+            stage = Stage()
+            get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=iter(range(num_packs)),
+                model=[stage],
+                num_microbatches=num_packs,
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+            both.append(stage.order)
+        found.append((both[0], both[1]))
+    shutdown_runtime()
+    return found
+
+
+@pytest.mark.dist
+def test_the_order_is_that_of_megatrons_schedule() -> None:
+    nums_packs = (1, 2, 3, 4, 7)
+    for stage, found in enumerate(run_distributed(orders, STAGES, nums_packs)):
+        for num_packs, (forward_only, trained) in zip(nums_packs, found, strict=True):
+            assert forward_only == stage_order(stage, STAGES, num_packs, backward=False)
+            assert trained == stage_order(stage, STAGES, num_packs, backward=True)
