@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ LLAMA_3_8B = ModelArchitecture(
     ropes=(Rope(500000.0),),
     layernorm_epsilon=1e-5,
 )
+LLAMA_3_70B = dataclasses.replace(LLAMA_3_8B, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)
 BOS, EOS = 1, 2
 # Token lengths that come with this repository; see README.md.
 RECORDED = {name: Path(__file__).parent / "lengths" / f"{name}.csv" for name in ("ultrafeedback", "hh")}
@@ -46,6 +48,22 @@ class Pairs(Sequence[TokenizedPair]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._pairs[index]
+
+
+class Lengths:
+    """In the place of a data set, where no token is read.
+
+    Args:
+        lengths: int ``[P, 3]``.
+    """
+
+    prefix = "lengths"
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 def read_lengths(source: str) -> np.ndarray:

@@ -22,6 +22,7 @@ _SHOWN = (
     ("pairs_per_second", "pairs/s", ".1f"),
     ("tflops_per_device", "TF/s", ".3g"),
     ("mfu", "MFU", ".1%"),
+    ("pipeline_bubble", "bubble", ".0%"),
     ("memory_gib", "GiB", ".1f"),
 )
 

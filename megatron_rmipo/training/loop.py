@@ -20,10 +20,11 @@ from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.expert_load import take_expert_load
 from megatron_rmipo.passes.step_passes import PairMetrics
 from megatron_rmipo.reports.metrics import summarize, summarize_held_out
+from megatron_rmipo.reports.pipeline import pipeline_bubble
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
-from megatron_rmipo.reports.timers import PhaseTimer
+from megatron_rmipo.reports.timers import PhaseTimer, StageClock
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
@@ -43,6 +44,7 @@ class Run:
         num_held_out: pairs of an evaluation.
         save: writes a checkpoint of the run as it is.
         stop: asked after each step and at each batch of an evaluation.
+        clock: of this rank's pipeline stage, where it tells something.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class Run:
     memory: MemoryReport
     save: Callable[[], None]
     stop: StopRequest
+    clock: StageClock | None = None
 
 
 def train(run: Run) -> bool:
@@ -79,12 +82,12 @@ def train(run: Run) -> bool:
     with run.profiler, run.stop:
         if _owes_evaluation(run) and evaluate(run) is None:
             return False
-        for batch, outcome in _steps(run):
+        for batch, outcome, phases in _steps(run):
             step = run.progress.step
             if not outcome.updated:
                 _count_skipped_step(run, batch, outcome)
             if step % run.config.logging.log_interval == 0 or step == run.train_iters:
-                run.reporter.log("train", _record(run, batch, outcome))
+                run.reporter.log("train", _record(run, batch, outcome, phases))
             if run.config.checkpoint.save_interval and step % run.config.checkpoint.save_interval == 0:
                 run.save()
                 saved_at = step
@@ -153,23 +156,26 @@ def _batches(run: Run) -> Iterator[RankBatch]:
     )
 
 
-def _steps(run: Run) -> Iterator[tuple[RankBatch, StepOutcome]]:
-    """The steps from where ``run.progress`` stands to the end, timed with their wait for data."""
+def _steps(run: Run) -> Iterator[tuple[RankBatch, StepOutcome, dict[str, float]]]:
+    """The steps from where ``run.progress`` stands to the end, timed with their wait for data; of each the seconds by phase."""
     batches, timer = _batches(run), PhaseTimer()
     while run.progress.consumed_pairs < run.total_pairs:
         with run.profiler.step(run.progress.step + 1):
             started = time.perf_counter()
             with timer.phase("data"):
                 batch = next(batches)
+            if run.clock is not None:
+                run.clock.busy_seconds = 0.0
             with run.memory.explaining(f"step {run.progress.step + 1}", run.pairs, batch, run.state.optimizer):
                 outcome = train_step(run.state, batch, run.objective, run.groups, timer)
-            run.throughput.add(batch, time.perf_counter() - started, timer.take())
+            phases = timer.take()
+            run.throughput.add(batch, time.perf_counter() - started, phases)
         run.progress.step += 1
         run.progress.consumed_pairs += batch.num_pairs
-        yield batch, outcome
+        yield batch, outcome, phases
 
 
-def _record(run: Run, batch: RankBatch, outcome: StepOutcome) -> dict[str, float | int]:
+def _record(run: Run, batch: RankBatch, outcome: StepOutcome, phases: dict[str, float]) -> dict[str, float | int]:
     """What is shown of a step, means over its global batch."""
     metrics: PairMetrics = outcome.metrics
     return {
@@ -181,6 +187,7 @@ def _record(run: Run, batch: RankBatch, outcome: StepOutcome) -> dict[str, float
         **summarize(metrics.values, metrics.distributions),
         **take_expert_load(run.state.policy, run.groups, each=run.config.logging.log_expert_load),
         **run.throughput.take(),
+        **pipeline_bubble(batch, run.clock, phases, run.groups),
         **({"flex_fallbacks": num_fallbacks()} if num_fallbacks() else {}),
     }
 

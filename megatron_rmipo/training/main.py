@@ -30,7 +30,13 @@ from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.reference import attach_scores, identify_reference, load_reference
 from megatron_rmipo.training.facts import run_facts
 from megatron_rmipo.training.loop import Run, train
-from megatron_rmipo.training.observers import build_profiler, build_throughput, open_reporter, say_what_runs
+from megatron_rmipo.training.observers import (
+    build_profiler,
+    build_throughput,
+    open_reporter,
+    say_what_runs,
+    stage_clock,
+)
 from megatron_rmipo.training.outputs import check_outputs, own_save_directory, save_hf, save_run, where_it_stands
 from megatron_rmipo.training.plan import RunPlan, plan_run
 from megatron_rmipo.training.setup import TrainingState, load_training_state
@@ -167,4 +173,5 @@ def _assemble(
         memory=memory,
         save=partial(save_run, config, plan.source, state, progress, groups, owner),
         stop=stop,
+        clock=stage_clock(state.policy, groups),
     )

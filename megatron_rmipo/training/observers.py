@@ -16,13 +16,16 @@ from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.expert_problems import expert_tensor_size
 from megatron_rmipo.model.flops import peak_flops
+from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
+from megatron_rmipo.reports.timers import StageClock
 from megatron_rmipo.runtime.environment import costs_of_missing_kernels
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.loop import Run
+from megatron_rmipo.training.pipeline_advice import tell_pipeline
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.resume import StartingPoint
 
@@ -62,6 +65,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     optimizer = config.optimizer
     say(f"optimizer: {optimizer.optimizer}, lr {optimizer.lr:g} {optimizer.lr_decay_style}, clip grad {optimizer.clip_grad:g}")
     say(f"layout: {_layout(run.groups, config.parallel)}")
+    tell_pipeline(run)
     attention = choose_backend(config.model.attention_backend, source.arch.least_head_size)
     say(f"precision: {_precision(config.model)}; attention {attention}")
     outputs = config.checkpoint
@@ -162,6 +166,14 @@ def build_throughput(config: Config, groups: ProcessGroups) -> Throughput:
     if torch.cuda.is_available():
         peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16 if config.model.bf16 else torch.float32)
     return Throughput(groups.world_size, peak)
+
+
+def stage_clock(policy: PolicyModel, groups: ProcessGroups) -> StageClock | None:
+    """What Megatron's schedules tell when this rank's stage works; None without stages, and with CUDA, which works on its own."""
+    if groups.pp_size == 1 or torch.cuda.is_available():
+        return None
+    clock = policy.config.timers = StageClock()
+    return clock
 
 
 def build_profiler(config: Config, groups: ProcessGroups, progress: Progress, reporter: Reporter) -> StepProfiler:

@@ -198,6 +198,11 @@ def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     assert run_distributed(run, 2, second) == [STOPPED, STOPPED]
     third = flags(prefix, parts, load=parts, pipeline_model_parallel_size=2, **distributed)
     assert run_distributed(run, 2, third) == [0, 0]
+    staged = records(parts)[4:]
+    # Of six pairs, four packs in each pass: two for each stage.
+    assert [record["pipeline_bubble/even"] for record in staged] == pytest.approx([0.2, 0.2])
+    assert all(0.05 < record[f"pipeline_bubble{kind}"] < 1 for record in staged for kind in ("", "/measured"))
+    assert not any("pipeline_bubble" in record for record in records(parts)[:4])
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
     norms = [{record["step"]: record["grad_norm"] for record in records(save)} for save in (parts, whole)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rmipo.reports import timers
 from megatron_rmipo.reports.throughput import Throughput
-from megatron_rmipo.reports.timers import PhaseTimer
+from megatron_rmipo.reports.timers import PhaseTimer, StageClock
 
 
 @pytest.fixture
@@ -64,3 +64,15 @@ def test_records_hold_means_per_step_and_the_rest() -> None:
     assert record["pairs_per_second"] == 1.0
     throughput.add(batch, 1.0, {})
     assert throughput.take()["seconds/other"] == 1.0, "nothing of the record before is left"
+
+
+def test_a_stage_is_busy_while_megatron_runs_packs_on_it(clock: Any) -> None:
+    stage = StageClock()
+    # As Megatron's schedules do it: a timer is named, then started or stopped, others around and between.
+    stage("forward-backward", log_level=1).start(barrier=False)
+    for name, seconds in (("forward-compute", 1.0), ("forward-send", 7.0), ("backward-compute", 2.0), ("forward-recv", 5.0)):
+        stage(name, log_level=2).start()
+        clock.now += seconds
+        stage(name).stop()
+    stage("forward-backward").stop()
+    assert stage.busy_seconds == 3.0

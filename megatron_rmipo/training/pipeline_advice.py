@@ -1,0 +1,164 @@
+"""What a run says of its pipeline before the first step: how long stages will stand still, and which flags would change that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.pipeline_bubble import even_length, idle_share, simulated_length
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.training.loop import Run
+
+MOST_IDLE = 0.25
+# Looked at: the run's next batches, and of each these many data-parallel ranks, which the spread makes alike.
+NUM_BATCHES, MOST_RANKS = 2, 2
+# A remedy leaves at most this of what stages stand still now.
+WORTH_SAYING = 0.9
+# Beyond so many micro-batches a stage little is left to gain.
+MOST_PER_STAGE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineEstimate:
+    """What some global batches of a run will be like.
+
+    Attributes:
+        idle: share of a step that stages stand still, by what packs cost.
+        even: the same, if all packs and stages cost the same.
+        num_packs: micro-batches of the gradient pass, the fewest of a rank.
+        cost_per_pair: of the time that a step takes on all ranks, with what packs cost beside their tokens.
+        imbalance: work of the last stage over the mean stage's.
+    """
+
+    idle: float
+    even: float
+    num_packs: int
+    cost_per_pair: float
+    imbalance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunBatches:
+    """The global batches that a run will see.
+
+    Attributes:
+        pairs: the data.
+        order: of the pairs.
+        consumed_pairs, total_pairs: where the run stands, and where it ends.
+    """
+
+    pairs: PairCollection
+    order: PairOrder
+    consumed_pairs: int
+    total_pairs: int
+
+    def estimate(self, layout: BatchLayout, batch_size: int) -> PipelineEstimate:
+        """What they will be like under a layout, from their lengths alone."""
+        builder = BatchBuilder(self.pairs, layout)
+        ranks = sorted({int(rank) for rank in np.linspace(0, layout.dp_size - 1, MOST_RANKS)})
+        totals, num_packs, last_stage = np.zeros(4), [], 0.0
+        starts = range(self.consumed_pairs, self.total_pairs, batch_size)[:NUM_BATCHES]
+        for start in starts:
+            indices = self.order.batch(start, batch_size, self.total_pairs)
+            cost, passes_of = builder.pass_costs(indices, ranks)
+            with_overhead = [[one.with_overhead(layout.cost.per_token) for one in passes] for passes in passes_of]
+            lengths = [
+                max(length(passes, layout.num_stages) for passes in those)
+                for length, those in (
+                    (simulated_length, passes_of),
+                    (even_length, passes_of),
+                    (simulated_length, with_overhead),
+                )
+            ]
+            totals += [cost, *lengths]
+            num_packs += [len(passes[-1].layers) for passes in passes_of]
+            shares = [(one.work, one.head.sum() / (one.layers + one.head).sum()) for passes in passes_of for one in passes]
+            last_stage += sum(work * head for work, head in shares) / sum(work for work, _ in shares)
+        stages, replicas = layout.num_stages, layout.dp_size
+        head_share = last_stage / len(starts)
+        seen = min(self.total_pairs - self.consumed_pairs, len(starts) * batch_size)
+        return PipelineEstimate(
+            idle=idle_share(totals[0], totals[1], stages, replicas),
+            even=idle_share(totals[0], totals[2], stages, replicas),
+            num_packs=min(num_packs),
+            cost_per_pair=totals[3] * stages * replicas / seen,
+            imbalance=(1.0 - head_share) + head_share * stages,
+        )
+
+
+def tell_pipeline(run: Run) -> None:
+    """Say how long stages will stand still, and warn where it is long, with the flags that would help. The first rank looks."""
+    if run.groups.pp_size == 1 or run.groups.rank != 0 or run.progress.consumed_pairs >= run.total_pairs:
+        return
+    layout, batch_size = run.pairs.layout, run.config.training.global_batch_size
+    batches = RunBatches(run.pairs.pairs, run.order, run.progress.consumed_pairs, run.total_pairs)
+    found = batches.estimate(layout, batch_size)
+    run.reporter.say(
+        f"pipeline: about {found.idle:.0%} of a step idle ({found.even:.0%} if packs and stages were even), "
+        f"{found.num_packs} micro-batches a rank"
+    )
+    if found.idle > MOST_IDLE:
+        run.reporter.warn(f"pipeline stages stand still for about {found.idle:.0%} of a step; {_advice(run, batches, found)}")
+
+
+def _advice(run: Run, batches: RunBatches, found: PipelineEstimate) -> str:
+    """Which flags would help, each alone, without making a pair dearer; and what is in the way."""
+    layout = run.pairs.layout
+    helpful = []
+    for remedies in _remedies(run):
+        best = ("", found)
+        for text, other, size in remedies:
+            would_be = batches.estimate(other, size)
+            if would_be.cost_per_pair <= found.cost_per_pair:
+                best = min(best, (text, would_be), key=lambda one: one[1].idle)
+            if best[1].idle <= MOST_IDLE:
+                break
+        if best[1].idle <= max(MOST_IDLE, WORTH_SAYING * found.idle):
+            helpful.append(f"{best[0]} ({best[1].idle:.0%})")
+    text = f"flags that would change it, each alone: {'; '.join(helpful)}" if helpful else "no flag alone would change it"
+    a_rank = run.config.training.global_batch_size // layout.dp_size
+    if a_rank < layout.least_packs:
+        text += f". A rank has about {a_rank} pairs of a step, too few for {layout.least_packs} micro-batches"
+    if found.imbalance > 1.1:
+        text += f". The last stage, with the output layer, has {found.imbalance:.2f} times a stage's mean work"
+    return text
+
+
+def _remedies(run: Run) -> Iterator[list[tuple[str, BatchLayout, int]]]:
+    """Of each flag the values that may help, the mildest first: (what to write, the layout then, pairs of a step then)."""
+    layout, config = run.pairs.layout, run.config
+    size, stages = config.training.global_batch_size, layout.num_stages
+    most = min(MOST_PER_STAGE, -(-size // (layout.dp_size * stages)))
+    yield [
+        (f"--min-microbatches-per-stage {least}", dataclasses.replace(layout, min_packs_per_stage=least), size)
+        for least in (1, 2, 3, 4, 6, MOST_PER_STAGE)
+        if layout.min_packs_per_stage < least <= most
+    ]
+    tokens = layout.capacity // 2
+    # Twice the length holds every pair, whatever the data.
+    if tokens >= 2 * config.data.seq_length:
+        yield [(f"--tokens-per-microbatch {tokens}", dataclasses.replace(layout, tokens_per_microbatch=tokens), size)]
+    # Packs as they are, and more of them.
+    yield [
+        (
+            f"--global-batch-size {size * factor} with --min-microbatches-per-stage {layout.min_packs_per_stage * factor}",
+            dataclasses.replace(layout, min_packs_per_stage=layout.min_packs_per_stage * factor),
+            size * factor,
+        )
+        for factor in (2, 4)
+        if size * factor <= len(run.pairs.pairs)
+    ]
+    fewer = [number for number in range(stages - 1, 0, -1) if stages % number == 0]
+    yield [
+        (
+            f"--pipeline-model-parallel-size {number}, where memory allows",
+            dataclasses.replace(layout, num_stages=number, dp_size=layout.dp_size * stages // number),
+            size,
+        )
+        for number in fewer
+        if size >= layout.dp_size * stages // number
+    ]
