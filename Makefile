@@ -77,6 +77,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p "$(dir $(BENCH_CSV))"
 	$(BIN)/python -m benchmarks.bench_balance --csv "$(basename $(BENCH_CSV))_balance.csv"
+	$(BIN)/python -m benchmarks.bench_pipeline --csv "$(basename $(BENCH_CSV))_pipeline.csv"
 	$(BIN)/python -m benchmarks.bench_logprobs --csv "$(basename $(BENCH_CSV))_logprobs.csv"
 	$(BIN)/python -m benchmarks.bench_flops --csv "$(basename $(BENCH_CSV))_flops.csv"
 	$(BIN)/python -m benchmarks.bench_alone --csv "$(basename $(BENCH_CSV))_alone.csv"

@@ -14,9 +14,13 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.inputs import BOS, LLAMA_3_8B, LLAMA_3_70B, RECORDED, Lengths, cut_lengths, read_lengths, step_costs
 from benchmarks.report import FOLDER, Goal, add_report_options, report

@@ -19,6 +19,7 @@ from benchmarks import (
     bench_flops,
     bench_gpu,
     bench_logprobs,
+    bench_pipeline,
     bench_step,
     gpu_results,
 )
@@ -64,6 +65,11 @@ def write_balance(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_balance.main(arguments) == 0
 
 
+def write_pipeline(path: Path, patch: pytest.MonkeyPatch) -> None:
+    arguments = ["--lengths", "ultrafeedback", "--models", "Llama-3-8B", "--stages", "2", "--ranks", "2", "--batch-sizes", "128"]
+    assert bench_pipeline.main([*arguments, "--num-batches", "1", "--csv", str(path)]) == 0
+
+
 def write_data(path: Path, patch: pytest.MonkeyPatch) -> None:
     preparing = Preparing("hh", 1, 2, 3, SPREAD, SPREAD, SPREAD, SPREAD, SPREAD, SPREAD)
     loading = Loading("hh", 8, 1, SPREAD, SPREAD, SPREAD, 1.0, SPREAD, 0.1)
@@ -107,6 +113,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_alone.csv": write_alone,
     "results_logprobs.csv": write_logprobs,
     "results_balance.csv": write_balance,
+    "results_pipeline.csv": write_pipeline,
     "results_data.csv": write_data,
     "results_convert.csv": write_convert,
     "results_gpu.csv": write_gpu,
