@@ -39,7 +39,7 @@ from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.runtime.signals import StopRequest
+from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 
 # Rows of each data-parallel rank between two writes: enough to fill several packs, and little to lose.
 ROWS_PER_WRITE = 64
@@ -175,7 +175,10 @@ def score_rows(
     num_done = total - len(missing.rows)
     with stop, _Keeper(task, groups) as keeper, _progress_bar(title, num_done, total, shown=groups.rank == 0) as bar:
         for number, block in enumerate(missing.rows.blocks(ROWS_PER_WRITE * groups.dp_size)):
-            stop.check(f"{title}: {num_done} of {total} rows are kept in {task.directory}; start again to go on with the rest.")
+            if stop.requested():
+                keeper.flush()
+                kept = f"{num_done} of {total} rows are kept in {task.directory}"
+                raise RunStopped(f"{title}: {kept}; start again to go on with the rest.")
             batch = builder.build(block)
             with memory.explaining(f"log-probs of {rows.prefix}", builder, batch, trains=False):
                 scores = _score_block(model, batch, groups)
