@@ -19,14 +19,14 @@ def test_rows_that_no_pair_stands_in_need_no_scores(tmp_path: Path) -> None:
     prefix = str(write_pairs(tmp_path / "pairs"))
     store = PairStore(prefix)
     key = ScoreKey(data_fingerprint(prefix), store.manifest.tokenizer.fingerprint, "reference", "float32", "matched")
-    directory, rows = score_directory(prefix, None, key), np.array([2, 7, 30])
+    directory, rows = score_directory(prefix, None, key), np.array([45, 46, 47])
     with ScoreWriter(directory, key, len(store)) as writer:
         writer.write(rows, np.arange(-6, 0, dtype=np.float32).reshape(3, 2))
-    some = PairCollection([store], np.array([7, 2, 7]))
+    some, last_five = (PairCollection([store]).split(number / 48)[1] for number in (3, 5))
     some.reference_scores = _open_all(some, _find_all(some, "matched", "dpo", None))
     found = some.scores_of(np.arange(3))
     assert found is not None
-    assert found.tolist() == [[-4.0, -3.0], [-6.0, -5.0], [-4.0, -3.0]]
-    for members, num_missing in ((None, 45), (np.array([2, 3, 4, 3]), 2)):
+    assert found.tolist() == [[-6.0, -5.0], [-4.0, -3.0], [-2.0, -1.0]]
+    for pairs, num_missing in ((PairCollection([store]), 45), (last_five, 2)):
         with pytest.raises(ConfigError, match=rf"not all there yet, {num_missing} of 48 are missing. Run tools/score_pairs\.py"):
-            _find_all(PairCollection([store], members), "matched", "dpo", None)
+            _find_all(pairs, "matched", "dpo", None)
