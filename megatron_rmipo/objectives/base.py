@@ -87,7 +87,7 @@ class LogpNeeds:
         unconditional: ``"bos"``: log p(y) with the response after a BOS token, all its tokens scored, or what stands in for
             one, if that is nothing as with ``"none"``: without any context, its first token not scored; None: not needed.
         rejected: whether the rejected response is needed at all (supervised fine-tuning trains on the chosen one alone).
-        reference: log-probabilities under the reference; computed once for the whole data set, no reference in memory.
+        reference: log-probabilities under the reference; computed once for the pairs that a run sees, no reference in memory.
         mismatched: log-probabilities of responses to other prompts, under the policy (a forward-only pass before the gradient
             pass) and under the reference (computed once).
         batch: log-probabilities of the whole global batch before its losses (a forward-only pass before the gradient pass).

@@ -1,1 +1,1 @@
-"""Log-probs of whole data sets: those of a reference, computed once and kept."""
+"""Log-probs of data sets: those of a reference, computed once and kept."""

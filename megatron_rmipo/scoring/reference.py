@@ -14,8 +14,8 @@ from typing import Any
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_source, hf_source, load_model, weights_fingerprint
 from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.batches.seen import SeenPairs, seen_rows
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
-from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.peak import forget_peak_memory
 from megatron_rmipo.memory.report import MemoryReport
@@ -136,18 +136,19 @@ def attach_scores(
     config: Config,
     choice: ReferenceChoice,
     fingerprint: str,
-    collections: Sequence[PairCollection],
+    seen: Sequence[SeenPairs],
     needs: LogpNeeds,
     groups: ProcessGroups,
     memory: MemoryReport,
     stop: StopRequest,
 ) -> None:
-    """Give the data the reference's log-probs, computing what is missing. All ranks call it together.
+    """Give the data the reference's log-probs, computing what is missing of the pairs seen. All ranks call it together.
 
     Args:
         config: the run's configuration.
         choice, fingerprint: the reference.
-        collections: get the scores; their mismatched pairs are made before, where they are needed.
+        seen: what the run will see of which collections; these get the scores. Their mismatched pairs are made before, where
+            they are needed.
         needs: of the objective.
         groups: the process groups of this rank.
         memory: explains, should memory run out.
@@ -158,6 +159,7 @@ def attach_scores(
         ConfigError: something is missing, and where the reference's weights lie is not known.
         DataError: a log-prob is not finite, or cannot be written.
     """
+    collections = [one.pairs for one in seen]
     matched = _distinct([store for part in collections for store in part.stores]) if needs.reference else []
     mismatched = [store for part in collections if part.mismatched is not None for store in part.mismatched.stores]
     tasks = plan_scores(
@@ -167,12 +169,12 @@ def attach_scores(
         cache=config.model.reference_cache,
         groups=groups,
     )
-    missing = find_missing(tasks, groups)
+    missing = find_missing(tasks, groups, partial(seen_rows, seen))
     if missing:
         model = load_reference(config, choice, fingerprint, groups)
         layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        for task in missing:
-            score_rows(model, task, layout, groups, memory, stop)
+        for one in missing:
+            score_rows(model, one, layout, groups, memory, stop)
         del model
         forget_peak_memory()
     tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}

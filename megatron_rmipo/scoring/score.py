@@ -1,4 +1,4 @@
-"""Log-probs of a whole data set under one model, written beside the data. What is done stays done when it is stopped.
+"""Log-probs of rows of a data set under one model, written beside the data. What is done stays done when it is stopped.
 
 Every function here is collective: all ranks call it together.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -22,24 +22,29 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import (
+    KeptScores,
     Kind,
     ScoreKey,
     Scores,
     ScoreWriter,
     data_fingerprint,
     open_scores,
+    refuse_not_finite,
     score_directory,
 )
+from megatron_rmipo.data.store.row_set import RowSet
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.runtime.signals import StopRequest
+from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 
 # Rows of each data-parallel rank between two writes: enough to fill several packs, and little to lose.
 ROWS_PER_WRITE = 64
+# Writes between two flushes, where all ranks learn of a write that failed.
+_WRITES_PER_FLUSH = 16
 _OPEN_TRIES = 10
 
 
@@ -57,11 +62,11 @@ class ScoreTask:
     key: ScoreKey
     directory: Path
 
-    def open(self) -> Scores:
-        """The finished scores, fp32 ``[P, 2]``.
+    def open(self) -> KeptScores:
+        """The scores that there are.
 
         Raises:
-            DataError: they are not there, or damaged.
+            DataError: there are none, or they are damaged.
         """
         for _ in range(_OPEN_TRIES):
             scores = open_scores(self.directory, self.key, len(self.rows))
@@ -69,9 +74,22 @@ class ScoreTask:
                 return scores
             # On a shared file system another node's files may take a moment to be seen.
             time.sleep(1.0)
-        raise DataError(
-            f"{self.directory}: the scores were written, but are not (all) there. Is it on a disk that all nodes share?"
-        )
+        raise DataError(f"{self.directory}: the scores were written, but are not there. Is it on a disk that all nodes share?")
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingScores:
+    """What is to be computed for one data set.
+
+    Attributes:
+        task: of the data set.
+        rows: those whose scores are needed and not there; at least one.
+        num_needed: how many are needed, these among them.
+    """
+
+    task: ScoreTask
+    rows: RowSet
+    num_needed: int
 
 
 def plan_scores(
@@ -89,37 +107,57 @@ def plan_scores(
     return tasks
 
 
-def find_missing(tasks: Sequence[ScoreTask], groups: ProcessGroups) -> list[ScoreTask]:
-    """Those whose scores are not all there yet; the places to write them to are made.
+def find_missing(
+    tasks: Sequence[ScoreTask], groups: ProcessGroups, needed: Callable[[], Mapping[str, RowSet]] | None = None
+) -> list[MissingScores]:
+    """What is not there yet of the scores that are needed; the places to write it to are made.
+
+    The first rank looks; the others get a bit for each row of the data sets of which something is missing.
+
+    Args:
+        tasks: the data sets.
+        groups: the process groups of this rank.
+        needed: gives the rows that are, by the prefix of the data set; asked once, on the first rank, where not all are scored.
+            None: all rows are.
 
     Raises:
         DataError: what is there is damaged, or what is missing could not be written.
     """
+    answers: list[Mapping[str, RowSet]] = []
 
-    def look() -> list[int]:
-        missing = []
-        for number, task in enumerate(tasks):
-            if open_scores(task.directory, task.key, len(task.rows)) is None:
-                ScoreWriter(task.directory, task.key, len(task.rows))
-                missing.append(number)
-        return missing
+    def look_at(task: ScoreTask) -> tuple[RowSet, int]:
+        kept = open_scores(task.directory, task.key, len(task.rows))
+        missing, num_needed = RowSet.whole(len(task.rows)) if kept is None else kept.unscored(), len(task.rows)
+        if needed is not None and len(missing):
+            if not answers:
+                answers.append(needed())
+            wanted = answers[0][task.rows.prefix]
+            missing, num_needed = missing & wanted, len(wanted)
+        if kept is None or len(missing):
+            with ScoreWriter(task.directory, task.key, len(task.rows)):
+                pass
+        return missing, num_needed
 
-    return [tasks[number] for number in on_first_rank(groups.world, look)]
+    def look() -> list[tuple[int, RowSet, int]]:
+        found = [(number, *look_at(task)) for number, task in enumerate(tasks)]
+        return [one for one in found if len(one[1])]
+
+    return [MissingScores(tasks[number], rows, num_needed) for number, rows, num_needed in on_first_rank(groups.world, look)]
 
 
 def score_rows(
     model: PolicyModel,
-    task: ScoreTask,
+    missing: MissingScores,
     layout: BatchLayout,
     groups: ProcessGroups,
     memory: MemoryReport,
     stop: StopRequest,
 ) -> None:
-    """Compute what is missing of a data set's scores. Shows a progress bar.
+    """Compute what is missing of a data set's scores, in stored order. Shows a progress bar.
 
     Args:
         model: this rank's part of the reference, its weights loaded.
-        task: from :func:`find_missing`.
+        missing: from :func:`find_missing`.
         layout: how rows are cut; the result does not depend on it.
         groups: the process groups of this rank.
         memory: explains, should memory run out.
@@ -130,27 +168,27 @@ def score_rows(
         DataError: a score is not finite, or the scores cannot be written.
         OutOfMemoryError: on the rank whose memory ran out, alone.
     """
+    task, total = missing.task, missing.num_needed
     rows: Any = task.rows
-    num_rows = len(rows)
     builder = BatchBuilder(PairCollection([rows]), layout)
-    writer: list[ScoreWriter] = []
-
-    def open_writer() -> int:
-        writer.append(ScoreWriter(task.directory, task.key, num_rows))
-        return writer[0].num_done
-
-    num_done = on_first_rank(groups.world, open_writer)
     title = f"{task.key.kind} log-probs of {rows.prefix}"
-    with stop, _progress_bar(title, num_done, num_rows, shown=groups.rank == 0) as bar:
-        block = ROWS_PER_WRITE * groups.dp_size
-        for first in range(num_done, num_rows, block):
-            stop.check(f"{title}: {first} of {num_rows} rows are kept in {task.directory}; start again to go on with the rest.")
-            indices = np.arange(first, min(first + block, num_rows))
-            batch = builder.build(indices)
+    num_done = total - len(missing.rows)
+    with stop, _Keeper(task, groups) as keeper, _progress_bar(title, num_done, total, shown=groups.rank == 0) as bar:
+        for number, block in enumerate(missing.rows.blocks(ROWS_PER_WRITE * groups.dp_size)):
+            if stop.requested():
+                keeper.flush()
+                kept = f"{num_done} of {total} rows are kept in {task.directory}"
+                raise RunStopped(f"{title}: {kept}; start again to go on with the rest.")
+            batch = builder.build(block)
             with memory.explaining(f"log-probs of {rows.prefix}", builder, batch, trains=False):
                 scores = _score_block(model, batch, groups)
-            on_first_rank(groups.world, partial(_write, writer, scores))
-            bar.update(len(indices))
+            refuse_not_finite(task.directory, block, scores)
+            keeper.write(block, scores)
+            if (number + 1) % _WRITES_PER_FLUSH == 0:
+                keeper.flush()
+            num_done += len(block)
+            bar.update(len(block))
+        keeper.flush()
 
 
 @torch.no_grad()
@@ -160,8 +198,50 @@ def _score_block(model: PolicyModel, batch: RankBatch, groups: ProcessGroups) ->
     return scores
 
 
-def _write(writer: Sequence[ScoreWriter], scores: np.ndarray) -> None:
-    writer[0].write(scores)
+class _Keeper:
+    """The first rank writes; that it could not, the others learn at the next flush, so that no write needs a word to them.
+
+    A context manager, whose making is collective.
+    """
+
+    def __init__(self, task: ScoreTask, groups: ProcessGroups) -> None:
+        self._group = groups.world
+        self._writer: ScoreWriter | None = None
+        self._failure: DataError | None = None
+
+        def open_writer() -> None:
+            self._writer = ScoreWriter(task.directory, task.key, len(task.rows))
+
+        on_first_rank(self._group, open_writer)
+
+    def __enter__(self) -> _Keeper:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*exc)
+
+    def write(self, rows: npt.NDArray[np.int64], scores: Scores) -> None:
+        """Write scores, fp32 ``[n, 2]``, of ``rows``, which are the same on every rank."""
+        if self._writer is not None and self._failure is None:
+            try:
+                self._writer.write(rows, scores)
+            except DataError as error:
+                self._failure = error
+
+    def flush(self) -> None:
+        """Return when what was written outlasts a failure of the machine. Collective.
+
+        Raises:
+            DataError: on every rank, where the first one could not write.
+        """
+        on_first_rank(self._group, self._flush_writer)
+
+    def _flush_writer(self) -> None:
+        assert self._writer is not None
+        if self._failure is not None:
+            raise self._failure
+        self._writer.flush()
 
 
 def _progress_bar(title: str, num_done: int, total: int, *, shown: bool) -> tqdm[Any]:

@@ -152,10 +152,11 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
             # The fingerprint has read and compared every file.
             model = load_model(dataclasses.replace(source, checked=True), config, groups)
         layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        for task in missing:
-            score_rows(model, task, layout, groups, memory, stop)
+        for part in missing:
+            score_rows(model, part, layout, groups, memory, stop)
     shutdown_runtime()
-    return [f"{'wrote' if task in missing else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
+    written = {part.task.directory for part in missing}
+    return [f"{'wrote' if task.directory in written else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
 
 
 def _check_store(store: PairStore, source: ModelSource) -> int:

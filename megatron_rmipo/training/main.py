@@ -16,6 +16,7 @@ from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.seen import SeenPairs
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
@@ -131,9 +132,17 @@ def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: boo
 def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest) -> None:
     if plan.reference is None:
         return
-    fingerprint = plan.start.progress.reference = identify_reference(plan.reference, groups)
+    data, progress = plan.data, plan.start.progress
+    fingerprint = progress.reference = identify_reference(plan.reference, groups)
+    seen = [SeenPairs.in_order(data.train, _order(plan), progress.consumed_pairs, plan.total_pairs)]
+    if data.held_out is not None:
+        seen.append(SeenPairs.first(data.held_out, data.num_held_out))
     with memory.explaining("loading the reference", trains=False):
-        attach_scores(plan.config, plan.reference, fingerprint, plan.data.collections, plan.objective.needs, groups, memory, stop)
+        attach_scores(plan.config, plan.reference, fingerprint, seen, plan.objective.needs, groups, memory, stop)
+
+
+def _order(plan: RunPlan) -> PairOrder:
+    return PairOrder(len(plan.data.train), plan.config.training.seed)
 
 
 def _load_state(plan: RunPlan, groups: ProcessGroups) -> TrainingState:
@@ -162,7 +171,7 @@ def _assemble(
         objective=plan.objective,
         progress=progress,
         pairs=BatchBuilder(data.train, layout),
-        order=PairOrder(len(data.train), config.training.seed),
+        order=_order(plan),
         train_iters=plan.train_iters,
         total_pairs=plan.total_pairs,
         held_out=BatchBuilder(data.held_out, layout) if data.held_out is not None else None,

@@ -18,6 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rmipo.command import STOPPED
+from megatron_rmipo.config.schema import TrainingConfig
+from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
 from megatron_rmipo.scoring import score_cli
 from tests.harness import run_distributed
@@ -32,6 +36,12 @@ def prefix(tmp_path: Path) -> Path:
 
 def score_files(prefix: Path) -> list[Path]:
     return sorted(prefix.with_name(prefix.name + ".reference").glob(f"*/{SCORES_FILE}"))
+
+
+def scored_rows(path: Path) -> list[int]:
+    """Rows of a file of scores that are there: not the zeros of a hole."""
+    rows: list[int] = np.flatnonzero(np.load(path).view(np.uint64)[:, 0]).tolist()
+    return rows
 
 
 def other_model(directory: Path) -> Path:
@@ -92,34 +102,31 @@ def test_scoring_goes_on_after_a_signal_and_a_kill_at_another_layout(prefix: Pat
         "import sys, time\n"
         "from megatron_rmipo.scoring import score, score_cli\n"
         "score.ROWS_PER_WRITE = 5\n"
-        "original = score._write\n"
+        "original = score._Keeper.write\n"
         "def slowly(*given):\n"
         "    original(*given)\n"
         "    time.sleep(1)\n"
-        "score._write = slowly\n"
+        "score._Keeper.write = slowly\n"
         "sys.exit(score_cli.main(sys.argv[1:]))\n"
     )
-    progress: list[Path] = []
     for sent, least, code in ((signal.SIGTERM, 5, STOPPED), (signal.SIGKILL, 15, -signal.SIGKILL)):
         command, variables = [sys.executable, "-c", program, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 100
-        while not (progress and json.loads(progress[0].read_text())["num_done"] >= least):
+        while not (score_files(prefix) and len(scored_rows(score_files(prefix)[0])) >= least):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-            progress = list(prefix.with_name("pairs.reference").glob("*/progress.json"))
         process.send_signal(sent)
         _, said = process.communicate(timeout=60)
         assert process.returncode == code, said
-        num_done = json.loads(progress[0].read_text())["num_done"]
+        (scores,) = score_files(prefix)
+        num_done = len(scored_rows(scores))
         assert least <= num_done < 48
         if sent is signal.SIGTERM:
             assert f"{num_done} of 48 rows are kept" in said.splitlines()[-1]
-    (scores,) = score_files(prefix)
     before = np.load(scores)
-    assert np.isfinite(before[:num_done]).all()
-    assert np.isnan(before[num_done + 5 :]).all()
+    assert scored_rows(scores) == list(range(num_done))
     assert set(run_distributed(score_cli.main, 2, [*arguments, "--tensor-model-parallel-size", "2"])) == {0}
     after = np.load(scores)
     assert after[:num_done].tolist() == before[:num_done].tolist(), "what was done is not done again"
@@ -224,6 +231,41 @@ def test_every_data_set_of_a_blend_has_its_own_scores(prefix: Path, tmp_path: Pa
     assert losses(tmp_path / "run")[1] == pytest.approx(math.log(2), abs=1e-6)
     assert records(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert [len(score_files(one)) for one in (prefix, second, third)] == [1, 1, 1]
+
+
+@pytest.mark.dist
+def test_a_run_scores_what_it_sees_and_a_longer_one_the_rest(tmp_path: Path) -> None:
+    prefixes = [write_pairs(tmp_path / "data" / name, first=first) for name, first in (("one", 0), ("two", 9), ("three", 7))]
+    train = PairCollection.combine([PairCollection([PairStore(prefix)]) for prefix in prefixes[:2]], [0.5, 0.5])
+    order, batch_size = PairOrder(len(train), TrainingConfig().seed), 5
+
+    def arguments(name: str, train_iters: int, **changes: Any) -> list[str]:
+        settings = {"objective": "kto", "split": None, "data_path": None, "eval_pairs": 4, "train_iters": train_iters, **changes}
+        constant = {"lr_decay_style": "constant", "lr_warmup_iters": None}
+        given = flags(prefixes[0], tmp_path / name, global_batch_size=batch_size, **constant, **settings)
+        return [*given, "--data-path", "1", *map(str, (prefixes[0], "1", prefixes[1])), "--valid-data-path", str(prefixes[2])]
+
+    def expect(num_pairs: int) -> None:
+        which, rows = train.rows_of(order.batch(0, num_pairs, num_pairs))
+        expected = [sorted(set(rows[which == number].tolist())) for number in (0, 1)] + [[0, 1, 2, 3]]
+        for one, seen in zip(prefixes, expected, strict=True):
+            files = score_files(one)
+            assert [path.parent.name.partition("-")[0] for path in files] == ["matched", "mismatched"]
+            assert [scored_rows(path) for path in files] == [seen, seen]
+
+    assert run_distributed(run, 1, arguments("run", 2)) == [0]
+    expect(10)
+    before = [np.load(path) for one in prefixes for path in score_files(one)]
+    assert run_distributed(run, 1, arguments("run", 4, load=tmp_path / "run")) == [0]
+    expect(20)
+    for old, path in zip(before, [path for one in prefixes for path in score_files(one)], strict=True):
+        assert np.load(path)[old[:, 0] != 0].tolist() == old[old[:, 0] != 0].tolist(), "what was done is done again"
+    cache = tmp_path / "cache"
+    score = ["--load-hf", str(MODEL), "--mismatched", "--tokens-per-microbatch", "700", "--reference-cache", str(cache)]
+    assert run_distributed(score_cli.main, 1, [*score, "--pairs", *map(str, prefixes)]) == [0]
+    assert run_distributed(run, 1, arguments("whole", 4, reference_cache=cache)) == [0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert records(tmp_path / "run", "eval")[-1]["loss"] == records(tmp_path / "whole", "eval")[-1]["loss"]
 
 
 @pytest.mark.dist

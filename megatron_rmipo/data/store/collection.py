@@ -14,7 +14,8 @@ import numpy as np
 from megatron_rmipo.data.store.in_memory import IdLists, PairsInMemory
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
-from megatron_rmipo.data.store.reference_scores import Kind, Scores
+from megatron_rmipo.data.store.reference_scores import Kind, ScoreTable
+from megatron_rmipo.errors import DataError
 
 
 class PairCollection(Sequence[TokenizedPair]):
@@ -27,13 +28,13 @@ class PairCollection(Sequence[TokenizedPair]):
     Attributes:
         stores, members: as given.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
-        reference_scores: of each data set, see :mod:`megatron_rmipo.data.store.reference_scores`; None where not needed.
+        reference_scores: of each data set's rows, see :mod:`megatron_rmipo.data.store.reference_scores`; None where not needed.
         mismatched: the same prompts with responses of other rows; None where not needed.
     """
 
     def __init__(self, stores: Sequence[PairStore], members: np.ndarray | None = None) -> None:
         self.stores = list(stores)
-        self.reference_scores: list[Scores] | None = None
+        self.reference_scores: Sequence[ScoreTable] | None = None
         self.mismatched: PairCollection | None = None
         self._starts = np.array([0, *itertools.accumulate(len(store) for store in stores)])
         self.members = np.arange(self._starts[-1]) if members is None else members
@@ -85,11 +86,27 @@ class PairCollection(Sequence[TokenizedPair]):
         return [("matched", self), *others] if matched else others
 
     def scores_of(self, indices: np.ndarray) -> np.ndarray | None:
-        """Sums under the reference of (chosen, rejected) of the pairs ``indices``, fp32 ``[P, 2]``; None where there are none."""
+        """Sums under the reference of (chosen, rejected) of the pairs ``indices``, fp32 ``[P, 2]``; None where none are needed.
+
+        Raises:
+            DataError: those of a pair are not there, or not finite.
+        """
         if self.reference_scores is None:
             return None
-        located = [self._locate(int(index)) for index in indices]
-        return np.stack([self.reference_scores[which][row] for which, row in located])
+        which, rows = self.rows_of(indices)
+        found = np.empty((len(rows), 2), dtype=np.float32)
+        for number in np.flatnonzero(np.bincount(which)).tolist():
+            here = which == number
+            found[here] = self.reference_scores[number][rows[here]]
+        unknown = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if unknown.size:
+            first = int(unknown[0])
+            raise DataError(
+                f"{self.describe(int(indices[first]))} has the log-probs {found[first].tolist()} under the reference: not "
+                "computed, or damaged. Start again: training computes what is missing on disk; score_reference does for pairs in "
+                "memory. All nodes must see the same files."
+            )
+        return found
 
     def values_of(self, indices: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
         """The numbers in ``columns``, which all data sets have, beside the pairs ``indices``: column -> fp32 ``[P]``."""
@@ -101,11 +118,16 @@ class PairCollection(Sequence[TokenizedPair]):
     def __len__(self) -> int:
         return len(self.members)
 
+    def rows_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which data set, which row of it) of the pairs ``indices``, int64 ``[n]`` each."""
+        members = self.members[indices]
+        which = np.searchsorted(self._starts, members, side="right") - 1
+        return which, members - self._starts[which]
+
     def _locate(self, index: int) -> tuple[int, int]:
         """(which data set, which row of it)."""
-        member = self.members[index]
-        which = int(np.searchsorted(self._starts, member, side="right")) - 1
-        return which, int(member - self._starts[which])
+        which, row = self.rows_of(np.array([index]))
+        return int(which[0]), int(row[0])
 
     def describe(self, index: int) -> str:
         """Where pair ``index`` can be looked up, for messages."""

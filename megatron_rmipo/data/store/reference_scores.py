@@ -1,11 +1,20 @@
 """Log-probs of a data set's responses under a frozen reference, kept beside the data: computed once, then memory-mapped.
 
 ``PREFIX.reference/matched-KEY/``, or the same in a directory of the user's choice, holds ``scores.npy`` (fp32 ``[P, 2]``, sums
-over the chosen and the rejected response of each row; 0 where a row has no such response) and ``progress.json``. KEY is a hash of
-everything the numbers depend on, so what was computed for other data, another tokenizer or another reference is never taken for
-it. ``mismatched-KEY`` holds the same for the pairs of :mod:`megatron_rmipo.data.store.mismatch`.
+over the chosen and the rejected response of each row; 0 where a row has no such response) and ``progress.json``, which says what
+they depend on. KEY is a hash of that, so what was computed for other data, another tokenizer or another reference is never taken
+for it. ``mismatched-KEY`` holds the same for the pairs of :mod:`megatron_rmipo.data.store.mismatch`.
 
-Shape letter: P rows.
+Which rows are scored, ``scores.npy`` says itself. It begins as one hole, which costs no space and reads as zeros: a row whose
+eight bytes are zero is not scored, and a 0 that is a score is written as -0.0. Nor is a row scored that holds a number that is
+not finite: older versions began with NaN in every row, and counted in ``progress.json`` how many were done from the first on.
+So a row and the record of it cannot differ, and nobody rewrites what others write, too:
+
+- Runs at once on the same data compute the same rows, each for itself, and write the same numbers, up to rounding.
+- A row is written by one call of the system and crosses no page: a process that is killed leaves it whole or not there. What was
+  written before stays. A machine that fails loses what was written since the last flush, row by row, not the rest.
+
+Shape letters: P rows, n some of them.
 """
 
 from __future__ import annotations
@@ -16,21 +25,31 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_rmipo.data.store.disk import write_errors_named
 from megatron_rmipo.data.store.manifest import store_paths
+from megatron_rmipo.data.store.row_set import RowSet
 from megatron_rmipo.errors import DataError
 
 SCORES_FILE, PROGRESS_FILE = "scores.npy", "progress.json"
 _ELSEWHERE = "name another directory with --reference-cache"
 Scores = npt.NDArray[np.float32]
 Kind = Literal["matched", "mismatched"]
+_ROW_BYTES = 8
+_ROWS_READ = 1 << 18  # together: 2 MB; a multiple of 8
 # Counted up when the rule of what is scored changes (which rows are matched, how long they may be).
 _RULE = 1
+
+
+class ScoreTable(Protocol):
+    """Scores of a data set's rows, on disk (:class:`KeptScores`) or in memory (an array, fp32 ``[P, 2]``)."""
+
+    def __getitem__(self, rows: npt.NDArray[np.int64], /) -> Scores:
+        """Those of ``rows``, fp32 ``[n, 2]``; NaN where there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,89 +93,155 @@ def score_directory(prefix: str, cache: str | None, key: ScoreKey) -> Path:
     return root / f"{key.kind}-{key.digest[:16]}"
 
 
-def open_scores(directory: Path, key: ScoreKey, num_rows: int) -> Scores | None:
-    """The finished scores of a data set, memory-mapped, fp32 ``[P, 2]``; None where there are none, or not all yet.
-
-    Raises:
-        DataError: the files are damaged.
-    """
-    with write_errors_named(directory, _ELSEWHERE):
-        exists = directory.exists()
-    if not exists or _read_progress(directory, key) < num_rows:
-        return None
-    scores = _open_array(directory, num_rows, "r")
-    if not np.isfinite(scores).all():
-        raise DataError(
-            f"{directory / SCORES_FILE}: holds numbers that are not finite. Remove {directory}; it is computed again."
-        )
-    return scores
-
-
-class ScoreWriter:
-    """Writes the scores of a data set in stored order, going on where an earlier one was stopped. Used by one rank.
+class KeptScores:
+    """Scores of a data set on disk, memory-mapped: those rows that are scored so far.
 
     Args:
         directory: from :func:`score_directory`.
-        key: what the scores depend on.
         num_rows: P.
 
     Attributes:
-        num_done: rows whose scores are on the disk.
+        directory: as given.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+
+    def __init__(self, directory: Path, num_rows: int) -> None:
+        self.directory, self._num_rows = directory, num_rows
+        self._array = _open_array(directory, num_rows)
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> Scores:
+        """Scores of ``rows``, fp32 ``[n, 2]``; NaN where there are none."""
+        found = np.array(self._array[rows])
+        found[~_are_scored(found)] = np.nan
+        return found
+
+    def unscored(self) -> RowSet:
+        """The rows that are not scored yet. Reads the whole file once, a piece at a time."""
+        parts = (self._array[first : first + _ROWS_READ] for first in range(0, self._num_rows, _ROWS_READ))
+        return RowSet(self._num_rows, np.concatenate([np.packbits(~_are_scored(part), bitorder="little") for part in parts]))
+
+    def __reduce__(self) -> tuple[type[KeptScores], tuple[Path, int]]:
+        return KeptScores, (self.directory, self._num_rows)  # loader workers map the file again instead of receiving a copy
+
+
+def _are_scored(scores: Scores) -> npt.NDArray[np.bool_]:
+    """Of each row of fp32 ``[n, 2]``, as it stands in the file, whether it holds scores."""
+    finite = np.isfinite(scores)
+    scored: npt.NDArray[np.bool_] = finite[:, 0] & finite[:, 1] & (scores.view(np.uint64)[:, 0] != 0)
+    return scored
+
+
+def open_scores(directory: Path, key: ScoreKey, num_rows: int) -> KeptScores | None:
+    """The scores of a data set, as far as there are any; None where none were ever kept.
+
+    Raises:
+        DataError: the files are damaged, or of something else.
+    """
+    with write_errors_named(directory, _ELSEWHERE):
+        exists = directory.exists()
+    if not exists:
+        return None
+    _check_key(directory, key)
+    return KeptScores(directory, num_rows)
+
+
+class ScoreWriter:
+    """Writes scores of a data set, in any order. A context manager, used by one rank.
+
+    Args:
+        directory: from :func:`score_directory`. Made if missing.
+        key: what the scores depend on.
+        num_rows: P.
 
     Raises:
         DataError: it cannot be written, or what is there is damaged.
     """
 
     def __init__(self, directory: Path, key: ScoreKey, num_rows: int) -> None:
-        self.directory, self._key = directory, key
+        self.directory, self._num_rows = directory, num_rows
         with write_errors_named(directory, _ELSEWHERE):
-            if not self.directory.exists():
-                self._create(num_rows)
-            self.num_done = _read_progress(self.directory, key)
-            self._array = _open_array(self.directory, num_rows, "r+")
+            if not directory.exists():
+                self._create(key)
+            _check_key(directory, key)
+            self._start = _open_array(directory, num_rows).offset
+            self._descriptor = os.open(directory / SCORES_FILE, os.O_WRONLY)
 
-    def _create(self, num_rows: int) -> None:
+    def _create(self, key: ScoreKey) -> None:
         # Appears whole: another run may start on the same data at the same moment.
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=self.directory.parent) as folder:
             partial = Path(folder) / "scores"
             partial.mkdir()
-            np.save(partial / SCORES_FILE, np.full((num_rows, 2), np.nan, dtype=np.float32))
-            _write_progress(partial, self._key, 0)
+            np.lib.format.open_memmap(partial / SCORES_FILE, mode="w+", dtype=np.float32, shape=(self._num_rows, 2))
+            text = json.dumps({"key": dataclasses.asdict(key)}, indent=2) + "\n"
+            (partial / PROGRESS_FILE).write_text(text, encoding="utf-8")
             try:
                 os.rename(partial, self.directory)
             except OSError:
                 if not self.directory.exists():
                     raise
 
-    def write(self, scores: Scores) -> None:
-        """Write the next rows' scores, fp32 ``[rows, 2]``; they are on the disk when this returns.
+    def __enter__(self) -> ScoreWriter:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._descriptor)
+
+    def write(self, rows: npt.NDArray[np.int64], scores: Scores) -> None:
+        """Write scores, where every process sees them and none that is killed takes them away.
+
+        Args:
+            rows: int64 ``[n]``, ascending.
+            scores: of these rows, fp32 ``[n, 2]``, finite, see :func:`refuse_not_finite`.
 
         Raises:
-            DataError: a score is not finite (naming its row), or the disk failed.
+            DataError: the disk failed.
         """
-        if not np.isfinite(scores).all():
-            row = self.num_done + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
-            raise DataError(
-                f"{self.directory}: the log-prob of pair {row} of the data set under the reference is not finite. "
-                "Look at it with tools/inspect_pairs.py, and check the reference with tools/verify_conversion.py."
-            )
+        assert np.isfinite(scores).all()
+        written = np.where(scores == 0, np.float32(-0.0), scores)
         with write_errors_named(self.directory, _ELSEWHERE):
-            self._array[self.num_done : self.num_done + len(scores)] = scores
-            self._array.flush()
-            self.num_done += len(scores)
-            # A run beside this one may be further.
-            _write_progress(self.directory, self._key, max(self.num_done, _read_progress(self.directory, self._key)))
+            for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1):
+                self._put(int(rows[run[0]]), written[run].tobytes())
+
+    def _put(self, row: int, content: bytes) -> None:
+        # Not through a memory map: there a full disk kills the process, and a kill may leave half a row.
+        place = self._start + row * _ROW_BYTES
+        while content:
+            num_written = os.pwrite(self._descriptor, content, place)
+            content, place = content[num_written:], place + num_written
+
+    def flush(self) -> None:
+        """Return when what was written outlasts a failure of the machine.
+
+        Raises:
+            DataError: the disk failed.
+        """
+        with write_errors_named(self.directory, _ELSEWHERE):
+            os.fsync(self._descriptor)
 
 
-def _open_array(directory: Path, num_rows: int, mode: Literal["r", "r+"]) -> np.memmap[Any, np.dtype[np.float32]]:
+def refuse_not_finite(directory: Path, rows: npt.NDArray[np.int64], scores: Scores) -> None:
+    """Refuse scores, fp32 ``[n, 2]``, of ``rows`` that cannot be kept in ``directory``.
+
+    Raises:
+        DataError: one is not finite (naming its row).
+    """
+    broken = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if broken.size:
+        raise DataError(
+            f"{directory}: the log-prob of pair {rows[broken[0]]} of the data set under the reference is not finite. "
+            "Look at it with tools/inspect_pairs.py, and check the reference with tools/verify_conversion.py."
+        )
+
+
+def _open_array(directory: Path, num_rows: int) -> np.memmap[Any, np.dtype[np.float32]]:
     path = directory / SCORES_FILE
     try:
-        array: np.memmap[Any, np.dtype[np.float32]] = np.load(path, mmap_mode=mode)
+        array: np.memmap[Any, np.dtype[np.float32]] = np.load(path, mmap_mode="r")
     except PermissionError:
-        if mode == "r":
-            raise DataError(f"{path}: not readable for this user. Change its permissions.") from None
-        raise
+        raise DataError(f"{path}: not readable for this user. Change its permissions.") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not readable as an array ({error}). Remove {directory}; it is computed again.") from None
     if array.shape != (num_rows, 2) or array.dtype != np.float32:
@@ -166,26 +251,11 @@ def _open_array(directory: Path, num_rows: int, mode: Literal["r", "r+"]) -> np.
     return array
 
 
-def _read_progress(directory: Path, key: ScoreKey) -> int:
+def _check_key(directory: Path, key: ScoreKey) -> None:
     path = directory / PROGRESS_FILE
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        found, num_done = ScoreKey(**progress["key"]), int(progress["num_done"])
+        found = ScoreKey(**json.loads(path.read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not readable ({error!r}). Remove {directory}; it is computed again.") from None
     if found != key:
         raise DataError(f"{path}: holds scores for {found}, not for {key}. Remove {directory}; it is computed again.")
-    return num_done
-
-
-def _write_progress(directory: Path, key: ScoreKey, num_done: int) -> None:
-    text = json.dumps({"key": dataclasses.asdict(key), "num_done": num_done}, indent=2) + "\n"
-    descriptor, temporary = tempfile.mkstemp(prefix=".", dir=directory)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, directory / PROGRESS_FILE)
-    except OSError:
-        os.unlink(temporary)
-        raise

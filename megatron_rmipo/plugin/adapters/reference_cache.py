@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_rmipo.data.batches.seen import SeenPairs, seen_rows
 from megatron_rmipo.data.store.collection import PairCollection
-from megatron_rmipo.data.store.reference_scores import PROGRESS_FILE, Kind, ScoreKey, data_fingerprint, open_scores
+from megatron_rmipo.data.store.reference_scores import PROGRESS_FILE, KeptScores, Kind, ScoreKey, data_fingerprint, open_scores
+from megatron_rmipo.data.store.row_set import RowSet
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
@@ -29,11 +32,29 @@ def attach_cached_scores(pairs: PairCollection, objective: Objective, cache: str
         DataError: they are damaged.
     """
     for kind, part in pairs.read_under_reference(matched=objective.needs.reference):
-        found = []
-        for store in part.stores:
-            directory, key = on_first_rank(groups.world, partial(_find, store.prefix, kind, objective.name, cache))
-            found.append(on_every_rank(groups.world, partial(_open, directory, key, store)))
-        part.reference_scores = found
+        places = on_first_rank(groups.world, partial(_find_all, part, kind, objective.name, cache))
+        part.reference_scores = on_every_rank(groups.world, partial(_open_all, part, places))
+
+
+def _find_all(pairs: PairCollection, kind: Kind, objective: str, cache: str | None) -> list[tuple[Path, ScoreKey]]:
+    """Of each data set; refuses scores that are not there of a pair."""
+    places = [_find(store.prefix, kind, objective, cache) for store in pairs.stores]
+    needed: dict[str, RowSet] = {}
+    for store, scores in zip(pairs.stores, _open_all(pairs, places), strict=True):
+        missing = scores.unscored()
+        if len(missing):
+            needed = needed or seen_rows([SeenPairs.first(pairs)])
+            missing &= needed[store.prefix]
+        if len(missing):
+            raise ConfigError(
+                f"{scores.directory}: the log-probs of {store.prefix} are not all there yet, {len(missing)} of {len(store)} are "
+                "missing. Run tools/score_pairs.py to its end."
+            )
+    return places
+
+
+def _open_all(pairs: PairCollection, places: Sequence[tuple[Path, ScoreKey]]) -> list[KeptScores]:
+    return [_open(*place, store) for place, store in zip(places, pairs.stores, strict=True)]
 
 
 def _find(prefix: str, kind: Kind, objective: str, cache: str | None) -> tuple[Path, ScoreKey]:
@@ -66,10 +87,8 @@ def _read_key(path: Path) -> ScoreKey:
         raise DataError(f"{path}: not readable ({error!r}). Remove {path.parent}, and compute it again.") from None
 
 
-def _open(directory: Path, key: ScoreKey, store: Any) -> Any:
+def _open(directory: Path, key: ScoreKey, store: Any) -> KeptScores:
     scores = open_scores(directory, key, len(store))
     if scores is None:
-        raise ConfigError(
-            f"{directory}: the log-probs of {store.prefix} are not all there yet. Run tools/score_pairs.py to its end."
-        )
+        raise ConfigError(f"{directory}: not there. Is it on a disk that all nodes share?")
     return scores

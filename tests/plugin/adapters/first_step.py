@@ -44,7 +44,8 @@ def write_scores(prefix: Path, kind: Any, scores: torch.Tensor, reference: str =
     """As ``tools/score_pairs.py`` leaves them beside the data; their directory."""
     key = ScoreKey(data_fingerprint(str(prefix)), TOKENIZER.fingerprint, reference, "float32", kind)
     directory = score_directory(str(prefix), None, key)
-    ScoreWriter(directory, key, len(PairStore(str(prefix)))).write(scores.numpy().astype(np.float32))
+    with ScoreWriter(directory, key, len(PairStore(str(prefix)))) as writer:
+        writer.write(np.arange(len(scores)), scores.numpy().astype(np.float32))
     return directory
 
 
