@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.inputs import RECORDED, Pairs, read_pairs, save_random_model
 from benchmarks.measure import Cost, measure, time_title
 from benchmarks.overhead import overhead_share
