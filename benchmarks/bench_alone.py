@@ -13,10 +13,14 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bench_flops import step_flops
 from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, random_pairs, read_lengths

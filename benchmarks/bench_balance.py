@@ -15,9 +15,13 @@ import statistics
 import sys
 import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, read_lengths, step_costs
 from benchmarks.measure import Spread, timed

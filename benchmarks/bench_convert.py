@@ -30,6 +30,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.checkpoint_files import DIRECTIONS, Folders, plan_weights, write_config, write_random_weights
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, Goal, add_report_options, report

@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.inputs import RECORDED, cut_lengths, read_lengths
 from benchmarks.loading import Loading, measure_loading, save_store
 from benchmarks.made_text import make_rows, save_rows, save_tokenizer

@@ -14,9 +14,13 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, random_pairs, read_lengths
 from benchmarks.measure import counted_flops

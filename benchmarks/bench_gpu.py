@@ -31,6 +31,9 @@ import numpy as np
 import torch
 import transformers
 
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.bench_step import add_model_options
 from benchmarks.gpu_model import FULL_LAYERS, layers_that_fit
 from benchmarks.gpu_parts import gradient_parts

@@ -15,10 +15,14 @@ import functools
 import itertools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.head_methods import Method, Problem, methods, random_problem
 from benchmarks.measure import Cost, measure, time_title

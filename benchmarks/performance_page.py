@@ -15,6 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+if not __package__:  # Started as a file.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.performance_tables import TABLES, Table
 from benchmarks.report import FOLDER, GOALS_FILE, read_rows
 

@@ -209,6 +209,31 @@ TABLES = {
         ),
         only={"part": "loading"},
     ),
+    "scale_ranks": Table(
+        "results_scale.csv",
+        {"stage": "{stage}", "must grow with": "{growth}"},
+        tuple(
+            Figure(f"{title}, {layout}", f"{column}_{layout}", scale=scale, form=form)
+            for title, column, scale, form in (
+                ("CPU ms", "cpu_seconds", 1e3, ".1f"),
+                ("KB", "moved_bytes", 1e-3, ".1f"),
+                ("files", "files", 1.0, ".0f"),
+            )
+            for layout in ("8x1x1", "8x4x2", "8x4x32", "8x1x128")
+        ),
+        only={"part": "ranks"},
+    ),
+    "scale_pairs": Table(
+        "results_scale.csv",
+        {"stage": "{stage}", "pairs": "{pairs_small} / {pairs_large}"},
+        (
+            Figure("CPU s, few", "cpu_seconds_small", form=".3f"),
+            Figure("CPU s, many", "cpu_seconds_large", form=".3f"),
+            Figure("MB, few", "peak_bytes_small", scale=1e-6, form=".1f"),
+            Figure("MB, many", "peak_bytes_large", scale=1e-6, form=".1f"),
+        ),
+        only={"part": "pairs"},
+    ),
     "convert": Table(
         "results_convert.csv",
         {"direction": "{direction}", "model": "H {hidden_size}, L {num_layers}, V {vocab_size}"},

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_rmipo.checkpoint.megatron.directory import METADATA_NAME
 from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
@@ -54,5 +55,5 @@ def weight_facts(source: ModelSource) -> dict[str, Any]:
         return {f"content of {path}": sample_digest(path, _SAMPLES) for path in files}
     path = source.checkpoint_path
     found = {f"the checkpoint found in {source.checkpoint}": path.name}
-    files = [file for file in (path / ".metadata", path / RECORD_NAME) if file.is_file()]
+    files = [file for file in (path / METADATA_NAME, path / RECORD_NAME) if file.is_file()]
     return found | {f"content of {file}": sample_digest(file, _SAMPLES) for file in files}

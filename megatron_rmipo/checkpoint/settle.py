@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker
 from megatron_rmipo.checkpoint.megatron.commit import write_tracker
-from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, damage
+from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, damage, refuse_unseen
 from megatron_rmipo.checkpoint.megatron.directory import (
+    METADATA_NAME,
     Choice,
     checkpoint_path,
     choose_checkpoint,
@@ -19,7 +20,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 )
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
-from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_source, hf_source
+from megatron_rmipo.checkpoint.source import ModelSource, hf_source, source_at
 from megatron_rmipo.errors import CheckpointError
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -70,7 +71,9 @@ def settle_source(
             write_tracker(directory, iteration)
 
     on_first_rank(groups.world, follow)
-    settled = on_every_rank(groups.world, partial(checkpoint_source, directory, iteration, maker=maker))
+    # The first rank has looked at every file of it; that this one lies where the others look, one file tells.
+    refuse_unseen([checkpoint_path(directory, iteration) / METADATA_NAME], groups.world)
+    settled = on_every_rank(groups.world, partial(source_at, directory, iteration, maker=maker))
     return dataclasses.replace(settled, checked=verify)
 
 

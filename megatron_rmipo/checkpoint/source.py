@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
+    METADATA_NAME,
     checkpoint_path,
     find_checkpoint,
     iterations_of,
@@ -25,6 +27,14 @@ from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups
+
+# Who looks at the disk for a rank: given what is looked for, by name, and what finds it; what that found.
+Look = Callable[[str, Callable[[], Any]], Any]
+
+
+def look_alone(name: str, look: Callable[[], Any]) -> Any:
+    """The :data:`Look` of a rank that looks for itself."""
+    return look()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +66,20 @@ class ModelSource:
         assert self.iteration is not None
         return checkpoint_path(self.checkpoint, self.iteration)
 
+    @functools.cached_property
+    def record(self) -> CheckpointRecord | None:
+        """What the checkpoint says of itself; None for a Hugging Face model, or a checkpoint of another program."""
+        return read_record(self.checkpoint_path) if self.checkpoint is not None else None
+
     @property
     def is_foreign(self) -> bool:
         """Whether it is a checkpoint of another program, whose progress is not known."""
-        return self.checkpoint is not None and read_record(self.checkpoint_path) is None
+        return self.checkpoint is not None and self.record is None
+
+    @property
+    def place(self) -> tuple[str, Iteration | None]:
+        """The directory that was named, and which of its checkpoints; None for a Hugging Face model. For :func:`source_at`."""
+        return str(self.directory), self.iteration
 
     @property
     def directory(self) -> Path:
@@ -92,8 +112,7 @@ def checkpoint_source(directory: Path, iteration: Iteration | None = None, *, ma
         CheckpointError: there is none.
     """
     _, iteration = find_checkpoint(directory, iteration)
-    assets = maker.assets_of(directory, iteration)
-    return ModelSource(maker.read(assets), assets, None, directory, iteration, maker=maker)
+    return source_at(directory, iteration, maker=maker)
 
 
 def hf_source(directory: Path, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
@@ -102,10 +121,32 @@ def hf_source(directory: Path, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
     Raises:
         ConversionError: it is of an unknown kind, or its weights are missing or damaged.
     """
-    arch = maker.read(directory)
+    source = source_at(directory, None, maker=maker)
     # Headers alone: missing, truncated or foreign weights show before anything is built.
-    maker.check_weights(directory, arch)
-    return ModelSource(arch, directory, directory, None, maker=maker)
+    maker.check_weights(directory, source.arch)
+    return source
+
+
+def source_at(directory: Path, iteration: Iteration | None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
+    """The model at a place where it was found before: its config is read, and none of its weights looked at.
+
+    Raises:
+        RmipoError: there is no config that says what it is.
+    """
+    if iteration is None:
+        return ModelSource(maker.read(directory), directory, directory, None, maker=maker)
+    assets = maker.assets_of(directory, iteration)
+    return ModelSource(maker.read(assets), assets, None, directory, iteration, maker=maker)
+
+
+def look_for_model(name: str, find: Callable[[], ModelSource], look: Look, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
+    """What ``find`` finds, looked for as ``look`` does; the others read its config alone.
+
+    Raises:
+        RmipoError: as ``find``, or as :func:`source_at`.
+    """
+    directory, iteration = look(name, lambda: find().place)
+    return source_at(Path(directory), iteration, maker=maker)
 
 
 def holds_checkpoints(directory: Path) -> bool:
@@ -161,7 +202,7 @@ def saved_flags(source: ModelSource) -> dict[str, Any]:
 
 
 def _record_of_run(source: ModelSource) -> CheckpointRecord | None:
-    record = read_record(source.checkpoint_path) if source.checkpoint is not None else None
+    record = source.record
     return None if record is None or record.iteration == "release" else record
 
 
@@ -181,18 +222,17 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
         names = sorted(digests)
     else:
         digests = _checkpoint_digests(source, groups)
-        names = [".metadata", *sorted(name for name in digests if name.endswith(".distcp"))]
+        names = [METADATA_NAME, *sorted(name for name in digests if name.endswith(".distcp"))]
     content = {"architecture": dataclasses.asdict(source.arch), "files": [digests[name] for name in names]}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _checkpoint_digests(source: ModelSource, groups: ProcessGroups) -> Mapping[str, str | None]:
-    path = source.checkpoint_path
-    record = read_record(path)
+    path, record = source.checkpoint_path, source.record
     written = record.digests if record is not None else {}
     if written and source.checked:
         return written
-    weights = [".metadata", *(item.name for item in path.glob("*.distcp"))]
+    weights = [METADATA_NAME, *(item.name for item in path.glob("*.distcp"))]
     sizes = record.files if record is not None and written else {name: (path / name).stat().st_size for name in weights}
     found = gather_digests(path, sizes, groups.world)
     if damaged := [name for name, digest in written.items() if found[name] != digest]:

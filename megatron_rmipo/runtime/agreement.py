@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from megatron_rmipo.errors import CheckpointError, RmipoError
@@ -46,13 +47,29 @@ def on_every_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _R
         result = action()
     except (OSError, RmipoError) as error:
         failure = (type(error) if isinstance(error, RmipoError) else CheckpointError, str(error))
-    failures: list[Any] = [None] * group.size()
-    dist.all_gather_object(failures, failure, group=group)
-    for met in failures:
-        if met is not None:
-            kind, text = met
-            raise kind(text)
+    for _, (kind, text) in gather_faults(group, failure):
+        raise kind(text)
     return cast(_Result, result)
+
+
+def gather_faults(group: dist.ProcessGroup, fault: _Result | None) -> list[tuple[int, _Result]]:
+    """What ranks of ``group`` found wrong, None for nothing: (rank, fault) in their order, the same on every rank.
+
+    All ranks of the group call it together. Where nobody found anything, which is the rule, one number is reduced.
+    """
+    found = torch.tensor([fault is not None], dtype=torch.int32, device=device_of(group))
+    dist.all_reduce(found, group=group)
+    if not found.item():
+        return []
+    faults: list[Any] = [None] * group.size()
+    dist.all_gather_object(faults, fault, group=group)
+    return [(rank, one) for rank, one in enumerate(faults) if one is not None]
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the tensors lie that the ranks of ``group`` send each other."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:

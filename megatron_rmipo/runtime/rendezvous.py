@@ -11,9 +11,11 @@ import dataclasses
 import datetime
 import itertools
 import json
+import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -52,6 +54,8 @@ class Rendezvous:
         self.timeout_minutes = timeout_minutes
         self._store: Any = None
         self._is_over = False
+        self._place = ""
+        self._looked: dict[str, Any] = {}
 
     def __enter__(self) -> Rendezvous:
         return self
@@ -93,15 +97,65 @@ class Rendezvous:
         if self.launch.world_size > 1:
             self._meet(facts, None)
 
+    def look_once(self, name: str, look: Callable[[], Any]) -> Any:
+        """What ``look`` finds on the disk, looked for by one of the ranks that see the same files, and told to the others.
+
+        Ranks of a host that work in the same directory see the same; each host looks for itself, so that :meth:`compare` finds
+        in what hosts differ. All ranks of a host come here after they have compared what they were told. What was looked for
+        once is remembered; what was not, once the ranks are connected, each rank looks for by itself.
+
+        Args:
+            name: of what is looked for, the same on all ranks.
+            look: what finds it; plain values, as JSON holds them.
+
+        Raises:
+            RmipoError: of the kind that it was: the rank that looked met a fault; or it did not answer in time.
+        """
+        if name not in self._looked:
+            alone = self.launch.world_size == 1 or self._is_over or not self._place
+            self._looked[name] = look() if alone else self._look_or_hear(name, look)
+        return self._looked[name]
+
+    def _look_or_hear(self, name: str, look: Callable[[], Any]) -> Any:
+        key = f"looked/{digest_of({'name': name, **_view_of_files()})}"
+        with self._lost_ranks_named():
+            looks = self._store.add(f"{self._place}/{key}/ranks", 1) == 1
+        if looks:
+            failure, told = None, "null"
+            try:
+                told = json.dumps(look(), default=str)
+                return json.loads(told)
+            except BaseException as error:
+                failure = type(error).__name__, str(error)
+                raise
+            finally:
+                with self._lost_ranks_named():
+                    self._store.set(f"{self._place}/{key}", json.dumps([failure, json.loads(told)]))
+        with self._lost_ranks_named():
+            try:
+                self._store.wait([f"{self._place}/{key}"], datetime.timedelta(minutes=self.timeout_minutes))
+            except dist.DistStoreError:
+                raise RmipoError(
+                    f"the rank of {socket.gethostname()} that looks for the others of its host did not tell what it found of "
+                    f"{name} within {self.timeout_minutes:g} minutes (--distributed-timeout-minutes); what it wrote may say why."
+                ) from None
+            failure, found = json.loads(self._store.get(f"{self._place}/{key}"))
+        if failure is not None:
+            kind, text = failure
+            raise getattr(errors, kind, RmipoError)(text if hasattr(errors, kind) else f"{kind}: {text}")
+        return found
+
     def _meet(self, facts: Mapping[str, Any], failure: tuple[str, str] | None) -> None:
         """Compare ``facts``, or tell a failure (kind, text). Returns if nobody failed and nothing differs."""
         # Whatever goes wrong in a meeting is not told in another.
         was_over, self._is_over = self._is_over, True
-        place = f"megatron_rmipo/meeting{next(_MEETINGS)}"
+        place = self._place = f"megatron_rmipo/meeting{next(_MEETINGS)}"
         own = _Arrival(socket.gethostname(), digest_of(facts), failure)
         with self._lost_ranks_named():
             store = self._opened()
-            store.set(f"{place}/facts{self.launch.rank}", json.dumps(dict(facts), default=str))
+            # Once for each that differ: a thousand ranks tell the same.
+            if store.add(f"{place}/ranks/{own.digest}", 1) == 1:
+                store.set(f"{place}/facts/{own.digest}", json.dumps(dict(facts), default=str))
             store.set(f"{place}/rank{self.launch.rank}", json.dumps(dataclasses.asdict(own)))
             if self.launch.rank == 0:
                 store.set(f"{place}/verdict", json.dumps(self._judge(place)))
@@ -128,7 +182,7 @@ class Rendezvous:
         other = next((rank for rank in ranks if arrivals[rank].digest != arrivals[0].digest), None)
         if other is None:
             return None
-        here, there = (json.loads(self._store.get(f"{place}/facts{rank}")) for rank in (0, other))
+        here, there = (json.loads(self._store.get(f"{place}/facts/{arrivals[rank].digest}")) for rank in (0, other))
         return ConfigError.__name__, describe_difference(
             here, there, f"rank 0 ({arrivals[0].host})", f"rank {other} ({arrivals[other].host})"
         )
@@ -175,6 +229,13 @@ class Rendezvous:
                 f"{str(error).splitlines()[0].rstrip('.')}. Nothing was started. Look at what the other ranks wrote, and whether "
                 "that address is the first host's and can be reached from here."
             ) from error
+
+
+def _view_of_files() -> dict[str, Any]:
+    """What decides which files a process means by a path, by name: a container may share its host's name, and not its files."""
+    mounts = Path("/proc/self/ns/mnt")
+    seen = os.readlink(mounts) if mounts.is_symlink() else ""
+    return {"host": socket.gethostname(), "mounts": seen, "directory": os.getcwd()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.makers import maker_of
-from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_source, hf_source, load_model, weights_fingerprint
+from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
+from megatron_rmipo.checkpoint.source import (
+    Look,
+    ModelSource,
+    checkpoint_source,
+    hf_source,
+    load_model,
+    look_alone,
+    look_for_model,
+    weights_fingerprint,
+)
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.seen import SeenPairs, seen_rows
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
@@ -44,7 +53,14 @@ class ReferenceChoice:
 
 
 def choose_reference(
-    config: Config, source: ModelSource, needs: LogpNeeds, world_size: int, *, resumes: bool, recorded: str | None
+    config: Config,
+    source: ModelSource,
+    needs: LogpNeeds,
+    world_size: int,
+    *,
+    resumes: bool,
+    recorded: str | None,
+    look: Look = look_alone,
 ) -> ReferenceChoice | None:
     """The reference that the flags name, else the model a new run starts from; None where the objective needs none.
 
@@ -55,6 +71,7 @@ def choose_reference(
         world_size: number of ranks.
         resumes: whether the run goes on from a checkpoint of its own.
         recorded: fingerprint of the reference that it had before, None for a new run.
+        look: who looks for it on the disk.
 
     Raises:
         ConfigError: flags that do nothing or contradict each other, a reference that cannot be cut into this layout or has
@@ -66,14 +83,14 @@ def choose_reference(
         return None
     chosen: ModelSource | None = None
     if model.reference_hf is not None:
-        chosen = _named("--reference-hf", model.reference_hf, partial(hf_source, maker=maker_of(config)))
+        chosen = _named("--reference-hf", model.reference_hf, hf_source, maker_of(config), look)
     elif model.reference_load is not None:
-        chosen = _named("--reference-load", model.reference_load, checkpoint_source)
+        chosen = _named("--reference-load", model.reference_load, checkpoint_source, KNOWN_FAMILIES, look)
     elif not resumes:
         chosen = source
     elif needs.perturbation is not None and model.load_hf is not None:
         # The run goes on from a checkpoint of its own, which is no reference any more.
-        chosen = _named("--load-hf", model.load_hf, partial(hf_source, maker=maker_of(config)))
+        chosen = _named("--load-hf", model.load_hf, hf_source, maker_of(config), look)
     if chosen is None and (recorded is None or needs.perturbation is not None):
         raise ConfigError(
             f"--load {source.directory}: the run goes on, but --objective {config.objective.objective} needs its reference, "
@@ -88,9 +105,9 @@ def choose_reference(
     return ReferenceChoice(chosen, recorded)
 
 
-def _named(flag: str, directory: str, find: Callable[[Path], ModelSource]) -> ModelSource:
+def _named(flag: str, directory: str, find: Callable[..., ModelSource], maker: Maker, look: Look = look_alone) -> ModelSource:
     try:
-        return find(Path(directory))
+        return look_for_model(f"{flag} {directory}", partial(find, Path(directory), maker=maker), look, maker=maker)
     except RmipoError as error:
         raise type(error)(f"{flag} {directory}: {error}") from error
 
@@ -197,7 +214,7 @@ def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, gr
     """
     source = choice.source
     if source is None and config.model.load_hf is not None:
-        source = _named("--load-hf", config.model.load_hf, partial(hf_source, maker=maker_of(config)))
+        source = _named("--load-hf", config.model.load_hf, hf_source, maker_of(config))
         if weights_fingerprint(source, groups) != fingerprint:
             source = None
     if source is None:

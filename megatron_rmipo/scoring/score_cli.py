@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.settle import settle_source
-from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer, find_model, load_model, weights_fingerprint
+from megatron_rmipo.checkpoint.source import (
+    ModelSource,
+    check_tokenizer,
+    find_model,
+    load_model,
+    look_for_model,
+    weights_fingerprint,
+)
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.parsing import parse_fields
 from megatron_rmipo.config.schema import (
@@ -118,7 +125,8 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     check_environment(wandb=False)
     if not scoring.pairs:
         raise ConfigError("nothing to score: give --pairs PREFIX (of PREFIX.bin, .idx and .json).")
-    source = find_model(config)
+    look = rendezvous.look_once
+    source = look_for_model("the model", functools.partial(find_model, config), look, maker=maker_of(config))
     stores = [PairStore(prefix) for prefix in scoring.pairs]
     longest = max(_check_store(store, source) for store in stores)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
@@ -128,7 +136,8 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     sizes = [layout.conditional_sizes(one.lengths) for one in rows]
     for one, own in zip(rows, sizes, strict=True):
         check_capacity(own, layout.capacity, functools.partial("pair {1} of {0}".format, one.prefix))
-    rendezvous.compare(read_facts(config, source, stores))
+    facts = functools.partial(read_facts, config, source, stores)
+    rendezvous.compare(look("what the ranks must agree on", facts))
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,

@@ -11,7 +11,7 @@ from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.settle import settle_source
-from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model
+from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model, look_for_model
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
@@ -75,9 +75,11 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
     check_environment(wandb=config.logging.wandb_project is not None)
-    plan = plan_run(config, find_model(config), rendezvous.launch.world_size)
-    check_outputs(config, plan.source)
-    rendezvous.compare(run_facts(plan))
+    look = rendezvous.look_once
+    found = look_for_model("the model to start from", partial(find_model, config), look, maker=maker_of(config))
+    plan = plan_run(config, found, rendezvous.launch.world_size, look=look)
+    look("the output directories", partial(check_outputs, config, plan.source))
+    rendezvous.compare(look("what the ranks must agree on", partial(run_facts, plan)))
 
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
@@ -93,8 +95,8 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     verify = not config.checkpoint.no_verify_checkpoint
     source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner, maker=maker_of(config))
     # Anew, for it may be another checkpoint than this rank had found, or another run may have saved meanwhile.
-    plan = on_every_rank(groups.world, partial(plan_run, config, source, groups.world_size, plan.data))
-    on_every_rank(groups.world, partial(check_outputs, config, source))
+    plan = on_every_rank(groups.world, partial(plan_run, config, source, groups.world_size, plan.data, look=look))
+    on_first_rank(groups.world, partial(check_outputs, config, source))
     plan = _with_reference_settled(plan, groups, verify=verify)
     memory = MemoryReport(
         config,

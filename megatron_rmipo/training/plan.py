@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.checkpoint.source import ModelSource
+from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.objectives.arguments import objective_of
@@ -46,7 +46,9 @@ class RunPlan:
         return _layout(self.config, self.source, self.objective, self.data, dp_rank=dp_rank, dp_size=dp_size)
 
 
-def plan_run(config: Config, source: ModelSource, world_size: int, data: RunData | None = None) -> RunPlan:
+def plan_run(
+    config: Config, source: ModelSource, world_size: int, data: RunData | None = None, *, look: Look = look_alone
+) -> RunPlan:
     """Put a run together and refuse one that cannot work.
 
     Args:
@@ -54,6 +56,7 @@ def plan_run(config: Config, source: ModelSource, world_size: int, data: RunData
         source: the model that it starts from.
         world_size: number of ranks.
         data: of the run, where they are open already.
+        look: who looks at the disk for what all ranks of a host would see alike.
 
     Raises:
         RmipoError: a fault the user can mend.
@@ -61,11 +64,11 @@ def plan_run(config: Config, source: ModelSource, world_size: int, data: RunData
     validate(config, source.arch, world_size)
     objective = objective_of(config)
     data = data or open_data(config, source, objective.needs)
-    start = starting_point(config, source, data, objective)
+    start = starting_point(config, source, data, objective, look=look)
     total_pairs, train_iters = data.run_length(config.training, start.progress)
     refuse_profiling_beyond_the_end(config, train_iters)
     recorded = start.progress.reference or None
-    reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded)
+    reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded, look=look)
     least_tokens = data.check_rows_fit(_layout(config, source, objective, data, dp_rank=0, dp_size=1))
     return RunPlan(config, source, objective, data, start, reference, total_pairs, train_iters, least_tokens)
 

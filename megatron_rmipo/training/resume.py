@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from megatron_rmipo.checkpoint.source import ModelSource, saved_flags, saved_train_state
+from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone, saved_flags, saved_train_state
 from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint
@@ -41,8 +42,17 @@ class StartingPoint:
     warning: str = ""
 
 
-def starting_point(config: Config, source: ModelSource, data: RunData, objective: Objective) -> StartingPoint:
+def starting_point(
+    config: Config, source: ModelSource, data: RunData, objective: Objective, *, look: Look = look_alone
+) -> StartingPoint:
     """The progress saved with the checkpoint the run goes on from, or that of a new run.
+
+    Args:
+        config: the run's configuration.
+        source: the model that it starts from.
+        data: its pairs.
+        objective: what is minimized.
+        look: who reads what the pairs are, by content.
 
     Raises:
         ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed.
@@ -53,9 +63,11 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
         num_pairs=len(data.train),
         objective=config.objective.objective,
         options={**config.objective.options, "pair_weight": config.objective.pair_weight},
-        data=collection_fingerprint(data.train),
+        data=look("content of the training pairs", partial(collection_fingerprint, data.train)),
         data_flags=_data_flags(config.data),
-        held_out=collection_fingerprint(data.held_out) if data.held_out is not None else "",
+        held_out=""
+        if data.held_out is None
+        else look("content of the held-out pairs", partial(collection_fingerprint, data.held_out)),
     )
     saved = {} if config.checkpoint.finetune else saved_train_state(source)
     if not saved:

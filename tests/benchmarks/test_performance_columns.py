@@ -20,6 +20,7 @@ from benchmarks import (
     bench_gpu,
     bench_logprobs,
     bench_pipeline,
+    bench_scale,
     bench_step,
     gpu_results,
 )
@@ -33,6 +34,7 @@ from benchmarks.measure import Cost, Spread
 from benchmarks.performance_tables import TABLES
 from benchmarks.preparing import Preparing
 from benchmarks.report import read_rows, report
+from benchmarks.scale_world import Measured
 
 SPREAD = Spread(1.0, 2.0, 3.0)
 COST = Cost(SPREAD, SPREAD, flops=4.0, peak_bytes=5)
@@ -86,6 +88,13 @@ def write_convert(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_convert.main(["--csv", str(path)]) == 0
 
 
+def write_scale(path: Path, patch: pytest.MonkeyPatch) -> None:
+    one = Measured(1.0, 2, 3.0, 4.0, 5)
+    patch.setattr(bench_scale, "measure_ranks", lambda *_: {"its record read": one})
+    patch.setattr(bench_scale, "measure_pairs", lambda *_: {"order of a batch": one})
+    assert bench_scale.main(["--pairs", "3", "10", "--batch-size", "2", "--csv", str(path)]) == 0
+
+
 def write_gpu(path: Path, patch: pytest.MonkeyPatch) -> None:
     timings = {name: Timing([1.0], dict.fromkeys(PHASES, 1.0), [1.0], 1) for name in VARIANTS}
     parts = {name: dict.fromkeys(PARTS, 1.0) for name in VARIANTS}
@@ -116,6 +125,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_pipeline.csv": write_pipeline,
     "results_data.csv": write_data,
     "results_convert.csv": write_convert,
+    "results_scale.csv": write_scale,
     "results_gpu.csv": write_gpu,
 }
 

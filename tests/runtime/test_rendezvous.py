@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +56,58 @@ def meet() -> dict[str, str]:
         time.sleep(2.5)
     outcomes["late"] = outcome_of(rendezvous, FACTS)
     return outcomes
+
+
+def look(folder: Path) -> dict[str, Any]:
+    """What looks of each kind give on this rank, and how often it looked itself at first."""
+    rendezvous, looked = Rendezvous(), []
+
+    def find() -> dict[str, Any]:
+        looked.append(rendezvous.launch.rank)
+        return {"rank": rendezvous.launch.rank, "path": folder, "iteration": (3, None)}
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    def told(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return rendezvous.look_once(name, action)
+        except (RmipoError, ZeroDivisionError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    rendezvous.compare(FACTS)
+    found: dict[str, Any] = {"same": told("same", find), "again": told("same", find), "times": len(looked)}
+    found["fault"] = told("fault", lambda: fail(DataError("A.bin: missing")))
+    found["bug"] = told("bug", lambda: fail(ZeroDivisionError("by zero")))
+    (folder / str(rendezvous.launch.rank)).mkdir()
+    os.chdir(folder / str(rendezvous.launch.rank))
+    found["apart"] = told("apart", find)
+    os.chdir(folder)
+    rendezvous.timeout_minutes = 0.01
+    found["late"] = told("late", lambda: time.sleep(1.5))
+    if found["late"] is not None:
+        # This may be the rank that holds the store.
+        time.sleep(1.5)
+    rendezvous.connect()
+    found["unknown"] = told("unknown", find)
+    found["remembered"] = told("same", find)
+    return found
+
+
+@pytest.mark.dist
+def test_one_rank_of_a_host_looks_and_tells_the_others(tmp_path: Path) -> None:
+    ranks = run_distributed(look, 2, tmp_path)
+    of = {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    assert of["same"][0] == of["same"][1]
+    assert of["same"] == of["again"] == of["remembered"]
+    assert sum(of["times"]) == 1
+    assert of["same"][0]["iteration"] == [3, None], "as JSON holds it, on the rank that looked, too"
+    assert of["fault"] == ["DataError: A.bin: missing"] * 2
+    assert sorted(of["bug"]) == ["RmipoError: ZeroDivisionError: by zero", "ZeroDivisionError: by zero"]
+    assert None in of["late"]
+    assert any("did not tell what it found of late within 0.01 minutes" in str(late) for late in of["late"])
+    # Other directories, other files under the same path; and ranks that are connected meet no more.
+    assert [one["rank"] for one in of["apart"]] == [one["rank"] for one in of["unknown"]] == [0, 1]
 
 
 @pytest.mark.dist

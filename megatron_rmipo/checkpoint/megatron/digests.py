@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
 from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.errors import CheckpointError
+from megatron_rmipo.runtime.agreement import gather_faults
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 # A shared file system may show another host's files late.
@@ -38,8 +40,11 @@ def check_digests_together(path: Path, record: CheckpointRecord, group: dist.Pro
     """
     if not record.digests:
         return []
-    found = gather_digests(path, record.files, group)
-    return [name for name, digest in record.digests.items() if found.get(name) != digest]
+    own = _read_share(path, record.files, group)
+    damaged = [name for name, digest in own.items() if digest != record.digests.get(name)]
+    # What is whole, a thousand ranks need not tell each other.
+    told = {name for _, names in gather_faults(group, damaged or None) for name in names}
+    return [name for name in record.digests if name in told or name not in record.files]
 
 
 def gather_digests(path: Path, sizes: Mapping[str, int], group: dist.ProcessGroup) -> dict[str, str | None]:
@@ -53,30 +58,42 @@ def gather_digests(path: Path, sizes: Mapping[str, int], group: dist.ProcessGrou
     Raises:
         CheckpointError: on every rank: one does not see a file.
     """
-    own, unseen = {}, []
+    own = _read_share(path, sizes, group)
+    parts: list[dict[str, str | None]] = [{}] * group.size()
+    dist.all_gather_object(parts, own, group=group)
+    return {name: digest for digests in parts for name, digest in digests.items()}
+
+
+def _read_share(path: Path, sizes: Mapping[str, int], group: dist.ProcessGroup) -> dict[str, str | None]:
+    """sha256 of this rank's share of the files, as :func:`gather_digests`."""
+    names = share_out(sizes, group.size())[group.rank()]
+    refuse_unseen((path / name for name in names), group)
+    return {name: _digest_or_none(path / name) for name in names}
+
+
+def refuse_unseen(paths: Iterable[Path], group: dist.ProcessGroup) -> None:
+    """Refuse files, of any each rank's own, that the rank does not see within a while. All ranks of ``group`` call it together.
+
+    Raises:
+        CheckpointError: on every rank: naming the first rank that does not see one, its host and the file.
+    """
     deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
-    for name in share_out(sizes, group.size())[group.rank()]:
-        if _is_seen(path / name, deadline):
-            own[name] = _digest_or_none(path / name)
-        else:
-            unseen.append(f"rank {group.rank()} on {socket.gethostname()} does not see {path / name}")
-    parts: list[tuple[dict[str, str | None], list[str]]] = [({}, [])] * group.size()
-    dist.all_gather_object(parts, (own, unseen), group=group)
-    if missing := [line for _, lines in parts for line in lines]:
+    unseen = next((path for path in paths if not _is_seen(path, deadline)), None)
+    for rank, (host, path) in gather_faults(group, None if unseen is None else (socket.gethostname(), unseen)):
         raise CheckpointError(
-            f"{missing[0]}, which the first rank sees. A checkpoint must lie on a file system that all hosts share."
+            f"rank {rank} on {host} does not see {path}, which the first rank sees. A checkpoint must lie on a file system that "
+            "all hosts share."
         )
-    return {name: digest for digests, _ in parts for name, digest in digests.items()}
 
 
 def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
     """Names for each rank, so that all have about as much to read: the largest first, each to who has least."""
     shares: list[list[str]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        rank = loads.index(min(loads))
+        load, rank = loads[0]
         shares[rank].append(name)
-        loads[rank] += sizes[name]
+        heapq.heapreplace(loads, (load + sizes[name], rank))
     return shares
 
 

@@ -32,6 +32,7 @@ from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX
 from megatron_rmipo.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
+METADATA_NAME = ".metadata"
 ASSETS_NAME = "hf"
 RANDOM_KEY = "rmipo_random_state"
 # Where the common state lies: in a file, or, as Megatron-Core 0.19 writes it, as an object of this key.
@@ -85,7 +86,7 @@ def read_metadata(path: Path) -> Metadata:
             return FileSystemReader(path).read_metadata()
     except Exception as error:
         # A truncated pickle raises whatever its bytes happen to say.
-        raise CheckpointError(f"{path / '.metadata'} is missing or damaged ({error!r})") from error
+        raise CheckpointError(f"{path / METADATA_NAME} is missing or damaged ({error!r})") from error
 
 
 def fault_of(path: Path) -> str | None:
@@ -235,7 +236,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a checkpoint without a record was written by this package all the same, by what lies in and around it."""
     # Looked for as bytes: the file may be damaged, too. Its hf folder tells nothing: one is put into foreign checkpoints by hand.
     try:
-        if RANDOM_KEY.encode() in (path / ".metadata").read_bytes():
+        if RANDOM_KEY.encode() in (path / METADATA_NAME).read_bytes():
             return True
     except OSError:
         pass
@@ -244,8 +245,8 @@ def _is_ours(path: Path) -> bool:
 
 def _sizes_by_metadata(path: Path) -> Mapping[str, int]:
     """Least sizes of the files of a checkpoint of another program, by what torch's metadata says lies in them."""
-    sizes = dict.fromkeys(("metadata.json", ".metadata"), 1)
-    if not (path / ".metadata").is_file():
+    sizes = dict.fromkeys(("metadata.json", METADATA_NAME), 1)
+    if not (path / METADATA_NAME).is_file():
         return sizes
     metadata = read_metadata(path)
     if COMMON_KEY not in metadata.state_dict_metadata:

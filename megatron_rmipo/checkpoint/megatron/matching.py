@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rmipo.errors import CheckpointError
+from megatron_rmipo.runtime.agreement import device_of, gather_faults
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 
@@ -42,15 +44,12 @@ def match_model(weights: dict[str, Any], stored: Mapping[str, Any], path: Path, 
             keys.add(part.key)
             if fault := _fault(part, stored.get(part.key)):
                 faults.add(fault)
-    everywhere: list[tuple[set[str], set[str]]] = [(set(), set())] * group.size()
-    dist.all_gather_object(everywhere, (faults, keys), group=group)
-    faults = set().union(*(faults for faults, _ in everywhere))
-    used = set().union(*(keys for _, keys in everywhere))
-    faults |= {
-        f"{key} is not a tensor of the model"
-        for key, item in stored.items()
-        if isinstance(item, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES) and key not in used
-    }
+    kept = sorted(key for key in stored if isinstance(stored[key], TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES))
+    used = torch.tensor([key in keys for key in kept], dtype=torch.int32, device=device_of(group))
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+    # A thousand ranks hold the same few keys: what is right need not be told by each.
+    faults = {fault for _, found in gather_faults(group, faults or None) for fault in found}
+    faults |= {f"{key} is not a tensor of the model" for key, is_used in zip(kept, used.tolist(), strict=True) if not is_used}
     if faults:
         shown = [f"  {fault}" for fault in sorted(faults)[:8]] + ([f"  and {len(faults) - 8} more"] if len(faults) > 8 else [])
         text = "\n".join(shown)
