@@ -122,6 +122,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{one['lengths']:<14}{one['model']:<13}{one['stages']:>4}{one['ranks']:>5}{one['batch_size']:>7}{packs:>11}"
             f"{''.join(shares)}{one['cost_after'] / one['cost_before']:>7.2f}{one['imbalance_after']:>10.4f}"
         )
+    ratios = [math.log(one["cost_after"] / one["cost_before"]) for one in rows]
+    lines.append(f"time, after over before, geometric mean: {math.exp(np.mean(ratios)):.3f}")
     return "\n".join(lines)
 
 
@@ -179,12 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [measure(case, found[case.lengths], options) for case in cases if case.batch_size >= case.ranks]
     settings = {name: getattr(options, name) for name in ("tokens_per_microbatch", "num_batches", "seq_length", "seed")}
     settings["least"] = DataConfig().least_per_stage if options.least is None else options.least
-    print(f"geometric mean of time, after over before: {_mean_ratio(rows):.3f}", file=sys.stderr)
     return report(options, "pipeline", table(rows), [settings | row for row in rows], goals(options, rows))
-
-
-def _mean_ratio(rows: Sequence[dict[str, Any]]) -> float:
-    return math.exp(np.mean([math.log(row["cost_after"] / row["cost_before"]) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ _FIELDS: dict[type, Sequence[str]] = {
         "moe_grouped_gemm",
         "moe_permute_fusion",
     ),
-    DataConfig: ("tokens_per_microbatch",),
+    DataConfig: ("tokens_per_microbatch", "min_microbatches_per_stage"),
     ParallelConfig: (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",

@@ -166,7 +166,8 @@ def test_all_ranks_stop_and_the_cause_is_told_once(tmp_path: Path, full_ranks: s
 @pytest.mark.dist
 def test_a_stage_before_the_last_names_the_pack_whose_backward_it_was_in(tmp_path: Path) -> None:
     prefix, save = write_pairs(tmp_path / "pairs"), tmp_path / "run"
-    arguments = flags(prefix, save, split=None, objective="simpo", tokens_per_microbatch=900, pipeline_model_parallel_size=2)
+    cut = {"tokens_per_microbatch": 900, "pipeline_model_parallel_size": 2, "min_microbatches_per_stage": 0}
+    arguments = flags(prefix, save, split=None, objective="simpo", **cut)
     assert "the backward of the gradient pass, pack 1 of 2 of this rank" in run_on_two_ranks(arguments, "0")
     record = json.loads((save / "logs" / "out_of_memory" / "rank0.json").read_text())
     assert (record["when"], record["in"], record["packs_in_flight"]) == ("step 3", "backward", 2)

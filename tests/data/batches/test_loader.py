@@ -103,6 +103,10 @@ def test_each_pass_has_packs_for_every_stage_where_pairs_allow(equal_packs: bool
                 assert one.head.tolist() == other.head.tolist()
         if not equal_packs:
             assert sum(one.work for own in passes_of for one in own) == pytest.approx(cost)
+            for one in (one for own in passes_of for one in own):
+                costs = (one.layers + one.head).tolist()
+                peak = costs.index(max(costs))
+                assert costs == sorted(costs[:peak]) + sorted(costs[peak:], reverse=True), "the cheapest stand at both ends"
 
 
 def test_what_a_rank_runs_is_costed_pass_by_pass() -> None:

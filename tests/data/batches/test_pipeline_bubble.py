@@ -49,6 +49,8 @@ def test_two_stages_by_hand() -> None:
     assert simulated_length([costs(2.0, 6.0, 2.0, head=2.0, backward=False)], 2) == 1 + 3 + 5 + 3
     # Stage 0: F0 to 1, F1 to 4, B0 4 to 6, B1 13 to 19. Stage 1: F0 1 to 2, B0 2 to 4, F1 4 to 7, B1 7 to 13.
     assert simulated_length([costs(2.0, 6.0)], 2) == 19
+    # Stage 0 as before, but B0 from 10 on, B1 from 25 on. Stage 1: F0 1 to 4, B0 4 to 10, F1 10 to 15, B1 15 to 25.
+    assert simulated_length([costs(2.0, 6.0, head=2.0)], 2) == 31
 
 
 def test_a_pass_begins_while_the_one_before_drains() -> None:
