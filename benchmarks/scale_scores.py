@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_rmipo.data.batches.seen import SeenPairs, seen_rows
-from megatron_rmipo.data.store.reference_scores import SCORES_FILE, ScoreKey, ScoreWriter, open_scores
+from megatron_rmipo.data.store.reference_scores import SCORES_FILE, KeptScores, ScoreKey, ScoreWriter, open_scores
+from megatron_rmipo.data.store.row_set import RowSet
 
 _KEY = ScoreKey("data", "tokenizer", "reference", "float32", "matched")
 _CHUNK = 1 << 18
@@ -41,15 +42,12 @@ def score_figures(num_rows: int = 60_000_000, share_seen: float = 0.1, batch_siz
                 rows = np.arange(first, min(first + _CHUNK, num_rows))
                 writer.write(rows, np.full((len(rows), 2), -300.0, dtype=np.float32))
         seen = _seen(num_rows, int(share_seen * num_rows))
-        missing = open_scores(empty, _KEY, num_rows).unscored() & seen_rows([seen])["pairs"]  # type: ignore[union-attr]
         batch = np.random.default_rng(0).integers(0, num_rows, batch_size)
-        scores: Any = open_scores(whole, _KEY, num_rows)
+        scores, missing = _open(whole, num_rows), _missing(empty, seen, num_rows)
         calls: dict[str, Callable[[], Any]] = {
-            "first_rank_all_there": lambda: open_scores(whole, _KEY, num_rows).unscored(),  # type: ignore[union-attr]
-            "first_rank_none_there": lambda: (
-                open_scores(empty, _KEY, num_rows).unscored() & seen_rows([seen])["pairs"]  # type: ignore[union-attr]
-            ),
-            "other_rank": lambda: open_scores(whole, _KEY, num_rows),
+            "first_rank_all_there": lambda: _open(whole, num_rows).unscored(),
+            "first_rank_none_there": lambda: _missing(empty, seen, num_rows),
+            "other_rank": lambda: _open(whole, num_rows),
             "batch": lambda: scores[batch],
             "blocks": lambda: sum(len(block) for block in missing.blocks(512)),
         }
@@ -59,6 +57,16 @@ def score_figures(num_rows: int = 60_000_000, share_seen: float = 0.1, batch_siz
             block = next(missing.blocks(512))
             figures |= _costs("write", lambda: writer.write(block, np.full((len(block), 2), -300.0, dtype=np.float32)))
         return {**figures, "told_bytes": missing.bits.nbytes, "rows_scored": len(missing)}
+
+
+def _open(directory: Path, num_rows: int) -> KeptScores:
+    scores = open_scores(directory, _KEY, num_rows)
+    assert scores is not None
+    return scores
+
+
+def _missing(directory: Path, seen: SeenPairs, num_rows: int) -> RowSet:
+    return _open(directory, num_rows).unscored() & seen_rows([seen])["pairs"]
 
 
 def _seen(num_rows: int, num_seen: int) -> SeenPairs:
