@@ -31,13 +31,16 @@ LAYOUTS = ("8x1x1", "8x4x2", "8x4x32", "8x1x128")
 PAIRS = (1_000_000, 60_000_000)
 GOAL_SETTINGS = {"layouts": list(LAYOUTS), "pairs": list(PAIRS), "batch_size": 1024}
 # Of the figures of a rank: in a world 16 times as large they are 16 times as large where each rank has to be heard of, or each
-# file of the checkpoint, of which a rank writes two. All other stages must stay as they are.
+# file of the checkpoint, of which a rank writes two; Megatron makes every group on every rank. All other stages must stay as they
+# are.
 LINEAR = {
     "flags and environment compared: the first rank",
     "model and data compared: the first rank",
     "the checkpoint looked for",
     "the checkpoint decided and checked: the first rank",
-    "its record read",
+    "its record read: one rank of a host",
+    "its record written: the first rank",
+    "process groups made",
 }
 ALLOWANCE = 1.15
 SMALLER, LARGER = "8x4x2", "8x4x32"

@@ -150,7 +150,7 @@ def measure_checkpoint(groups: ProcessGroups, checkpoints: Path) -> dict[str, Me
         "the checkpoint decided and checked: the first rank": dataclasses.replace(
             settled, files=looks.count, number=len(record.files)
         ),
-        "its record read": dataclasses.replace(
+        "its record read: one rank of a host": dataclasses.replace(
             cost(lambda: read_record(path)), moved_bytes=(path / "rmipo.json").stat().st_size, number=len(record.files)
         ),
         "its record written: the first rank": dataclasses.replace(

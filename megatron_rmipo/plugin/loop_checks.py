@@ -13,7 +13,7 @@ from torch.nn import Module
 from megatron_rmipo.data.batches.loader import RankBatch
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.runtime.agreement import describe_difference
+from megatron_rmipo.runtime.agreement import describe_difference, is_same
 
 
 def check_loop(model: Module) -> None:
@@ -82,6 +82,8 @@ def refuse_different_batches(objective: Objective, batch: RankBatch, meeting: Se
         "their lengths": batch.lengths.tolist(),
     }
     for group in meeting:
+        if is_same(group, facts):
+            continue
         given: list[dict[str, object]] = [{}] * group.size()
         dist.all_gather_object(given, facts, group=group)
         for member, theirs in enumerate(given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
@@ -52,7 +53,7 @@ def starting_point(
         source: the model that it starts from.
         data: its pairs.
         objective: what is minimized.
-        look: who reads what the pairs are, by content.
+        look: who reads what the pairs are, by content, and what the checkpoint says of its run.
 
     Raises:
         ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed.
@@ -69,7 +70,7 @@ def starting_point(
         if data.held_out is None
         else look("content of the held-out pairs", partial(collection_fingerprint, data.held_out)),
     )
-    saved = {} if config.checkpoint.finetune else saved_train_state(source)
+    saved, flags = ({}, {}) if config.checkpoint.finetune else _said_of_its_run(source, look)
     if not saved:
         return StartingPoint(now, objective.initial_state(), resumes=False)
     # Checkpoints of before these were saved hold neither.
@@ -83,7 +84,7 @@ def starting_point(
             f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
         )
     warnings = []
-    if settings := _other_settings(saved_flags(source), config.optimizer):
+    if settings := _other_settings(flags, config.optimizer):
         warnings.append(f"The run goes on with other settings of its optimizer ({'; '.join(settings)}).")
     if progress.data and progress.held_out != now.held_out:
         warnings.append(
@@ -92,6 +93,14 @@ def starting_point(
         )
     progress = dataclasses.replace(progress, data=now.data, data_flags=now.data_flags, held_out=now.held_out)
     return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=" ".join(warnings))
+
+
+def _said_of_its_run(source: ModelSource, look: Look) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Progress and flags of the run that saved the checkpoint, of whose record every file's name is the larger part."""
+    name = f"the run of {source.directory} {source.iteration}"
+    progress, flags = look(name, lambda: (saved_train_state(source), saved_flags(source)))
+    # A look is remembered, and progress changes.
+    return copy.deepcopy(progress), copy.deepcopy(flags)
 
 
 def _other_settings(then: Mapping[str, Any], now: OptimizerConfig) -> list[str]:

@@ -92,13 +92,13 @@ def test_a_walk_and_what_grows_in_it(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_growth_that_need_not_be_is_missed() -> None:
     before, twice, sixteen = Measured(0.1, 1, 10.0, 3.0), Measured(0.1, 1, 20.0, 3.0), Measured(0.1, 1, 160.0, 3.0)
-    stages = ["its record read", "keys of a load compared", *bench_scale.STARTING]
+    stages = ["its record read: one rank of a host", "keys of a load compared", *bench_scale.STARTING]
     same = dict.fromkeys(stages, before)
     options = bench_scale.parse_options([])
     held = bench_scale.goals(options, {bench_scale.SMALLER: same, bench_scale.LARGER: same}, {})
     assert {goal.name: goal.reached for goal in held}["scale, start-up of a rank of 1,024: CPU s"]
     assert all(goal.reached for goal in held)
-    grown = same | {"its record read": sixteen, "keys of a load compared": twice}
+    grown = same | {"its record read: one rank of a host": sixteen, "keys of a load compared": twice}
     held = bench_scale.goals(options, {bench_scale.SMALLER: same, bench_scale.LARGER: grown}, {})
     assert [goal.name for goal in held if not goal.reached] == [
         "scale, keys of a load compared: bytes moved, 1,024 ranks over 64"

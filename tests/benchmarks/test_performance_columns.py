@@ -90,7 +90,7 @@ def write_convert(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 def write_scale(path: Path, patch: pytest.MonkeyPatch) -> None:
     one = Measured(1.0, 2, 3.0, 4.0, 5)
-    patch.setattr(bench_scale, "measure_ranks", lambda *_: {"its record read": one})
+    patch.setattr(bench_scale, "measure_ranks", lambda *_: {"order of a batch": one})
     patch.setattr(bench_scale, "measure_pairs", lambda *_: {"order of a batch": one})
     assert bench_scale.main(["--pairs", "3", "10", "--batch-size", "2", "--csv", str(path)]) == 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rmipo.errors import DataError, RmipoError
-from megatron_rmipo.runtime.agreement import gather_faults, on_every_rank
+from megatron_rmipo.runtime.agreement import gather_faults, is_same, on_every_rank
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 
@@ -30,6 +30,7 @@ def tell() -> dict[str, Any]:
 
     found: dict[str, Any] = {"value": on_every_rank(groups.world, lambda: groups.rank), "none": gather_faults(groups.world, None)}
     found["objects where nothing is wrong"] = len(told)
+    found["same"] = [is_same(groups.world, facts) for facts in ({"a": 1, "b": [2]}, {"a": groups.rank}, {"a": -groups.rank})]
     found["one"] = gather_faults(groups.world, "torn" if second else None)
     found["falsy"] = gather_faults(groups.world, "" if not second else None)
     try:
@@ -47,4 +48,5 @@ def test_faults_of_one_rank_are_told_to_all_and_nothing_else_is() -> None:
     assert first == second
     assert first["objects where nothing is wrong"] == 0
     assert (first["none"], first["one"], first["falsy"]) == ([], [(1, "torn")], [(0, "")])
+    assert first["same"] == [True, False, False]
     assert first["raised"] == "DataError: A.bin: missing"

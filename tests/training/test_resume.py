@@ -45,7 +45,7 @@ class Scene:
                 objective=objective.name, options=dataclasses.asdict(objective.config), pair_weight=self.pair_weight
             ),
         )
-        source: Any = SimpleNamespace(directory=Path("run"))
+        source: Any = SimpleNamespace(directory=Path("run"), iteration=3)
         return starting_point(config, source, data, objective)
 
     def save(self, start: StartingPoint) -> None:
