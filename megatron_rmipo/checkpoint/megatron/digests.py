@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
 from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.errors import CheckpointError
+from megatron_rmipo.runtime.agreement import on_each_rank_alone
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 # A shared file system may show another host's files late.
@@ -53,20 +54,23 @@ def gather_digests(path: Path, sizes: Mapping[str, int], group: dist.ProcessGrou
     Raises:
         CheckpointError: on every rank: one does not see a file.
     """
-    own, unseen = {}, []
-    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
-    for name in share_out(sizes, group.size())[group.rank()]:
-        if _is_seen(path / name, deadline):
+
+    def read() -> dict[str, str | None]:
+        own, deadline = {}, time.monotonic() + _SEEN_WITHIN_SECONDS
+        for name in share_out(sizes, group.size())[group.rank()]:
+            if not _is_seen(path / name, deadline):
+                raise CheckpointError(
+                    f"rank {group.rank()} on {socket.gethostname()} does not see {path / name}, which the first rank sees. A "
+                    "checkpoint must lie on a file system that all hosts share."
+                )
             own[name] = _digest_or_none(path / name)
-        else:
-            unseen.append(f"rank {group.rank()} on {socket.gethostname()} does not see {path / name}")
-    parts: list[tuple[dict[str, str | None], list[str]]] = [({}, [])] * group.size()
-    dist.all_gather_object(parts, (own, unseen), group=group)
-    if missing := [line for _, lines in parts for line in lines]:
-        raise CheckpointError(
-            f"{missing[0]}, which the first rank sees. A checkpoint must lie on a file system that all hosts share."
-        )
-    return {name: digest for digests, _ in parts for name, digest in digests.items()}
+        return own
+
+    # Of few large files most ranks have none to read.
+    own = on_each_rank_alone(group, read)
+    parts: list[dict[str, str | None]] = [{}] * group.size()
+    dist.all_gather_object(parts, own, group=group)
+    return {name: digest for digests in parts for name, digest in digests.items()}
 
 
 def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
