@@ -131,9 +131,9 @@ def convert_megatron_to_hf(
         rule.megatron: dtype_to_store(rule, reader.dtype(locations[rule.megatron, place].key), asked)
         for rule, place in tensors_of(arch)
     }
-    tensors = _tensors(reader, locations, arch)
+    read = partial(_read_tensor, reader, locations)
     try:
-        write_hf_directory(Path(save_dir), assets, arch, tensors, dtypes, max_shard_bytes=max_shard_bytes)
+        write_hf_directory(Path(save_dir), assets, arch, read, dtypes, max_shard_bytes=max_shard_bytes)
     except OSError as error:
         raise ConversionError(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
@@ -218,7 +218,6 @@ def _locate(reader: TorchDistReader, arch: ModelArchitecture) -> dict[TensorId, 
     return found
 
 
-def _tensors(reader: TorchDistReader, locations: dict[TensorId, Location], arch: ModelArchitecture) -> Iterator[MegatronTensor]:
-    for rule, place in tensors_of(arch):
-        key, index, _ = locations[rule.megatron, place]
-        yield MegatronTensor(rule, place, reader.dtype(key), partial(reader.read_rows, key, index))
+def _read_tensor(reader: TorchDistReader, locations: dict[TensorId, Location], rule: Rule, place: Place) -> MegatronTensor:
+    key, index, _ = locations[rule.megatron, place]
+    return MegatronTensor(rule, place, reader.dtype(key), partial(reader.read_rows, key, index))

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import psutil  # type: ignore[import-untyped]
 from megatron_rmipo.errors import ConversionError
 
 INCOMPLETE_SUFFIX = ".incomplete"
+# A shared file system may show another host's files late.
+SEEN_WITHIN_SECONDS = 60.0
 
 
 def check_output_directory(directory: Path, flag: str, ignoring: tuple[str, ...] = ()) -> None:
@@ -50,6 +53,15 @@ def check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise OSError(f"no space left: {num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
+
+
+def is_seen(path: Path, deadline: float) -> bool:
+    """Whether a path that another rank has made is there, waited for until ``deadline`` of the monotonic clock."""
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 def is_full(error: BaseException) -> bool:

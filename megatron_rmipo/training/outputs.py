@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
@@ -129,7 +128,7 @@ def save_hf(
                 Path(config.checkpoint.save_hf),
                 dtype=config.checkpoint.save_hf_dtype,
                 groups=groups,
-                before_each=partial(stop.check, "", groups.world) if is_kept else lambda: None,
+                stop=stop if is_kept else None,
             )
         except RunStopped:
             stopped = True

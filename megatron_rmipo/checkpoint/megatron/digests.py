@@ -13,12 +13,11 @@ import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
 from megatron_rmipo.checkpoint.raw_files import file_digest
+from megatron_rmipo.checkpoint.whole_directories import SEEN_WITHIN_SECONDS, is_seen
 from megatron_rmipo.errors import CheckpointError
 from megatron_rmipo.runtime.agreement import on_each_rank_alone
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-# A shared file system may show another host's files late.
-_SEEN_WITHIN_SECONDS = 60.0
 
 
 def check_digests(path: Path, record: CheckpointRecord) -> list[str]:
@@ -56,9 +55,9 @@ def gather_digests(path: Path, sizes: Mapping[str, int], group: dist.ProcessGrou
     """
 
     def read() -> dict[str, str | None]:
-        own, deadline = {}, time.monotonic() + _SEEN_WITHIN_SECONDS
+        own, deadline = {}, time.monotonic() + SEEN_WITHIN_SECONDS
         for name in share_out(sizes, group.size())[group.rank()]:
-            if not _is_seen(path / name, deadline):
+            if not is_seen(path / name, deadline):
                 raise CheckpointError(
                     f"rank {group.rank()} on {socket.gethostname()} does not see {path / name}, which the first rank sees. A "
                     "checkpoint must lie on a file system that all hosts share."
@@ -88,14 +87,6 @@ def damage(path: Path, names: Sequence[str]) -> str:
     """How a checkpoint's damage is told."""
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return f"{path} is damaged: {shown} {'does' if len(names) == 1 else 'do'} not hold what was written"
-
-
-def _is_seen(path: Path, deadline: float) -> bool:
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1)
-    return True
 
 
 def _digest_or_none(path: Path) -> str | None:
