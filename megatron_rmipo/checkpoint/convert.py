@@ -34,7 +34,13 @@ from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
-from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, check_output_directory, check_space
+from megatron_rmipo.checkpoint.whole_directories import (
+    INCOMPLETE_SUFFIX,
+    REMOVED_SUFFIX,
+    check_output_directory,
+    check_space,
+    wait_for_removals,
+)
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
@@ -62,7 +68,7 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     arch = read_architecture(hf_dir)
     files = open_weights(hf_dir, arch)
     save_dir = Path(save_dir)
-    check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, OWNER_NAME))
+    check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, REMOVED_SUFFIX, OWNER_NAME))
     entries = _entries(files, arch, _DTYPES[dtype] if dtype else None)
     try:
         check_space(save_dir, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
@@ -85,6 +91,7 @@ def _write_release(save_dir: Path, hf_dir: Path, entries: list[Entry], arch: Mod
         return commit_checkpoint(partial_dir, CheckpointRecord("release"), digests)
     except BaseException:
         abandon_checkpoint(partial_dir)
+        wait_for_removals()
         raise
 
 
