@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
-from megatron_rmipo.checkpoint.hf.safetensors_files import ShardedWriter, TensorPlan
+from megatron_rmipo.checkpoint.hf.output_files import FileWriter, TensorPlan, plan_files, write_index
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import stored_tensors
@@ -130,11 +130,14 @@ def plan_weights(directory: Path) -> list[TensorPlan]:
 def write_random_weights(directory: Path, plan: Sequence[TensorPlan], max_shard_bytes: float, seed: int) -> None:
     """Every bit pattern: infinities and NaNs too must come back as they were."""
     generator = torch.Generator().manual_seed(seed)
-    with ShardedWriter(directory, plan, max_shard_bytes) as writer:
-        for tensor in plan:
-            bits = torch.randint(-(2**15), 2**15, tensor.shape, dtype=torch.int16, generator=generator)
-            writer.write(tensor.name, [bits.view(torch.bfloat16)])
-        writer.finish()
+    files = plan_files(plan, max_shard_bytes)
+    for file in files:
+        with FileWriter(directory, file) as writer:
+            for tensor in file.tensors:
+                bits = torch.randint(-(2**15), 2**15, tensor.shape, dtype=torch.int16, generator=generator)
+                writer.write(tensor.name, [bits.view(torch.bfloat16)])
+            writer.finish()
+    write_index(directory, files)
 
 
 def _tensors_in(directory: Path) -> Iterator[tuple[str, Path]]:

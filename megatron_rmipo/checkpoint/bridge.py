@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.signals import StopRequest
 
 NO_BRIDGE = (
     "NVIDIA's Megatron-Bridge is not installed. It needs CUDA and Python 3.12: pip install megatron-bridge, or NVIDIA's NeMo "
@@ -150,11 +151,12 @@ class ThroughBridge:
         *,
         dtype: str | None,
         groups: ProcessGroups,
-        before_each: Callable[[], None],
+        stop: StopRequest | None,
     ) -> None:
         """As :meth:`megatron_rmipo.checkpoint.makers.Maker.export`; asked to stop, it is before the export alone."""
         assert dtype is None, "refused with the flags"
-        before_each()
+        if stop is not None:
+            stop.check("", groups.world)
         _export(on_every_rank(groups.world, lambda: _open(hf_dir)), policy, save_dir, groups, "--save-hf")
 
 

@@ -34,7 +34,13 @@ from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
-from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, check_output_directory, check_space
+from megatron_rmipo.checkpoint.whole_directories import (
+    INCOMPLETE_SUFFIX,
+    REMOVED_SUFFIX,
+    check_output_directory,
+    check_space,
+    wait_for_removals,
+)
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
@@ -62,7 +68,7 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     arch = read_architecture(hf_dir)
     files = open_weights(hf_dir, arch)
     save_dir = Path(save_dir)
-    check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, OWNER_NAME))
+    check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, REMOVED_SUFFIX, OWNER_NAME))
     entries = _entries(files, arch, _DTYPES[dtype] if dtype else None)
     try:
         check_space(save_dir, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
@@ -85,6 +91,7 @@ def _write_release(save_dir: Path, hf_dir: Path, entries: list[Entry], arch: Mod
         return commit_checkpoint(partial_dir, CheckpointRecord("release"), digests)
     except BaseException:
         abandon_checkpoint(partial_dir)
+        wait_for_removals()
         raise
 
 
@@ -131,9 +138,9 @@ def convert_megatron_to_hf(
         rule.megatron: dtype_to_store(rule, reader.dtype(locations[rule.megatron, place].key), asked)
         for rule, place in tensors_of(arch)
     }
-    tensors = _tensors(reader, locations, arch)
+    read = partial(_read_tensor, reader, locations)
     try:
-        write_hf_directory(Path(save_dir), assets, arch, tensors, dtypes, max_shard_bytes=max_shard_bytes)
+        write_hf_directory(Path(save_dir), assets, arch, read, dtypes, max_shard_bytes=max_shard_bytes)
     except OSError as error:
         raise ConversionError(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
@@ -218,7 +225,6 @@ def _locate(reader: TorchDistReader, arch: ModelArchitecture) -> dict[TensorId, 
     return found
 
 
-def _tensors(reader: TorchDistReader, locations: dict[TensorId, Location], arch: ModelArchitecture) -> Iterator[MegatronTensor]:
-    for rule, place in tensors_of(arch):
-        key, index, _ = locations[rule.megatron, place]
-        yield MegatronTensor(rule, place, reader.dtype(key), partial(reader.read_rows, key, index))
+def _read_tensor(reader: TorchDistReader, locations: dict[TensorId, Location], rule: Rule, place: Place) -> MegatronTensor:
+    key, index, _ = locations[rule.megatron, place]
+    return MegatronTensor(rule, place, reader.dtype(key), partial(reader.read_rows, key, index))

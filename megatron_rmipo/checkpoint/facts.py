@@ -13,7 +13,8 @@ from megatron_rmipo.checkpoint.megatron.directory import METADATA_NAME
 from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.store.fingerprint import content_facts, sample_digest
+from megatron_rmipo.data.store.file_digests import sample_digest
+from megatron_rmipo.data.store.fingerprint import content_facts
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.transformer_engine import transformer_engine_available

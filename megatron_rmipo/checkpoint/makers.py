@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.signals import StopRequest
 
 
 class Maker(Protocol):
@@ -64,7 +64,7 @@ class Maker(Protocol):
         *,
         dtype: str | None,
         groups: ProcessGroups,
-        before_each: Callable[[], None],
+        stop: StopRequest | None,
     ) -> None:
         """Write a model as a Hugging Face directory, which appears when it is whole. All ranks call it together.
 
@@ -75,10 +75,11 @@ class Maker(Protocol):
             save_dir: missing or empty.
             dtype: what the flags say of the files' dtype; None where they say nothing.
             groups: the process groups of this rank.
-            before_each: called now and then, by all ranks together; what it raises ends the export, and nothing of it is left.
+            stop: looked at now and then; a signal ends the export. None where it is not to be ended.
 
         Raises:
             ConversionError: on every rank: it cannot be written.
+            RunStopped: on every rank: it was stopped, and nothing of it is left.
         """
 
 
@@ -115,11 +116,11 @@ class KnownFamilies:
         *,
         dtype: str | None,
         groups: ProcessGroups,
-        before_each: Callable[[], None],
+        stop: StopRequest | None,
     ) -> None:
         """In the dtype of the flags, or in that of the model it was made from."""
         stored = getattr(torch, dtype or arch.dtype)
-        export_hf(policy, arch, hf_dir, save_dir, dtype=stored, groups=groups, before_each=before_each)
+        export_hf(policy, arch, hf_dir, save_dir, dtype=stored, groups=groups, stop=stop)
 
 
 KNOWN_FAMILIES = KnownFamilies()

@@ -22,7 +22,7 @@ from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.source import ModelSource, hf_source, source_at
 from megatron_rmipo.errors import CheckpointError
-from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
+from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.messages import warn
 
@@ -63,7 +63,7 @@ def settle_source(
     hf_weights, directory = on_first_rank(groups.world, named)
     if directory is None:
         assert hf_weights is not None
-        return on_every_rank(groups.world, partial(hf_source, hf_weights, maker=maker))
+        return on_each_rank_alone(groups.world, partial(hf_source, hf_weights, maker=maker))
     iteration = _settle_iteration(directory, groups, verify=verify)
 
     def follow() -> None:
@@ -73,7 +73,7 @@ def settle_source(
     on_first_rank(groups.world, follow)
     # The first rank has looked at every file of it; that this one lies where the others look, one file tells.
     refuse_unseen([checkpoint_path(directory, iteration) / METADATA_NAME], groups.world)
-    settled = on_every_rank(groups.world, partial(source_at, directory, iteration, maker=maker))
+    settled = on_each_rank_alone(groups.world, partial(source_at, directory, iteration, maker=maker))
     return dataclasses.replace(settled, checked=verify)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.model.packed_model import head_weight
 from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.runtime.agreement import on_each_rank_alone
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 
@@ -87,15 +89,14 @@ def compare_with_transformers(
     """
     policy.eval()
     compares = groups.is_last_stage and groups.tp_rank == 0
-    reference: Any = None
-    if compares:
-        reference = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, local_files_only=True)
-        reference = reference.to(current_device()).eval()
+    # Of a large model either may take longer than the others wait in a collective.
+    reference = on_each_rank_alone(groups.world, lambda: _load_reference(hf_dir, dtype) if compares else None)
     results = []
     for token_ids in texts:
         logits = policy_logits(policy, token_ids.to(current_device()), groups)
-        if logits is not None:
-            results.append(_compare(_reference_logits(reference, token_ids), logits))
+        compare = partial(_compare_logits, reference, token_ids, logits)
+        if (result := on_each_rank_alone(groups.world, compare)) is not None:
+            results.append(result)
     outcome = [_summarize(results) if compares else None]
     if groups.is_last_stage:
         dist.broadcast_object_list(outcome, group=groups.tp, group_src=0)
@@ -103,6 +104,15 @@ def compare_with_transformers(
     agreement = outcome[0]
     assert agreement is not None
     return agreement
+
+
+def _load_reference(hf_dir: Path, dtype: torch.dtype) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, local_files_only=True)
+    return model.to(current_device()).eval()
+
+
+def _compare_logits(reference: Any, token_ids: Tensor, logits: Tensor | None) -> tuple[int, float, float, int] | None:
+    return None if logits is None else _compare(_reference_logits(reference, token_ids), logits)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Directories that are written whole or not at all."""
+"""Directories that are written whole or not at all, and removed so that nobody waits for it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
 from megatron_rmipo.errors import ConversionError
+from megatron_rmipo.runtime.messages import warn
 
 INCOMPLETE_SUFFIX = ".incomplete"
+REMOVED_SUFFIX = ".removed"
+# A shared file system may show another host's files late.
+SEEN_WITHIN_SECONDS = 60.0
 
 
 def check_output_directory(directory: Path, flag: str, ignoring: tuple[str, ...] = ()) -> None:
@@ -52,6 +58,15 @@ def check_space(directory: Path, num_bytes: int) -> None:
         raise OSError(f"no space left: {num_bytes / 2**20:,.1f} MiB are needed, and {free / 2**20:,.1f} MiB are free there")
 
 
+def is_seen(path: Path, deadline: float) -> bool:
+    """Whether a path that another rank has made is there, waited for until ``deadline`` of the monotonic clock."""
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
+
+
 def is_full(error: BaseException) -> bool:
     """Whether an error says that a disk, or the user's share of it, is full."""
     # By its text, which is what is left of it when another process met it.
@@ -61,6 +76,49 @@ def is_full(error: BaseException) -> bool:
 def partial_path(path: Path) -> Path:
     """Where to write what is to be called ``path`` when it is whole: a name that no other process takes."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{INCOMPLETE_SUFFIX}")
+
+
+# One removal at a time; a process that ends waits for those that are left.
+_REMOVER = ThreadPoolExecutor(1, thread_name_prefix="removal")
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory in the background. Its name it loses at once, and gets one that :func:`remove_discarded` knows.
+
+    What cannot be renamed or removed is told with a warning.
+    """
+    unique = partial_path(directory).name.removesuffix(INCOMPLETE_SUFFIX)
+    discarded = directory.with_name(f".{unique}{REMOVED_SUFFIX}")
+    try:
+        os.replace(directory, discarded)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        warn(f"{directory} could not be removed: {error}. Remove it by hand.")
+        return
+    _REMOVER.submit(_remove, discarded)
+
+
+def remove_discarded(folder: Path) -> None:
+    """Remove in the background what a process that was killed had discarded in ``folder``."""
+    for discarded in folder.glob("*" + REMOVED_SUFFIX):
+        _REMOVER.submit(_remove, discarded)
+
+
+def wait_for_removals() -> None:
+    """Wait until nothing is left of what this process has discarded."""
+    _REMOVER.submit(lambda: None).result()
+
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        pass  # another process removes it, too
+    except OSError as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            warn(f"{directory} could not be removed: {error}. Remove it by hand.")
 
 
 def remove_leftovers(path: Path) -> None:

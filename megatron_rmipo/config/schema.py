@@ -232,7 +232,7 @@ class CheckpointConfig:
     no_save_optim: bool = _option(False, "Do not save the optimizer's state; such a checkpoint cannot be resumed exactly.")
     ckpt_format: Literal["torch_dist"] = _option("torch_dist", "Format of checkpoints; any TP, PP and DP can load it.")
     keep_last: int | None = _option(None, "Keep only this many of the newest checkpoints; unset: all.")
-    save_hf: str | None = _option(None, "Directory to write the final model to in Hugging Face form.", "DIR")
+    save_hf: str | None = _option(None, "Directory to write the final model to in Hugging Face form; all hosts see it.", "DIR")
     save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = _option(
         None, "Dtype of --save-hf; unset: that of the model it came from."
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,42 +16,130 @@ from megatron_rmipo.errors import CheckpointError, RmipoError
 
 _Result = TypeVar("_Result")
 _SHOWN_FIELDS, _SHOWN_CHARACTERS = 5, 160
+# A rank that works while others wait meets them this often, which is within any timeout of use.
+_LIFE_SECONDS = 1.0
+
+
+class _Outcome(NamedTuple):
+    """What came of an action: its result, or the kind and text of its failure; or that it still works."""
+
+    result: Any = None
+    failure: tuple[type[RmipoError], str] | None = None
+    works: bool = False
+
+
+_WORKS = _Outcome(works=True)
 
 
 def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _Result:
     """What ``action`` returned on the first rank of ``group``, whose ranks call this together.
 
+    It may take any time: while it works, the first rank gives signs of life from a thread. A first rank that gives none within
+    the timeout of the group, or is gone, is told as by any collective.
+
+    Args:
+        group: the ranks.
+        action: calls no collective.
+
     Raises:
         RmipoError: on every rank, of the kind that it raised there; CheckpointError for an OSError.
     """
-    outcome: list[Any] = [None, None]
+
+    def tell(outcome: _Outcome) -> _Outcome:
+        told = [outcome]
+        # By name: a thread has a device of its own.
+        dist.broadcast_object_list(told, group=group, group_src=0, device=device_of(group))
+        return told[0]
+
     if group.rank() == 0:
-        try:
-            outcome[0] = action()
-        except (OSError, RmipoError) as error:
-            outcome[1] = (type(error) if isinstance(error, RmipoError) else CheckpointError, str(error))
-    dist.broadcast_object_list(outcome, group=group, group_src=0)
-    if outcome[1] is not None:
-        kind, text = outcome[1]
+        outcome = tell(_try_while_others_wait(group, action, tell))
+    else:
+        while (outcome := tell(_WORKS)).works:
+            pass
+    if outcome.failure is not None:
+        kind, text = outcome.failure
         raise kind(text)
-    result: _Result = outcome[0]
-    return result
+    return cast(_Result, outcome.result)
 
 
 def on_every_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _Result:
     """What ``action`` returned here, where it raised on no rank of ``group``, whose ranks call this together.
 
+    Args:
+        group: the ranks, which wait for the slowest of them no longer than for any collective.
+        action: takes about as long on all of them, or calls collectives. What does neither is for :func:`on_each_rank_alone`.
+
     Raises:
         RmipoError: on every rank, that of the first rank where it raised one; CheckpointError for an OSError.
     """
-    result, failure = None, None
+    return cast(_Result, _where_none_failed(group, _try(action)))
+
+
+def on_each_rank_alone(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _Result:
+    """As :func:`on_every_rank`, of what may take much longer on one rank than on others, which wait for it.
+
+    A rank that works gives signs of life, as in :func:`on_first_rank`.
+
+    Args:
+        group: the ranks.
+        action: calls no collective.
+
+    Raises:
+        RmipoError: as :func:`on_every_rank`.
+    """
+    outcome = _try_while_others_wait(group, action, lambda _works: _is_true_anywhere(group, True))
+    while _is_true_anywhere(group, False):
+        pass
+    return cast(_Result, _where_none_failed(group, outcome))
+
+
+def _try_while_others_wait(group: dist.ProcessGroup, action: Callable[[], Any], meet: Callable[[_Outcome], object]) -> _Outcome:
+    if group.size() == 1:
+        return _try(action)
+    with _signs_of_life(lambda: meet(_WORKS)):
+        return _try(action)
+
+
+@contextlib.contextmanager
+def _signs_of_life(meet: Callable[[], object]) -> Iterator[None]:
+    """Call ``meet`` in a thread every now and then, until the block ends; what it raises is raised at that end."""
+    ended, failures = threading.Event(), list[BaseException]()
+
+    def give() -> None:
+        try:
+            while not ended.wait(_LIFE_SECONDS):
+                meet()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=give, name="signs-of-life", daemon=True)
+    thread.start()
     try:
-        result = action()
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _try(action: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(result=action())
     except (OSError, RmipoError) as error:
-        failure = (type(error) if isinstance(error, RmipoError) else CheckpointError, str(error))
-    for _, (kind, text) in gather_faults(group, failure):
+        return _Outcome(failure=(type(error) if isinstance(error, RmipoError) else CheckpointError, str(error)))
+
+
+def _where_none_failed(group: dist.ProcessGroup, outcome: _Outcome) -> Any:
+    for _, (kind, text) in gather_faults(group, outcome.failure):
         raise kind(text)
-    return cast(_Result, result)
+    return outcome.result
+
+
+def _is_true_anywhere(group: dist.ProcessGroup, here: bool) -> bool:
+    found = torch.tensor([here], dtype=torch.int32, device=device_of(group))
+    dist.all_reduce(found, group=group)
+    return bool(found.item())
 
 
 def gather_faults(group: dist.ProcessGroup, fault: _Result | None) -> list[tuple[int, _Result]]:
@@ -57,9 +147,7 @@ def gather_faults(group: dist.ProcessGroup, fault: _Result | None) -> list[tuple
 
     All ranks of the group call it together. Where nobody found anything, which is the rule, one number is reduced.
     """
-    found = torch.tensor([fault is not None], dtype=torch.int32, device=device_of(group))
-    dist.all_reduce(found, group=group)
-    if not found.item():
+    if not _is_true_anywhere(group, fault is not None):
         return []
     faults: list[Any] = [None] * group.size()
     dist.all_gather_object(faults, fault, group=group)

@@ -21,8 +21,9 @@ _SILENT_SECONDS = 1.0
 
 def claim_first_failure(text: str) -> bool:
     """Whether no other rank has failed before this one, as far as can be known; if so, ``text`` is left for the others."""
+    # Not connected, or the rank that keeps the store is gone.
     with contextlib.suppress(RuntimeError):
-        first: str = _store().compare_set(_KEY, "", text).decode()
+        first: str = connecting_store().compare_set(_KEY, "", text).decode()
         return first == text
     return True
 
@@ -30,7 +31,7 @@ def claim_first_failure(text: str) -> bool:
 def first_failure() -> str | None:
     """What the rank that failed first left, or None."""
     with contextlib.suppress(RuntimeError):
-        store = _store()
+        store = connecting_store()
         if store.check([_KEY]):
             text: str = store.get(_KEY).decode()
             return text
@@ -77,8 +78,12 @@ def lost_a_rank(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
-def _store() -> Any:
-    # RuntimeError: the ranks are not connected, or the rank that keeps the store is gone.
+def connecting_store() -> Any:
+    """The store that connected the ranks.
+
+    Raises:
+        RuntimeError: they are not connected.
+    """
     if not dist.is_initialized():
         raise RuntimeError("not connected")
     return dist.distributed_c10d._get_default_store()

@@ -44,6 +44,11 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
+    @property
+    def received(self) -> bool:
+        """Whether this rank has received a signal."""
+        return self._received
+
     def requested(self, group: dist.ProcessGroup | None = None) -> bool:
         """Whether any rank has received a signal, of all or of a group. Its ranks call it together."""
         flag = torch.tensor(int(self._received), device=current_device())

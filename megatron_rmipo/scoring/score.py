@@ -97,7 +97,7 @@ def plan_scores(
 ) -> list[ScoreTask]:
     """What the scores of each data set under a reference of the given fingerprint depend on, and where they lie."""
     prefixes = sorted({one.prefix for one in rows})
-    fingerprints = on_first_rank(groups.world, lambda: {prefix: data_fingerprint(prefix) for prefix in prefixes})
+    fingerprints = on_first_rank(groups.world, lambda: {prefix: data_fingerprint(prefix, cache) for prefix in prefixes})
     dtype = "bfloat16" if bf16 else "float32"
     tasks = []
     for one in rows:

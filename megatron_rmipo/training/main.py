@@ -21,7 +21,7 @@ from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
-from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
+from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_first_rank
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
@@ -95,7 +95,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     verify = not config.checkpoint.no_verify_checkpoint
     source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner, maker=maker_of(config))
     # Anew, for it may be another checkpoint than this rank had found, or another run may have saved meanwhile.
-    plan = on_every_rank(groups.world, partial(plan_run, config, source, groups.world_size, plan.data, look=look))
+    plan = on_each_rank_alone(groups.world, partial(plan_run, config, source, groups.world_size, plan.data, look=look))
     on_first_rank(groups.world, partial(check_outputs, config, source))
     plan = _with_reference_settled(plan, groups, verify=verify)
     memory = MemoryReport(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
-from megatron_rmipo.checkpoint.megatron.owner import DEAD_SECONDS, DirectoryOwner
+from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
@@ -64,9 +63,7 @@ def own_save_directory(config: Config, groups: ProcessGroups) -> DirectoryOwner 
         if config.checkpoint.save is None:
             return
         try:
-            # The others wait in a collective.
-            wait_seconds = 0.8 * 60 * config.parallel.distributed_timeout_minutes
-            owners.append(DirectoryOwner(Path(config.checkpoint.save), wait_seconds=min(DEAD_SECONDS, wait_seconds)))
+            owners.append(DirectoryOwner(Path(config.checkpoint.save)))
         except OSError as error:
             raise ConfigError(f"--save {config.checkpoint.save} cannot be written: {error}. Name another directory.") from error
 
@@ -129,7 +126,7 @@ def save_hf(
                 Path(config.checkpoint.save_hf),
                 dtype=config.checkpoint.save_hf_dtype,
                 groups=groups,
-                before_each=partial(stop.check, "", groups.world) if is_kept else lambda: None,
+                stop=stop if is_kept else None,
             )
         except RunStopped:
             stopped = True

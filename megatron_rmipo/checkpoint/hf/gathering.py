@@ -1,12 +1,13 @@
-"""Whole tensors out of the shards that ranks hold: tensor-parallel ones, pipeline stages, ranks with different experts.
+"""Whole tensors out of the shards that ranks hold, each on the rank that writes it: who holds what, and who sends it to whom.
 
-Of each shard the first rank that holds it sends it to the first of all ranks, one tensor at a time.
+A tensor is put together within the smallest group that holds it: tensor-parallel shards over their group, those of an expert over
+the group that shares it and from there over the ranks with other experts. No shard leaves its model replica or its stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,20 +15,25 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.shards import join_shards
-from megatron_rmipo.checkpoint.hf.writer import MegatronTensor
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Rule
-from megatron_rmipo.families.tensors import rules_of, tensors_of
+from megatron_rmipo.families.base import Place, Rule
+from megatron_rmipo.families.tensors import megatron_shape, tensors_of
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
-class _Shard(NamedTuple):
-    """A rank's part of a tensor: which of how many it is, and what it looks like."""
+class Seat(NamedTuple):
+    """A rank's place in its pipeline stage: its model replica, and its place in that one's tensor-parallel group."""
 
-    number: int
-    of: int
-    shape: tuple[int, ...]
+    dp: int
+    tp: int
+
+
+class Holder(NamedTuple):
+    """Which ranks hold a tensor: the pipeline stage, for an expert's the place in the expert-parallel group; and its dtype."""
+
+    stage: int
+    expert_rank: int
     dtype: torch.dtype
 
 
@@ -37,7 +43,7 @@ def sharing_group(rule: Rule, groups: ProcessGroups) -> dist.ProcessGroup:
 
 
 class GatheredTensors:
-    """The tensors of a model, whole, on the first of all ranks. All ranks make it together.
+    """The tensors of a model, whole, each on a rank of the stage that holds it. All ranks make it together.
 
     Args:
         held: this rank's tensors.
@@ -45,81 +51,82 @@ class GatheredTensors:
         groups: the process groups of this rank.
 
     Attributes:
-        dtypes: on the first rank, dtype of each Megatron name; elsewhere empty.
+        holders: of each tensor.
 
     Raises:
-        ConversionError: on every rank: no rank holds a tensor of the model.
+        ConversionError: no rank holds a tensor of the model.
     """
 
     def __init__(self, held: Mapping[TensorId, Tensor], arch: ModelArchitecture, groups: ProcessGroups) -> None:
         self._held, self._arch, self._groups = held, arch, groups
-        own = _describe(held, arch, groups)
-        everywhere: list[dict[TensorId, _Shard]] = [{} for _ in range(groups.world_size)]
-        dist.gather_object(own, everywhere if groups.rank == 0 else None, group=groups.world, group_dst=0)
-        # On the first rank: who sends each shard of each tensor, and the shard.
-        self._senders: dict[TensorId, dict[int, tuple[int, _Shard]]] = {}
-        asked: list[set[TensorId]] = [set() for _ in range(groups.world_size)]
-        for rank, shards in enumerate(everywhere):
-            for key, shard in shards.items():
-                senders = self._senders.setdefault(key, {})
-                if shard.number not in senders:
-                    senders[shard.number] = rank, shard
-                    asked[rank].add(key)
-        missing = [key for key in _keys(arch) if not self._is_whole(key)] if groups.rank == 0 else []
-        answer: list[tuple[set[TensorId], list[TensorId]]] = [(set(), [])]
-        answers = [(keys, missing) for keys in asked] if groups.rank == 0 else None
-        dist.scatter_object_list(answer, answers, group=groups.world, group_src=0)
-        self._to_send, missing = answer[0]
-        if missing:
+        own = {key: Holder(groups.pp_rank, groups.ep.rank(), tensor.dtype) for key, tensor in held.items()}
+        self.holders = _first_of(_all_gather(_first_of(_all_gather(own, groups.ep)), groups.pp))
+        self._seat = Seat(groups.dp_rank, groups.tp_rank)
+        # Of the ranks that hold one copy of a layer's experts: by place in the expert tensor-parallel and expert-parallel groups.
+        self._block: list[list[Seat]] = _all_gather(_all_gather(self._seat, groups.ep), groups.expert_tp)
+        keys = [(rule.megatron, place) for rule, place in tensors_of(arch)]
+        if missing := [key for key in keys if key not in self.holders]:
             names = ", ".join(f"{name} at {place}" for name, place in missing[:4])
             raise ConversionError(f"No rank's model holds {names}. Build it from the checkpoint's config.json.")
-        self.dtypes = {name: senders[0][1].dtype for (name, _), senders in self._senders.items()}
 
-    def each(self, before_each: Callable[[], None]) -> Iterator[MegatronTensor]:
-        """In checkpoint order, on the first rank; elsewhere it ends without giving any. All ranks go through it together.
+    def helps(self, writer: Seat) -> bool:
+        """Whether this rank holds something of what a rank of its stage may have to write."""
+        return writer.dp == self._seat.dp or any(writer in seats for seats in self._block)
 
-        Args:
-            before_each: called before each tensor.
+    def gather(self, rule: Rule, place: Place, writer: Seat) -> Tensor | None:
+        """A tensor of this rank's stage, whole, on the rank that is to write it; None elsewhere.
+
+        The ranks that :meth:`helps` is true of call it together, in the same order.
         """
-        for rule, place in tensors_of(self._arch):
-            before_each()
-            key = rule.megatron, place
-            if self._groups.rank == 0:
-                whole = join_shards([shard for _, shard in sorted(self._receive(key))], rule)
-                yield MegatronTensor(rule, place, whole.dtype, _row_reader(whole))
-            elif key in self._to_send:
-                # As bytes, which every backend sends.
-                dist.send(self._held[key].contiguous().view(torch.uint8), group=self._groups.world, group_dst=0)
+        if rule.per_expert:
+            return self._gather_expert(rule, place, writer)
+        if writer.dp != self._seat.dp:
+            return None
+        return _join(self._held[rule.megatron, place], rule, self._groups.tp, writer.tp)
 
-    def _is_whole(self, key: TensorId) -> bool:
-        senders = self._senders.get(key, {})
-        return 0 in senders and len(senders) == senders[0][1].of
-
-    def _receive(self, key: TensorId) -> Iterator[tuple[int, Tensor]]:
-        world = self._groups.world
-        device = torch.cuda.current_device() if dist.get_backend(world) == "nccl" else "cpu"
-        for number, (rank, shard) in self._senders[key].items():
-            if rank == 0:
-                yield number, self._held[key]
-            else:
-                received = torch.empty(shard.shape, dtype=shard.dtype, device=device)
-                dist.recv(received.view(torch.uint8), group=world, group_src=rank)
-                yield number, received
-
-
-def _describe(held: Mapping[TensorId, Tensor], arch: ModelArchitecture, groups: ProcessGroups) -> dict[TensorId, _Shard]:
-    rules = {rule.megatron: rule for rule in rules_of(arch)}
-    shards = {}
-    for (name, place), tensor in held.items():
-        group = sharing_group(rules[name], groups)
-        number, count = (group.rank(), group.size()) if rules[name].is_cut else (0, 1)
-        shards[name, place] = _Shard(number, count, tuple(tensor.shape), tensor.dtype)
-    return shards
+    def _gather_expert(self, rule: Rule, place: Place, writer: Seat) -> Tensor | None:
+        seats = next((place for place, seats in enumerate(self._block) if writer in seats), None)
+        if seats is None:
+            return None
+        holder, groups = self.holders[rule.megatron, place], self._groups
+        whole, source, target = None, holder.expert_rank, self._block[seats].index(writer)
+        if groups.ep.rank() == source:
+            whole = _join(self._held[rule.megatron, place], rule, groups.expert_tp, seats)
+        if source == target or groups.expert_tp.rank() != seats:
+            return whole
+        if whole is not None:
+            # As bytes, which every backend sends.
+            dist.send(whole.contiguous().view(torch.uint8), group=groups.ep, group_dst=target)
+            return None
+        if groups.ep.rank() != target:
+            return None
+        received = torch.empty(megatron_shape(rule, self._arch), dtype=holder.dtype, device=_device(groups.ep))
+        dist.recv(received.view(torch.uint8), group=groups.ep, group_src=source)
+        return received
 
 
-def _keys(arch: ModelArchitecture) -> Iterator[TensorId]:
-    yield from ((rule.megatron, place) for rule, place in tensors_of(arch))
+def _join(shard: Tensor, rule: Rule, group: dist.ProcessGroup, place: int) -> Tensor | None:
+    """The whole tensor on the rank at ``place`` of a group that shares it, whose ranks call this together; None elsewhere."""
+    if not rule.is_cut:
+        return shard if group.rank() == place else None
+    own = shard.contiguous().view(torch.uint8)
+    parts = [own]
+    if group.size() > 1:
+        parts = [torch.empty_like(own) for _ in range(group.size())] if group.rank() == place else []
+        dist.gather(own, parts or None, group=group, group_dst=place)
+    return join_shards([part.view(shard.dtype) for part in parts], rule) if parts else None
 
 
-def _row_reader(tensor: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: tensor[start:stop]
+def _all_gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values = [value] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _first_of(parts: list[dict[TensorId, Holder]]) -> dict[TensorId, Holder]:
+    return {key: holder for part in reversed(parts) for key, holder in part.items()}
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")

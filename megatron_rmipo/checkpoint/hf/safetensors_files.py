@@ -1,8 +1,7 @@
-"""Safetensors files of a Hugging Face directory, read by slices and written as a stream.
+"""Safetensors files of a Hugging Face directory, read by slices.
 
 A file's header is checked against its length before anything is read: a truncated download is then an error that names the file.
 Whole rows are read straight into memory that is there; columns go through ``safetensors.safe_open``, which touches no others.
-Writing puts the header first, so that no more than the piece at hand is ever in memory.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.raw_files import bytes_of, open_output, read_into
+from megatron_rmipo.checkpoint.raw_files import read_into
 from megatron_rmipo.errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -27,8 +25,7 @@ SINGLE_NAME = "model.safetensors"
 # Tensors are read and written in pieces of about this size. The allocator keeps several, so larger ones cost more than they gain.
 PIECE_BYTES = 4 * 2**20
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -142,126 +139,6 @@ def row_pieces(shape: Sequence[int], dtype: torch.dtype, start: int = 0, stop: i
         yield low, min(low + step, stop)
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorPlan:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class ShardedWriter:
-    """Writes safetensors files of bounded size, tensors in the order planned, and the index that names them.
-
-    Args:
-        directory: exists, and is empty or holds other files.
-        plan: every tensor, in the order they will be written.
-        max_shard_bytes: a file is closed before a tensor that would take it beyond.
-    """
-
-    def __init__(self, directory: Path, plan: Sequence[TensorPlan], max_shard_bytes: float) -> None:
-        self._directory = directory
-        self._shards = _cut_into_shards(plan, max_shard_bytes)
-        self._shard_of = {tensor.name: i for i, shard in enumerate(self._shards) for tensor in shard}
-        self._plan = plan
-        self._written: dict[str, str] = {}
-        self._missing_bytes = 0
-        self._stream: Any = None
-
-    def __enter__(self) -> ShardedWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Write the next tensor, or more of one that was begun, given as pieces along its rows.
-
-        Each piece is converted to the planned dtype.
-
-        Raises:
-            OSError: the file system refuses.
-        """
-        if not self._missing_bytes:
-            self._begin_tensor(name)
-        planned = self._plan[len(self._written) - 1]
-        assert planned.name == name, (planned.name, name)
-        for piece in pieces:
-            data = piece.detach().to(device="cpu", dtype=planned.dtype).contiguous()
-            self._stream.write(bytes_of(data))
-            self._missing_bytes -= data.numel() * data.element_size()
-        assert self._missing_bytes >= 0, (name, self._missing_bytes)
-
-    def finish(self) -> None:
-        """Write the index, where there is more than one file, and flush everything to the disk."""
-        assert len(self._written) == len(self._plan), "tensors were planned and not written"
-        assert not self._missing_bytes, "the last tensor is not whole"
-        self._end()
-        if len(self._shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(tensor.num_bytes for tensor in self._plan)},
-                "weight_map": dict(sorted(self._written.items())),
-            }
-            (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file at hand, whole or not."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def _file_name(self, shard: int) -> str:
-        count = len(self._shards)
-        return SINGLE_NAME if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-
-    def _begin_tensor(self, name: str) -> None:
-        planned, shard = self._plan[len(self._written)], self._shard_of[name]
-        assert planned.name == name, (planned.name, name)
-        if planned is self._shards[shard][0]:
-            self._begin(shard)
-        self._written[name], self._missing_bytes = self._file_name(shard), planned.num_bytes
-
-    def _begin(self, shard: int) -> None:
-        self._end()
-        self._stream = open_output(self._directory / self._file_name(shard))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in self._shards[shard]:
-            header[tensor.name] = {
-                "dtype": _DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + tensor.num_bytes],
-            }
-            offset += tensor.num_bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._stream.write(len(text).to_bytes(8, "little") + text)
-
-    def _end(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self.close()
-
-
-def _cut_into_shards(plan: Sequence[TensorPlan], max_shard_bytes: float) -> list[list[TensorPlan]]:
-    shards: list[list[TensorPlan]] = [[]]
-    size = 0
-    for tensor in plan:
-        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes
-    return shards
-
-
 def _read_index(directory: Path) -> dict[str, str] | None:
     path = directory / INDEX_NAME
     if not path.exists():
@@ -312,17 +189,17 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{path} is {size} bytes, but its header says {needed}: truncated. Download it again.")
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ConversionError(
-                f"{path}: {name} is stored as {dtype}; supported are {', '.join(_DTYPES)}. Quantized weights must be dequantized "
+                f"{path}: {name} is stored as {dtype}; supported are {', '.join(DTYPES)}. Quantized weights must be dequantized "
                 "and saved again, with transformers, before."
             )
-        if begin < 0 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+        if begin < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ConversionError(
                 f"{path} has a damaged header: {name}, {dtype} {list(shape)}, is not what bytes {begin} to {end} hold. "
                 "Download it again."
             )
-        tensors[name] = StoredTensor(path, data_position + begin, shape, _DTYPES[dtype])
+        tensors[name] = StoredTensor(path, data_position + begin, shape, DTYPES[dtype])
     return tensors
 
 

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.gathering import GatheredTensors, sharing_group
 from megatron_rmipo.checkpoint.hf.mappings import TensorId, canonical_names
+from megatron_rmipo.checkpoint.hf.output_files import write_index
 from megatron_rmipo.checkpoint.hf.shards import fill_shard, rank_shape
-from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, dtype_to_store, write_hf_directory
+from megatron_rmipo.checkpoint.hf.shared_writing import ShareWriter, share_files
+from megatron_rmipo.checkpoint.hf.writer import (
+    DEFAULT_SHARD_BYTES,
+    ModelFile,
+    begin_hf_directory,
+    dtype_to_store,
+    plan_model_files,
+)
+from megatron_rmipo.checkpoint.whole_directories import SEEN_WITHIN_SECONDS, check_output_directory, is_seen, new_directory
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import rules_of, tensors_of
+from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.runtime.messages import rank_label
+from megatron_rmipo.runtime.shared_work import Halt, SharedWork
+from megatron_rmipo.runtime.signals import RunStopped, StopRequest
+
+_REFUSED = "--save-hf {} cannot be written: {}. Free some space or name another directory."
 
 
 def load_hf_weights(model: Module, hf_dir: Path, arch: ModelArchitecture, *, groups: ProcessGroups) -> None:
@@ -100,45 +118,95 @@ def export_hf(
     dtype: torch.dtype | None,
     groups: ProcessGroups,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
-    before_each: Callable[[], None] = lambda: None,
+    stop: StopRequest | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory. All ranks call it together.
 
-    One tensor at a time, or one of an expert, is gathered on the first rank from those that hold it, un-merged and written;
-    vocabulary padding is left out. ``save_dir`` appears when it is whole.
+    Each file is written by one rank of the stage that holds its tensors, and many at the same time: one tensor at a time, or one
+    of an expert, is put together there, un-merged and written; vocabulary padding is left out. The first rank shows how far all
+    are. ``save_dir`` appears when it is whole.
 
     Args:
         model: this rank's GPTModel, wrapped or not.
         arch: what the model is.
         assets_dir: holds config.json, generation config and tokenizer to put beside the weights.
-        save_dir: missing or empty.
+        save_dir: missing or empty, on a file system that every rank sees.
         dtype: dtype of the files; None keeps the parameters' own.
         groups: the process groups of this rank.
-        max_shard_bytes: size at which another file is begun.
-        before_each: called before each tensor, by all ranks together; what it raises ends the export, and nothing of it is left.
+        max_shard_bytes: size at which another file is begun, which happens at the borders of pipeline stages, too.
+        stop: looked at before each tensor, on each rank by itself; a signal on any rank ends the export.
 
     Raises:
-        ConversionError: on every rank, when the first one could not write, or none holds a tensor of the model.
+        ConversionError: on every rank: one could not write or does not see the directory, or none holds a tensor of the model.
+        RunStopped: on every rank: a signal ended it. Nothing of it is left then, nor after an error.
     """
-    gathered = GatheredTensors(local_tensors(model, arch, groups), arch, groups)
-    tensors = gathered.each(before_each)
-    failure = None
-    if groups.rank == 0:
-        rules = {rule.megatron: rule for rule in rules_of(arch)}
-        dtypes = {name: dtype_to_store(rules[name], stored, dtype) for name, stored in gathered.dtypes.items()}
-        try:
-            write_hf_directory(Path(save_dir), Path(assets_dir), arch, tensors, dtypes, max_shard_bytes=max_shard_bytes)
-        except ConversionError as error:
-            failure = str(error)
-        except OSError as error:
-            failure = f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
-    # The others send the next tensor, so it is carried to its end even when this rank could not write.
-    for _ in tensors:
-        pass
-    outcome = [failure]
-    dist.broadcast_object_list(outcome, group=groups.world, group_src=0)
-    if outcome[0] is not None:
-        raise ConversionError(outcome[0])
+    save_dir = Path(save_dir)
+    held = local_tensors(model, arch, groups)
+    tensors = on_every_rank(groups.world, lambda: GatheredTensors(held, arch, groups))
+    files = _files_of(tensors, arch, dtype, max_shard_bytes)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> Path:
+            with _told_of(save_dir):
+                check_output_directory(save_dir, "--save-hf")
+                partial = stack.enter_context(new_directory(save_dir))
+                begin_hf_directory(save_dir, partial, Path(assets_dir), files)
+                return partial
+
+        def end() -> None:
+            with _told_of(save_dir):
+                write_index(directory, [file.plan for file in files])
+                stack.close()
+
+        directory = on_first_rank(groups.world, begin)
+        shares = share_files(files, groups.pp_rank, groups.dp_size, groups.tp_size)
+        on_each_rank_alone(groups.world, lambda: _check_seen(directory, save_dir, groups))
+        total_bytes = sum(tensor.num_bytes for file in files for tensor in file.plan.tensors)
+        work = SharedWork(str(directory), groups.world, title=f"writing {save_dir}", total_bytes=total_bytes, stop=stop)
+        halt = _work_off(work, lambda: ShareWriter(directory, arch, tensors, work).write(shares))
+        if halt is not None:
+            on_first_rank(groups.world, lambda: shutil.rmtree(directory, ignore_errors=True))
+            if halt.kind == "stopped":
+                raise RunStopped(halt.text)
+            raise ConversionError(_REFUSED.format(save_dir, halt.text))
+        on_first_rank(groups.world, end)
+
+
+def _files_of(
+    tensors: GatheredTensors, arch: ModelArchitecture, dtype: torch.dtype | None, max_shard_bytes: float
+) -> list[ModelFile]:
+    rules = {rule.megatron: rule for rule in rules_of(arch)}
+    dtypes = {name: dtype_to_store(rules[name], holder.dtype, dtype) for (name, _), holder in tensors.holders.items()}
+    stages = {key: holder.stage for key, holder in tensors.holders.items()}
+    return plan_model_files(arch, dtypes, max_shard_bytes, stages)
+
+
+def _work_off(work: SharedWork, write: Callable[[], None]) -> Halt | None:
+    """Do this rank's share and wait for the others'; why nothing came of it, or None."""
+    try:
+        write()
+    except BaseException as error:
+        # No rank that waits for this one would hear of it else.
+        with contextlib.suppress(RuntimeError):
+            work.halt(Halt("lost", f"{rank_label()}{type(error).__name__}: {error}"))
+        raise
+    return work.finish()
+
+
+def _check_seen(directory: Path, save_dir: Path, groups: ProcessGroups) -> None:
+    if not is_seen(directory, time.monotonic() + SEEN_WITHIN_SECONDS):
+        raise ConversionError(
+            f"--save-hf {save_dir}: rank {groups.rank} on {socket.gethostname()} does not see {directory}, which the first rank "
+            "has made. The ranks write it together: name a directory on a file system that all hosts share."
+        )
+
+
+@contextlib.contextmanager
+def _told_of(save_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(_REFUSED.format(save_dir, error)) from error
 
 
 def _check_shape(tensor: Tensor, rule: Rule, arch: ModelArchitecture, tp_size: int) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rmipo.checkpoint.megatron.directory import TRACKER_NAME, checkpoint_path, iterations_of, read_tracker
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, write_record
-from megatron_rmipo.checkpoint.whole_directories import partial_path, sync_directory
+from megatron_rmipo.checkpoint.whole_directories import discard, partial_path, sync_directory
 from megatron_rmipo.runtime.messages import warn
 
 _SET_ASIDE_SUFFIX = ".set_aside"
@@ -62,12 +61,14 @@ def write_tracker(directory: Path, iteration: Iteration) -> None:
 
 
 def abandon_checkpoint(partial: Path) -> None:
-    """Remove what was written of a checkpoint that failed."""
-    shutil.rmtree(partial, ignore_errors=True)
+    """Remove what was written of a checkpoint that failed, in the background."""
+    discard(partial)
 
 
 def prune_checkpoints(directory: Path, keep_last: int, newest: int, in_use: Path | None = None) -> None:
     """Remove older iterations, so that ``newest`` and those before it are ``keep_last``.
+
+    They lose their names at once, and are removed in the background. One that cannot be removed is told with a warning.
 
     Args:
         directory: the directory of checkpoints.
@@ -80,7 +81,7 @@ def prune_checkpoints(directory: Path, keep_last: int, newest: int, in_use: Path
     for iteration in older[: max(0, len(older) - keep_last + 1)]:
         path = checkpoint_path(directory, iteration)
         if in_use is None or path.resolve() not in in_use.resolve().parents:
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def _set_branch_aside(directory: Path, iteration: Iteration) -> None:

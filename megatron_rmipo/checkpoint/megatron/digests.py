@@ -14,12 +14,11 @@ import torch.distributed as dist
 
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
 from megatron_rmipo.checkpoint.raw_files import file_digest
+from megatron_rmipo.checkpoint.whole_directories import SEEN_WITHIN_SECONDS, is_seen
 from megatron_rmipo.errors import CheckpointError
-from megatron_rmipo.runtime.agreement import gather_faults
+from megatron_rmipo.runtime.agreement import gather_faults, on_each_rank_alone
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-# A shared file system may show another host's files late.
-_SEEN_WITHIN_SECONDS = 60.0
 
 
 def check_digests(path: Path, record: CheckpointRecord) -> list[str]:
@@ -68,7 +67,8 @@ def _read_share(path: Path, sizes: Mapping[str, int], group: dist.ProcessGroup) 
     """sha256 of this rank's share of the files, as :func:`gather_digests`."""
     names = share_out(sizes, group.size())[group.rank()]
     refuse_unseen((path / name for name in names), group)
-    return {name: _digest_or_none(path / name) for name in names}
+    # Of few large files most ranks have none to read.
+    return on_each_rank_alone(group, lambda: {name: _digest_or_none(path / name) for name in names})
 
 
 def refuse_unseen(paths: Iterable[Path], group: dist.ProcessGroup) -> None:
@@ -77,13 +77,17 @@ def refuse_unseen(paths: Iterable[Path], group: dist.ProcessGroup) -> None:
     Raises:
         CheckpointError: on every rank: naming the first rank that does not see one, its host and the file.
     """
-    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
-    unseen = next((path for path in paths if not _is_seen(path, deadline)), None)
-    for rank, (host, path) in gather_faults(group, None if unseen is None else (socket.gethostname(), unseen)):
-        raise CheckpointError(
-            f"rank {rank} on {host} does not see {path}, which the first rank sees. A checkpoint must lie on a file system that "
-            "all hosts share."
-        )
+
+    def look() -> None:
+        deadline = time.monotonic() + SEEN_WITHIN_SECONDS
+        for path in paths:
+            if not is_seen(path, deadline):
+                raise CheckpointError(
+                    f"rank {group.rank()} on {socket.gethostname()} does not see {path}, which the first rank sees. A checkpoint "
+                    "must lie on a file system that all hosts share."
+                )
+
+    on_each_rank_alone(group, look)
 
 
 def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
@@ -101,14 +105,6 @@ def damage(path: Path, names: Sequence[str]) -> str:
     """How a checkpoint's damage is told."""
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return f"{path} is damaged: {shown} {'does' if len(names) == 1 else 'do'} not hold what was written"
-
-
-def _is_seen(path: Path, deadline: float) -> bool:
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1)
-    return True
 
 
 def _digest_or_none(path: Path) -> str | None:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import secrets
-import shutil
 import socket
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, partial_path
+from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX, discard, partial_path, remove_discarded
 from megatron_rmipo.errors import DirectoryTakenError
 from megatron_rmipo.runtime.messages import warn
 
@@ -60,16 +59,14 @@ class DirectoryOwner:
 
     Args:
         directory: made if missing.
-        wait_seconds: how long at most to look whether an owner on another host lives.
 
     Raises:
-        DirectoryTakenError: another run writes there, or it could not be seen in time whether it lives.
+        DirectoryTakenError: another run writes there.
         OSError: the file system refuses.
     """
 
-    def __init__(self, directory: Path, *, wait_seconds: float = DEAD_SECONDS) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self._wait_seconds = wait_seconds
         self.directory.mkdir(parents=True, exist_ok=True)
         self._path = self.directory / OWNER_NAME
         self._identity = _own_identity()
@@ -120,7 +117,7 @@ class DirectoryOwner:
         draft.write_text(content, encoding="utf-8")
         try:
             other = _read(self._path)
-            if _lives(other, self._path, draft, self._wait_seconds):
+            if _lives(other, self._path, draft):
                 raise DirectoryTakenError(
                     f"{self.directory}: {other or 'another run'} writes checkpoints there. Wait for its end or end it, or give "
                     f"this run a directory of its own. (Should it be gone for good, remove {self._path}.)"
@@ -134,11 +131,12 @@ class DirectoryOwner:
 
     def _remove_leftovers(self) -> None:
         # Nobody else is writing here now.
+        remove_discarded(self.directory)
         for path in self.directory.glob("*" + INCOMPLETE_SUFFIX):
             if path.name.startswith(OWNER_NAME):  # of another that comes to take it over
                 continue
             if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+                discard(path)
             else:
                 path.unlink(missing_ok=True)
 
@@ -173,12 +171,12 @@ def _read(path: Path) -> _Identity | None:
         return None
 
 
-def _lives(owner: _Identity | None, path: Path, just_written: Path, wait_seconds: float) -> bool:
+def _lives(owner: _Identity | None, path: Path, just_written: Path) -> bool:
     """Whether the owner of ``path`` lives; ``just_written`` tells the file system's own time."""
     here = _own_identity()
     if owner is not None and (owner.host, owner.namespace) == (here.host, here.namespace):
         return owner.pid != here.pid and _process_lives(owner)
-    return _beats(path, just_written.stat().st_mtime, f"{owner or 'another run'}, which owns {path.parent},", wait_seconds)
+    return _beats(path, just_written.stat().st_mtime, f"{owner or 'another run'}, which owns {path.parent},")
 
 
 def _process_lives(owner: _Identity) -> bool:
@@ -189,23 +187,18 @@ def _process_lives(owner: _Identity) -> bool:
         return False
 
 
-def _beats(path: Path, now: float, name: str, wait_seconds: float) -> bool:
+def _beats(path: Path, now: float, name: str) -> bool:
     try:
         first = path.stat().st_mtime
         if now - first > DEAD_SECONDS:
             return False
         needed = DEAD_SECONDS - max(0.0, now - first)
-        warn(f"waiting for up to {min(needed, wait_seconds):.0f} seconds to see whether {name} lives")
-        deadline = time.monotonic() + min(needed, wait_seconds)
+        warn(f"waiting for up to {needed:.0f} seconds to see whether {name} lives")
+        deadline = time.monotonic() + needed
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_SECONDS / 2))
             if path.stat().st_mtime != first:
                 return True
-        if needed > wait_seconds:
-            raise DirectoryTakenError(
-                f"{name} gave a sign of life less than {DEAD_SECONDS:.0f} seconds ago and may still live. Start again "
-                "after that, or give this run a directory of its own."
-            )
     except FileNotFoundError:
         # It has ended meanwhile, and released what it owned.
         pass

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.file_digests import sample_digest
 from megatron_rmipo.data.store.manifest import store_paths
 from megatron_rmipo.data.store.pair_store import PairStore
 
 # A MiB in all; smaller data are read whole.
 _SAMPLES = 256
-_SAMPLE_BYTES = 4096
 
 
 def content_facts(store: PairStore) -> dict[str, Any]:
@@ -44,15 +43,4 @@ def collection_fingerprint(pairs: PairCollection) -> str:
     """Hex digest over the contents of the data sets and over which pairs of them are taken, in their order."""
     digest = hashlib.sha256(json.dumps([content_facts(store) for store in pairs.stores], sort_keys=True).encode())
     digest.update(np.ascontiguousarray(pairs.members, dtype=np.int64).tobytes())
-    return digest.hexdigest()
-
-
-def sample_digest(path: Path, num_samples: int) -> str:
-    """Hex digest over a file's size and ``num_samples`` pieces of it, evenly spaced, first and last among them."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as stream:
-        for start in np.unique(np.linspace(0, max(0, size - _SAMPLE_BYTES), num_samples, dtype=np.int64)).tolist():
-            stream.seek(start)
-            digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -34,6 +34,14 @@ class TokenizerInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class FileDigest:
+    """What a file held when it was written: sha256 of all of it, and a digest over samples, which is soon compared; in hex."""
+
+    sha256: str
+    sample: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """``PREFIX.json``: where a data set comes from and what it holds.
 
@@ -66,6 +74,7 @@ class Manifest:
             field.
         lengths: see :func:`summarize_lengths`.
         file_bytes: sizes of the ``bin``, ``idx`` and ``values`` files.
+        file_digests: of the ``bin`` and ``idx`` files; manifests without the field say nothing of their content.
     """
 
     tokenizer: TokenizerInfo
@@ -90,6 +99,7 @@ class Manifest:
     first_token_id: int | None = None
     lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     file_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    file_digests: dict[str, FileDigest] = dataclasses.field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
     @property
@@ -125,8 +135,9 @@ class Manifest:
             raise DataError(f"{path}: version {found!r}, this code reads {MANIFEST_VERSION}. Preprocess the data again.")
         try:
             fields["tokenizer"] = TokenizerInfo(**fields["tokenizer"])
+            fields["file_digests"] = {kind: FileDigest(**its) for kind, its in fields.get("file_digests", {}).items()}
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not a manifest of preference pairs ({error}). Preprocess the data again.") from None
 
     def to_json(self) -> str:

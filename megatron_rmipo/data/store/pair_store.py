@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rmipo.data.store.disk import write_errors_named
+from megatron_rmipo.data.store.file_digests import HashedStream, digest_of
 from megatron_rmipo.data.store.manifest import PARTS, Manifest, TokenizerInfo, store_paths, summarize_lengths
 from megatron_rmipo.errors import DataError
 
@@ -102,6 +103,7 @@ class PairStoreWriter:
             self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
             dtype = indexed_dataset.DType.optimal_dtype(vocab_size)
             self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._partial["bin"]), dtype=dtype)
+        self._hashed = self._builder.data_file = HashedStream(self._builder.data_file)
 
     def __enter__(self) -> PairStoreWriter:
         return self
@@ -187,6 +189,7 @@ class PairStoreWriter:
                 if self._columns:
                     np.save(self._partial["values"], np.concatenate(self._values))
                 manifest = dataclasses.replace(manifest, pair_columns=self._columns)
+                digests = {"bin": self._hashed.digest_of(self._partial["bin"]), "idx": digest_of(self._partial["idx"])}
                 complete = dataclasses.replace(
                     manifest,
                     counts={**manifest.counts, **by_label},
@@ -197,6 +200,7 @@ class PairStoreWriter:
                     first_token_id=min(self._first_tokens) if len(self._first_tokens) == 1 else None,
                     lengths=summarize_lengths(lengths),
                     file_bytes={kind: self._partial[kind].stat().st_size for kind in manifest.file_kinds},
+                    file_digests={kind: digest for kind, digest in digests.items() if digest is not None},
                 )
                 self._partial["json"].write_text(complete.to_json(), encoding="utf-8", errors="backslashreplace")
                 for kind in (*manifest.file_kinds, "json"):

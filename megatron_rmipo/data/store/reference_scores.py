@@ -31,7 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rmipo.data.store.disk import write_errors_named
-from megatron_rmipo.data.store.manifest import store_paths
+from megatron_rmipo.data.store.file_digests import sha256_of
+from megatron_rmipo.data.store.manifest import Manifest, store_paths
 from megatron_rmipo.data.store.row_set import RowSet
 from megatron_rmipo.errors import DataError
 
@@ -77,20 +78,32 @@ class ScoreKey:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def data_fingerprint(prefix: str) -> str:
-    """sha256 of a data set's tokens and index."""
+def data_fingerprint(prefix: str, cache: str | None = None) -> str:
+    """sha256 of a data set's tokens and index. Those of large data are read once at most, see :func:`sha256_of`.
+
+    Args:
+        prefix: of the data set.
+        cache: as of :func:`score_directory`: where what had to be computed is kept.
+
+    Raises:
+        DataError: there is no manifest.
+    """
     paths = store_paths(prefix)
+    written = Manifest.read(paths["json"]).file_digests
     digest = hashlib.sha256()
     for kind in ("bin", "idx"):
-        with open(paths[kind], "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        found = sha256_of(paths[kind], paths["json"], written.get(kind), _score_root(prefix, cache))
+        digest.update(bytes.fromhex(found))
     return digest.hexdigest()
 
 
 def score_directory(prefix: str, cache: str | None, key: ScoreKey) -> Path:
     """Where the scores for a key lie, or would: beside the data, or in the directory ``cache``."""
-    root = Path(f"{prefix}.reference") if cache is None else Path(cache)
-    return root / f"{key.kind}-{key.digest[:16]}"
+    return _score_root(prefix, cache) / f"{key.kind}-{key.digest[:16]}"
+
+
+def _score_root(prefix: str, cache: str | None) -> Path:
+    return Path(f"{prefix}.reference") if cache is None else Path(cache)
 
 
 class KeptScores:

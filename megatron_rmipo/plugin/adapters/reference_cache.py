@@ -60,7 +60,7 @@ def _open_all(pairs: PairCollection, places: Sequence[tuple[Path, ScoreKey]]) ->
 def _find(prefix: str, kind: Kind, objective: str, cache: str | None) -> tuple[Path, ScoreKey]:
     """Where the scores of a data set lie, and what they depend on."""
     root = Path(f"{prefix}.reference" if cache is None else cache)
-    data, found = data_fingerprint(prefix), []
+    data, found = data_fingerprint(prefix, cache), []
     for path in sorted(root.glob(f"{kind}-*/{PROGRESS_FILE}")):
         key = _read_key(path)
         if key.data == data:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints
 from megatron_rmipo.checkpoint.megatron.directory import TRACKER_NAME, checkpoint_path, latest_complete_iteration
+from megatron_rmipo.checkpoint.whole_directories import wait_for_removals
 from tests.checkpoint.megatron.test_directory import write
 
 
@@ -82,4 +84,34 @@ def test_pruning_keeps_the_newest_and_the_one_in_use(tmp_path: Path) -> None:
     for iteration in (1, 2, 3, 4):
         write(tmp_path, iteration)
     prune_checkpoints(tmp_path, 2, newest=4, in_use=checkpoint_path(tmp_path, 1) / "hf")
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000003", "iter_0000004"]
+    assert names(tmp_path) == ["iter_0000001", "iter_0000003", "iter_0000004"]
+    wait_for_removals()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_pruning_waits_for_no_removal_and_tells_what_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for iteration in (1, 2, 3):
+        write(tmp_path, iteration)
+    may_go_on, at_work, most_at_work = threading.Event(), [0], [0]
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        at_work[0] += 1
+        most_at_work[0] = max(most_at_work[0], at_work[0])
+        assert may_go_on.wait(20)
+        at_work[0] -= 1
+        if not ignore_errors:
+            raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    prune_checkpoints(tmp_path, 2, newest=3)
+    prune_checkpoints(tmp_path, 1, newest=3)
+    assert names(tmp_path) == ["iter_0000003"]
+    assert latest_complete_iteration(tmp_path) == 3
+    may_go_on.set()
+    wait_for_removals()
+    assert most_at_work == [1]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert all(".iter_000000" in line and "not yours" in line and "Remove it by hand" in line for line in told)

@@ -17,6 +17,7 @@ import pytest
 from megatron_rmipo.checkpoint.megatron import owner
 from megatron_rmipo.checkpoint.megatron.commit import begin_checkpoint
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
+from megatron_rmipo.checkpoint.whole_directories import REMOVED_SUFFIX, wait_for_removals
 from megatron_rmipo.errors import CheckpointError
 
 HOLD = """
@@ -65,7 +66,10 @@ def test_a_live_run_is_refused_and_a_killed_one_taken_over(tmp_path: Path, capfd
         assert len(list(tmp_path.glob("iter_0000008.*.incomplete"))) == 1, "what the live one writes stays"
         other.send_signal(signal.SIGKILL)
         other.wait()
+    discarded = tmp_path / f".iter_0000004.node-17-11-ab{REMOVED_SUFFIX}"
+    (discarded / "hf").mkdir(parents=True)
     with DirectoryOwner(tmp_path):
+        wait_for_removals()
         assert [path.name for path in tmp_path.iterdir()] == [OWNER_NAME]
     assert f"taken over from process {other.pid}" in capfd.readouterr().err
 
