@@ -31,7 +31,7 @@ from megatron_rmipo.scoring.reference import attach_scores, identify_reference, 
 from megatron_rmipo.training.facts import run_facts
 from megatron_rmipo.training.loop import Run, train
 from megatron_rmipo.training.observers import build_profiler, build_throughput, open_reporter, say_what_runs
-from megatron_rmipo.training.outputs import check_outputs, own_save_directory, save_hf, save_run, where_it_stands
+from megatron_rmipo.training.outputs import RunCheckpoints, check_outputs, own_save_directory, save_hf, where_it_stands
 from megatron_rmipo.training.plan import RunPlan, plan_run
 from megatron_rmipo.training.setup import TrainingState, load_training_state
 
@@ -165,6 +165,6 @@ def _assemble(
         throughput=build_throughput(config, groups),
         profiler=build_profiler(config, groups, progress, reporter),
         memory=memory,
-        save=partial(save_run, config, plan.source, state, progress, groups, owner),
+        checkpoints=RunCheckpoints(config, plan.source, state, progress, groups, owner),
         stop=stop,
     )
