@@ -148,6 +148,12 @@ def measure_world(size: int, options: argparse.Namespace) -> dict[str, Any]:
         if any(process.exitcode for process in ranks):
             raise SystemExit(f"--dp {size}: a rank failed; nothing measured")
         found = [json.loads((directory / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
+    return make_row(found)
+
+
+def make_row(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a world, of its ranks' :func:`measure_rank`."""
+    size = len(found)
     share = found[0]["total"] / size
     row: dict[str, Any] = {"dp": size, "parameters": found[0]["parameters"], "checkpoint_bytes": found[0]["total"]}
     for name in (*_FIGURES, "memory_background"):
@@ -207,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Save, load, show, append."""
     options = parse_options(argv)
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "repeats")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {"form": "in shares"} | {name: getattr(options, name) for name in names}
     rows = [settings | measure_world(size, options) for size in options.dp]
     return report(options, "checkpoint", table(rows), rows, goals(rows))
 

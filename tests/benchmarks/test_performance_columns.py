@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     bench_alone,
     bench_balance,
+    bench_checkpoint,
     bench_convert,
     bench_data,
     bench_flops,
@@ -32,6 +33,7 @@ from benchmarks.measure import Cost, Spread
 from benchmarks.performance_tables import TABLES
 from benchmarks.preparing import Preparing
 from benchmarks.report import read_rows, report
+from tests.benchmarks.test_bench_checkpoint import FOUND
 
 SPREAD = Spread(1.0, 2.0, 3.0)
 COST = Cost(SPREAD, SPREAD, flops=4.0, peak_bytes=5)
@@ -80,6 +82,11 @@ def write_convert(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_convert.main(["--csv", str(path)]) == 0
 
 
+def write_checkpoint(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench_checkpoint, "measure_world", lambda *_: bench_checkpoint.make_row([FOUND]))
+    assert bench_checkpoint.main(["--dp", "1", "--csv", str(path)]) == 0
+
+
 def write_gpu(path: Path, patch: pytest.MonkeyPatch) -> None:
     timings = {name: Timing([1.0], dict.fromkeys(PHASES, 1.0), [1.0], 1) for name in VARIANTS}
     parts = {name: dict.fromkeys(PARTS, 1.0) for name in VARIANTS}
@@ -109,6 +116,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_balance.csv": write_balance,
     "results_data.csv": write_data,
     "results_convert.csv": write_convert,
+    "results_checkpoint.csv": write_checkpoint,
     "results_gpu.csv": write_gpu,
 }
 

@@ -82,7 +82,7 @@ class CheckpointSaver:
         self._strategy: Any = self._torch_dist
         if groups.dp_size > 1:
             self._strategy = FullyParallelSaveStrategyWrapper(self._torch_dist, groups.dp, do_cache_distribution=True)
-        self._has_saved = False
+        self._has_saved = self._is_structure_known = False
         self._under_way: _Save | None = None
 
     def save(
@@ -194,11 +194,14 @@ class CheckpointSaver:
             content_metadata=dict(CONTENT),
             **named,
         )
-        if not self._torch_dist.validated_cache_reuse or not self._has_saved:
-            # Each rank compares its own part with the save before, and none may leave out what others take part in.
+        if not self._is_structure_known:
+            # Each rank compares its own part with that of the save before; none may leave out what others still gather.
             is_known = torch.tensor(int(self._torch_dist.validated_cache_reuse), device=current_device())
             dist.all_reduce(is_known, op=dist.ReduceOp.MIN, group=self._groups.world)
-            self._torch_dist.validated_cache_reuse = bool(is_known.item())
+            self._is_structure_known = self._torch_dist.validated_cache_reuse = bool(is_known.item())
+            if not self._is_structure_known:
+                # The first rank alone would offer it for comparison.
+                self._torch_dist.cached_global_metadata = None
         self._has_saved = True
         return request
 
