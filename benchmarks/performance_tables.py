@@ -244,6 +244,19 @@ TABLES = {
             Figure("peak memory / size", "memory_over_size"),
         ),
     ),
+    "checkpoint": Table(
+        "results_checkpoint.csv",
+        {"DP": "{dp}", "form": "{form}"},
+        (
+            Figure("GB", "checkpoint_bytes", scale=1e-9),
+            Figure("memory of a save / share", "memory_save_over_share"),
+            Figure("memory of a load / share", "memory_load_over_share"),
+            Figure("written / share", "written_over_share"),
+            Figure("read / share", "read_over_share"),
+            Figure("s a save stalls", "stall_sync_p50"),
+            Figure("s with --async-save", "stall_background_p50"),
+        ),
+    ),
     "gpu": Table(
         "results_gpu.csv",
         {"method": "{method}", "lengths": "{lengths}", "layers": "{num_layers}", "pairs": "{num_pairs}"},

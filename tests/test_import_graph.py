@@ -47,7 +47,12 @@ INNER_ROOMS = {
         "preparing": {"reading", "layouts", "store", "encoding"},
         "batches": {"store"},
     },
-    "checkpoint": {"hf": {"whole_directories", "raw_files"}, "megatron": {"hf", "whole_directories", "raw_files"}},
+    "checkpoint": {
+        "hf": {"whole_directories", "raw_files"},
+        "state": set(),
+        "writers": set(),
+        "megatron": {"hf", "state", "writers", "whole_directories", "raw_files"},
+    },
     "model": {"attention": set(), "layers": {"attention", "products"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }

@@ -19,8 +19,8 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     iterations_of,
     latest_complete_iteration,
 )
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
-from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.flag_types import iteration_argument
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
-from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer

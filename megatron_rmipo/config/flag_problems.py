@@ -144,9 +144,11 @@ def _checkpoint_flags(checkpoint: CheckpointConfig, model: ModelConfig) -> Itera
         yield "nothing to start from: give --load-hf DIR (Hugging Face) or --load DIR (a Megatron checkpoint)"
     yield from _at_least(1, checkpoint, "save_interval", "keep_last")
     if not checkpoint.save:
-        for name in ("save_interval", "keep_last", "no_save_optim"):
+        for name in ("save_interval", "keep_last", "no_save_optim", "async_save"):
             if getattr(checkpoint, name):
                 yield f"{flag_of(name)} does nothing without --save DIR"
+    elif checkpoint.async_save and not checkpoint.save_interval:
+        yield "--async-save does nothing without --save-interval N: a run waits for the checkpoint it ends with"
     if not checkpoint.load:
         for name in ("finetune", "no_load_optim", "no_load_rng"):
             if getattr(checkpoint, name):

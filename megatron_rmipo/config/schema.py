@@ -224,6 +224,7 @@ class CheckpointConfig:
 
     save: str | None = _option(None, "Directory to write checkpoints to, at the end and every --save-interval steps.", "DIR")
     save_interval: int | None = _option(None, "Steps between checkpoints; unset: only at the end and at a signal.")
+    async_save: bool = _option(False, "Write the checkpoints of --save-interval beside the next steps; takes memory on the host.")
     load: str | None = _option(None, "Checkpoint directory to go on from: its latest complete iteration, or its release.", "DIR")
     finetune: bool = _option(False, "Take only the weights of --load and start at step 0.")
     no_load_optim: bool = _option(False, "Do not load the optimizer's state.")

@@ -85,7 +85,7 @@ _ANSWERS = {
     "no token is dropped": "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
     "not supported yet": (
         "context_parallel_size optimizer_cpu_offload "
-        "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank async_save rampup_batch_size"
+        "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank rampup_batch_size"
     ),
     "use --epochs or --train-iters": "train_samples",
     "use --lr-warmup-iters or --lr-warmup-fraction": "lr_warmup_samples",
@@ -94,6 +94,9 @@ _ANSWERS = {
     "use --load DIR --finetune": "pretrained_checkpoint",
     "use --recompute-granularity selective": "recompute_activations",
     "SIGTERM and SIGINT save and end a run, always": "exit_signal_handler",
+    "each rank writes and reads its share of a checkpoint, always, and any layout can load it": (
+        "ckpt_fully_parallel_save ckpt_fully_parallel_load dist_ckpt_optim_fully_reshardable ckpt_assume_constant_structure"
+    ),
     "use --exit-interval": "exit_duration_in_mins",
     "throughput is always logged": "log_throughput",
     "metrics.jsonl has the seconds of a step's parts; --profile writes a trace": "timing_log_level timing_log_option",

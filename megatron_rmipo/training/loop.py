@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from megatron_rmipo.reports.timers import PhaseTimer, StageClock
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
+from megatron_rmipo.training.outputs import RunCheckpoints
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 from megatron_rmipo.training.step import StepOutcome, evaluate_batch, train_step
@@ -42,7 +43,7 @@ class Run:
         total_pairs: pairs of the whole run.
         held_out: builder of evaluation batches, or None.
         num_held_out: pairs of an evaluation.
-        save: writes a checkpoint of the run as it is.
+        checkpoints: of the run.
         stop: asked after each step and at each batch of an evaluation.
         clock: of this rank's pipeline stage, where it tells something.
     """
@@ -62,7 +63,7 @@ class Run:
     throughput: Throughput
     profiler: StepProfiler
     memory: MemoryReport
-    save: Callable[[], None]
+    checkpoints: RunCheckpoints
     stop: StopRequest
     clock: StageClock | None = None
 
@@ -79,17 +80,18 @@ def train(run: Run) -> bool:
     """
     settings = run.config.training
     saved_at = evaluated_at = run.progress.step
-    with run.profiler, run.stop:
+    with run.profiler, run.stop, run.checkpoints:
         if _owes_evaluation(run) and evaluate(run) is None:
             return False
         for batch, outcome, phases in _steps(run):
             step = run.progress.step
+            run.checkpoints.look_after()
             if not outcome.updated:
                 _count_skipped_step(run, batch, outcome)
             if step % run.config.logging.log_interval == 0 or step == run.train_iters:
                 run.reporter.log("train", _record(run, batch, outcome, phases))
             if run.config.checkpoint.save_interval and step % run.config.checkpoint.save_interval == 0:
-                run.save()
+                run.checkpoints.save()
                 saved_at = step
             if settings.eval_interval and step % settings.eval_interval == 0:
                 # One that a signal cuts short is owed.
@@ -99,7 +101,8 @@ def train(run: Run) -> bool:
         run.profiler.stop()
         # Saved before the last evaluation, and with signals still held off: neither may cost what was trained.
         if saved_at != run.progress.step:
-            run.save()
+            run.checkpoints.save()
+        run.checkpoints.wait()
         complete = run.progress.consumed_pairs >= run.total_pairs
         if complete and evaluated_at != run.progress.step:
             complete = evaluate(run) is not None
@@ -201,6 +204,7 @@ def _count_skipped_step(run: Run, batch: RankBatch, outcome: StepOutcome) -> Non
     )
     run.reporter.warn(f"step {run.progress.step} skipped, weights unchanged: {cause}")
     if run.progress.skipped_steps > run.config.training.max_skipped_steps:
+        run.checkpoints.wait()
         raise RmipoError(
             f"{run.progress.skipped_steps} steps were skipped because a loss or gradient was not finite, more than "
             f"--max-skipped-steps {run.config.training.max_skipped_steps}. Last: {cause}. Lower --lr, or look at these "

@@ -38,7 +38,7 @@ from megatron_rmipo.training.observers import (
     say_what_runs,
     stage_clock,
 )
-from megatron_rmipo.training.outputs import check_outputs, own_save_directory, save_hf, save_run, where_it_stands
+from megatron_rmipo.training.outputs import RunCheckpoints, check_outputs, own_save_directory, save_hf, where_it_stands
 from megatron_rmipo.training.plan import RunPlan, plan_run
 from megatron_rmipo.training.setup import TrainingState, load_training_state
 
@@ -182,7 +182,7 @@ def _assemble(
         throughput=build_throughput(config, groups),
         profiler=build_profiler(config, groups, progress, reporter),
         memory=memory,
-        save=partial(save_run, config, plan.source, state, progress, groups, owner),
+        checkpoints=RunCheckpoints(config, plan.source, state, progress, groups, owner),
         stop=stop,
         clock=stage_clock(state.policy, groups),
     )

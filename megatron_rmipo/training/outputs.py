@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import TracebackType
 
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
-from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
+from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
@@ -71,36 +72,74 @@ def own_save_directory(config: Config, groups: ProcessGroups) -> DirectoryOwner 
     return owners[0] if owners else None
 
 
-def save_run(
-    config: Config,
-    source: ModelSource,
-    state: TrainingState,
-    progress: Progress,
-    groups: ProcessGroups,
-    owner: DirectoryOwner | None,
-) -> None:
-    """Write a checkpoint of the run as it is, where ``--save`` names a place. All ranks call it together.
+class RunCheckpoints:
+    """The checkpoints of a run, where ``--save`` names a place. All ranks call each method together.
 
-    Raises:
-        CheckpointError: as :func:`megatron_rmipo.checkpoint.megatron.store.save_checkpoint`.
+    Within its block; what is still being written when that is left by an error is given up, and those before stay.
+
+    Args:
+        config: the run's configuration.
+        source: the model that it starts from.
+        state: what is saved.
+        progress: of the run, as it is when it is saved.
+        groups: the process groups of this rank.
+        owner: on the first rank, the right to write there.
     """
-    if config.checkpoint.save is None:
-        return
-    state.gather_parameters()
-    with_optimizer = not config.checkpoint.no_save_optim
-    save_checkpoint(
-        Path(config.checkpoint.save),
-        progress.step,
-        model=state.model,
-        optimizer=state.optimizer if with_optimizer else None,
-        scheduler=state.scheduler if with_optimizer else None,
-        train_state={**dataclasses.asdict(progress), "objective_state": dict(state.objective_state)},
-        config=config.to_flat_dict(),
-        assets_dir=source.assets,
-        groups=groups,
-        keep_last=config.checkpoint.keep_last,
-        owner=owner,
-    )
+
+    def __init__(
+        self,
+        config: Config,
+        source: ModelSource,
+        state: TrainingState,
+        progress: Progress,
+        groups: ProcessGroups,
+        owner: DirectoryOwner | None,
+    ) -> None:
+        self._config, self._source, self._state, self._progress, self._owner = config, source, state, progress, owner
+        self._saver = CheckpointSaver(groups, in_background=config.checkpoint.async_save)
+
+    def __enter__(self) -> RunCheckpoints:
+        self._saver.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._saver.__exit__(kind, error, trace)
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is; with ``--async-save`` begin to, once the one before is there.
+
+        Raises:
+            CheckpointError: as :meth:`megatron_rmipo.checkpoint.megatron.store.CheckpointSaver.save`.
+        """
+        flags = self._config.checkpoint
+        if flags.save is None:
+            return
+        self._state.gather_parameters()
+        with_optimizer = not flags.no_save_optim
+        self._saver.save(
+            Path(flags.save),
+            self._progress.step,
+            model=self._state.model,
+            optimizer=self._state.optimizer if with_optimizer else None,
+            scheduler=self._state.scheduler if with_optimizer else None,
+            train_state={**dataclasses.asdict(self._progress), "objective_state": dict(self._state.objective_state)},
+            config=self._config.to_flat_dict(),
+            assets_dir=self._source.assets,
+            keep_last=flags.keep_last,
+            owner=self._owner,
+        )
+
+    def look_after(self) -> None:
+        """Make the checkpoint that is being written the latest if it is whole by now.
+
+        Raises:
+            CheckpointError: a rank could not write its share.
+        """
+        self._saver.finish_if_written()
+
+    def wait(self) -> None:
+        """As :meth:`look_after`, once it is whole."""
+        self._saver.wait()
 
 
 def save_hf(

@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, build_from
 from megatron_rmipo.config.schema import Config, OptimizerConfig, ParallelConfig
 from megatron_rmipo.model.policy import PolicyModel
@@ -65,7 +65,7 @@ def load_training_state(
         train_iters: optimizer steps of the whole run.
 
     Raises:
-        CheckpointError: as :func:`megatron_rmipo.checkpoint.megatron.store.load_checkpoint`.
+        CheckpointError: as :func:`megatron_rmipo.checkpoint.megatron.loading.load_checkpoint`.
     """
     policy = build_from(source, config, groups)
     state = build_training_state(policy, config, groups, train_iters=train_iters)

@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     bench_alone,
     bench_balance,
+    bench_checkpoint,
     bench_convert,
     bench_data,
     bench_flops,
@@ -35,6 +36,7 @@ from benchmarks.performance_tables import TABLES
 from benchmarks.preparing import Preparing
 from benchmarks.report import read_rows, report
 from benchmarks.scale_world import Measured
+from tests.benchmarks.test_bench_checkpoint import FOUND
 
 SPREAD = Spread(1.0, 2.0, 3.0)
 COST = Cost(SPREAD, SPREAD, flops=4.0, peak_bytes=5)
@@ -95,6 +97,11 @@ def write_scale(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_scale.main(["--pairs", "3", "10", "--batch-size", "2", "--csv", str(path)]) == 0
 
 
+def write_checkpoint(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench_checkpoint, "measure_world", lambda *_: bench_checkpoint.make_row([FOUND]))
+    assert bench_checkpoint.main(["--dp", "1", "--csv", str(path)]) == 0
+
+
 def write_gpu(path: Path, patch: pytest.MonkeyPatch) -> None:
     timings = {name: Timing([1.0], dict.fromkeys(PHASES, 1.0), [1.0], 1) for name in VARIANTS}
     parts = {name: dict.fromkeys(PARTS, 1.0) for name in VARIANTS}
@@ -126,6 +133,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_data.csv": write_data,
     "results_convert.csv": write_convert,
     "results_scale.csv": write_scale,
+    "results_checkpoint.csv": write_checkpoint,
     "results_gpu.csv": write_gpu,
 }
 

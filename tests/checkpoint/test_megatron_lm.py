@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.megatron_lm_args import beyond_megatron_lm
-from megatron_rmipo.checkpoint.megatron.store import load_checkpoint, save_checkpoint
+from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.checkpoint.verify_checkpoint_cli import main as verify_checkpoint
 from megatron_rmipo.families.hf_config import read_architecture

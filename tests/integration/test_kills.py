@@ -47,11 +47,13 @@ class Blow(NamedTuple):
 
 STEP = "megatron_rmipo.training.loop:train_step"
 EVALUATION = "megatron_rmipo.training.loop:evaluate_batch"
-SAVE = "megatron_rmipo.training.outputs:save_checkpoint"
+SAVE = "megatron_rmipo.checkpoint.megatron.store:CheckpointSaver.save"
 WRITING = "megatron_rmipo.checkpoint.megatron.store:dist_checkpointing.save"
 COMMIT = "megatron_rmipo.checkpoint.megatron.store:commit_checkpoint"
 RENAME = "megatron_rmipo.checkpoint.megatron.commit:os.replace"
 PRUNE = "megatron_rmipo.checkpoint.megatron.store:prune_checkpoints"
+# Looked for only with --async-save.
+WRITTEN = "megatron_rmipo.checkpoint.writers.background:BackgroundWrite.finish_if_written"
 SCORING = "megatron_rmipo.scoring.score:_score_block"
 EXPORT = "megatron_rmipo.checkpoint.makers:export_hf"
 EXPORTING = "megatron_rmipo.checkpoint.hf.gathering:join_shards"
@@ -119,7 +121,7 @@ def start(arguments: Sequence[str], folder: Path, blow: Blow | None = None, time
 
 
 def kill_table() -> list[Blow]:
-    """Twenty blows, in an order in which each finds something left to kill; ranks and calls are drawn with a seed."""
+    """Blows, in an order in which each finds something left to kill; ranks and calls are drawn with a seed."""
     drawn = random.Random(20)
     places = [
         *[(SCORING, call, after) for call, after in ((1, False), (2, True))],
@@ -127,6 +129,7 @@ def kill_table() -> list[Blow]:
         *[(STEP, call, after) for call, after in ((1, False), (1, True), (2, False), (3, True))],
         *[(SAVE, 1, False), (SAVE, 1, True), (WRITING, 1, False), (WRITING, 1, True)],
         *[(COMMIT, 1, False), (RENAME, 1, False), (RENAME, 1, True), (RENAME, 2, True), (COMMIT, 1, True), (PRUNE, 1, True)],
+        *[(WRITTEN, 1, False), (WRITTEN, 3, True)],
         *[(EXPORT, 1, False), (EXPORTING, 5, False)],
     ]
     by_first_rank = (COMMIT, RENAME, PRUNE, EXPORT, EXPORTING)
@@ -135,7 +138,7 @@ def kill_table() -> list[Blow]:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_is_the_run_that_was_not(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path: Path) -> None:
     prefix = write_pairs(tmp_path / "data" / "pairs")
     settings: dict[str, Any] = {
         "objective": "dpo",
@@ -154,9 +157,10 @@ def test_a_run_that_is_killed_twenty_times_is_the_run_that_was_not(tmp_path: Pat
     assert codes == [0, 0], told
     save = tmp_path / "parts"
     arguments = flags(prefix, save, **{**settings, "load": save, "save_hf": tmp_path / "parts-hf"})
-    for blow in kill_table():
+    for number, blow in enumerate(kill_table()):
+        beside = ["--async-save"] if number % 2 or blow.place == WRITTEN else []
         before = latest_complete_iteration(save) if save.is_dir() else None
-        codes, told = start(arguments, tmp_path, blow)
+        codes, told = start([*arguments, *beside], tmp_path, blow)
         assert codes[blow.rank] == -signal.SIGKILL, f"{blow} did not fall\n{told}"
         assert codes[1 - blow.rank] not in (None, 0, STOPPED), f"{blow}: the other rank took it for an end\n{told}"
         if before is not None:

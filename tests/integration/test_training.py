@@ -97,7 +97,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.dist
 def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
     save, exported = tmp_path / "run", tmp_path / "exported"
-    arguments = flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4)
+    arguments = flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4, async_save=True)
     code, output = run_distributed(output_of, 1, run, arguments)[0]
     assert code == 0, output
     before = output[: output.index("eval at step 0/6")].splitlines()

@@ -118,6 +118,8 @@ def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> No
         (("--log-interval", "0"), 1, ["--log-interval 0"]),
         (("--tensor-model-parallel-size", "0"), 1, ["--tensor-model-parallel-size 0", "at least 1"]),
         (("--distributed-timeout-minutes", "0"), 1, ["--distributed-timeout-minutes 0"]),
+        (("--async-save",), 1, ["--async-save does nothing without --save DIR"]),
+        (("--save", "runs/a", "--async-save"), 1, ["--async-save does nothing without --save-interval N"]),
         (("--profile-step-start", "10"), 1, ["--profile-step-start does nothing without --profile"]),
         (("--profile-step-end", "3"), 1, ["--profile-step-end does nothing without --profile"]),
         (("--profile-ranks", "0"), 1, ["--profile-ranks does nothing without --profile"]),

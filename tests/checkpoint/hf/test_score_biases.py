@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rmipo.checkpoint import convert
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
-from megatron_rmipo.checkpoint.megatron.store import load_checkpoint
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy
 from megatron_rmipo.model.megatron_config import transformer_config

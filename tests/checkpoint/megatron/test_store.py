@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from megatron_rmipo.checkpoint.convert import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_rmipo.checkpoint.hf import assets
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
-from megatron_rmipo.checkpoint.megatron import common_state, hashed_writes, store
+from megatron_rmipo.checkpoint.megatron import common_state, store
 from megatron_rmipo.checkpoint.megatron.common_state import is_written_as_object, read_common
 from megatron_rmipo.checkpoint.megatron.directory import latest_complete_iteration
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record, write_record
-from megatron_rmipo.checkpoint.megatron.store import load_checkpoint, save_checkpoint
+from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver, save_checkpoint
 from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
+from megatron_rmipo.checkpoint.writers import hashed_writes
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy
@@ -116,26 +118,27 @@ def test_every_layout_reads_computes_and_writes_the_same(tmp_path: Path, kind: s
 
 
 def save_without_space(hf: Path, checkpoints: Path) -> list[str]:
-    """What is said where the disk is too small from the start, and where it fills up under rank 1's writers."""
+    """What is said where the disk is too small from the start, and where it fills up under rank 1's writers, beside it, too."""
     model, groups = start(hf, (2, 1, 1))
     load_hf_weights(model, hf, model.architecture, groups=groups)
 
-    def save(iteration: int) -> None:
-        save_checkpoint(
-            checkpoints,
-            iteration,
-            model=model,
-            optimizer=None,
-            scheduler=None,
-            train_state={},
-            config={},
-            assets_dir=hf,
-            groups=groups,
-        )
+    def save(iteration: int, *, in_background: bool = False) -> None:
+        with CheckpointSaver(groups, in_background=in_background) as saver:
+            saver.save(
+                checkpoints,
+                iteration,
+                model=model,
+                optimizer=None,
+                scheduler=None,
+                train_state={},
+                config={},
+                assets_dir=hf,
+            )
+            saver.wait()
 
-    def refusal(iteration: int) -> str:
+    def refusal(iteration: int, *, in_background: bool = False) -> str:
         with pytest.raises(CheckpointError) as failure:
-            save(iteration)
+            save(iteration, in_background=in_background)
         return str(failure.value)
 
     save(1)
@@ -147,20 +150,22 @@ def save_without_space(hf: Path, checkpoints: Path) -> list[str]:
     original = hashed_writes._HashingFile.__init__
     to_full_disk = lambda self, path, send: original(self, "/dev/full", send)  # noqa: E731
     hashed_writes._HashingFile.__init__ = to_full_disk if groups.rank == 1 else original  # type: ignore[method-assign]
-    return [*refused, refusal(3)]
+    return [*refused, refusal(3), refusal(4, in_background=True)]
 
 
 def test_full_disk_is_told_and_spares_earlier_checkpoints(tmp_path: Path) -> None:
     hf = write_hf_model(tmp_path / "hf", "llama32_tied")
     results = run_distributed(save_without_space, 2, hf, tmp_path / "checkpoints")
-    for early, late in results:
+    for early, late, beside in results:
         assert "step 2 was not written: no space left: " in early
         assert "MiB are needed" in early
         assert "step 3 was not written" in late
+        assert "step 4 was not written" in beside
     # Newer ones hand on the type of a writer's error alone; its text is on the screen.
     if metadata.version("megatron-core").startswith("0.16."):
-        assert "the disk is full" in results[0][1]
-        assert "No space left on device" in results[0][1]
+        for told in results[0][1:]:
+            assert "the disk is full" in told
+            assert "No space left on device" in told
     assert latest_complete_iteration(tmp_path / "checkpoints") == 1
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "iter_0000001",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import io
 import multiprocessing
 import multiprocessing.managers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -51,43 +50,53 @@ class _HashingFile(io.FileIO):
             self._send((os.path.basename(self._path), self._digest.hexdigest()))
 
 
-@dataclasses.dataclass
-class WrittenDigests:
-    """sha256 by name of the files that this rank's writers have written, and why one failed; filled when the block ends."""
+class HashedWrites:
+    """Within its block, what Megatron-Core's writers of this rank write is hashed: sha256 by name of the files they have written.
 
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    failure: OSError | None = None
+    Writer processes are forked within the block, so that they open their files as this process would, and hand the digests back
+    through a pipe; they may outlive it.
 
-
-@contextlib.contextmanager
-def digests_of_writes() -> Iterator[WrittenDigests]:
-    """Hash what Megatron-Core's writer processes of this rank write within the block.
-
-    They are forked within it, so that they open their files as this process would, and hand the digests back through a pipe.
+    Attributes:
+        digests: filled by :meth:`collect`.
+        failure: why a writer failed, filled likewise.
     """
-    _start_results_queue()
-    written, pipe = WrittenDigests(), multiprocessing.get_context("fork").SimpleQueue()
-    module: Any = filesystem_async
-    # Its own name for the builtin, which it would look up next.
-    rank = os.getpid()
 
-    def open_hashing(path: str, mode: str) -> _HashingFile:
-        if os.getpid() != rank:
-            end_with_parent()
-        return _HashingFile(path, pipe.put)
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+        self.failure: OSError | None = None
+        self._pipe = multiprocessing.get_context("fork").SimpleQueue()
+        self._is_collected = False
 
-    module.open = open_hashing
-    try:
-        yield written
-    finally:
+    def __enter__(self) -> HashedWrites:
+        _start_results_queue()
+        module: Any = filesystem_async
+        rank, put = os.getpid(), self._pipe.put
+
+        def open_hashing(path: str, mode: str) -> _HashingFile:
+            if os.getpid() != rank:
+                end_with_parent()
+            return _HashingFile(path, put)
+
+        # Its own name for the builtin, which it would look up next.
+        module.open = open_hashing
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        module: Any = filesystem_async
         del module.open
-        while not pipe.empty():
-            name, outcome = pipe.get()
+
+    def collect(self) -> None:
+        """Take what the writers have handed back. Called once they have ended; the second time there is nothing more."""
+        if self._is_collected:
+            return
+        self._is_collected = True
+        while not self._pipe.empty():
+            name, outcome = self._pipe.get()
             if isinstance(outcome, OSError):
-                written.failure = outcome
+                self.failure = outcome
             else:
-                written.digests[name] = outcome
-        pipe.close()
+                self.digests[name] = outcome
+        self._pipe.close()
 
 
 def _start_results_queue() -> None:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.megatron.hashed_writes import digests_of_writes
+from megatron_rmipo.checkpoint.writers.hashed_writes import HashedWrites
 from tests.data.orphans import count_files, workers_left_by
 
 
 def save_without_end(folder: Path) -> None:
-    with digests_of_writes():
+    with HashedWrites():
         (folder / "begun").touch()
         time.sleep(600)
 

@@ -1,0 +1,80 @@
+"""Megatron's optimizers in a checkpoint, torch's Adam inside the distributed one among them.
+
+The distributed optimizer expects Apex's or Transformer Engine's. torch's makes its state at its first step, but it is described
+before; and torch's counts steps in each parameter's state, which the distributed optimizer loads as one tensor for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_rmipo.checkpoint.state.optimizer_pieces import FORM, pieces_of, set_pieces
+
+_PIECES, _FORM = "param_state", "param_state_sharding_type"
+
+
+def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> dict[Any, Any]:
+    """An optimizer's ``sharded_state_dict``, the distributed optimizer's in pieces. All ranks call it together.
+
+    Args:
+        optimizer: Megatron's.
+        weights: the model's ``sharded_state_dict``.
+        is_loading: whether it is to be loaded into.
+        metadata: as Megatron's ``sharded_state_dict`` takes it.
+    """
+    make_adam_state(optimizer)
+    parts = _parts(optimizer)
+    if len(parts) == 1:
+        return _sharded_part(parts[0], weights, is_loading=is_loading, metadata=metadata)
+    optimizer._synchronize_steps()
+    return {number: _sharded_part(part, weights, is_loading=is_loading, metadata=metadata) for number, part in enumerate(parts)}
+
+
+def make_adam_state(optimizer: Any) -> None:
+    """Give parameters that have taken no step the state they would start with."""
+    for part in _parts_with_torch_adam(optimizer):
+        for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
+            if not part.optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
+    """Give an optimizer what was loaded into the state of :func:`sharded_optimizer`."""
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    # A part of which this rank holds nothing has none.
+    pieces = [own.pop(_PIECES, {}) for own in states]
+    optimizer.load_state_dict(state)
+    for part in _parts_with_torch_adam(optimizer):
+        # Megatron gives all parameters one step tensor, which each of them would then advance.
+        for parameter_state in part.optimizer.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
+    for part, own in zip(parts, pieces, strict=True):
+        if isinstance(part, DistributedOptimizer):
+            set_pieces(part, own)
+
+
+def _sharded_part(part: Any, weights: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> dict[Any, Any]:
+    if not isinstance(part, DistributedOptimizer):
+        state: dict[Any, Any] = part.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+        return state
+    if is_loading:
+        # Where there is no state yet, it allocates some.
+        part.load_state_dict(part.state_dict())
+    return {**part.state_dict(), _PIECES: pieces_of(part, weights), _FORM: FORM}
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _parts_with_torch_adam(optimizer: Any) -> Iterator[Any]:
+    for part in _parts(optimizer):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(part, DistributedOptimizer) and isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            yield part
