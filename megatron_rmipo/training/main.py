@@ -15,7 +15,7 @@ from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_mode
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
-from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.order_names import pair_order
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
@@ -156,7 +156,7 @@ def _assemble(
         objective=plan.objective,
         progress=progress,
         pairs=BatchBuilder(data.train, layout),
-        order=PairOrder(len(data.train), config.training.seed),
+        order=pair_order(progress.order, len(data.train), config.training.seed),
         train_iters=plan.train_iters,
         total_pairs=plan.total_pairs,
         held_out=BatchBuilder(data.held_out, layout) if data.held_out is not None else None,

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_rmipo.checkpoint.source import ModelSource, saved_flags, saved_train_state
 from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.data.store.fingerprint import collection_fingerprint
+from megatron_rmipo.data.batches.order_names import NEW_ORDER, check_order
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.training.data import RunData
@@ -45,7 +45,8 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
     """The progress saved with the checkpoint the run goes on from, or that of a new run.
 
     Raises:
-        ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed.
+        ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed; or this
+            version does not know its order.
     """
     now = Progress(
         global_batch_size=config.training.global_batch_size,
@@ -53,9 +54,10 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
         num_pairs=len(data.train),
         objective=config.objective.objective,
         options={**config.objective.options, "pair_weight": config.objective.pair_weight},
-        data=collection_fingerprint(data.train),
+        data=data.train_fingerprint,
         data_flags=_data_flags(config.data),
-        held_out=collection_fingerprint(data.held_out) if data.held_out is not None else "",
+        held_out=data.held_out_fingerprint,
+        order=NEW_ORDER,
     )
     saved = {} if config.checkpoint.finetune else saved_train_state(source)
     if not saved:
@@ -63,6 +65,7 @@ def starting_point(config: Config, source: ModelSource, data: RunData, objective
     # Checkpoints of before these were saved hold neither.
     state = saved.pop("objective_state", {})
     progress = Progress(**saved)
+    check_order(progress.order)
     differences = _differences(progress, now, objective)
     changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in differences if was != is_now]
     if changed:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.collection import PairCollection, Span
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.data.store.pair_store import Manifest, PairStore, PairStoreWriter, TokenizedPair, TokenizerInfo
 from megatron_rmipo.errors import DataError
@@ -405,8 +405,8 @@ def test_numbers_beside_the_pairs_are_kept_with_them(tmp_path: Path) -> None:
     assert manifest.file_bytes["values"] == (tmp_path / "pairs.values.npy").stat().st_size
     # Which pairs of which data set, repeated ones too; a blend has the columns in any order.
     write_with_values(tmp_path / "other", values[:3, ::-1], ["weight", "margin"])
-    both = PairCollection([store, PairStore(tmp_path / "other")], np.array([2, 7, 9, 9]))
-    found = both.values_of(np.array([1, 3, 0]), ("weight",))
+    both = PairCollection([store, PairStore(tmp_path / "other")], [Span(2, 1, 1), Span(7, 3, 2), Span(9, 1, 2)])
+    found = both.values_of(np.array([1, 4, 0]), ("weight",))
     assert {name: column.tolist() for name, column in found.items()} == {"weight": values[[0, 2, 2], 1].tolist()}
     assert found["weight"].dtype == np.float32
     assert both.values_of(np.array([1, 3]), ()) == {}
