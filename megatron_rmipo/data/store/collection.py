@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rmipo.data.store.chunks import row_ranges
+from megatron_rmipo.data.store.chunks import ROWS_AT_A_TIME
 from megatron_rmipo.data.store.in_memory import IdLists, PairsInMemory
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
@@ -159,7 +159,9 @@ class PairCollection(Sequence[TokenizedPair]):
 
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of prompt, chosen, rejected of the pairs ``indices``, int32 ``[P, 3]``."""
-        members = self.members_of(indices)
+        return self._lengths(self.members_of(indices))
+
+    def _lengths(self, members: np.ndarray) -> np.ndarray:
         if len(self.stores) == 1:
             alone: np.ndarray = self.stores[0].lengths_of(members)
             return alone
@@ -171,8 +173,20 @@ class PairCollection(Sequence[TokenizedPair]):
 
     def all_lengths(self, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Lengths of all pairs, or of those before ``end``, a few thousand at a time: (the first of them, int32 ``[P, 3]``)."""
-        for first, last in row_ranges(len(self) if end is None else end):
-            yield first, self.lengths_of(np.arange(first, last))
+        for first, members in self.all_members(end):
+            yield first, self._lengths(members)
+
+    def all_members(self, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """As of :meth:`members_of` of all pairs, or of those before ``end``, in pieces: (the first of them, numbers)."""
+        first = 0
+        for span in self._part(0, len(self) if end is None else end):
+            done = 0
+            while done < span.count:
+                at = (span.begin + done) % span.size
+                size = min(ROWS_AT_A_TIME, span.size - at, span.count - done)
+                yield first + done, np.arange(span.first + at, span.first + at + size)
+                done += size
+            first += span.count
 
     def mean_chosen_length(self, end: int | None = None) -> float:
         """Chosen tokens of a pair, over all pairs or those before ``end``."""

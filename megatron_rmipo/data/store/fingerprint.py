@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rmipo.data.store.chunks import row_ranges
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.manifest import store_paths
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -44,8 +43,8 @@ def content_facts(store: PairStore) -> dict[str, Any]:
 def collection_fingerprint(pairs: PairCollection) -> str:
     """Hex digest over the contents of the data sets and over which pairs of them are taken, in their order."""
     digest = hashlib.sha256(json.dumps([content_facts(store) for store in pairs.stores], sort_keys=True).encode())
-    for first, end in row_ranges(len(pairs)):
-        digest.update(pairs.members_of(np.arange(first, end)).data)
+    for _, members in pairs.all_members():
+        digest.update(members.data)
     return digest.hexdigest()
 
 

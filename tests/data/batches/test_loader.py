@@ -224,6 +224,8 @@ def test_members_of_blends_and_splits_are_those_of_whole_arrays() -> None:
     assert len(twice) == 60
     for pairs, members in found:
         assert pairs.members_of(np.arange(len(pairs))).tolist() == members.tolist()
+        assert np.concatenate([part for _, part in pairs.all_members()]).tolist() == members.tolist()
+        assert np.concatenate([part for _, part in pairs.all_members(7)]).tolist() == members[:7].tolist()
         distinct = pairs.distinct()
         assert distinct.members_of(np.arange(len(distinct))).tolist() == sorted(set(members.tolist()))
         order = np.random.default_rng(1).permutation(len(pairs))
