@@ -46,6 +46,10 @@ class Pairs(Sequence[TokenizedPair]):
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """int32 ``[rows, 3]``."""
+        return self.lengths[rows]
+
     def __getitem__(self, index: Any) -> Any:
         return self._pairs[index]
 

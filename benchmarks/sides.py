@@ -83,7 +83,7 @@ def batch_builder(
         bos_token_id=BOS,
         **layout,
     )
-    check_capacity(settings.conditional_sizes(pairs.lengths), tokens_per_microbatch, lambda index: f"pair {index}")
+    check_capacity([(0, settings.conditional_tokens(pairs.lengths))], tokens_per_microbatch, lambda index: f"pair {index}")
     return BatchBuilder(PairCollection([pairs]), settings)  # type: ignore[list-item]
 
 

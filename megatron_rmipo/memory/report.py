@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_rmipo.config.schema import Config
@@ -199,7 +200,7 @@ def _pack_record(row: Row, work: _Work) -> dict[str, Any]:
     indices = [int(batch.pair_indices[number]) for number in numbers]
     laid_out = pairs.mismatched if _is_among(row, batch.mismatched) else pairs
     assert laid_out is not None
-    lengths = laid_out.lengths[indices]
+    lengths = laid_out.lengths_of(np.array(indices, dtype=np.int64))
     alone = _is_among(row, batch.unconditional)
     sizes = layout.unconditional_sizes(lengths) if alone else layout.conditional_sizes(lengths)
     named = zip(indices, sizes.tokens.tolist(), strict=True)

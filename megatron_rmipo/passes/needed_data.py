@@ -89,10 +89,8 @@ def check_length(store: PairStore, seq_length: int) -> None:
     Raises:
         ConfigError: naming the longest prompt with one of its responses, and the value that would work.
     """
-    longest = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
-    most = int(longest.max())
-    if most > seq_length:
+    if store.longest > seq_length:
         raise ConfigError(
-            f"--seq-length {seq_length}: pair {int(longest.argmax())} of {store.prefix} is {most} tokens long. "
-            f"Use --seq-length {most}, or prepare the data again with --seq-length {seq_length}."
+            f"--seq-length {seq_length}: pair {store.longest_row()} of {store.prefix} is {store.longest} tokens long. "
+            f"Use --seq-length {store.longest}, or prepare the data again with --seq-length {seq_length}."
         )

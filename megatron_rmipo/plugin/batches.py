@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch, check_pairs_fit
-from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.order_names import NEW_ORDER, OrderName, pair_order
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
 from megatron_rmipo.data.batches.padding import PaddedShape, Row, check_pad_to
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
@@ -51,10 +51,15 @@ class PreferenceBatches(Iterator[Microbatch]):
     Args:
         batches: the run's global batches, as this rank sees them.
         consumed_pairs: pairs of the run that were seen before.
+        order: the name of their order.
+
+    Attributes:
+        consumed_pairs, order: what a run that goes on hands to :func:`preference_batches` again.
     """
 
-    def __init__(self, batches: Iterator[RankBatch], *, consumed_pairs: int = 0) -> None:
+    def __init__(self, batches: Iterator[RankBatch], *, consumed_pairs: int = 0, order: OrderName = NEW_ORDER) -> None:
         self.consumed_pairs = consumed_pairs
+        self.order = order
         self._batches = batches
         self._upcoming: deque[Microbatch] = deque()
 
@@ -100,6 +105,7 @@ def preference_batches(
     total_pairs: int | None = None,
     consumed_pairs: int = 0,
     seed: int = 1234,
+    order: OrderName = NEW_ORDER,
     unconditional: Literal["rows", "pass"] = "rows",
     context_token_id: ContextTokenId = "bos",
     share_prompts: bool = True,
@@ -124,6 +130,8 @@ def preference_batches(
         total_pairs: pairs of the run; None: one epoch.
         consumed_pairs: pairs seen before; the order goes on from there.
         seed: of the order.
+        order: ``keyed``, or ``permuted`` for a run that a version without this argument began; a run that goes on gives what its
+            :attr:`PreferenceBatches.order` was, so that the pairs that are left are those that it has not seen.
         unconditional: where log p(y) comes from, should the objective read it: ``rows`` lays the responses alone into the rows
             of the gradient pass, ``pass`` leaves them to :meth:`megatron_rmipo.plugin.step.PreferenceStep.before_step`.
         context_token_id: the token before a response in log p(y); ``bos``: that of the data's tokenizer; None: its first token is
@@ -140,6 +148,7 @@ def preference_batches(
     """
     _check_choice("layout", layout, ("packed", "padded"))
     _check_choice("unconditional", unconditional, ("rows", "pass"))
+    _check_choice("order", order, get_args(OrderName))
     _check_numbers(1, global_batch_size=global_batch_size, num_microbatches=num_microbatches, multiple_of=multiple_of)
     _check_numbers(0, consumed_pairs=consumed_pairs)
     groups = groups or ProcessGroups.of_megatron()
@@ -179,13 +188,13 @@ def preference_batches(
         builder = BatchBuilder(pairs, batch_layout)
     batches = iterate_batches(
         builder,
-        PairOrder(len(pairs), seed),
+        pair_order(order, len(pairs), seed),
         batch_size=global_batch_size,
         total_pairs=len(pairs) if total_pairs is None else total_pairs,
         consumed_pairs=consumed_pairs,
         num_workers=num_workers,
     )
-    return PreferenceBatches(batches, consumed_pairs=consumed_pairs)
+    return PreferenceBatches(batches, consumed_pairs=consumed_pairs, order=order)
 
 
 def pairs_for(data: PairData, objective: Objective) -> PairCollection:
@@ -275,11 +284,12 @@ def _refuse_given(rows: str, **given: int | None) -> None:
 def _check_capacity(pairs: PairCollection, layout: BatchLayout, global_batch_size: int) -> None:
     """Refuse rows that a pair does not fit in, or that the mean step does not, so that some step would not."""
     tokens = layout.tokens_per_microbatch
-    check_pairs_fit(pairs, layout, name="tokens_per_microbatch")
     if tokens is None:
         return
+    check_pairs_fit(pairs, layout, name="tokens_per_microbatch")
     assert layout.num_microbatches is not None
-    step = float(layout.gradient_sizes(pairs.lengths).tokens.mean()) * min(global_batch_size, len(pairs))
+    total = sum(int(layout.gradient_tokens(lengths).sum()) for _, lengths in pairs.all_lengths())
+    step = total / len(pairs) * min(global_batch_size, len(pairs))
     most = layout.num_microbatches * layout.dp_size * tokens
     if step > most:
         raise ConfigError(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,7 +41,6 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Attributes:
         pairs, objective: the data, the objective.
-        lengths: int32 ``[pairs, 3]``, tokens of prompt, chosen and rejected.
         mean_chosen_length: scored chosen tokens a pair, over all pairs.
 
     Raises:
@@ -53,8 +53,12 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         _refuse_whole_batch(objective)
         self.pairs = pairs_for(data, objective)
         self.objective = objective
-        self.lengths = self.pairs.lengths
-        self.mean_chosen_length = float(self.lengths[:, 1].mean()) or 1.0
+        self.mean_chosen_length = self.pairs.mean_chosen_length() or 1.0
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """int32 ``[pairs, 3]``, tokens of prompt, chosen and rejected of all pairs; of some: ``pairs.lengths_of(indices)``."""
+        return self.pairs.lengths_of(np.arange(len(self.pairs)))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -103,7 +107,7 @@ class PreferenceCollator:
         needs = dataset.objective.needs
         check_padded(dataset.objective, vocab_size)
         self.shape = PaddedShape(vocab_size, with_rejected=needs.rejected, multiple_of=multiple_of, pad_to=pad_to)
-        self.shape.check(dataset.pairs.lengths, dataset.pairs.describe)
+        self.shape.check(dataset.pairs.all_lengths(), dataset.pairs.describe)
         self.unconditional = needs.unconditional
         self.context_token_id = context_token(context_token_id, dataset.pairs) if needs.unconditional == "bos" else None
         self.mean_chosen_length = dataset.mean_chosen_length

@@ -91,7 +91,7 @@ def score(
         equal_packs=groups.ep.size() > 1,
     )
     # Without what else the collection has: nothing but the pairs is scored.
-    alone = PairCollection(pairs.stores, pairs.members)
+    alone = PairCollection(pairs.stores, pairs.spans)
     check_pairs_fit(alone, layout, name="tokens_per_microbatch")
     return _score(model, BatchBuilder(alone, layout), groups)
 
@@ -161,7 +161,7 @@ def score_reference(
     if needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
     for _, part in pairs.read_under_reference(matched=needs.reference):
-        once = PairCollection(part.stores, np.unique(part.members))
+        once = part.distinct()
         part.reference_scores = _by_store(
             once,
             reference_logps(
@@ -196,5 +196,5 @@ def _by_store(pairs: PairCollection, scores: Scores) -> list[Scores]:
     """Scores of pairs at their places in the data sets, NaN for pairs that are none of the collection."""
     sizes = [len(store) for store in pairs.stores]
     table = np.full((sum(sizes), 2), np.nan, dtype=np.float32)
-    table[pairs.members] = scores
+    table[pairs.members_of(np.arange(len(pairs)))] = scores
     return np.split(table, np.cumsum(sizes)[:-1])

@@ -189,8 +189,8 @@ def held_out_lengths(config: Config) -> np.ndarray | None:
             return None
         share = parse_split(data.split)[1]
         parts, weights = [part.split(share)[1] for part in parts], None
-    lengths: np.ndarray = PairCollection.combine(parts, weights).lengths
-    return lengths[: config.training.eval_pairs, 1:]
+    pairs = PairCollection.combine(parts, weights)
+    return pairs.lengths_of(np.arange(min(len(pairs), config.training.eval_pairs or len(pairs))))[:, 1:]
 
 
 def describe_passes(needs: LogpNeeds) -> str:

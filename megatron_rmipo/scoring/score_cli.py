@@ -10,6 +10,8 @@ import functools
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.settle import settle_source
@@ -32,8 +34,10 @@ from megatron_rmipo.config.schema import (
     ModelConfig,
     ParallelConfig,
 )
+from megatron_rmipo.data.batches.loader import BatchLayout
 from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.store.chunks import row_ranges
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
@@ -133,9 +137,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     refuse_impossible_layout(config, source.arch, rendezvous.launch.world_size)
     rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
     layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
-    sizes = [layout.conditional_sizes(one.lengths) for one in rows]
-    for one, own in zip(rows, sizes, strict=True):
-        check_capacity(own, layout.capacity, functools.partial("pair {1} of {0}".format, one.prefix))
+    least_tokens = max(_check_rows_fit(one, layout) for one in rows)
     facts = functools.partial(read_facts, config, source, stores)
     rendezvous.compare(look("what the ranks must agree on", facts))
     groups = initialize_runtime(
@@ -147,7 +149,6 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         rendezvous=rendezvous,
     )
-    least_tokens = max(int(own.tokens.max(initial=0)) for own in sizes)
     memory = MemoryReport(config, source.arch, groups, None, least_tokens, latest_checkpoint=lambda: None)
     verify = not config.checkpoint.no_verify_checkpoint
     source = settle_source(lambda: find_model(config), groups, verify=verify, maker=maker_of(config))
@@ -173,13 +174,18 @@ def _check_store(store: PairStore, source: ModelSource) -> int:
     check_tokenizer(store, "--pairs", source, load_tokenizer(str(source.assets)).info.fingerprint)
     if not store.manifest.has_rejected:
         raise DataError(f"--pairs {store.prefix}: supervised data, which no objective compares with a reference.")
-    lengths = store.lengths[:, 0] + store.lengths[:, 1:].max(axis=1)
-    if lengths.max() > source.arch.longest_sequence:
+    if store.longest > source.arch.longest_sequence:
         raise DataError(
-            f"--pairs {store.prefix}: pair {int(lengths.argmax())} is {int(lengths.max())} tokens long, longer than the model's "
+            f"--pairs {store.prefix}: pair {store.longest_row()} is {store.longest} tokens long, longer than the model's "
             f"{source.arch.length_limit}. Prepare the data with --seq-length {source.arch.longest_sequence}."
         )
-    return int(lengths.max())
+    return store.longest
+
+
+def _check_rows_fit(rows: PairStore | MismatchedStore, layout: BatchLayout) -> int:
+    """Tokens of the largest row, which fits a pack."""
+    pieces = ((first, layout.conditional_tokens(rows.lengths_of(np.arange(first, end)))) for first, end in row_ranges(len(rows)))
+    return check_capacity(pieces, layout.capacity, functools.partial("pair {1} of {0}".format, rows.prefix))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from megatron_rmipo.data.batches.loader import BatchLayout, check_pairs_fit
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
@@ -31,12 +33,24 @@ class RunData:
         held_out: pairs to evaluate on, or None.
         num_held_out: how many of them.
         context: what stands before a response in log p(y).
+        fitting: by layout, what :meth:`check_rows_fit` found: a plan that is made again does not look again.
     """
 
     train: PairCollection
     held_out: PairCollection | None
     num_held_out: int
     context: ContextToken
+    fitting: dict[BatchLayout, int] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def train_fingerprint(self) -> str:
+        """Of the pairs to train on, see :func:`megatron_rmipo.data.store.fingerprint.collection_fingerprint`."""
+        return collection_fingerprint(self.train)
+
+    @functools.cached_property
+    def held_out_fingerprint(self) -> str:
+        """Of the pairs to evaluate on; "" without any."""
+        return collection_fingerprint(self.held_out) if self.held_out is not None else ""
 
     @property
     def collections(self) -> list[PairCollection]:
@@ -65,7 +79,9 @@ class RunData:
         Raises:
             ConfigError: naming it, and the value that would work.
         """
-        return max(check_pairs_fit(pairs, layout) for pairs in self.collections)
+        if layout not in self.fitting:
+            self.fitting[layout] = max(check_pairs_fit(pairs, layout) for pairs in self.collections)
+        return self.fitting[layout]
 
 
 def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:

@@ -128,14 +128,14 @@ def evaluate(run: Run) -> dict[str, float] | None:
     """
     if run.held_out is None:
         return {}
-    lengths = run.held_out.pairs.lengths[: run.num_held_out]
+    mean_chosen_length = run.held_out.pairs.mean_chosen_length(run.num_held_out)
     batch_size = run.config.training.global_batch_size
     parts = []
     for first in range(0, run.num_held_out, batch_size):
         if run.stop.requested():
             return None
         indices = np.arange(first, min(first + batch_size, run.num_held_out))
-        batch = run.held_out.build(indices, mean_chosen_length=float(lengths[:, 1].mean()))
+        batch = run.held_out.build(indices, mean_chosen_length=mean_chosen_length)
         with run.memory.explaining(f"evaluation at step {run.progress.step}", run.held_out, batch, run.state.optimizer):
             parts.append(evaluate_batch(run.state, batch, run.objective, run.groups))
     values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}

@@ -16,6 +16,7 @@ from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.order_names import pair_order
 from megatron_rmipo.data.batches.seen import SeenPairs
 from megatron_rmipo.errors import RmipoError
 from megatron_rmipo.memory.report import MemoryReport
@@ -144,7 +145,7 @@ def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: Memor
 
 
 def _order(plan: RunPlan) -> PairOrder:
-    return PairOrder(len(plan.data.train), plan.config.training.seed)
+    return pair_order(plan.start.progress.order, len(plan.data.train), plan.config.training.seed)
 
 
 def _load_state(plan: RunPlan, groups: ProcessGroups) -> TrainingState:

@@ -21,6 +21,8 @@ class Progress:
         data, data_flags: fingerprint of the pairs to train on in their stored order, and the flags that named them; "" where an
             older version did not save them. A resumed run may find the same pairs under another name.
         held_out: fingerprint of the pairs to evaluate on, "" for none; other ones make evaluations that cannot be compared.
+        order: name of the order of pairs, "" where an older version did not save it; a resumed run keeps it. See
+            :mod:`megatron_rmipo.data.batches.order_names`.
     """
 
     step: int = 0
@@ -35,3 +37,4 @@ class Progress:
     data: str = ""
     data_flags: str = ""
     held_out: str = ""
+    order: str = ""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone, saved_flags, saved_train_state
 from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.data.store.fingerprint import collection_fingerprint
+from megatron_rmipo.data.batches.order_names import NEW_ORDER, check_order
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.training.data import RunData
@@ -56,7 +55,8 @@ def starting_point(
         look: who reads what the pairs are, by content, and what the checkpoint says of its run.
 
     Raises:
-        ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed.
+        ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed; or this
+            version does not know its order.
     """
     now = Progress(
         global_batch_size=config.training.global_batch_size,
@@ -64,11 +64,10 @@ def starting_point(
         num_pairs=len(data.train),
         objective=config.objective.objective,
         options={**config.objective.options, "pair_weight": config.objective.pair_weight},
-        data=look("content of the training pairs", partial(collection_fingerprint, data.train)),
+        data=look("content of the training pairs", lambda: data.train_fingerprint),
         data_flags=_data_flags(config.data),
-        held_out=""
-        if data.held_out is None
-        else look("content of the held-out pairs", partial(collection_fingerprint, data.held_out)),
+        held_out=look("content of the held-out pairs", lambda: data.held_out_fingerprint),
+        order=NEW_ORDER,
     )
     saved, flags = ({}, {}) if config.checkpoint.finetune else _said_of_its_run(source, look)
     if not saved:
@@ -76,6 +75,7 @@ def starting_point(
     # Checkpoints of before these were saved hold neither.
     state = saved.pop("objective_state", {})
     progress = Progress(**saved)
+    check_order(progress.order)
     differences = _differences(progress, now, objective)
     changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in differences if was != is_now]
     if changed:

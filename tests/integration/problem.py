@@ -34,6 +34,13 @@ class PairList:
         self.pairs = list(pairs)
         self.values = values_beside(len(self.pairs))
         self.lengths = np.array([[p.prompt.size, p.chosen.size, p.rejected.size] for p in pairs], dtype=np.int32)
+        self.longest = int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        return self.lengths[rows]
+
+    def prompt(self, row: int) -> np.ndarray:
+        return self.pairs[row].prompt
 
     def __len__(self) -> int:
         return len(self.pairs)

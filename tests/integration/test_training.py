@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -22,10 +23,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.checkpoint import makers
+from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
 from megatron_rmipo.data.preparing.preprocess_cli import main as preprocess
 from megatron_rmipo.data.store.pair_store import PairStore
-from megatron_rmipo.training import loop
+from megatron_rmipo.training import loop, outputs, resume
 from megatron_rmipo.training import main as trainer
 from tests.checkpoint.models import flip_bit, write_hf_model
 from tests.data.tokenizers import save_byte_bpe
@@ -147,6 +149,27 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(
     assert losses(parts) == losses(whole)
     before, after = weights(tmp_path / "whole-hf"), weights(tmp_path / "parts-hf")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def run_of_before(arguments: list[str]) -> int:
+    """A run that knows no order but the one of versions before, and saves no name of it."""
+
+    def save_without_order(directory: Path, step: int, *, train_state: dict[str, Any], **further: Any) -> None:
+        assert train_state.pop("order") == ""
+        save_checkpoint(directory, step, train_state=train_state, **further)
+
+    with mock.patch.object(resume, "NEW_ORDER", ""), mock.patch.object(outputs, "save_checkpoint", save_without_order):
+        return run(arguments)
+
+
+@pytest.mark.dist
+def test_a_run_of_before_goes_on_in_its_order_to_the_bit(prefix: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    once = {"lr_warmup_iters": None, "num_workers": 1}
+    assert run_distributed(run_of_before, 1, flags(prefix, whole, **once)) == [0]
+    assert run_distributed(run_of_before, 1, flags(prefix, parts, load=parts, exit_interval=3, **once)) == [STOPPED]
+    assert run_distributed(run, 1, flags(prefix, parts, load=parts, **once)) == [0]
+    assert losses(parts) == losses(whole)
 
 
 @pytest.mark.dist

@@ -235,8 +235,11 @@ def test_advice_knows_the_capacity_of_the_packs_and_the_largest_pair(
 
 
 def test_the_largest_pair_of_all_data_is_known(builder: BatchBuilder) -> None:
-    def part(*lengths: int, mismatched: Any = None) -> Any:
-        return SimpleNamespace(lengths=np.array([lengths, (1, 2, 2)]), describe=str, mismatched=mismatched)
+    def part(*lengths: int, mismatched: Any = None, most: int = 91) -> Any:
+        pieces = [(0, np.array([lengths])), (1, np.array([(1, 2, 2)]))]
+        return SimpleNamespace(
+            all_lengths=lambda: iter(pieces), describe=str, mismatched=mismatched, stores=[SimpleNamespace(most_tokens=most)]
+        )
 
     # A prompt, and two responses less their last tokens.
     small, large = part(10, 6, 9), part(20, 25, 17)
@@ -244,6 +247,8 @@ def test_the_largest_pair_of_all_data_is_known(builder: BatchBuilder) -> None:
         (small, None, 10 + 5 + 8),
         (small, large, 20 + 24 + 16),
         (part(10, 6, 9, mismatched=part(10, 14, 9)), small, 10 + 13 + 8),
+        # That each of them fits is known without a look at them.
+        (part(10, 6, 9, mismatched=part(10, 14, 9, most=48)), small, 48),
     ):
         assert RunData(train, held_out, 0, ContextToken(None, "")).check_rows_fit(builder.layout) == expected
 

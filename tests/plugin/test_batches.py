@@ -59,6 +59,17 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(layout: str) -> None:
     assert tokens_of(taken) + tokens_of(list(again)) == tokens_of(seen)
 
 
+def test_a_run_of_before_goes_on_in_its_order() -> None:
+    whole = make(order="permuted")
+    seen = pairs_of(list(whole))
+    assert (whole.order, make().order) == ("permuted", "keyed")
+    assert seen != pairs_of(list(make()))
+    assert sorted(n for pack in seen[:3] for n in pack) == sorted(np.random.default_rng((1234, 0)).permutation(24)[:7].tolist())
+    assert pairs_of(list(make(order=whole.order, consumed_pairs=21))) == seen[9:]
+    with pytest.raises(ConfigError, match="order 'by length': it is 'keyed' or 'permuted'"):
+        make(order="by length")
+
+
 def test_what_is_not_taken_to_its_end_was_not_consumed() -> None:
     batches = make()
     next(batches)
@@ -237,7 +248,7 @@ def test_a_step_whose_pairs_do_not_fit_says_so_on_every_rank() -> None:
     told = set()
     for rank in range(3):
         with pytest.raises(ConfigError, match=r"pairs of a step on data-parallel rank \d") as caught:
-            list(make(rank=rank, ranks=3, tokens_per_microbatch=85, num_microbatches=1, global_batch_size=5, total_pairs=400))
+            list(make(rank=rank, ranks=3, tokens_per_microbatch=85, num_microbatches=1, global_batch_size=5, total_pairs=4000))
         told.add(str(caught.value))
     assert len(told) == 1
 

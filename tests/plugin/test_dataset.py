@@ -80,7 +80,7 @@ def dense(name: str) -> tuple[float, dict[str, Tensor]]:
         logits = model(ids[:, :-1], torch.arange(ids.shape[1] - 1)[None], None)[0, :, :VOCAB]
         return torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[len(context) - 1 :].sum()
 
-    bos, lengths = np.array([BOS]), torch.from_numpy(pairs.lengths[:, 1:]).double()
+    bos, lengths = np.array([BOS]), torch.from_numpy(pairs.lengths_of(np.arange(len(pairs)))[:, 1:]).double()
     table = torch.stack([torch.stack([score(p.prompt, y) for y in (p.chosen, p.rejected)]) for p in pairs])
     alone = torch.stack([torch.stack([score(bos, y) for y in (p.chosen, p.rejected)]) for p in pairs]).detach()
     reference = torch.from_numpy(pairs.scores_of(np.arange(len(pairs)))).double()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import megatron_rmipo.plugin as plugin
-from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.collection import PairCollection, Span
 from megatron_rmipo.data.store.in_memory import PairsInMemory
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError, DataError
@@ -43,9 +43,7 @@ def score_at_layouts(cases: list[Case], folder: str, pairs: list[TokenizedPair],
         with_bos = plugin.score(foreign.model, rows, unconditional=True, context_token_id=BOS, **few)
         without = plugin.score(foreign.model, rows, unconditional=True, context_token_id=None, **few)
         # One data set of which others are not asked for, and some twice.
-        part = collection(pairs)
-        part.members = np.array([5, 2, 2, 9, 21])
-        part.lengths = part.lengths[part.members]
+        part = PairCollection(collection(pairs).stores, [Span(5, 1, 1), Span(2, 1, 2), Span(9, 1, 1), Span(21, 1, 1)])
         plugin.score_reference(foreign.model, part, build_objective("kto", {}), **few)
         assert part.mismatched is not None
         kept = [part.scores_of(np.arange(5)), part.mismatched.scores_of(np.arange(5))]

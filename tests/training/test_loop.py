@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_rmipo.config.schema import Config
@@ -40,7 +39,7 @@ def test_an_evaluation_ends_with_what_the_objective_remarks(
             objective=objective,
             progress=Progress(step=3, consumed_pairs=12),
             held_out=SimpleNamespace(
-                pairs=SimpleNamespace(lengths=np.full((5, 3), 100)), build=lambda _indices, mean_chosen_length: None
+                pairs=SimpleNamespace(mean_chosen_length=lambda _end: 100.0), build=lambda _indices, mean_chosen_length: None
             ),
             num_held_out=5,
             reporter=reporter,

@@ -112,6 +112,19 @@ def test_a_checkpoint_of_before_goes_on_and_knows_its_data_from_then(scene: Scen
     assert went_on.progress.data
 
 
+def test_a_run_keeps_the_order_of_pairs_that_it_began_with(scene: Scene) -> None:
+    new = scene.start()
+    assert new.progress.order == "keyed"
+    scene.save(new)
+    assert scene.start().progress.order == "keyed"
+    # A version that had one order alone kept no name of it.
+    del scene.saved["order"]
+    went_on = scene.start()
+    assert (went_on.resumes, went_on.progress.order) == (True, "")
+    scene.saved["order"] = "by_length"
+    assert "order 'by_length': this version knows the orders of pairs" in scene.refusal()
+
+
 def test_other_settings_of_the_optimizer_are_told(scene: Scene) -> None:
     scene.save(scene.start())
     scene.flags = {"lr": 2e-5, "min_lr": 0.0, "beta": 2.0}

@@ -12,7 +12,15 @@ import numpy as np
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts
-from megatron_rmipo.data.batches.sizes import CostModel, PairSizes, check_capacity, conditional_sizes, unconditional_sizes
+from megatron_rmipo.data.batches.sizes import (
+    CostModel,
+    PairSizes,
+    check_capacity,
+    conditional_sizes,
+    conditional_tokens,
+    unconditional_sizes,
+    unconditional_tokens,
+)
 from megatron_rmipo.data.batches.spread import cheapest_at_both_ends, cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
@@ -116,6 +124,19 @@ class BatchLayout:
             lengths, self.cost, has_context_token=self.context_token_id is not None, with_rejected=self.with_rejected
         )
 
+    def gradient_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of pairs (int ``[P, 3]`` lengths) in the gradient pass, int64 ``[P]``: those of :meth:`gradient_sizes` alone."""
+        tokens = self.conditional_tokens(lengths)
+        if not self.has_responses_alone:
+            return tokens
+        has_context_token = self.context_token_id is not None
+        tokens += unconditional_tokens(lengths, has_context_token=has_context_token, with_rejected=self.with_rejected)
+        return tokens
+
+    def conditional_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of pairs (int ``[P, 3]`` lengths) with their prompts, int64 ``[P]``."""
+        return conditional_tokens(lengths, share_prompts=self.share_prompts, with_rejected=self.with_rejected)
+
     def step_costs(self, gradient: PairSizes, *forward_only: PairSizes) -> np.ndarray:
         """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
         costs = gradient.costs * (1.0 + BACKWARD + self.forward_passes)
@@ -183,18 +204,22 @@ def check_pairs_fit(pairs: PairCollection, layout: BatchLayout, *, name: str = "
         name: what a pack's capacity is called where it was given.
 
     Returns:
-        The tokens of the largest, as it is laid out.
+        The tokens of the largest, as it is laid out; with mismatched pairs a number that is enough for all of them.
 
     Raises:
         ConfigError: naming it, and the value that would work.
     """
-    passes: list[tuple[PairSizes, Callable[[int], str]]] = [(layout.gradient_sizes(pairs.lengths), pairs.describe)]
-    if pairs.mismatched is not None:
-        others = layout.conditional_sizes(pairs.mismatched.lengths)
-        passes.append((others, lambda index: f"{pairs.describe(index)}, its prompt with the responses of another,"))
-    for sizes, describe in passes:
-        check_capacity(sizes, layout.capacity, describe, name=name)
-    return max(int(sizes.tokens.max(initial=0)) for sizes, _ in passes)
+    pieces = ((first, layout.gradient_tokens(lengths)) for first, lengths in pairs.all_lengths())
+    most = check_capacity(pieces, layout.capacity, pairs.describe, name=name)
+    if pairs.mismatched is None:
+        return most
+    # Each of their responses is cut where it would pass the longest row; only where that is too much all partners are looked up.
+    bound: int = max(store.most_tokens for store in pairs.mismatched.stores)
+    if bound > layout.capacity:
+        pieces = ((first, layout.conditional_tokens(lengths)) for first, lengths in pairs.mismatched.all_lengths())
+        described = "{}, its prompt with the responses of another,".format
+        bound = check_capacity(pieces, layout.capacity, lambda index: described(pairs.describe(index)), name=name)
+    return max(most, bound)
 
 
 class BatchBuilder:
@@ -212,7 +237,7 @@ class BatchBuilder:
             mean_chosen_length: where the batch is part of a larger whole (an evaluation), that of the whole.
         """
         layout, mismatched = self.layout, self.pairs.mismatched
-        lengths = self.pairs.lengths[pair_indices]
+        lengths = self.pairs.lengths_of(pair_indices)
         passes = self._passes(pair_indices, lengths)
         costs = layout.step_costs(*(one.sizes for one in passes))
         cuts = self._cut(passes, costs, [layout.dp_rank])
@@ -236,7 +261,7 @@ class BatchBuilder:
 
     def pass_costs(self, pair_indices: np.ndarray, ranks: Sequence[int]) -> tuple[float, list[list[PassCosts]]]:
         """What a global batch costs, of which no token is read: all of it, and as :attr:`RankBatch.passes` of some ranks."""
-        passes = self._passes(pair_indices, self.pairs.lengths[pair_indices])
+        passes = self._passes(pair_indices, self.pairs.lengths_of(pair_indices))
         costs = self.layout.step_costs(*(one.sizes for one in passes))
         cuts = self._cut(passes, costs, ranks)
         return float(costs.sum()), [self._pass_costs(passes, cuts, rank) for rank in ranks]
@@ -251,7 +276,7 @@ class BatchBuilder:
             sizes, most = layout.unconditional_sizes(lengths), layout.unconditional_capacity
             passes.append(Pass(self.pairs, lengths, sizes, most, self._unconditional_row(), before))
         if mismatched is not None:
-            others = mismatched.lengths[pair_indices]
+            others = mismatched.lengths_of(pair_indices)
             sizes = layout.conditional_sizes(others)
             passes.append(Pass(mismatched, others, sizes, capacity, self._conditional_row(), before))
         return passes

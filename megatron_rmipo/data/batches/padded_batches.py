@@ -38,7 +38,7 @@ class PaddedBatchBuilder(BatchBuilder):
     def __init__(self, pairs: PairCollection, layout: BatchLayout, shape: PaddedShape) -> None:
         super().__init__(pairs, dataclasses.replace(layout, share_prompts=False))
         self.shape = dataclasses.replace(shape, with_rejected=layout.with_rejected)
-        self.shape.check(pairs.lengths, pairs.describe)
+        self.shape.check(pairs.all_lengths(), pairs.describe)
 
     def _cut(self, passes: Sequence[Pass], costs: np.ndarray, ranks: Sequence[int]) -> list[dict[int, list[list[int]]]]:
         assert self.layout.num_microbatches is not None

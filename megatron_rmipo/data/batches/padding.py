@@ -9,7 +9,7 @@ Shape letters: B rows, S tokens of a row, N scored tokens, R responses, one a ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.data.batches.packing import PackedRow, responses_of
+from megatron_rmipo.data.batches.sizes import Largest
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 
@@ -146,8 +147,12 @@ class PaddedShape:
         """S of rows of which the longest has so many tokens."""
         return self.pad_to or max(1, -(-longest // self.multiple_of)) * self.multiple_of
 
-    def check(self, lengths: np.ndarray, describe: Callable[[int], str]) -> None:
-        """Refuse pairs, int ``[P, 3]`` lengths, of which one is too long for ``pad_to``.
+    def check(self, lengths: Iterable[tuple[int, np.ndarray]], describe: Callable[[int], str]) -> None:
+        """Refuse pairs of which one is too long for ``pad_to``.
+
+        Args:
+            lengths: of all pairs, in pieces: (the first pair, int ``[P, 3]``).
+            describe: where a pair can be looked up.
 
         Raises:
             ConfigError: names the longest, and the value that would work.
@@ -155,12 +160,13 @@ class PaddedShape:
         if self.pad_to is None:
             return
         check_pad_to(self.pad_to, self.multiple_of)
-        longest = row_lengths(lengths, with_rejected=self.with_rejected)
-        if longest.size and int(longest.max()) > self.pad_to:
-            which, too_long = int(longest.argmax()), int((longest > self.pad_to).sum())
+        pieces = ((first, row_lengths(part, with_rejected=self.with_rejected)) for first, part in lengths)
+        longest = Largest.of(pieces, self.pad_to)
+        if longest.num_too_large:
             raise ConfigError(
-                f"pad_to {self.pad_to}: {describe(which)} needs rows of {longest[which]} tokens, and {too_long} pairs in all do "
-                f"not fit. Use {longest[which]} or more, or prepare the data with a smaller --seq-length."
+                f"pad_to {self.pad_to}: {describe(longest.which)} needs rows of {longest.size} tokens, and "
+                f"{longest.num_too_large} pairs in all do not fit. Use {longest.size} or more, or prepare the data with a "
+                "smaller --seq-length."
             )
 
 

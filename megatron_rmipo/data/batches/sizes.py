@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -54,15 +54,7 @@ def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bo
         cost: the cost model.
         share_prompts, with_rejected: the layout.
     """
-    prompt, chosen, rejected = np.asarray(lengths, dtype=np.int64).T
-    scored = chosen + rejected if with_rejected else chosen
-    lead = np.where(chosen > 0, chosen, scored)  # the response that stands behind its prompt, in one segment
-    other = scored - lead
-    first = np.where(lead > 0, prompt + lead - 1, 0)
-    if share_prompts:
-        second, before = np.maximum(other - 1, 0), prompt
-    else:
-        second, before = np.where(other > 0, prompt + other - 1, 0), np.zeros_like(prompt)
+    first, before, second, scored = _row_parts(lengths, share_prompts=share_prompts, with_rejected=with_rejected)
 
     def area(window: int | None) -> np.ndarray:
         seen: np.ndarray = _area(first, window) + _area(before + second, window) - _area(before, window)
@@ -71,11 +63,42 @@ def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bo
     return _sizes(first + second, area, scored, cost)
 
 
+def conditional_tokens(lengths: np.ndarray, *, share_prompts: bool, with_rejected: bool) -> np.ndarray:
+    """The tokens of :func:`conditional_sizes` alone, int64 ``[P]``."""
+    first, _, second, _ = _row_parts(lengths, share_prompts=share_prompts, with_rejected=with_rejected)
+    tokens: np.ndarray = first + second
+    return tokens
+
+
+def _row_parts(lengths: np.ndarray, *, share_prompts: bool, with_rejected: bool) -> tuple[np.ndarray, ...]:
+    """Tokens of the first segment, what the second one sees before it, second segment, what is scored; int64 ``[P]`` each."""
+    prompt, chosen, rejected = np.array(np.asarray(lengths).T, dtype=np.int64, order="C")
+    scored = chosen + rejected if with_rejected else chosen
+    lead = np.where(chosen > 0, chosen, scored)  # the response that stands behind its prompt, in one segment
+    other = scored - lead
+    first = np.where(lead > 0, prompt + lead - 1, 0)
+    if share_prompts:
+        second, before = np.maximum(other - 1, 0), prompt
+    else:
+        second, before = np.where(other > 0, prompt + other - 1, 0), np.zeros_like(prompt)
+    return first, before, second, scored
+
+
 def unconditional_sizes(lengths: np.ndarray, cost: CostModel, *, has_context_token: bool, with_rejected: bool) -> PairSizes:
     """Sizes of the responses alone, laid out by :func:`megatron_rmipo.data.batches.packing.pack_responses`."""
-    responses = np.asarray(lengths, dtype=np.int64)[:, 1 : 3 if with_rejected else 2]
-    per_response = responses if has_context_token else np.maximum(responses - 1, 0)
+    per_response = _tokens_alone(lengths, has_context_token=has_context_token, with_rejected=with_rejected)
     return _sizes(per_response.sum(1), lambda window: _area(per_response, window).sum(1), per_response.sum(1), cost)
+
+
+def unconditional_tokens(lengths: np.ndarray, *, has_context_token: bool, with_rejected: bool) -> np.ndarray:
+    """The tokens of :func:`unconditional_sizes` alone, int64 ``[P]``."""
+    tokens: np.ndarray = _tokens_alone(lengths, has_context_token=has_context_token, with_rejected=with_rejected).sum(1)
+    return tokens
+
+
+def _tokens_alone(lengths: np.ndarray, *, has_context_token: bool, with_rejected: bool) -> np.ndarray:
+    responses = np.asarray(lengths, dtype=np.int64)[:, 1 : 3 if with_rejected else 2]
+    return responses if has_context_token else np.maximum(responses - 1, 0)
 
 
 def _area(length: np.ndarray, window: int | None) -> np.ndarray:
@@ -91,24 +114,53 @@ def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored:
     return PairSizes(tokens, cost.per_token * tokens + attention + head, head)
 
 
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The largest of some numbers, and how many are too large: (which, how large, how many); -1 and 0 of none."""
+
+    which: int
+    size: int
+    num_too_large: int
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[int, np.ndarray]], limit: int) -> Largest:
+        """Of the pairs of a data set, which come in pieces: (the first pair, int ``[P]``)."""
+        which, size, num_too_large = -1, 0, 0
+        for first, numbers in pieces:
+            here = int(numbers.argmax())
+            if which < 0 or numbers[here] > size:
+                which, size = first + here, int(numbers[here])
+            num_too_large += int(np.count_nonzero(numbers > limit))
+        return cls(which, size, num_too_large)
+
+
 def check_capacity(
-    sizes: PairSizes, max_tokens: int, describe: Callable[[int], str], *, name: str = "--tokens-per-microbatch"
-) -> None:
+    pieces: Iterable[tuple[int, np.ndarray]],
+    max_tokens: int,
+    describe: Callable[[int], str],
+    *,
+    name: str = "--tokens-per-microbatch",
+) -> int:
     """Refuse a data set with a pair that fits no pack.
 
     Args:
-        sizes: of its pairs.
+        pieces: tokens of its pairs, as of :meth:`Largest.of`.
         max_tokens: of a pack.
         describe: where a pair can be looked up.
         name: what ``max_tokens`` is called where it was given.
 
+    Returns:
+        Tokens of the largest pair; 0 without pairs.
+
     Raises:
         ConfigError: names the largest pair, its tokens and the value that would work.
     """
-    if sizes.tokens.size and int(sizes.tokens.max()) > max_tokens:
-        largest = int(sizes.tokens.argmax())
-        needed, num_too_large = int(sizes.tokens[largest]), int((sizes.tokens > max_tokens).sum())
+    largest = Largest.of(pieces, max_tokens)
+    if largest.num_too_large:
+        needed = largest.size
         raise ConfigError(
-            f"{name} {max_tokens}: {describe(largest)} needs {needed} tokens in one pack, and {num_too_large} pairs in all do "
-            f"not fit. Use {name} {needed} or more, or prepare the data with a smaller --seq-length."
+            f"{name} {max_tokens}: {describe(largest.which)} needs {needed} tokens in one pack, and "
+            f"{largest.num_too_large} pairs in all do not fit. Use {name} {needed} or more, or prepare the data with a smaller "
+            "--seq-length."
         )
+    return largest.size

@@ -11,8 +11,6 @@ import hashlib
 import json
 from typing import Any
 
-import numpy as np
-
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.file_digests import sample_digest
 from megatron_rmipo.data.store.manifest import store_paths
@@ -26,7 +24,7 @@ def content_facts(store: PairStore) -> dict[str, Any]:
     """What a data set holds, by name, wherever it lies: plain values, digests in hex."""
     manifest = store.manifest
     # Named where they are there alone: what has none keeps the digest it had.
-    beside = {"numbers beside the pairs": hashlib.sha256(store.values.tobytes()).hexdigest()} if manifest.pair_columns else {}
+    beside = {"numbers beside the pairs": store.values_digest} if manifest.pair_columns else {}
     columns = {"columns": manifest.pair_columns} if manifest.pair_columns else {}
     return {
         **columns,
@@ -34,7 +32,7 @@ def content_facts(store: PairStore) -> dict[str, Any]:
         "number of pairs": len(store),
         "kind of rows": manifest.kind,
         "tokenizer": dataclasses.asdict(manifest.tokenizer),
-        "lengths": hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes()).hexdigest(),
+        "lengths": store.lengths_digest,
         "tokens": sample_digest(store_paths(store.prefix)["bin"], _SAMPLES),
     }
 
@@ -42,5 +40,6 @@ def content_facts(store: PairStore) -> dict[str, Any]:
 def collection_fingerprint(pairs: PairCollection) -> str:
     """Hex digest over the contents of the data sets and over which pairs of them are taken, in their order."""
     digest = hashlib.sha256(json.dumps([content_facts(store) for store in pairs.stores], sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(pairs.members, dtype=np.int64).tobytes())
+    for _, members in pairs.all_members():
+        digest.update(members.data)
     return digest.hexdigest()

@@ -29,6 +29,7 @@ class PairsInMemory:
         prefix: as given.
         manifest: None: nothing is known of where they come from.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
+        longest: most tokens of a prompt with its longer response.
 
     Raises:
         DataError: there are none, or one is no three lists of ids, has no prompt, or an id below zero.
@@ -43,9 +44,18 @@ class PairsInMemory:
             raise DataError("there are no pairs: give (prompt_ids, chosen_ids, rejected_ids) of at least one.")
         sizes = [[pair.prompt.size, pair.chosen.size, pair.rejected.size] for pair in self._pairs]
         self.lengths = np.array(sizes, dtype=np.int32)
+        self.longest = int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def lengths_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """int32 ``[rows, 3]``: tokens of prompt, chosen, rejected."""
+        return self.lengths[rows]
+
+    def prompt(self, row: int) -> npt.NDArray[np.integer]:
+        """The ids of a row's prompt."""
+        return self._pairs[row].prompt
 
     def __getitem__(self, row: int) -> TokenizedPair:
         return self._pairs[row]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
-import struct
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rmipo.data.store.chunks import digest_rows, row_ranges
 from megatron_rmipo.data.store.disk import write_errors_named
 from megatron_rmipo.data.store.file_digests import HashedStream, digest_of
 from megatron_rmipo.data.store.manifest import PARTS, Manifest, TokenizerInfo, store_paths, summarize_lengths
+from megatron_rmipo.data.store.pair_index import SEQUENCES_PER_PAIR, PairIndex
 from megatron_rmipo.errors import DataError
 
 __all__ = [
@@ -38,9 +40,6 @@ __all__ = [
     "check_output_prefix",
     "store_paths",
 ]
-
-SEQUENCES_PER_PAIR = 3
-_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, documents with a leading zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +263,8 @@ class PairStore:
 
     Attributes:
         manifest: what ``PREFIX.json`` says.
-        lengths: int32 ``[num_pairs, 3]``: tokens of prompt, chosen, rejected; 0 for a response that the row does not have.
+        lengths: int32 ``[num_pairs, 3]``, mapped: tokens of prompt, chosen, rejected; 0 for a response that a row does not have.
+        longest: most tokens of a prompt with its longer response.
         values: fp32 ``[num_pairs, columns]``: the numbers beside each pair, in the order of the manifest's ``pair_columns``.
 
     Raises:
@@ -277,8 +277,10 @@ class PairStore:
         self.manifest = Manifest.read(self._paths["json"])
         for kind in self.manifest.file_kinds:
             self._check_size(kind)
-        self._data = self._open()
-        self.lengths = self._read_lengths()
+        index = PairIndex(self._paths["idx"], self.manifest)
+        self._data = _indexed_dataset().IndexedDataset(self.prefix)
+        self.longest = index.check(self._data.index.dtype_size)
+        self.lengths = index.lengths
         self.values = self._open_values()
 
     def __len__(self) -> int:
@@ -289,6 +291,34 @@ class PairStore:
             raise IndexError(f"pair {index} of {len(self)} in {self.prefix}")
         first = (index % len(self)) * SEQUENCES_PER_PAIR
         return TokenizedPair(*(self._data[first + part].astype(np.int64) for part in range(SEQUENCES_PER_PAIR)))
+
+    def lengths_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """int32 ``[rows, 3]``: tokens of prompt, chosen, rejected."""
+        return self.lengths[rows]
+
+    def longest_row(self) -> int:
+        """The first row of :attr:`longest` tokens."""
+        for first, end in row_ranges(len(self)):
+            prompt, chosen, rejected = self.lengths[first:end].T
+            found = np.flatnonzero(prompt + np.maximum(chosen, rejected) == self.longest)
+            if found.size:
+                return first + int(found[0])
+        raise AssertionError(f"{self.prefix}: no row of {self.longest} tokens")
+
+    def prompt(self, row: int) -> npt.NDArray[np.integer]:
+        """The ids of a row's prompt, in the type of the file, mapped."""
+        ids: npt.NDArray[np.integer] = self._data[row % len(self) * SEQUENCES_PER_PAIR]
+        return ids
+
+    @functools.cached_property
+    def lengths_digest(self) -> str:
+        """sha256 of all lengths, in hex."""
+        return digest_rows(self.lengths)
+
+    @functools.cached_property
+    def values_digest(self) -> str:
+        """sha256 of all numbers beside the pairs, in hex."""
+        return digest_rows(self.values)
 
     def __reduce__(self) -> tuple[type[PairStore], tuple[str]]:
         return PairStore, (self.prefix,)  # loader workers map the files again instead of receiving copies
@@ -306,20 +336,6 @@ class PairStore:
                 "Copy all files of one run, or preprocess again."
             )
 
-    def _open(self) -> Any:
-        path, num_sequences = self._paths["idx"], SEQUENCES_PER_PAIR * self.manifest.num_pairs
-        with open(path, "rb") as stream:
-            header = stream.read(_INDEX_HEADER.size)
-        # Checked here, since Megatron's reader leaves half-made objects behind when it stops at a bad header.
-        expected = (b"MMIDIDX\0\0", 1, num_sequences, self.manifest.num_pairs + 1)
-        magic, version, _, *counts = _INDEX_HEADER.unpack(header) if len(header) == _INDEX_HEADER.size else (b"", 0, 0, 0, 0)
-        if (magic, version, *counts) != expected:
-            raise DataError(
-                f"{path}: not a Megatron index of {self.manifest.num_pairs} pairs of three sequences. "
-                "Copy all files of one run, or preprocess again."
-            )
-        return _indexed_dataset().IndexedDataset(self.prefix)
-
     def _open_values(self) -> npt.NDArray[np.float32]:
         shape = (self.manifest.num_pairs, len(self.manifest.pair_columns))
         if not self.manifest.pair_columns:
@@ -335,31 +351,3 @@ class PairStore:
                 "different runs. Preprocess again."
             )
         return values
-
-    def _read_lengths(self) -> npt.NDArray[np.int32]:
-        sequence_lengths, documents = self._data.sequence_lengths, self._data.document_indices
-        expected = np.arange(0, SEQUENCES_PER_PAIR * self.manifest.num_pairs + 1, SEQUENCES_PER_PAIR)
-        token_bytes = int(sequence_lengths.sum(dtype=np.int64)) * self._data.index.dtype_size
-        if not np.array_equal(documents, expected) or token_bytes != self.manifest.file_bytes["bin"]:
-            raise DataError(
-                f"{self._paths['idx']}: does not describe {self.manifest.num_pairs} pairs of three sequences in "
-                f"{self._paths['bin'].name}: the files are from different runs. Preprocess again."
-            )
-        lengths = np.array(sequence_lengths, dtype=np.int32).reshape(-1, SEQUENCES_PER_PAIR)
-        self._check_responses(lengths)
-        return lengths
-
-    def _check_responses(self, lengths: npt.NDArray[np.int32]) -> None:
-        """Refuse files whose rows do not have the responses that the manifest says they have."""
-        present = lengths[:, 1:] > 0
-        if self.manifest.unpaired:
-            agrees = present.sum(axis=1) == 1
-        else:
-            agrees = (present == (True, self.manifest.has_rejected)).all(axis=1)
-        if not agrees.all():
-            row = int(agrees.argmin())
-            raise DataError(
-                f"{self._paths['json']}: holds {self.manifest.kind}, but by {self._paths['idx'].name} row {row} has "
-                f"{lengths[row, 1]} chosen and {lengths[row, 2]} rejected tokens: the files are from different runs. "
-                "Preprocess again."
-            )

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_rmipo.data.batches.order_names import NEW_ORDER, OrderName
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError
@@ -62,7 +63,8 @@ class PreferenceData(DatasetProvider):
         context_token_id: as of :func:`megatron_rmipo.plugin.batches.preference_batches`.
         tokens_per_microbatch: most tokens of a row; None: as many as come together.
         share_prompts: a prompt is computed once for both of its responses.
-        seed: of the order.
+        seed, order: of the pairs, as of :func:`megatron_rmipo.plugin.batches.preference_batches`: ``permuted`` to go on with a
+            run whose ``run_config.yaml`` has no ``order``.
         logprob_chunk_size: vocabulary entries whose logits exist at a time.
         attention_backend: of packed rows, as of :func:`megatron_rmipo.model.build.build_policy`.
     """
@@ -76,6 +78,7 @@ class PreferenceData(DatasetProvider):
     tokens_per_microbatch: int | None = None
     share_prompts: bool = True
     seed: int = 1234
+    order: OrderName = NEW_ORDER
     logprob_chunk_size: int = 4096
     attention_backend: str = "auto"
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "external"
@@ -250,6 +253,7 @@ def _batches(
         num_microbatches=size // (mean * groups.dp_size),
         tokens_per_microbatch=data.tokens_per_microbatch,
         seed=data.seed,
+        order=data.order,
         unconditional="pass",
         context_token_id=data.context_token_id,
         share_prompts=data.share_prompts,

@@ -11,11 +11,12 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_rmipo.data.batches.order_names import NEW_ORDER, UNNAMED_ORDER, OrderName
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.adopt import attach_model
@@ -61,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--logprob-chunk-size", type=int, default=4096, metavar="INT", help="Vocabulary entries whose logits exist at one time."
+    )
+    group.add_argument(
+        "--pair-order",
+        choices=get_args(OrderName),
+        help="The order of pairs; unset: keyed in a new run, and in one that goes on the one that its checkpoint names, or "
+        "permuted, where a version that had no other wrote it.",
     )
     parser.set_defaults(
         calculate_per_token_loss=True,
@@ -157,8 +164,11 @@ class PreferenceTraining:
         collections = [pairs for pairs in (train, valid) if pairs is not None]
         attach_reference_scores(self._model, collections, needs, args, groups)
         self._step = PreferenceStep(self.objective, groups=groups)
+        saved = self._saved_args() if args.iteration > 0 else None
+        # Among the arguments they go into checkpoints.
+        args.pair_order = self._order(saved)
         if self.objective.initial_state():
-            self._recall_state()
+            self._recall_state(saved)
         batches = functools.partial(self._batches, context_token_id=context_token_of(args, collections), groups=groups)
         _say(f"objective: {args.objective}; {len(train)} pairs, {args.global_batch_size} a step", groups)
         held_out = None
@@ -200,6 +210,7 @@ class PreferenceTraining:
             num_microbatches=size // (mean * groups.dp_size),
             tokens_per_microbatch=args.tokens_per_microbatch,
             seed=args.seed,
+            order=args.pair_order,
             unconditional="pass" if args.pass_before_schedule else "rows",
             share_prompts=args.share_prompts,
             multiple_of=args.tensor_model_parallel_size if args.sequence_parallel else 1,
@@ -207,15 +218,32 @@ class PreferenceTraining:
             **further,
         )
 
-    def _recall_state(self) -> None:
+    def _saved_args(self) -> Any:
+        """The arguments in the checkpoint that the run goes on from; None in formats that are not torch_dist."""
+        from megatron.core import dist_checkpointing
+
+        folder = str(Path(self.args.load) / f"iter_{self.args.iteration:07d}")
+        if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+            return None
+        return dist_checkpointing.load_common_state_dict(folder)["args"]
+
+    def _order(self, saved: Any) -> str:
+        """The order of pairs that the run has had, or gets."""
+        args = self.args
+        if args.pair_order is not None or args.iteration == 0:
+            return args.pair_order or NEW_ORDER
+        if saved is None:
+            raise ConfigError(
+                f"--load {args.load}: iteration {args.iteration} does not tell in which order the run sees its pairs. Say so: "
+                f"--pair-order {NEW_ORDER}, or {UNNAMED_ORDER} where it was begun by a version without that flag."
+            )
+        return getattr(saved, "pair_order", None) or UNNAMED_ORDER
+
+    def _recall_state(self, saved: Any) -> None:
         """What the objective carried when the checkpoint that the run goes on from was written."""
         assert self._step is not None
         args = self.args
         if args.iteration > 0:
-            from megatron.core import dist_checkpointing
-
-            folder = Path(args.load) / f"iter_{args.iteration:07d}"
-            saved = dist_checkpointing.load_common_state_dict(str(folder))["args"]
             if getattr(saved, "objective", None) != args.objective or not hasattr(saved, "objective_state"):
                 raise ConfigError(
                     f"--load {args.load}: iteration {args.iteration} holds nothing that --objective {args.objective} carries "

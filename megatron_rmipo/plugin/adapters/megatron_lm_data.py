@@ -75,7 +75,8 @@ def context_token_of(args: Any, collections: Sequence[PairCollection]) -> int | 
     manifests = [store.manifest for pairs in collections for store in pairs.stores]
     if args.tokenizer_type == "HuggingFaceTokenizer":
         return find_context_token(load_tokenizer(args.tokenizer_model), manifests).token_id
-    return manifests[0].tokenizer.bos_token_id
+    bos_token_id: int | None = manifests[0].tokenizer.bos_token_id
+    return bos_token_id
 
 
 def attach_reference_scores(

@@ -113,7 +113,7 @@ def test_what_a_rank_runs_is_costed_pass_by_pass() -> None:
     pairs, indices = collection(make_pairs()), np.array([3, 20, 7])
     batch = BatchBuilder(pairs, layout(forward_passes=1)).build(indices)
     alone, again, gradient = batch.passes
-    lengths = pairs.lengths[indices].astype(float)
+    lengths = pairs.lengths_of(indices).astype(float)
     assert [one.backward for one in batch.passes] == [False, False, True]
     assert gradient.head.sum() == alone.head.sum() == lengths[:, 1:].sum(), "each token of a response is scored"
     assert again.layers.tolist() == gradient.layers.tolist()
@@ -240,7 +240,7 @@ def test_a_blend_keeps_the_shares_and_repeats_the_shorter_set() -> None:
     assert len(blend) == 48
     assert [blend.describe(index) for index in (0, 6, 23, 24, 47)] == [f"pair {n} of memory" for n in (0, 0, 5, 0, 23)]
     assert blend[25].chosen.tolist() == long[1].chosen.tolist()
-    assert blend.lengths[7].tolist() == short.lengths[1].tolist()
+    assert blend.lengths_of(np.array([7]))[0].tolist() == short.lengths[1].tolist()
 
 
 def test_parts_of_splits_do_not_meet_in_a_blend() -> None:
@@ -252,8 +252,32 @@ def test_parts_of_splits_do_not_meet_in_a_blend() -> None:
     assert [held_out.describe(n) for n in range(8)] == [f"pair {n} of memory" for n in (*range(24, 30), 8, 9)]
 
 
+def test_members_of_blends_and_splits_are_those_of_whole_arrays() -> None:
+    stores: list[Any] = [PairList(make_pairs(count, seed=count)) for count in (6, 24, 1)]
+    parts, arrays = [PairCollection([store]) for store in stores], [np.arange(6), np.arange(24), np.arange(1)]
+    weights, starts = [0.3, 0.6, 0.1], [0, 6, 30]
+    blend = PairCollection.combine(parts, weights)
+    counts = [max(1, round(max(n / w for n, w in zip((6, 24, 1), weights, strict=True)) * w)) for w in weights]
+    whole = np.concatenate([s + np.resize(a, c) for s, a, c in zip(starts, arrays, counts, strict=True)])
+    found = [(blend, whole)]
+    found += zip(blend.split(0.7), (whole[: -round(0.7 * len(whole))], whole[-round(0.7 * len(whole)) :]), strict=True)
+    # A blend of what was blended and split: its members are several spans, over and over.
+    twice = PairCollection.combine([found[2][0], parts[0]], [0.9, 0.1])
+    found.append((twice, np.concatenate([np.resize(found[2][1], len(twice) - 6), 31 + np.arange(6)])))
+    assert len(twice) == 60
+    for pairs, members in found:
+        assert pairs.members_of(np.arange(len(pairs))).tolist() == members.tolist()
+        assert np.concatenate([part for _, part in pairs.all_members()]).tolist() == members.tolist()
+        assert np.concatenate([part for _, part in pairs.all_members(7)]).tolist() == members[:7].tolist()
+        distinct = pairs.distinct()
+        assert distinct.members_of(np.arange(len(distinct))).tolist() == sorted(set(members.tolist()))
+        order = np.random.default_rng(1).permutation(len(pairs))
+        expected = [[part.size for part in (pair.prompt, pair.chosen, pair.rejected)] for pair in map(pairs.__getitem__, order)]
+        assert pairs.lengths_of(order).tolist() == expected
+
+
 def test_a_split_holds_out_the_last_pairs() -> None:
     train, held_out = collection(make_pairs()).split(0.1)
     assert (len(train), len(held_out)) == (22, 2)
     assert held_out[0].prompt.tolist() == make_pairs()[22].prompt.tolist()
-    assert held_out.lengths.shape == (2, 3)
+    assert held_out.lengths_of(np.arange(2)).shape == (2, 3)

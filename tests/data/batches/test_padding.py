@@ -148,7 +148,7 @@ def test_what_fits_no_row_is_refused_at_once(shape: dict[str, int], message: str
 
 def test_lengths_of_a_pair_are_those_of_its_longest_row() -> None:
     pairs = unpaired(make_pairs())
-    lengths = collection(pairs).lengths
+    lengths = collection(pairs).lengths_of(np.arange(len(pairs)))
     for with_rejected in (True, False):
         shape = PaddedShape(83, with_rejected=with_rejected)
         for number, pair in enumerate(pairs):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_responses
-from megatron_rmipo.data.batches.sizes import CostModel, check_capacity, conditional_sizes, unconditional_sizes
+from megatron_rmipo.data.batches.sizes import (
+    CostModel,
+    check_capacity,
+    conditional_sizes,
+    conditional_tokens,
+    unconditional_sizes,
+)
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 from tests.integration.problem import make_pairs
@@ -37,6 +43,8 @@ def test_conditional_sizes_are_those_of_the_row(share_prompts: bool, with_reject
         area = sum(length * (length + 1) // 2 + length * prefix for _, length, _, prefix in segments)
         assert tokens == row.num_tokens - row.num_padding
         assert cost == 3.0 * tokens + 0.25 * area + 2.0 * row.num_scored
+    alone = conditional_tokens(lengths, share_prompts=share_prompts, with_rejected=with_rejected)
+    assert alone.tolist() == sizes.tokens.tolist()
 
 
 def test_sizes_of_rows_with_one_response_by_hand() -> None:
@@ -66,7 +74,8 @@ def test_unconditional_sizes_are_those_of_the_row(context: int | None, with_reje
 
 
 def test_a_pair_that_fits_no_pack_is_named_with_the_value_that_would_work() -> None:
-    sizes = conditional_sizes(np.array([[5, 3, 3], [50, 20, 30]]), COST, share_prompts=True, with_rejected=True)
+    tokens = conditional_tokens(np.array([[5, 3, 3], [50, 20, 30], [5, 2, 2]]), share_prompts=True, with_rejected=True)
+    pieces = [(0, tokens[:1]), (1, tokens[1:])]
     with pytest.raises(ConfigError, match=r"--tokens-per-microbatch 60: pair 1 needs 98 tokens.*1 pairs.*98 or more"):
-        check_capacity(sizes, 60, lambda number: f"pair {number}")
-    check_capacity(sizes, 98, lambda number: f"pair {number}")
+        check_capacity(pieces, 60, lambda number: f"pair {number}")
+    assert check_capacity(pieces, 98, lambda number: f"pair {number}") == 98

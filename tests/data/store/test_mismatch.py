@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_rmipo.data.store.mismatch import MismatchedStore, find_partners
+from megatron_rmipo.data.store.mismatch import _LARGE_GROUP, MismatchedStore, PromptGroups
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import DataError
 from tests.integration.problem import PairList, make_pairs
@@ -30,9 +30,46 @@ def store(prompts: list[list[int]]) -> PairList:
 def test_rows_take_the_next_prompts_rows_in_turn(prompts: str, partners: list[int]) -> None:
     # Prompts of one length, so that they are told apart by their tokens, and one that is longer.
     rows = store([[ord(letter)] * (2 if letter == "C" else 1) for letter in prompts])
-    found = find_partners(rows)  # type: ignore[arg-type]
+    found = MismatchedStore(rows).partners_of(np.arange(len(prompts)))  # type: ignore[arg-type]
     assert found.tolist() == partners
     assert all(prompts[row] != prompts[partner] for row, partner in enumerate(found))
+
+
+def partners_of_all(prompts: list[list[int]]) -> list[int]:
+    """The same by way of all groups at once."""
+    num_rows = len(prompts)
+    starts = [row for row in range(num_rows) if prompts[row] != prompts[row - 1]]
+    members = [
+        [row % num_rows for row in range(start, end if end > start else end + num_rows)]
+        for start, end in zip(starts, starts[1:] + starts[:1], strict=True)
+    ]
+    partners = [0] * num_rows
+    for own, following in zip(members, members[1:] + members[:1], strict=True):
+        for offset, row in enumerate(own):
+            partners[row] = following[offset % len(following)]
+    return partners
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [3, 1, 2, 9, 30, 1, 17, 5], [_LARGE_GROUP + 7, 5, 2 * _LARGE_GROUP + 1, 2000]])
+def test_long_groups_and_those_that_go_on_at_the_first_row(sizes: list[int]) -> None:
+    rng = np.random.default_rng(8)
+    # Of one length or two, and with few ids, so that neighbours are often told apart by one token alone.
+    kinds = [[7, number % 3, number // 3, *[4] * int(rng.integers(2))] for number in range(len(sizes))]
+    prompts = [kinds[number] for number, size in enumerate(sizes) for _ in range(size)]
+    for shift in (0, 3, sizes[-1] // 2):
+        moved = prompts[shift:] + prompts[:shift]
+        found = MismatchedStore(store(moved)).partners_of(rng.permutation(len(moved)))  # type: ignore[arg-type]
+        in_order = MismatchedStore(store(moved)).partners_of(np.arange(len(moved)))  # type: ignore[arg-type]
+        assert in_order.tolist() == partners_of_all(moved)
+        assert sorted(found.tolist()) == sorted(in_order.tolist())
+
+
+def test_a_large_group_is_read_once() -> None:
+    rows = store([[1]] * 5000 + [[2]] * 3)
+    groups = PromptGroups(rows)  # type: ignore[arg-type]
+    assert groups.of(2500) == (0, 5000)
+    rows.prompt = None  # type: ignore[assignment, method-assign]
+    assert [groups.of(row) for row in (0, 17, 4999)] == [(0, 5000)] * 3
 
 
 def test_every_prompt_gets_another_one_s_responses() -> None:
@@ -46,7 +83,7 @@ def test_every_prompt_gets_another_one_s_responses() -> None:
         room = longest - pair.prompt.size
         assert made.chosen.tolist() == other.chosen[:room].tolist()
         assert made.rejected.tolist() == other.rejected[:room].tolist()
-        assert mismatched.lengths[row].tolist() == [made.prompt.size, made.chosen.size, made.rejected.size]
+        assert mismatched.lengths_of(np.array([row]))[0].tolist() == [made.prompt.size, made.chosen.size, made.rejected.size]
         num_cut += made.chosen.size < other.chosen.size or made.rejected.size < other.rejected.size
     assert len(mismatched) == len(pairs)
     assert num_cut > 0, "the problem must have a response that is cut"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import importlib
 import itertools
 import json
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rmipo.data.store.collection import PairCollection
-from megatron_rmipo.data.store.fingerprint import collection_fingerprint
+from megatron_rmipo.data.store.collection import PairCollection, Span
+from megatron_rmipo.data.store.fingerprint import collection_fingerprint, content_facts
 from megatron_rmipo.data.store.pair_store import Manifest, PairStore, PairStoreWriter, TokenizedPair, TokenizerInfo
 from megatron_rmipo.errors import DataError
 
@@ -405,8 +406,8 @@ def test_numbers_beside_the_pairs_are_kept_with_them(tmp_path: Path) -> None:
     assert manifest.file_bytes["values"] == (tmp_path / "pairs.values.npy").stat().st_size
     # Which pairs of which data set, repeated ones too; a blend has the columns in any order.
     write_with_values(tmp_path / "other", values[:3, ::-1], ["weight", "margin"])
-    both = PairCollection([store, PairStore(tmp_path / "other")], np.array([2, 7, 9, 9]))
-    found = both.values_of(np.array([1, 3, 0]), ("weight",))
+    both = PairCollection([store, PairStore(tmp_path / "other")], [Span(2, 1, 1), Span(7, 3, 2), Span(9, 1, 2)])
+    found = both.values_of(np.array([1, 4, 0]), ("weight",))
     assert {name: column.tolist() for name, column in found.items()} == {"weight": values[[0, 2, 2], 1].tolist()}
     assert found["weight"].dtype == np.float32
     assert both.values_of(np.array([1, 3]), ()) == {}
@@ -442,3 +443,16 @@ def test_damaged_numbers_beside_the_pairs_are_refused(tmp_path: Path, damage: st
 def test_numbers_that_do_not_fit_are_our_fault(tmp_path: Path, values: list[list[float]]) -> None:
     with PairStoreWriter(tmp_path / "pairs", 1003, columns=["a", "b"]) as writer, pytest.raises(AssertionError):
         writer.add(make_pairs(1, 1003)[0], values[0])
+
+
+def test_the_fingerprint_is_the_one_that_earlier_runs_kept(tmp_path: Path) -> None:
+    """Lengths and members hashed as whole arrays, whatever the pieces they are read in."""
+    write(tmp_path / "pairs", make_pairs(7, 1003))
+    store = PairStore(tmp_path / "pairs")
+    first, last = PairCollection([store]).split(0.4)
+    both = PairCollection.combine([last, first], [0.5, 0.5])
+    facts = content_facts(store)
+    assert facts["lengths"] == hashlib.sha256(store.lengths.tobytes()).hexdigest()
+    members = np.concatenate([np.resize([4, 5, 6], 4), 7 + np.arange(4)])
+    content = hashlib.sha256(json.dumps([facts, facts], sort_keys=True).encode() + members.astype(np.int64).tobytes())
+    assert collection_fingerprint(both) == content.hexdigest()

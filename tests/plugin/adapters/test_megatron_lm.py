@@ -287,6 +287,20 @@ def test_an_option_that_is_a_flag_of_the_other_program_is_refused() -> None:
         megatron_lm.add_arguments(parser)
 
 
+def test_a_run_goes_on_in_the_order_of_its_checkpoint() -> None:
+    def order(given: str | None, iteration: int, saved: Any) -> str:
+        args = megatron_arguments(pair_order=given, iteration=iteration, load="saved")
+        return megatron_lm.PreferenceTraining(args)._order(saved)
+
+    assert order(None, 0, None) == "keyed"
+    assert order(None, 7, SimpleNamespace(pair_order="keyed")) == "keyed"
+    # Written before there was another.
+    assert order(None, 7, SimpleNamespace()) == "permuted"
+    assert order("permuted", 0, None) == order("permuted", 7, None) == "permuted"
+    with pytest.raises(ConfigError, match=r"--load saved: iteration 7 does not tell .* --pair-order keyed, or permuted where"):
+        order(None, 7, None)
+
+
 def test_data_before_a_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="no model was attached"):
         megatron_lm.PreferenceTraining(megatron_arguments()).datasets([8, 0, 0])

@@ -1,0 +1,108 @@
+"""``PREFIX.idx`` of a data set, mapped into memory: checked once, a piece at a time, and read where it is asked.
+
+Shape letter: P pairs.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rmipo.data.store.chunks import row_ranges
+from megatron_rmipo.data.store.manifest import Manifest
+from megatron_rmipo.errors import DataError
+
+SEQUENCES_PER_PAIR = 3
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, documents with a leading zero
+
+
+class PairIndex:
+    """The index of a finished data set.
+
+    Its pages are those of the file, which processes share. What is read of them stays valid after the index is gone.
+
+    Args:
+        path: the file, of the size that the manifest says.
+        manifest: of the data set.
+
+    Attributes:
+        lengths: int32 ``[P, 3]``, mapped: tokens of prompt, chosen, rejected.
+
+    Raises:
+        DataError: it is none of such data, or does not belong to the manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path, self._manifest = path, manifest
+        num_pairs = manifest.num_pairs
+        num_sequences = SEQUENCES_PER_PAIR * num_pairs
+        self._check_header()
+        self.lengths: npt.NDArray[np.int32] = self._map(np.int32, _HEADER.size, (num_pairs, SEQUENCES_PER_PAIR))
+        # Between lengths and documents stands where each sequence begins.
+        behind = _HEADER.size + num_sequences * (np.dtype(np.int32).itemsize + np.dtype(np.int64).itemsize)
+        self._documents: npt.NDArray[np.int64] = self._map(np.int64, behind, (num_pairs + 1,))
+
+    def _check_header(self) -> None:
+        num_pairs = self._manifest.num_pairs
+        with open(self._path, "rb") as stream:
+            header = stream.read(_HEADER.size)
+        # Checked here, since Megatron's reader leaves half-made objects behind when it stops at a bad header.
+        expected = (b"MMIDIDX\0\0", 1, SEQUENCES_PER_PAIR * num_pairs, num_pairs + 1)
+        magic, version, _, *counts = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+        if (magic, version, *counts) != expected:
+            raise DataError(
+                f"{self._path}: not a Megatron index of {num_pairs} pairs of three sequences. "
+                "Copy all files of one run, or preprocess again."
+            )
+
+    def _map(self, dtype: type[np.generic], offset: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        if not shape[0]:
+            return np.empty(shape, dtype=dtype)
+        # As a plain array: each slice of a memmap costs as much as the work on it.
+        return np.asarray(np.memmap(self._path, dtype=dtype, mode="r", offset=offset, shape=shape))
+
+    def check(self, bytes_per_id: int) -> int:
+        """Read all of it once.
+
+        Args:
+            bytes_per_id: of the ``bin`` file.
+
+        Returns:
+            Most tokens of a prompt with its longer response; 0 without pairs.
+
+        Raises:
+            DataError: it describes other files, or rows without the responses that the manifest says they have.
+        """
+        num_tokens = longest = 0
+        fits = True
+        for first, end in row_ranges(len(self._documents)):
+            expected = np.arange(SEQUENCES_PER_PAIR * first, SEQUENCES_PER_PAIR * end, SEQUENCES_PER_PAIR)
+            fits = fits and np.array_equal(self._documents[first:end], expected)
+        for first, end in row_ranges(len(self.lengths)):
+            prompt, chosen, rejected = columns = self.lengths[first:end].T.copy()
+            num_tokens += int(columns.sum(dtype=np.int64))
+            longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
+        if not fits or num_tokens * bytes_per_id != self._manifest.file_bytes["bin"]:
+            raise DataError(
+                f"{self._path}: does not describe {len(self.lengths)} pairs of three sequences in "
+                f"{self._path.with_suffix('.bin').name}: the files are from different runs. Preprocess again."
+            )
+        self._check_responses()
+        return longest
+
+    def _check_responses(self) -> None:
+        for first, end in row_ranges(len(self.lengths)):
+            _, chosen, rejected = self.lengths[first:end].T > 0
+            is_whole = chosen & (rejected == self._manifest.has_rejected)
+            agrees = chosen != rejected if self._manifest.unpaired else is_whole
+            if not agrees.all():
+                row = first + int(agrees.argmin())
+                raise DataError(
+                    f"{self._path.with_suffix('.json')}: holds {self._manifest.kind}, but by {self._path.name} row {row} has "
+                    f"{self.lengths[row, 1]} chosen and {self.lengths[row, 2]} rejected tokens: the files are from different "
+                    "runs. Preprocess again."
+                )
