@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
@@ -79,7 +82,6 @@ def load_checkpoint(
     restores_random = load_rng and not weights_only and record.layout == layout_of(groups)
     restores_random &= any(name.startswith(RANDOM_KEY) for name in stored)
     with restricted_unpickling():
-        # What one rank meets while it reads, not every version of torch raises on all.
         loaded = on_every_rank(groups.world, lambda: _read(path, state, common, groups, in_shares=True))
         if restores_random:
             own = {RANDOM_KEY: random_object(groups, None)}
@@ -101,17 +103,40 @@ def load_checkpoint(
 
 def _read(path: Path, state: dict[str, Any], common: dict[str, Any], groups: ProcessGroups, *, in_shares: bool) -> dict[str, Any]:
     """What is stored of ``state``; what several data-parallel ranks ask for, ``in_shares``, one reads and sends to the others."""
-    strategy: Any = TorchDistLoadShardedStrategy()
+    strategy: Any = _AgreedReading(groups.world)
     if in_shares and groups.dp_size > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp)
-    try:
+    with _telling(path):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strategy, **_common_strategy(common))
+    return loaded
+
+
+class _AgreedReading(TorchDistLoadShardedStrategy):
+    """Reads files, and raises on every rank what one meets: not every version of torch does, and others wait for its share."""
+
+    def __init__(self, world: dist.ProcessGroup) -> None:
+        super().__init__()
+        self._world = world
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any, *strategy: Any) -> Any:
+        """As Megatron-Core's; later versions hand on which implementation of asynchronous saves there is."""
+
+        def read() -> Any:
+            with _telling(Path(checkpoint_dir)):
+                return super(_AgreedReading, self).load(sharded_state_dict, checkpoint_dir, *strategy)
+
+        return on_every_rank(self._world, read)
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (Exception, CheckpointException) as error:
-        if lost_a_rank(error):
+        if lost_a_rank(error) or isinstance(error, CheckpointError):
             raise
         # A damaged file raises whatever its bytes happen to say.
         raise CheckpointError(f"{path} cannot be loaded: {first_cause(error)}.") from error
-    return loaded
 
 
 def _common_strategy(common: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.checkpoint.state.adam_state import load_optimizer
 from megatron_rmipo.checkpoint.state.optimizer_pieces import _held, boxes
 from megatron_rmipo.config.schema import ParallelConfig
+from megatron_rmipo.errors import CheckpointError
 from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.training.setup import TrainingState
@@ -95,6 +96,14 @@ def save_and_load(hf: Path, folder: Path) -> None:
     unwrapped(state.model).load_state_dict(loaded["model"], strict=False)
     load_optimizer(state.optimizer, loaded["optimizer"])
     assert all(map(torch.equal, held(state), expected))
+
+    # What one rank cannot read, the others do not wait for.
+    file = checkpoint_path(folder / "shares", 3) / "__1_0.distcp"
+    if groups.rank == 0:
+        file.write_bytes(bytes(file.stat().st_size))
+    groups.world.barrier().wait()
+    with pytest.raises(CheckpointError, match="iter_0000003 cannot be loaded: "):
+        load_checkpoint(folder / "shares", **stored, load_rng=True, groups=groups, verify=False)
     shutdown_runtime()
 
 
