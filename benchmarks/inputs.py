@@ -69,6 +69,10 @@ class Lengths:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Int ``[rows, 3]``."""
+        return self.lengths[rows]
+
 
 def read_lengths(source: str) -> np.ndarray:
     """Prompt, chosen and rejected tokens of pairs, int64 ``[P, 3]``.

@@ -1,10 +1,13 @@
-"""How the commands of this package end: one exit code a kind of end, and a message for what its user can mend."""
+"""How the commands of this package show how far they are and how they end: an exit code a kind of end, and a message."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
 
 from megatron_rmipo.errors import RmipoError
 
@@ -44,3 +47,12 @@ def run_command(action: Callable[[], None], *, debug: bool = False, interrupted:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return DONE
+
+
+def progress_bar(title: str, total: int, unit: str, *, shown: bool, num_done: int = 0) -> tqdm[Any]:
+    """A bar on stderr, in bytes (``B``) or what else is counted, ``num_done`` of which were done before."""
+    # A log file gets a line now and then instead of one that is redrawn.
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        desc=title, initial=num_done, total=total, unit=unit, unit_scale=unit == "B", disable=not shown, mininterval=interval
+    )

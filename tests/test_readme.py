@@ -154,7 +154,11 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_flags_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     known = FOREIGN_FLAGS | MEGATRON_LM_FLAGS | set(add_arguments(argparse.ArgumentParser())._option_string_actions)
     # Of two objectives, whose common options are flags of each.
-    samples = {"megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo"], "benchmarks.bench_step": []}
+    samples = {
+        "megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo"],
+        "benchmarks.bench_step": [],
+        "benchmarks.bench_pipeline": [],
+    }
     for words in (words for text in DOCUMENTS.values() for words in commands_of(text)):
         target, arguments = program(words)
         if target.startswith("tools/"):

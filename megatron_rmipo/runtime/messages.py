@@ -1,12 +1,10 @@
-"""Which ranks tell how a command ends and how far it is, and under which name."""
+"""Which ranks tell how a command ends, and under which name."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_rmipo.torchrun import launch_for_messages
 
@@ -32,10 +30,3 @@ def tell_stop(text: str) -> None:
 def warn(text: str) -> None:
     """Show a line on this rank that is neither a result nor an error."""
     print(f"{rank_label()}warning: {text}", file=sys.stderr, flush=True)
-
-
-def progress_bar(title: str, total: int, unit: str, *, shown: bool) -> tqdm[Any]:
-    """A bar on stderr, in bytes (``B``) or what else is counted."""
-    # A log file gets a line now and then instead of one that is redrawn.
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(desc=title, total=total, unit=unit, unit_scale=unit == "B", disable=not shown, mininterval=interval)

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.runtime.first_failure import connecting_store
-from megatron_rmipo.runtime.messages import progress_bar
 from megatron_rmipo.runtime.signals import StopRequest
 
 # Between two looks of a rank at the store.

@@ -6,7 +6,6 @@ Every function here is collective: all ranks call it together.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
@@ -173,7 +172,11 @@ def score_rows(
     builder = BatchBuilder(PairCollection([rows]), layout)
     title = f"{task.key.kind} log-probs of {rows.prefix}"
     num_done = total - len(missing.rows)
-    with stop, _Keeper(task, groups) as keeper, _progress_bar(title, num_done, total, shown=groups.rank == 0) as bar:
+    with (
+        stop,
+        _Keeper(task, groups) as keeper,
+        progress_bar(title, total, "pair", shown=groups.rank == 0, num_done=num_done) as bar,
+    ):
         for number, block in enumerate(missing.rows.blocks(ROWS_PER_WRITE * groups.dp_size)):
             if stop.requested():
                 keeper.flush()
@@ -242,9 +245,3 @@ class _Keeper:
         if self._failure is not None:
             raise self._failure
         self._writer.flush()
-
-
-def _progress_bar(title: str, num_done: int, total: int, *, shown: bool) -> tqdm[Any]:
-    # A log file gets a line now and then instead of one that is redrawn.
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(desc=title, initial=num_done, total=total, unit="pair", disable=not shown, mininterval=interval)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.data.store.manifest import FileDigest
-from megatron_rmipo.runtime.messages import progress_bar
 
 # What stands in the directory of log-probs: sizes, times and digests of files that were read for it.
 KEPT_NAME = "data-digests.json"
