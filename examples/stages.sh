@@ -89,10 +89,11 @@ what_trains() {
     local settings=()
     while (($#)); do
         case ${1%%=*} in
-            --debug | --no-verify-checkpoint | --profile | --record-memory-history) ;;
+            --async-save | --debug | --no-verify-checkpoint | --profile | --record-memory-history) ;;
             --exit-interval | --log-interval | --save-interval | --keep-last | --eval-interval | --num-workers | --log-dir | \
                 --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --reference-cache | \
-                --profile-step-start | --profile-step-end | --tokens-per-microbatch | --logprob-chunk-size | \
+                --profile-step-start | --profile-step-end | --tokens-per-microbatch | --min-microbatches-per-stage | \
+                --logprob-chunk-size | \
                 --recompute-granularity | --recompute-method | --recompute-num-layers)
                 if [[ $1 != *=* ]]; then shift; fi
                 ;;

@@ -102,7 +102,7 @@ def read_run(directory: Path) -> RunResult | None:
     log_dir = directory / "logs"
     if not (log_dir / METRICS_FILE).exists():
         return None
-    records = read_records(log_dir / METRICS_FILE)
+    records = list(read_records(log_dir / METRICS_FILE))
     if sum(record.get("kind") == "eval" for record in records) < 2:
         return None
     config = _read_config(log_dir / "config.yaml")

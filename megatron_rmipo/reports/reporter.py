@@ -7,10 +7,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+import numpy as np
 
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.reports.progress_line import ProgressLine
@@ -19,6 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 PAIRS_FILE = "held_out_pairs.jsonl"
 FIRST_PAIRS_FILE = "held_out_pairs.first.jsonl"
 WANDB_RUN_FILE = "wandb_run_id"
+# Held-out pairs that are turned into text together.
+_PAIRS_AT_ONCE = 4096
 
 
 class Reporter:
@@ -110,10 +114,9 @@ class Reporter:
         """Whether the file holds a record of this kind and step; False where nothing is reported."""
         if not self._enabled:
             return False
-        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
-        return any((line["kind"], line["step"]) == (kind, step) for line in lines)
+        return any((record["kind"], record["step"]) == (kind, step) for record in _records(self._path))
 
-    def log_pairs(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
+    def log_pairs(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Write what an evaluation said of each held-out pair to ``held_out_pairs.jsonl``, in place of the one before.
 
         The first evaluation in metrics.jsonl is kept in ``held_out_pairs.first.jsonl`` as well: only pair by pair is it known how
@@ -121,29 +124,21 @@ class Reporter:
 
         Args:
             step: of the evaluation; in each line, which tells the pairs of two evaluations apart.
-            values: name -> a number per pair, in stored order.
+            values: name -> ``[P]``, a number per pair, in stored order.
 
         Raises:
             RmipoError: the file cannot be written.
         """
         if not self._enabled:
             return
-        columns = zip(*values.values(), strict=True)
-        rows = [{"step": step, **dict(zip(values, map(_json_number, row), strict=True))} for row in columns]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        if self._is_first_evaluation:
-            self._replace(self._path.with_name(FIRST_PAIRS_FILE), text)
+        names = (FIRST_PAIRS_FILE, PAIRS_FILE) if self._is_first_evaluation else (PAIRS_FILE,)
+        for name in names:
+            path = self._path.with_name(name)
+            try:
+                _replace(path, _lines_of_pairs(step, values))
+            except OSError as error:
+                raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
         self._is_first_evaluation = False
-        self._replace(self._path.with_name(PAIRS_FILE), text)
-
-    @staticmethod
-    def _replace(path: Path, text: str) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
 
     def warn(self, text: str) -> None:
         """Show a line above the progress line."""
@@ -188,10 +183,26 @@ def _prepare(path: Path, resumed_step: int | None) -> None:
             number += 1
         path.rename(aside)
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, resumed_step)]
+    with path.open(encoding="utf-8") as lines:
+        # The last one may lack its end.
+        _replace(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """Write a file in place of the one before, in one step, a line at a time: it may be as large as the data."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
     os.replace(temporary, path)
+
+
+def _lines_of_pairs(step: int, values: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """A line for each held-out pair."""
+    num_pairs = len(next(iter(values.values())))
+    for first in range(0, num_pairs, _PAIRS_AT_ONCE):
+        columns = [map(_json_number, column[first : first + _PAIRS_AT_ONCE].tolist()) for column in values.values()]
+        for row in zip(*columns, strict=True):
+            yield json.dumps({"step": step, **dict(zip(values, row, strict=True))}) + "\n"
 
 
 def _is_before(line: str, resumed_step: int) -> bool:
@@ -202,8 +213,14 @@ def _is_before(line: str, resumed_step: int) -> bool:
         return False
 
 
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, one after the other: a long run's hold many."""
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
 def _has_evaluation(path: Path) -> bool:
-    return path.exists() and any(json.loads(line).get("kind") == "eval" for line in path.read_text(encoding="utf-8").splitlines())
+    return path.exists() and any(record.get("kind") == "eval" for record in _records(path))
 
 
 def _open_tensorboard(directory: Path, resumed_step: int | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +60,28 @@ def read_evaluations(log_dir: Path) -> list[Record]:
     return evaluations
 
 
-def read_records(path: Path) -> list[Record]:
-    """The JSON objects of a file, one a line.
+def read_records(path: Path) -> Iterator[Record]:
+    """The JSON objects of a file, one a line, one after the other: a long run's steps need not be in memory together.
 
     Raises:
         ConfigError: it cannot be read, or a line of it is damaged.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield _record(line, f"{path}:{number}")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Name the log directory of a run (SAVE/logs).") from error
-    records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path}:{number}: not a JSON record: {line[:60]!r}.")
-        records.append(record)
-    return records
+
+
+def _record(line: str, place: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{place}: not a JSON record: {line.rstrip()[:60]!r}.")
+    return record
 
 
 def paired_changes(first: Sequence[Record], last: Sequence[Record]) -> dict[str, Figure]:
@@ -212,7 +214,7 @@ def read_pairs(log_dir: Path, evaluation: Record, name: str = PAIRS_FILE) -> lis
         Empty where it was not written, or is of another evaluation, as after a resume from before it.
     """
     path = log_dir / name
-    pairs = read_records(path) if path.exists() else []
+    pairs = list(read_records(path)) if path.exists() else []
     # Runs of an earlier version did not write the step.
     return pairs if pairs and pairs[0].get("step", evaluation["step"]) == evaluation["step"] else []
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def train(run: Run) -> bool:
     settings = run.config.training
     saved_at = evaluated_at = run.progress.step
     with run.profiler, run.stop, run.checkpoints:
-        if _owes_evaluation(run) and evaluate(run) is None:
+        if _owes_evaluation(run) and not evaluate(run):
             return False
         for batch, outcome, phases in _steps(run):
             step = run.progress.step
@@ -95,7 +96,7 @@ def train(run: Run) -> bool:
                 saved_at = step
             if settings.eval_interval and step % settings.eval_interval == 0:
                 # One that a signal cuts short is owed.
-                evaluated_at = step if evaluate(run) is not None else evaluated_at
+                evaluated_at = step if evaluate(run) else evaluated_at
             if run.stop.requested() or (settings.exit_interval and step % settings.exit_interval == 0):
                 break
         run.profiler.stop()
@@ -105,7 +106,7 @@ def train(run: Run) -> bool:
         run.checkpoints.wait()
         complete = run.progress.consumed_pairs >= run.total_pairs
         if complete and evaluated_at != run.progress.step:
-            complete = evaluate(run) is not None
+            complete = evaluate(run)
     return complete
 
 
@@ -120,32 +121,41 @@ def _owes_evaluation(run: Run) -> bool:
     return not on_first_rank(run.groups.world, lambda: run.reporter.has_record("eval", step))
 
 
-def evaluate(run: Run) -> dict[str, float] | None:
-    """Mean metrics over the held-out pairs, logged. All ranks call it together; empty without held-out pairs.
+def evaluate(run: Run) -> bool:
+    """Mean metrics over the held-out pairs, logged. All ranks call it together; without held-out pairs nothing is done.
 
     Returns:
-        None where a signal cut it short, and nothing is logged.
+        False where a signal cut it short, and nothing is logged.
     """
     if run.held_out is None:
-        return {}
+        return True
     mean_chosen_length = run.held_out.pairs.mean_chosen_length(run.num_held_out)
     batch_size = run.config.training.global_batch_size
     parts = []
     for first in range(0, run.num_held_out, batch_size):
         if run.stop.requested():
-            return None
+            return False
+        # It may take long, and a checkpoint counts once it is looked after.
+        run.checkpoints.look_after()
         indices = np.arange(first, min(first + batch_size, run.num_held_out))
         batch = run.held_out.build(indices, mean_chosen_length=mean_chosen_length)
         with run.memory.explaining(f"evaluation at step {run.progress.step}", run.held_out, batch, run.state.optimizer):
-            parts.append(evaluate_batch(run.state, batch, run.objective, run.groups))
+            metrics = evaluate_batch(run.state, batch, run.objective, run.groups)
+        # One rank tells of them; the others need not keep what may be millions of pairs.
+        if run.groups.rank == 0:
+            parts.append(metrics)
+    on_first_rank(run.groups.world, partial(_log_evaluation, run, parts))
+    return True
+
+
+def _log_evaluation(run: Run, parts: Sequence[PairMetrics]) -> None:
     values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
     summary = summarize_held_out(values, parts[0].distributions)
     run.reporter.log("eval", {"step": run.progress.step, "consumed_pairs": run.progress.consumed_pairs, **summary})
-    run.reporter.log_pairs(run.progress.step, {name: column.tolist() for name, column in values.items()})
+    run.reporter.log_pairs(run.progress.step, {name: column.numpy() for name, column in values.items()})
     remark = run.objective.remark(values)
     if remark is not None:
         run.reporter.say(remark)
-    return summary
 
 
 def _batches(run: Run) -> Iterator[RankBatch]:

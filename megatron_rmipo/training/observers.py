@@ -22,6 +22,7 @@ from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.reports.timers import StageClock
+from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.environment import costs_of_missing_kernels
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.loop import Run
@@ -31,24 +32,30 @@ from megatron_rmipo.training.resume import StartingPoint
 
 
 def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progress: Progress) -> Reporter:
-    """The reporter of the run, enabled on its first rank, which also writes down the configuration.
+    """The reporter of the run, enabled on its first rank, which also writes down the configuration. All ranks call it together.
 
     Raises:
-        ConfigError: the log directory cannot be written.
+        ConfigError: on every rank: the log directory cannot be written, or a package that was asked for is missing.
     """
-    if groups.rank == 0:
-        config.save_config(config.log_directory / "config.yaml")
     tensorboard_dir = config.logging.tensorboard_dir
-    return Reporter(
+    build = partial(
+        Reporter,
         config.log_directory,
         tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None,
         wandb_project=config.logging.wandb_project,
         wandb_exp_name=config.logging.wandb_exp_name,
         total_steps=train_iters,
         config=config.to_flat_dict(),
-        enabled=groups.rank == 0,
         resumed_step=progress.step or None,
     )
+    opened: list[Reporter] = []
+
+    def open_here() -> None:
+        config.save_config(config.log_directory / "config.yaml")
+        opened.append(build(enabled=True))
+
+    on_first_rank(groups.world, open_here)
+    return opened[0] if opened else build(enabled=False)
 
 
 def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: ContextToken) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tracemalloc
 import types
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rmipo.errors import ConfigError
@@ -48,7 +50,11 @@ def test_records_are_there_before_the_run_ends(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_drops_what_lies_beyond_its_step_and_a_torn_line(tmp_path: Path) -> None:
-    log_steps(tmp_path, 1, 7)
+    log_steps(tmp_path, 1, 4)
+    # Killed before the end of the line was written.
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip())
+    log_steps(tmp_path, 5, 7, resumed_step=4)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     log_steps(tmp_path, 5, 6, resumed_step=4)
@@ -67,7 +73,7 @@ def test_a_new_run_puts_the_earlier_file_aside(tmp_path: Path) -> None:
 def test_the_pairs_of_the_first_and_of_the_last_evaluation_are_kept(tmp_path: Path) -> None:
     def evaluate(report: Reporter, step: int, margin: float) -> None:
         report.log("eval", {"step": step})
-        report.log_pairs(step, {"margin": [margin, math.nan]})
+        report.log_pairs(step, {"margin": np.array([margin, math.nan])})
 
     def kept() -> tuple[list[tuple[int, float | None]], ...]:
         files = ("held_out_pairs.first.jsonl", "held_out_pairs.jsonl")
@@ -86,6 +92,19 @@ def test_the_pairs_of_the_first_and_of_the_last_evaluation_are_kept(tmp_path: Pa
         evaluate(report, 0, 5.0)
     assert kept() == ([(0, 5.0), (0, None)],) * 2
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_is_said_of_many_pairs_is_never_in_memory_together(tmp_path: Path) -> None:
+    # As text they are 7 MB, as records of Python 40.
+    values = {name: np.arange(50_000, dtype=np.float32) for name in ("loss", "margin", "gamma")}
+    with reporter(tmp_path) as report:
+        tracemalloc.start()
+        report.log_pairs(3, values)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    written = lines(tmp_path, "held_out_pairs.jsonl")
+    assert (len(written), written[-1]) == (50_000, {"step": 3, "loss": 49_999.0, "margin": 49_999.0, "gamma": 49_999.0})
+    assert most < 3e6
 
 
 def test_a_disabled_reporter_touches_nothing(tmp_path: Path) -> None:

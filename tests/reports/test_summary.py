@@ -88,7 +88,7 @@ def test_what_a_run_writes_is_what_the_summary_reads(tmp_path: Path) -> None:
             accuracies = torch.cat([torch.ones(right), torch.zeros(256 - right)])
             values = {"rewards/accuracies": accuracies, "rewards/margins": accuracies * 2 - 1}
             reporter.log("eval", {"step": step, **summarize_held_out(values)})
-            reporter.log_pairs(step, {name: column.tolist() for name, column in values.items()})
+            reporter.log_pairs(step, {name: column.numpy() for name, column in values.items()})
     (tmp_path / "config.yaml").write_text("gamma_min: null\n")
     lines = summarize_run(tmp_path).splitlines()
     assert words_of(lines[0]) == "held-out pairs (n = 256) before after change"
