@@ -74,8 +74,7 @@ def starting_point(
         return StartingPoint(now, objective.initial_state(), resumes=False)
     # Checkpoints of before these were saved hold neither.
     state = saved.pop("objective_state", {})
-    progress = Progress(**saved)
-    check_order(progress.order)
+    progress = _known_progress(saved, source)
     differences = _differences(progress, now, objective)
     changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in differences if was != is_now]
     if changed:
@@ -101,6 +100,26 @@ def _said_of_its_run(source: ModelSource, look: Look) -> tuple[dict[str, Any], d
     progress, flags = look(name, lambda: (saved_train_state(source), saved_flags(source)))
     # A look is remembered, and progress changes.
     return copy.deepcopy(progress), copy.deepcopy(flags)
+
+
+def _known_progress(saved: Mapping[str, Any], source: ModelSource) -> Progress:
+    """The progress that a checkpoint holds.
+
+    Raises:
+        ConfigError: a later version saved it, and this one does not know what it says of its run.
+    """
+    unknown = sorted(saved.keys() - {field.name for field in dataclasses.fields(Progress)})
+    if unknown:
+        raise ConfigError(
+            f"--load {source.directory}: it says of its run what this version does not know ({', '.join(unknown)}). Go on with "
+            "the version that began the run, or start a new run from these weights with --finetune."
+        )
+    progress = Progress(**saved)
+    try:
+        check_order(progress.order)
+    except ConfigError as error:
+        raise ConfigError(f"--load {source.directory}: {error}") from error
+    return progress
 
 
 def _other_settings(then: Mapping[str, Any], now: OptimizerConfig) -> list[str]:

@@ -122,7 +122,13 @@ def test_a_run_keeps_the_order_of_pairs_that_it_began_with(scene: Scene) -> None
     went_on = scene.start()
     assert (went_on.resumes, went_on.progress.order) == (True, "")
     scene.saved["order"] = "by_length"
-    assert "order 'by_length': this version knows the orders of pairs" in scene.refusal()
+    assert "--load run: order 'by_length': this version knows the orders of pairs" in scene.refusal()
+
+
+def test_what_a_later_version_says_of_its_run_is_refused(scene: Scene) -> None:
+    scene.save(scene.start())
+    scene.saved |= {"epoch": 2, "consumed_tokens": 70}
+    assert "--load run: it says of its run what this version does not know (consumed_tokens, epoch). Go on" in scene.refusal()
 
 
 def test_other_settings_of_the_optimizer_are_told(scene: Scene) -> None:
