@@ -197,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = Config(
                 checkpoint=sections[CheckpointConfig],
                 model=sections[ModelConfig],
+                experts=sections[ExpertsConfig],
                 data=sections[DataConfig],
                 parallel=sections[ParallelConfig],
                 logging=sections[LoggingConfig],
