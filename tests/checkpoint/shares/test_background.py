@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_rmipo.checkpoint.writers.background import BackgroundWrite
+from megatron_rmipo.checkpoint.shares.background import BackgroundWrite
 from megatron_rmipo.runtime.cpu import install_cpu_runtime
 from tests.data.orphans import count_files, workers_left_by
 
