@@ -135,7 +135,7 @@ class CheckpointSaver:
             with under_way.writes:
                 request = self._request(state, under_way.partial)
                 if self._in_background:
-                    under_way.background = BackgroundWrite(request)
+                    under_way.background = BackgroundWrite(request, self._groups.world)
                 else:
                     request.execute_sync()
         if not self._in_background:
