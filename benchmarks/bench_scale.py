@@ -41,6 +41,8 @@ LINEAR = {
     "its record read: one rank of a host",
     "its record written: the first rank",
     "process groups made",
+    "plans of the first two saves told: the first rank",
+    "what a save wrote told: the first rank",
 }
 ALLOWANCE = 1.15
 SMALLER, LARGER = "8x4x2", "8x4x32"

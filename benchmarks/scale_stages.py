@@ -14,15 +14,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.validation import determine_global_metadata
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer.distrib_optimizer import Range
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 
 from benchmarks.bench_flops import meta_policy
 from benchmarks.scale_world import (
@@ -44,6 +54,8 @@ from megatron_rmipo.checkpoint.megatron.directory import ASSETS_NAME, METADATA_N
 from megatron_rmipo.checkpoint.megatron.matching import match_model
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record, write_record
 from megatron_rmipo.checkpoint.settle import settle_source
+from megatron_rmipo.checkpoint.shares.optimizer_pieces import pieces_of
+from megatron_rmipo.checkpoint.shares.strategies import ReplicasInShares, TensorFiles
 from megatron_rmipo.checkpoint.source import checkpoint_source, look_for_model
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
@@ -160,36 +172,85 @@ def measure_checkpoint(groups: ProcessGroups, checkpoints: Path) -> dict[str, Me
 
 
 def measure_state(arch: ModelArchitecture, groups: ProcessGroups, folder: Path) -> dict[str, Measured]:
-    """What a rank's part of the model and of the optimizer's state says of itself, and to the other ranks."""
+    """What a rank's part of the model says of itself, and to the other ranks when it is loaded into."""
     policy = meta_policy(arch, arch.num_layers, groups)
-    metadata = {"dp_cp_group": groups.dp, **CONTENT}
-    state: dict[str, Any] = policy.sharded_state_dict(metadata=metadata)
-    made = cost(lambda: policy.sharded_state_dict(metadata=metadata))
-    parts = [
-        part
-        for item in state.values()
-        for part in (nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item])
-        if isinstance(part, ShardedTensor)
-    ]
-    weights = [part.without_data() for part in parts]
-    optimizer = [
-        dataclasses.replace(part, key=f"optimizer.state.{name}.{part.key}", dtype=torch.float32)
-        for name in OPTIMIZER_TENSORS
-        for part in weights
-    ]
-    whole = {str(number): part for number, part in enumerate([*weights, *optimizer])}
-    exchanged = cost_with_traffic(lambda: determine_global_metadata(whole))
+    state, parts = _described(policy, groups)
+    made = cost(lambda: _described(policy, groups))
     stored = {part.key: _stored(part) for part in parts}
     compared = cost_with_traffic(lambda: match_model(dict(state), stored, folder, groups.world))
     return {
         "state of a rank's model described": dataclasses.replace(made, number=len(parts)),
-        "a save's metadata exchanged": dataclasses.replace(exchanged, number=len(whole)),
         "keys of a load compared": dataclasses.replace(compared, number=len(parts)),
     }
 
 
+def _described(policy: Any, groups: ProcessGroups) -> tuple[dict[str, Any], list[ShardedTensor]]:
+    """A model's sharded state, and the tensors that it is stored as."""
+    state: dict[str, Any] = policy.sharded_state_dict(metadata={"dp_cp_group": groups.dp, **CONTENT})
+    built = [item.build() if isinstance(item, ShardedTensorFactory) else item for item in state.values()]
+    return state, [part for item in built for part in nested_values([item]) if isinstance(part, ShardedTensor)]
+
+
 def _stored(part: ShardedTensor) -> Any:
     return TensorStorageMetadata(TensorProperties(), torch.Size(part.global_shape), [])
+
+
+def measure_save(arch: ModelArchitecture, groups: ProcessGroups) -> dict[str, Measured]:
+    """What ranks tell of their tensors when they save: a rank to its replicas, and all to the first, which says what lies where.
+
+    The ranks of other layers and shards are pretended to tell what those of this one's do.
+    """
+    policy = meta_policy(arch, arch.num_layers, groups)
+    state, parts = _described(policy, groups)
+    pieces = [_pieces_of_rank(policy, state, rank, groups.dp_size) for rank in range(groups.dp_size)]
+
+    def deal() -> None:
+        # Who writes what is noted in the description.
+        own = {str(number): dataclasses.replace(part) for number, part in enumerate([*parts, *pieces[groups.dp_rank]])}
+        if groups.dp_size > 1:
+            ReplicasInShares(TensorFiles("torch_dist", 1), groups.dp).apply_saving_parallelization(own)
+
+    # Of what replicas hold, each tensor is written once.
+    written = {number: dataclasses.replace(part) for number, part in enumerate([*parts, *itertools.chain(*pieces)])}
+    kept, _, _ = _replace_state_dict_keys_with_sharded_keys(written, True)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    planner.set_up_planner(mcore_to_pyt_state_dict(kept, False), is_coordinator=True)
+    items = planner.create_local_plan().items
+    results = [WriteResult(item.index, 1, _StorageInfo("__0_0.distcp", 0, 1)) for item in items]
+
+    def tell(own: Any) -> Measured:
+        told = [None] * (groups.tp_size * groups.pp_size)
+        return dataclasses.replace(
+            cost_with_traffic(lambda: dist.gather_object(own, told, group=groups.world)), number=len(items) * len(told)
+        )
+
+    return {
+        "who writes what is dealt, at a first save": dataclasses.replace(
+            cost_with_traffic(deal), number=len(parts) + len(pieces[groups.dp_rank])
+        ),
+        "plans of the first two saves told: the first rank": tell(SavePlan(items)),
+        "what a save wrote told: the first rank": tell(results),
+    }
+
+
+def _pieces_of_rank(policy: Any, state: dict[str, Any], dp_rank: int, dp_size: int) -> list[ShardedTensor]:
+    """A data-parallel rank's pieces of the optimizer's state: of an even stretch of all parameters."""
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    first, last = (total * rank // dp_size for rank in (dp_rank, dp_rank + 1))
+    held, begins = {}, 0
+    for parameter in policy.parameters():
+        low, high = max(first - begins, 0), min(last - begins, parameter.numel())
+        if low < high:
+            held[parameter] = {"param": Range(low, high)}
+        begins += parameter.numel()
+
+    def states(parameter: Any) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(OPTIMIZER_TENSORS, torch.empty(held[parameter]["param"].size, device="meta"))
+
+    optimizer: Any = SimpleNamespace(
+        gbuf_ranges=[{torch.bfloat16: [{"param_map": held}]}], _get_main_param_and_optimizer_states=states
+    )
+    return [piece for some in pieces_of(optimizer, state).values() for piece in some]
 
 
 def measure_metrics(groups: ProcessGroups, num_pairs: int, folder: Path) -> dict[str, Measured]:
@@ -256,7 +317,7 @@ def measure_ranks(layout: Layout, folder: Path, num_pairs: int, prefix: str) -> 
         for stage in stages:
             measured |= stage()
     with pretended_world(layout, 0) as groups:
-        measured |= measure_checkpoint(groups, checkpoints)
+        measured |= measure_save(arch, groups) | measure_checkpoint(groups, checkpoints)
     return measured
 
 
@@ -264,11 +325,11 @@ def measure_ranks(layout: Layout, folder: Path, num_pairs: int, prefix: str) -> 
 def _counted_groups() -> Iterator[list[None]]:
     """One entry for each process group that is made meanwhile."""
     made: list[None] = []
-    make = torch.distributed.new_group
+    make = dist.new_group
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(None)
         return make(*args, **kwargs)
 
-    with patch.object(torch.distributed, "new_group", counted):
+    with patch.object(dist, "new_group", counted):
         yield made

@@ -49,9 +49,8 @@ INNER_ROOMS = {
     },
     "checkpoint": {
         "hf": {"whole_directories", "raw_files"},
-        "state": set(),
-        "writers": set(),
-        "megatron": {"hf", "state", "writers", "whole_directories", "raw_files"},
+        "shares": set(),
+        "megatron": {"hf", "shares", "whole_directories", "raw_files"},
     },
     "model": {"attention": set(), "layers": {"attention", "products"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},

@@ -44,11 +44,11 @@ def on_first_rank(group: dist.ProcessGroup, action: Callable[[], _Result]) -> _R
     Raises:
         RmipoError: on every rank, of the kind that it raised there; CheckpointError for an OSError.
     """
+    device = device_of(group)
 
     def tell(outcome: _Outcome) -> _Outcome:
         told = [outcome]
-        # By name: a thread has a device of its own.
-        dist.broadcast_object_list(told, group=group, group_src=0, device=device_of(group))
+        dist.broadcast_object_list(told, group=group, group_src=0, device=device)
         return told[0]
 
     if group.rank() == 0:
@@ -87,8 +87,9 @@ def on_each_rank_alone(group: dist.ProcessGroup, action: Callable[[], _Result]) 
     Raises:
         RmipoError: as :func:`on_every_rank`.
     """
-    outcome = _try_while_others_wait(group, action, lambda _works: _is_true_anywhere(group, True))
-    while _is_true_anywhere(group, False):
+    device = device_of(group)
+    outcome = _try_while_others_wait(group, action, lambda _works: _is_true_anywhere(group, True, device))
+    while _is_true_anywhere(group, False, device):
         pass
     return cast(_Result, _where_none_failed(group, outcome))
 
@@ -136,8 +137,8 @@ def _where_none_failed(group: dist.ProcessGroup, outcome: _Outcome) -> Any:
     return outcome.result
 
 
-def _is_true_anywhere(group: dist.ProcessGroup, here: bool) -> bool:
-    found = torch.tensor([here], dtype=torch.int32, device=device_of(group))
+def _is_true_anywhere(group: dist.ProcessGroup, here: bool, device: torch.device) -> bool:
+    found = torch.tensor([here], dtype=torch.int32, device=device)
     dist.all_reduce(found, group=group)
     return bool(found.item())
 
@@ -147,7 +148,7 @@ def gather_faults(group: dist.ProcessGroup, fault: _Result | None) -> list[tuple
 
     All ranks of the group call it together. Where nobody found anything, which is the rule, one number is reduced.
     """
-    if not _is_true_anywhere(group, fault is not None):
+    if not _is_true_anywhere(group, fault is not None, device_of(group)):
         return []
     faults: list[Any] = [None] * group.size()
     dist.all_gather_object(faults, fault, group=group)
@@ -164,7 +165,7 @@ def is_same(group: dist.ProcessGroup, facts: Mapping[str, Any]) -> bool:
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where the tensors lie that the ranks of ``group`` send each other."""
+    """Where the tensors lie that the ranks of ``group`` send each other. Asked for in the main thread: another has GPU 0."""
     on_gpu = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 

@@ -53,7 +53,7 @@ COMMIT = "megatron_rmipo.checkpoint.megatron.store:commit_checkpoint"
 RENAME = "megatron_rmipo.checkpoint.megatron.commit:os.replace"
 PRUNE = "megatron_rmipo.checkpoint.megatron.store:prune_checkpoints"
 # Looked for only with --async-save.
-WRITTEN = "megatron_rmipo.checkpoint.writers.background:BackgroundWrite.finish_if_written"
+WRITTEN = "megatron_rmipo.checkpoint.shares.background:BackgroundWrite.finish_if_written"
 SCORING = "megatron_rmipo.scoring.score:_score_block"
 EXPORT = "megatron_rmipo.checkpoint.makers:export_hf"
 EXPORTING = "megatron_rmipo.checkpoint.hf.gathering:join_shards"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_rmipo.errors import DataError, RmipoError
@@ -139,3 +142,25 @@ def test_a_first_rank_that_is_gone_or_stands_still_ends_the_wait(blow: int) -> N
     is_lost, seconds = run_distributed(end_of_a_lost_first_rank, 2, blow)[1]
     assert is_lost
     assert seconds < 2 * TIMEOUT_SECONDS
+
+
+def test_signs_of_life_go_to_the_device_of_the_rank_and_not_of_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    own, others, met = torch.device("cpu"), torch.device("meta"), threading.Event()
+    devices: list[torch.device] = []
+
+    def meet(device: torch.device) -> None:
+        devices.append(device)
+        if threading.current_thread() is not threading.main_thread():
+            met.set()
+
+    # As CUDA does: what another thread asks for is the first device.
+    is_main = lambda: threading.current_thread() is threading.main_thread()  # noqa: E731
+    monkeypatch.setattr(agreement, "device_of", lambda _: own if is_main() else others)
+    monkeypatch.setattr(agreement, "_LIFE_SECONDS", 0.01)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, *, device, **_: meet(device))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: meet(tensor.device))
+    for together in (on_first_rank, on_each_rank_alone):
+        met.clear()
+        assert together(group, lambda: met.wait(30)), together
+    assert set(devices) == {own}

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
 from megatron_rmipo.checkpoint.megatron.directory import RANDOM_KEY
-from megatron_rmipo.checkpoint.state.adam_state import sharded_optimizer
+from megatron_rmipo.checkpoint.shares.adam_state import sharded_optimizer
 from megatron_rmipo.checkpoint.whole_directories import is_full
 from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.nn import Module
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
@@ -43,10 +41,11 @@ from megatron_rmipo.checkpoint.megatron.run_state import (
     random_object,
     sharded_state,
 )
-from megatron_rmipo.checkpoint.state.random_state import random_state
+from megatron_rmipo.checkpoint.shares.background import BackgroundWrite
+from megatron_rmipo.checkpoint.shares.hashed_writes import HashedWrites
+from megatron_rmipo.checkpoint.shares.random_state import random_state
+from megatron_rmipo.checkpoint.shares.strategies import ReplicasInShares, TensorFiles
 from megatron_rmipo.checkpoint.whole_directories import check_space
-from megatron_rmipo.checkpoint.writers.background import BackgroundWrite
-from megatron_rmipo.checkpoint.writers.hashed_writes import HashedWrites
 from megatron_rmipo.errors import CheckpointError, DirectoryTakenError, RmipoError
 from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.agreement import on_first_rank
@@ -78,11 +77,9 @@ class CheckpointSaver:
 
     def __init__(self, groups: ProcessGroups, *, in_background: bool = False) -> None:
         self._groups, self._in_background = groups, in_background
-        self._torch_dist = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
-        self._strategy: Any = self._torch_dist
-        if groups.dp_size > 1:
-            self._strategy = FullyParallelSaveStrategyWrapper(self._torch_dist, groups.dp, do_cache_distribution=True)
-        self._has_saved = self._is_structure_known = False
+        self._files = TensorFiles("torch_dist", 1, cached_metadata=True)
+        self._strategy: Any = self._files if groups.dp_size == 1 else ReplicasInShares(self._files, groups.dp)
+        self._is_structure_known = False
         self._under_way: _Save | None = None
 
     def save(
@@ -138,7 +135,7 @@ class CheckpointSaver:
             with under_way.writes:
                 request = self._request(state, under_way.partial)
                 if self._in_background:
-                    under_way.background = BackgroundWrite(request)
+                    under_way.background = BackgroundWrite(request, self._groups.world)
                 else:
                     request.execute_sync()
         if not self._in_background:
@@ -189,20 +186,17 @@ class CheckpointSaver:
             state,
             str(path),
             self._strategy,
-            validate_access_integrity=not self._has_saved,
+            # It would tell every rank the tensors of all, for the first to check what it checks again when it plans the files.
+            validate_access_integrity=False,
             async_sharded_save=True,
             content_metadata=dict(CONTENT),
             **named,
         )
         if not self._is_structure_known:
             # Each rank compares its own part with that of the save before; none may leave out what others still gather.
-            is_known = torch.tensor(int(self._torch_dist.validated_cache_reuse), device=current_device())
+            is_known = torch.tensor(int(self._files.validated_cache_reuse), device=current_device())
             dist.all_reduce(is_known, op=dist.ReduceOp.MIN, group=self._groups.world)
-            self._is_structure_known = self._torch_dist.validated_cache_reuse = bool(is_known.item())
-            if not self._is_structure_known:
-                # The first rank alone would offer it for comparison.
-                self._torch_dist.cached_global_metadata = None
-        self._has_saved = True
+            self._is_structure_known = self._files.validated_cache_reuse = bool(is_known.item())
         return request
 
     def _commit(self, under_way: _Save) -> None:

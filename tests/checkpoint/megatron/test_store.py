@@ -23,8 +23,8 @@ from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, read_record, write_record
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver, save_checkpoint
 from megatron_rmipo.checkpoint.raw_files import file_digest
+from megatron_rmipo.checkpoint.shares import hashed_writes
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
-from megatron_rmipo.checkpoint.writers import hashed_writes
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_policy

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
-from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path, latest_complete_iteration
+from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path, latest_complete_iteration, read_metadata
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.run_state import sharded_state
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
-from megatron_rmipo.checkpoint.state.adam_state import load_optimizer
-from megatron_rmipo.checkpoint.state.optimizer_pieces import _held, boxes
+from megatron_rmipo.checkpoint.shares.adam_state import load_optimizer
+from megatron_rmipo.checkpoint.shares.optimizer_pieces import _held, boxes
 from megatron_rmipo.config.schema import ParallelConfig
 from megatron_rmipo.errors import CheckpointError
 from megatron_rmipo.model.packed_model import unwrapped
@@ -62,6 +63,8 @@ def save_and_load(hf: Path, folder: Path) -> None:
     take_steps(state, 2)
     expected = held(state)
     stored: dict[str, Any] = {"model": state.model, "optimizer": state.optimizer, "scheduler": state.scheduler}
+    gather, gathered_over = dist.all_gather_object, []
+    dist.all_gather_object = lambda *args, group=None: [gathered_over.append(group), gather(*args, group=group)]
     for name, in_background in (("shares", False), ("background", True)):
         with CheckpointSaver(groups, in_background=in_background) as saver:
             # The later ones know the structure from the first.
@@ -77,6 +80,11 @@ def save_and_load(hf: Path, folder: Path) -> None:
         assert latest_complete_iteration(folder / name) == 3
         assert load_checkpoint(folder / name, **stored, load_rng=True, groups=groups) == {"step": 3}
         assert all(map(torch.equal, held(state), expected)), name
+    dist.all_gather_object = gather
+    # Of the whole job none; a first save deals what replicas hold, a load who reads it.
+    assert gathered_over
+    assert None not in gathered_over
+    assert not hasattr(read_metadata(checkpoint_path(folder / "shares", 1)), "all_local_plans")
 
     metadata = {"dp_cp_group": groups.dp, **CONTENT}
     weights = unwrapped(state.model).sharded_state_dict(metadata=metadata)

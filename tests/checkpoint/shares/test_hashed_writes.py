@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.writers.hashed_writes import HashedWrites
+from megatron_rmipo.checkpoint.shares.hashed_writes import HashedWrites
 from tests.data.orphans import count_files, workers_left_by
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_rmipo.checkpoint.state.optimizer_pieces import FORM, pieces_of, set_pieces
+from megatron_rmipo.checkpoint.shares.optimizer_pieces import FORM, pieces_of, set_pieces
 
 _PIECES, _FORM = "param_state", "param_state_sharding_type"
 
