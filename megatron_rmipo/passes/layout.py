@@ -29,7 +29,7 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
             config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         ),
         num_stages=parallel.pipeline_model_parallel_size,
-        min_packs_per_stage=config.data.least_per_stage,
+        min_packs_per_stage=config.data.min_microbatches_per_stage,
     )
 
 

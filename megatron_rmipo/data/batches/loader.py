@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts
+from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts, fastest_packs
 from megatron_rmipo.data.batches.sizes import (
     CostModel,
     PairSizes,
@@ -51,7 +51,8 @@ class BatchLayout:
         num_microbatches: the gradient pass has just so many packs on each rank, some of them fillers where there are few pairs;
             None: as few as an even spread of cost allows.
         num_stages: pipeline stages that a pack goes through.
-        min_packs_per_stage: where there are several stages and pairs enough, each pass has at least so many packs for each.
+        min_packs_per_stage: where there are several stages and pairs enough, each pass has at least so many packs for each; None:
+            as many as :func:`megatron_rmipo.data.batches.pipeline_bubble.fastest_packs` says.
     """
 
     dp_rank: int
@@ -69,12 +70,7 @@ class BatchLayout:
     unconditional_in_rows: bool = False
     num_microbatches: int | None = None
     num_stages: int = 1
-    min_packs_per_stage: int = 0
-
-    @property
-    def least_packs(self) -> int:
-        """Packs of each pass on a rank that has pairs for them, where they are not just so many."""
-        return max(1, self.min_packs_per_stage * self.num_stages) if self.num_stages > 1 else 1
+    min_packs_per_stage: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -105,6 +101,14 @@ class BatchLayout:
     def context_token_id(self) -> int | None:
         """The token before an unconditional response, or None."""
         return self.bos_token_id if self.unconditional == "bos" else None
+
+    def least_packs(self, num_tokens: int) -> int:
+        """Packs at least of a pass with so many tokens on a rank, where there are pairs for them."""
+        if self.num_stages == 1:
+            return 1
+        if self.min_packs_per_stage is None:
+            return fastest_packs(num_tokens, self.num_stages)
+        return max(1, self.min_packs_per_stage * self.num_stages)
 
     def gradient_sizes(self, lengths: np.ndarray) -> PairSizes:
         """Sizes of pairs (int ``[P, 3]`` lengths) in the gradient pass."""
@@ -315,7 +319,10 @@ class BatchBuilder:
         """Some ranks' packs of a pass, at least one each; an empty one stands for a filler."""
         if one.num_packs is not None:
             return self._filled_packs(one, shares, ranks)
-        cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens, self.layout.least_packs) for rank in ranks}
+        cuts = {}
+        for rank in ranks:
+            least = self.layout.least_packs(int(one.sizes.tokens[shares[rank]].sum()))
+            cuts[rank] = cut_into_packs(shares[rank], one.sizes, one.max_tokens, least)
         most = max(1, *map(len, cuts.values())) if self.layout.equal_packs else 1
         packs = {rank: split_packs(cut, one.sizes, most) for rank, cut in cuts.items()}
         packs = {rank: split + [[] for _ in range(most - len(split))] for rank, split in packs.items()}
