@@ -24,7 +24,8 @@ if not __package__:  # Started as a file.
 
 from benchmarks.inputs import BOS, LLAMA_3_8B, LLAMA_3_70B, RECORDED, Lengths, cut_lengths, read_lengths, step_costs
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, even_length, idle_share, simulated_length
 from megatron_rmipo.data.batches.spread import spread_evenly

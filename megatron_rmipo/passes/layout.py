@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from megatron_rmipo.config.schema import Config, ModelConfig
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.model.expert_problems import experts_cross_replicas

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import even_length, idle_share, simulated_length
 from megatron_rmipo.data.store.collection import PairCollection

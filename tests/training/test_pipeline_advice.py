@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_rmipo.config.schema import Config, DataConfig, TrainingConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.training.pipeline_advice import tell_pipeline

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import fastest_packs
 from megatron_rmipo.data.batches.read_ahead import _read_ahead, iterate_batches
@@ -197,7 +198,7 @@ def test_what_fails_in_a_worker_fails_where_the_batch_is_wanted() -> None:
 
 
 FAILING = """
-from tests.data.batches.test_loader import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
+from tests.data.batches.test_batch_builder import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
 
 pairs = collection(make_pairs())
 builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)
