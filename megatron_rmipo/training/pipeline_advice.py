@@ -120,7 +120,10 @@ def _advice(run: Run, batches: RunBatches, found: PipelineEstimate) -> str:
                 break
         if best[1].idle <= max(MOST_IDLE, WORTH_SAYING * found.idle):
             helpful.append(f"{best[0]} ({best[1].idle:.0%})")
-    text = f"flags that would change it, each alone: {'; '.join(helpful)}" if helpful else "no flag alone would change it"
+    if helpful:
+        text = f"flags that would change it, each alone (what would be left): {'; '.join(helpful)}"
+    else:
+        text = "no flag alone would change it without a pair taking longer"
     a_rank = run.config.training.global_batch_size // layout.dp_size
     if found.num_packs >= a_rank:
         text += f". A rank has about {a_rank} pairs of a step, each in a micro-batch of its own already"
