@@ -27,7 +27,7 @@ from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, random_pairs, r
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, add_report_options, report
 from benchmarks.sides import batch_builder, build_state
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime

@@ -26,7 +26,7 @@ if not __package__:  # Started as a file.
 from benchmarks.inputs import LLAMA_3_8B, RECORDED, cut_lengths, read_lengths, step_costs
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.spread import spread_evenly
 from megatron_rmipo.model.flops import forward_cost_model

@@ -27,7 +27,7 @@ from benchmarks.measure import counted_flops
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.sides import batch_builder, minimum_flops
 from megatron_rmipo.config.schema import ModelConfig
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.build import build_policy

@@ -30,7 +30,8 @@ import numpy as np
 from benchmarks.inputs import BOS, EOS, LLAMA_3_8B, cut_lengths, read_lengths
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, check_pairs_fit
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, check_pairs_fit
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
 from megatron_rmipo.data.store.collection import PairCollection

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_pipeline [--lengths ultrafeedback hh] [--stages 1 2 4 8 16] [--ranks 1 8 32 128] [--check]
 
-Before: packs as few as fit. After: ``--least`` for each stage, by default the trainer's ``--min-microbatches-per-stage``. Batches
+Before: packs as few as fit. After: ``--least`` for each stage, by default as many as the trainer makes. Batches
 are cut as the trainer cuts them for an RMiPO step, and go through its simulation of Megatron's schedule. See README.md beside it.
 """
 
@@ -24,8 +24,8 @@ if not __package__:  # Started as a file.
 
 from benchmarks.inputs import BOS, LLAMA_3_8B, LLAMA_3_70B, RECORDED, Lengths, cut_lengths, read_lengths, step_costs
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.config.schema import DataConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, even_length, idle_share, simulated_length
 from megatron_rmipo.data.batches.spread import spread_evenly
@@ -68,9 +68,8 @@ def measure(setting: Setting, lengths: np.ndarray, options: argparse.Namespace) 
         bos_token_id=BOS,
         num_stages=setting.stages,
     )
-    least = DataConfig().least_per_stage if options.least is None else options.least
     pairs, order = PairCollection([Lengths(lengths)]), PairOrder(len(lengths), options.seed)  # type: ignore[list-item]
-    for when, number in zip(WHEN, (0, least), strict=True):
+    for when, number in zip(WHEN, (0, options.least), strict=True):
         cut = dataclasses.replace(layout, min_packs_per_stage=number)
         figures = []
         for first in range(0, options.num_batches * setting.batch_size, setting.batch_size):
@@ -160,7 +159,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("batch-sizes", [128, 512, 2048], "pairs of a global batch"),
     ):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=default, help=f"{meaning} (default: %(default)s)")
-    parser.add_argument("--least", type=int, help="micro-batches for each stage, after (default: the trainer's)")
+    parser.add_argument("--least", type=int, help="micro-batches for each stage, after (default: as many as the trainer makes)")
     for name, number, meaning in (
         ("tokens-per-microbatch", 8192, "most tokens of a pack"),
         ("num-batches", 2, "batches of each case"),
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [Setting(*case) for case in grid]
     rows = [measure(case, found[case.lengths], options) for case in cases if case.batch_size >= case.ranks]
     settings = {name: getattr(options, name) for name in ("tokens_per_microbatch", "num_batches", "seq_length", "seed")}
-    settings["least"] = DataConfig().least_per_stage if options.least is None else options.least
+    settings["least"] = "default" if options.least is None else options.least
     return report(options, "pipeline", table(rows), [settings | row for row in rows], goals(options, rows))
 
 

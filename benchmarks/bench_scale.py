@@ -25,6 +25,7 @@ from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.scale_pairs import measure_pairs
 from benchmarks.scale_stages import measure_ranks
 from benchmarks.scale_world import Layout, Measured
+from megatron_rmipo.data.batches.order_names import NEW_ORDER
 
 PARTS = ("ranks", "pairs")
 LAYOUTS = ("8x1x1", "8x4x2", "8x4x32", "8x1x128")
@@ -71,7 +72,7 @@ def rank_rows(results: Results) -> list[dict[str, Any]]:
 def pair_rows(results: Results) -> list[dict[str, Any]]:
     """A line per stage, with every figure of the smallest and the largest number of pairs."""
     least, most = min(results, key=int), max(results, key=int)
-    sizes = {"pairs_small": int(least), "pairs_large": int(most)}
+    sizes = {"order": NEW_ORDER, "pairs_small": int(least), "pairs_large": int(most)}
     return [
         {"part": "pairs", "stage": stage}
         | sizes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import UNCONDITIONAL_PACK_FACTOR
+from megatron_rmipo.data.batches.batch_layout import UNCONDITIONAL_PACK_FACTOR
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_steps import WaitingTimer
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups

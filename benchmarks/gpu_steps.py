@@ -13,7 +13,8 @@ import torch
 from benchmarks.inputs import Pairs
 from benchmarks.measure import timed
 from benchmarks.sides import batch_builder, minimum_flops
-from megatron_rmipo.data.batches.loader import BatchLayout, RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_responses
 from megatron_rmipo.memory.peak import forget_peak_memory, peak_memory_bytes
 from megatron_rmipo.model.logprobs import linear_logprobs

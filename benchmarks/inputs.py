@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 

@@ -15,7 +15,8 @@ import torch
 from benchmarks.inputs import BOS, EOS, LLAMA_3_8B
 from benchmarks.measure import Spread, timed
 from megatron_rmipo.config.schema import DataConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
 from megatron_rmipo.data.store.collection import PairCollection

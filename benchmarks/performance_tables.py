@@ -225,7 +225,7 @@ TABLES = {
     ),
     "scale_pairs": Table(
         "results_scale.csv",
-        {"stage": "{stage}", "pairs": "{pairs_small} / {pairs_large}"},
+        {"stage": "{stage}", "order of pairs": "{order}", "pairs": "{pairs_small} / {pairs_large}"},
         (
             Figure("CPU s, few", "cpu_seconds_small", form=".3f"),
             Figure("CPU s, many", "cpu_seconds_large", form=".3f"),
@@ -233,6 +233,20 @@ TABLES = {
             Figure("MB, many", "peak_bytes_large", scale=1e-6, form=".1f"),
         ),
         only={"part": "pairs"},
+    ),
+    "order": Table(
+        "results_order.csv",
+        {"pairs": "{num_pairs}"},
+        (
+            Figure("CPU s of a start", "start_cpu_seconds"),
+            Figure("MB of a start", "start_peak_megabytes", form=".1f"),
+            Figure("CPU ms of a batch's order", "order_cpu_ms"),
+            Figure("CPU ms to cut it and lay it out", "build_cpu_ms"),
+            Figure("MB of batches", "batches_peak_megabytes", form=".1f"),
+            Figure("MB of a worker", "worker_megabytes", form=".1f"),
+            Figure("CPU s, mismatched pairs", "mismatched_cpu_seconds"),
+            Figure("MB, mismatched pairs", "mismatched_peak_megabytes", form=".1f"),
+        ),
     ),
     "convert": Table(
         "results_convert.csv",

@@ -58,7 +58,8 @@ from megatron_rmipo.checkpoint.shares.optimizer_pieces import pieces_of
 from megatron_rmipo.checkpoint.shares.strategies import ReplicasInShares, TensorFiles
 from megatron_rmipo.checkpoint.source import checkpoint_source, look_for_model
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore

@@ -16,7 +16,8 @@ from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
 from benchmarks.trl_baseline import TrlBaseline
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.architecture import ModelArchitecture

@@ -156,14 +156,10 @@ class DataConfig:
     min_microbatches_per_stage: int | None = _option(
         None,
         "With pipeline stages: cut each rank's pairs into at least this many micro-batches for each stage, where pairs "
-        "allow, so that stages wait less for each other; unset: 2, 0: as few as fit.",
+        "allow, so that stages wait less for each other; unset: as many as a step takes least with, by the number of its "
+        "tokens and stages; 0: as few as fit.",
     )
     num_workers: int = _option(2, "Processes that prepare micro-batches ahead of the model; 0: none.")
-
-    @property
-    def least_per_stage(self) -> int:
-        """What ``--min-microbatches-per-stage`` asks for; what its default is measured by: benchmarks/bench_pipeline.py."""
-        return 2 if self.min_microbatches_per_stage is None else self.min_microbatches_per_stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

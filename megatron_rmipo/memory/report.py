@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import UNCONDITIONAL_PACK_FACTOR, BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_layout import UNCONDITIONAL_PACK_FACTOR
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.model.layers.experts import Router, Tally, routers
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.passes.rows import run_rows

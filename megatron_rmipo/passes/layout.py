@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from megatron_rmipo.config.schema import Config, ModelConfig
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.model.expert_problems import experts_cross_replicas
@@ -29,7 +29,7 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
             config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         ),
         num_stages=parallel.pipeline_model_parallel_size,
-        min_packs_per_stage=config.data.least_per_stage,
+        min_packs_per_stage=config.data.min_microbatches_per_stage,
     )
 
 

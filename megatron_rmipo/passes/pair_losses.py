@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.objectives.base import Objective

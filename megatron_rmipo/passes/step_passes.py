@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, head_weight, scoring_options

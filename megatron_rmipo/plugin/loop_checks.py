@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
 from torch.nn import Module
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.agreement import describe_difference, is_same

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped

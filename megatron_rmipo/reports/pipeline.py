@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.pipeline_bubble import even_length, idle_share, simulated_length
 from megatron_rmipo.reports.timers import StageClock
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device

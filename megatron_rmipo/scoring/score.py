@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_rmipo.command import progress_bar
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore

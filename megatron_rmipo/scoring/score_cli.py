@@ -34,7 +34,7 @@ from megatron_rmipo.config.schema import (
     ModelConfig,
     ParallelConfig,
 )
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.sizes import check_capacity
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.chunks import row_ranges

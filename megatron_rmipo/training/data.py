@@ -11,7 +11,8 @@ from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config, ObjectiveConfig, TrainingConfig
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.data.batches.loader import BatchLayout, check_pairs_fit
+from megatron_rmipo.data.batches.batch_builder import check_pairs_fit
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
 from megatron_rmipo.errors import RmipoError

@@ -14,7 +14,7 @@ from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model, look_for_model
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import BatchBuilder
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.order_names import pair_order
 from megatron_rmipo.data.batches.seen import SeenPairs

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import even_length, idle_share, simulated_length
 from megatron_rmipo.data.store.collection import PairCollection
@@ -109,7 +110,7 @@ def _advice(run: Run, batches: RunBatches, found: PipelineEstimate) -> str:
     """Which flags would help, each alone, without making a pair dearer; and what is in the way."""
     layout = run.pairs.layout
     helpful = []
-    for remedies in _remedies(run):
+    for remedies in _remedies(run, found):
         best = ("", found)
         for text, other, size in remedies:
             would_be = batches.estimate(other, size)
@@ -119,16 +120,19 @@ def _advice(run: Run, batches: RunBatches, found: PipelineEstimate) -> str:
                 break
         if best[1].idle <= max(MOST_IDLE, WORTH_SAYING * found.idle):
             helpful.append(f"{best[0]} ({best[1].idle:.0%})")
-    text = f"flags that would change it, each alone: {'; '.join(helpful)}" if helpful else "no flag alone would change it"
+    if helpful:
+        text = f"flags that would change it, each alone (what would be left): {'; '.join(helpful)}"
+    else:
+        text = "no flag alone would change it without a pair taking longer"
     a_rank = run.config.training.global_batch_size // layout.dp_size
-    if a_rank < layout.least_packs:
-        text += f". A rank has about {a_rank} pairs of a step, too few for {layout.least_packs} micro-batches"
+    if found.num_packs >= a_rank:
+        text += f". A rank has about {a_rank} pairs of a step, each in a micro-batch of its own already"
     if found.imbalance > 1.1:
         text += f". The last stage, with the output layer, has {found.imbalance:.2f} times a stage's mean work"
     return text
 
 
-def _remedies(run: Run) -> Iterator[list[tuple[str, BatchLayout, int]]]:
+def _remedies(run: Run, found: PipelineEstimate) -> Iterator[list[tuple[str, BatchLayout, int]]]:
     """Of each flag the values that may help, the mildest first: (what to write, the layout then, pairs of a step then)."""
     layout, config = run.pairs.layout, run.config
     size, stages = config.training.global_batch_size, layout.num_stages
@@ -136,17 +140,18 @@ def _remedies(run: Run) -> Iterator[list[tuple[str, BatchLayout, int]]]:
     yield [
         (f"--min-microbatches-per-stage {least}", dataclasses.replace(layout, min_packs_per_stage=least), size)
         for least in (1, 2, 3, 4, 6, MOST_PER_STAGE)
-        if layout.min_packs_per_stage < least <= most
+        if found.num_packs < least * stages <= most * stages
     ]
     tokens = layout.capacity // 2
     # Twice the length holds every pair, whatever the data.
     if tokens >= 2 * config.data.seq_length:
         yield [(f"--tokens-per-microbatch {tokens}", dataclasses.replace(layout, tokens_per_microbatch=tokens), size)]
-    # Packs as they are, and more of them.
+    # Where so many packs were asked for, packs as they are, and more of them.
+    asked = layout.min_packs_per_stage
     yield [
         (
-            f"--global-batch-size {size * factor} with --min-microbatches-per-stage {layout.min_packs_per_stage * factor}",
-            dataclasses.replace(layout, min_packs_per_stage=layout.min_packs_per_stage * factor),
+            f"--global-batch-size {size * factor}" + (f" with --min-microbatches-per-stage {asked * factor}" if asked else ""),
+            dataclasses.replace(layout, min_packs_per_stage=asked * factor if asked else asked),
             size * factor,
         )
         for factor in (2, 4)

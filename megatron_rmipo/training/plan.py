@@ -6,7 +6,7 @@ import dataclasses
 
 from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.objectives.arguments import objective_of
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.layout import batch_layout

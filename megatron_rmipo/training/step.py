@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.passes.expert_load import set_auxiliary_losses

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import bench_balance
 from benchmarks.inputs import step_costs
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.sizes import CostModel
 
 

@@ -13,7 +13,7 @@ from benchmarks import bench_data, loading, preparing
 from benchmarks.inputs import step_costs
 from benchmarks.loading import measure_loading, save_store, wait_share
 from benchmarks.made_text import make_rows, save_rows, save_tokenizer
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer

@@ -19,7 +19,7 @@ def test_equal_pairs_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = tmp_path / "lengths.jsonl"
     rows = [{"prompt_len": 90, "chosen_len": 50, "rejected_len": 50}] * 16
     path.write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--lengths", str(path), "--stages", "1", "4", "--ranks", "2", "32", "--batch-sizes", "16"]
+    arguments = ["--lengths", str(path), "--stages", "1", "4", "--ranks", "2", "32", "--batch-sizes", "16", "--least", "2"]
     assert run(tmp_path, *arguments) == 0
     # Fewer pairs than ranks are no case.
     one, four = json.loads(capsys.readouterr().out)["rows"]

@@ -13,7 +13,7 @@ from benchmarks.bench_step import parse_options
 from benchmarks.inputs import read_pairs
 from benchmarks.overhead import overhead_share
 from benchmarks.sides import build_state, our_step
-from megatron_rmipo.data.batches.loader import BatchBuilder
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.runtime.groups import initialize_runtime
 from tests.benchmarks.test_bench_gpu import ARCH
 from tests.harness import run_distributed

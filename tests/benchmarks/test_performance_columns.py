@@ -20,6 +20,7 @@ from benchmarks import (
     bench_flops,
     bench_gpu,
     bench_logprobs,
+    bench_order,
     bench_pipeline,
     bench_scale,
     bench_step,
@@ -102,6 +103,17 @@ def write_checkpoint(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_checkpoint.main(["--dp", "1", "--csv", str(path)]) == 0
 
 
+def write_order(path: Path, patch: pytest.MonkeyPatch) -> None:
+    parts = {
+        "start_": ("cpu_seconds", "peak_megabytes"),
+        "": ("order_cpu_ms", "build_cpu_ms", "batches_peak_megabytes", "worker_megabytes"),
+        "mismatched_": ("cpu_seconds", "peak_megabytes"),
+    }
+    figures = {f"{part}{name}": 1.0 for part, names in parts.items() for name in names}
+    patch.setattr(bench_order, "measure", lambda num_pairs, *_: {"num_pairs": num_pairs, **figures})
+    assert bench_order.main(["--num-pairs", "3", "--csv", str(path)]) == 0
+
+
 def write_gpu(path: Path, patch: pytest.MonkeyPatch) -> None:
     timings = {name: Timing([1.0], dict.fromkeys(PHASES, 1.0), [1.0], 1) for name in VARIANTS}
     parts = {name: dict.fromkeys(PARTS, 1.0) for name in VARIANTS}
@@ -134,6 +146,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_convert.csv": write_convert,
     "results_scale.csv": write_scale,
     "results_checkpoint.csv": write_checkpoint,
+    "results_order.csv": write_order,
     "results_gpu.csv": write_gpu,
 }
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture

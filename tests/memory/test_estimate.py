@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope

@@ -15,7 +15,8 @@ import torch
 
 from megatron_rmipo.checkpoint import source
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection

@@ -29,7 +29,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights  # noqa: E402
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout  # noqa: E402
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder  # noqa: E402
+from megatron_rmipo.data.batches.batch_layout import BatchLayout  # noqa: E402
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer  # noqa: E402
 from megatron_rmipo.data.store.pair_store import TokenizedPair  # noqa: E402
 from megatron_rmipo.families.hf_config import read_architecture  # noqa: E402

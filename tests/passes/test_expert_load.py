@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.config.schema import Config, ExpertsConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.layers.experts import routers
 from megatron_rmipo.objectives.registry import build_objective

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_rmipo.config.schema import Config, DataConfig, TrainingConfig
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.training.pipeline_advice import tell_pipeline
@@ -19,7 +20,14 @@ NUM_PAIRS = 96
 
 
 def said(
-    *, pairs: int, num_stages: int = 4, dp_size: int = 2, least: int = 2, head: float = 0.0, rank: int = 0, tokens: int = 40_000
+    *,
+    pairs: int,
+    num_stages: int = 4,
+    dp_size: int = 2,
+    least: int | None = 2,
+    head: float = 0.0,
+    rank: int = 0,
+    tokens: int = 40_000,
 ) -> list[str]:
     """Lines of a run with equal pairs of 3,000 tokens."""
     data = collection(make_pairs(NUM_PAIRS))
@@ -60,8 +68,17 @@ def test_a_long_wait_is_warned_of_with_the_flags_that_help_and_what_they_would_d
     assert "--min-microbatches-per-stage 3 (20%)" in warning
     assert "--global-batch-size 96 with --min-microbatches-per-stage 4 (16%)" in warning
     assert "--pipeline-model-parallel-size 2, where memory allows (20%)" in warning
-    assert "too few" not in warning
+    assert "of its own" not in warning
     assert "output layer" not in warning
+
+
+def test_with_as_many_packs_as_take_least_more_of_them_are_not_advised() -> None:
+    # 8 pairs of 3,000 tokens a rank: sqrt(24,000 * 3 / 500) = 12 packs, and no more than there are pairs.
+    line, warning = said(pairs=16, least=None)
+    assert line.endswith("8 micro-batches a rank")
+    assert "--min-microbatches-per-stage" not in warning
+    assert "--global-batch-size 32 (" in warning
+    assert said(pairs=48, least=None)[0].endswith("21 micro-batches a rank")
 
 
 def test_smaller_packs_are_advised_only_where_they_do_not_cost_more_than_they_save() -> None:
@@ -74,7 +91,7 @@ def test_smaller_packs_are_advised_only_where_they_do_not_cost_more_than_they_sa
 
 def test_too_few_pairs_are_named() -> None:
     _, warning = said(pairs=8)
-    assert "A rank has about 4 pairs of a step, too few for 8 micro-batches" in warning
+    assert "A rank has about 4 pairs of a step, each in a micro-batch of its own already" in warning
     assert "--min-microbatches-per-stage 3 " not in warning
     assert "--global-batch-size 32 with --min-microbatches-per-stage 8 (16%)" in warning
 

@@ -8,7 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, Pass
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, Pass
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.padding import (
     PaddedShape,
     Row,
@@ -22,7 +23,7 @@ from megatron_rmipo.data.store.collection import PairCollection
 
 
 class PaddedBatchBuilder(BatchBuilder):
-    """Pair indices to a :class:`megatron_rmipo.data.batches.loader.RankBatch` of padded rows.
+    """Pair indices to a :class:`megatron_rmipo.data.batches.batch_builder.RankBatch` of padded rows.
 
     Every pass has the same pairs in its micro-batches, as many in each, within one.
 

@@ -10,6 +10,7 @@ Shape letters: S stages, M packs of a pass.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,14 @@ class PassCosts:
         """The part of a stage, float64 ``[M]``: an equal number of layers each."""
         own = self.layers / num_stages
         return own + self.head if stage == num_stages - 1 else own
+
+
+def fastest_packs(num_tokens: int, num_stages: int) -> int:
+    """Into how many packs a pass is cut that takes least: fewer wait longer, more cost more besides their tokens.
+
+    M even packs of W tokens in all take ``(W / M + PACK_TOKENS) (M + S - 1)``, least at ``M = sqrt(W (S - 1) / PACK_TOKENS)``.
+    """
+    return max(1, round(math.sqrt(num_tokens * (num_stages - 1) / PACK_TOKENS)))
 
 
 def even_bubble(num_stages: int, num_packs: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.runtime.worker_process import end_with_parent
 

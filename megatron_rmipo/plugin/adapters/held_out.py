@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megatron_rmipo.data.batches.loader import RankBatch
+from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches

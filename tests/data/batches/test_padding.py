@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchLayout
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
 from megatron_rmipo.data.batches.padding import (
     PaddedRows,

@@ -15,10 +15,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_rmipo.data.batches.pipeline_bubble import (
+    PACK_TOKENS,
     PassCosts,
     Work,
     even_bubble,
     even_length,
+    fastest_packs,
     idle_share,
     simulated_length,
     stage_order,
@@ -59,6 +61,18 @@ def test_a_pass_begins_while_the_one_before_drains() -> None:
     assert apart == even_length([before, gradient], 4) == 5 + 15
     # All stages but the first would have stood still at the seam.
     assert simulated_length([before, gradient], 4) == 2 + 15
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 8])
+def test_no_other_number_of_even_packs_is_faster(num_stages: int) -> None:
+    for num_tokens in (700, 9_001, 40_000):
+        chosen = fastest_packs(num_tokens, num_stages)
+        times = {
+            number: simulated_length([costs(*[num_tokens / number] * number).with_overhead(1.0)], num_stages)
+            for number in range(1, 2 * chosen + 2)
+        }
+        assert times[chosen] <= 1.01 * min(times.values())
+    assert fastest_packs(0, num_stages) == fastest_packs(PACK_TOKENS // 9, num_stages) == 1
 
 
 def test_the_replica_that_takes_longest_sets_the_step() -> None:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.pipeline_bubble import fastest_packs
 from megatron_rmipo.data.batches.read_ahead import _read_ahead, iterate_batches
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.store.collection import PairCollection
@@ -109,6 +111,18 @@ def test_each_pass_has_packs_for_every_stage_where_pairs_allow(equal_packs: bool
                 assert costs == sorted(costs[:peak]) + sorted(costs[peak:], reverse=True), "the cheapest stand at both ends"
 
 
+def test_unless_told_each_pass_has_as_many_packs_as_are_fastest_for_its_tokens() -> None:
+    pairs, indices = collection(make_pairs()), np.arange(23)
+    batch = BatchBuilder(pairs, layout(num_stages=9, tokens_per_microbatch=10**6)).build(indices)
+    for sizes, rows in (
+        (layout().conditional_sizes(pairs.lengths_of(indices)), batch.conditional),
+        (layout().unconditional_sizes(pairs.lengths_of(indices)), batch.unconditional),
+    ):
+        assert len(rows) == fastest_packs(int(sizes.tokens.sum()), 9) > 1
+    few = BatchBuilder(pairs, layout(num_stages=9, tokens_per_microbatch=10**6, min_packs_per_stage=0)).build(indices)
+    assert len(few.conditional) == len(few.unconditional) == 1
+
+
 def test_what_a_rank_runs_is_costed_pass_by_pass() -> None:
     pairs, indices = collection(make_pairs()), np.array([3, 20, 7])
     batch = BatchBuilder(pairs, layout(forward_passes=1)).build(indices)
@@ -184,7 +198,7 @@ def test_what_fails_in_a_worker_fails_where_the_batch_is_wanted() -> None:
 
 
 FAILING = """
-from tests.data.batches.test_loader import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
+from tests.data.batches.test_batch_builder import BatchBuilder, PairOrder, collection, iterate_batches, layout, make_pairs
 
 pairs = collection(make_pairs())
 builder, order = BatchBuilder(pairs, layout()), PairOrder(len(pairs), 3)

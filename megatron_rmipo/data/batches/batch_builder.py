@@ -1,146 +1,22 @@
-"""Prepared data to global batches, cut and laid out for one data-parallel rank."""
+"""A global batch, cut into packs and laid out for one data-parallel rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
+from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts
-from megatron_rmipo.data.batches.sizes import (
-    CostModel,
-    PairSizes,
-    check_capacity,
-    conditional_sizes,
-    conditional_tokens,
-    unconditional_sizes,
-    unconditional_tokens,
-)
+from megatron_rmipo.data.batches.pipeline_bubble import PassCosts
+from megatron_rmipo.data.batches.sizes import PairSizes, check_capacity
 from megatron_rmipo.data.batches.spread import cheapest_at_both_ends, cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
-
-# A forward-only pass keeps no activations, so its packs may hold more.
-UNCONDITIONAL_PACK_FACTOR = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchLayout:
-    """How a global batch is cut and laid out.
-
-    Attributes:
-        dp_rank, dp_size: this rank's place in the data-parallel group.
-        tokens_per_microbatch: capacity of a conditional pack; unconditional ones hold twice as many, or no more where it is
-            ``multiple_of``, too, so that all rows are equally long. None: every pass has ``num_microbatches`` packs.
-        cost: what balance is judged by.
-        share_prompts: a prompt stands once for both responses.
-        with_rejected: the objective reads rejected responses.
-        unconditional: ``"bos"``, ``"none"`` or None, as in :class:`megatron_rmipo.objectives.base.LogpNeeds`.
-        forward_passes: forward-only passes over the conditional packs, beside the gradient pass.
-        bos_token_id: the context of unconditional responses for ``"bos"``: BOS, or what stands in for it; None for nothing.
-        columns: numbers beside the pairs that the objective reads.
-        multiple_of: rows are padded to a multiple of this many tokens.
-        equal_packs: every data-parallel rank runs the same number of packs, for they meet in the model's layers.
-        unconditional_in_rows: the responses alone stand in the rows of the gradient pass instead of in a pass of their own.
-        num_microbatches: the gradient pass has just so many packs on each rank, some of them fillers where there are few pairs;
-            None: as few as an even spread of cost allows.
-        num_stages: pipeline stages that a pack goes through.
-        min_packs_per_stage: where there are several stages and pairs enough, each pass has at least so many packs for each.
-    """
-
-    dp_rank: int
-    dp_size: int
-    tokens_per_microbatch: int | None
-    cost: CostModel
-    share_prompts: bool = True
-    with_rejected: bool = True
-    unconditional: str | None = None
-    forward_passes: int = 0
-    bos_token_id: int | None = None
-    columns: tuple[str, ...] = ()
-    multiple_of: int = 1
-    equal_packs: bool = False
-    unconditional_in_rows: bool = False
-    num_microbatches: int | None = None
-    num_stages: int = 1
-    min_packs_per_stage: int = 0
-
-    @property
-    def least_packs(self) -> int:
-        """Packs of each pass on a rank that has pairs for them, where they are not just so many."""
-        return max(1, self.min_packs_per_stage * self.num_stages) if self.num_stages > 1 else 1
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens of a conditional pack."""
-        return sys.maxsize if self.tokens_per_microbatch is None else self.tokens_per_microbatch
-
-    @property
-    def unconditional_capacity(self) -> int:
-        """Most tokens of an unconditional pack: no more than of others where all rows are equally long."""
-        return self.capacity if self.multiple_of == self.capacity else UNCONDITIONAL_PACK_FACTOR * self.capacity
-
-    @property
-    def num_packs_before(self) -> int | None:
-        """Packs of each pass before the gradient pass; None: as few as the capacity allows."""
-        return self.num_microbatches if self.tokens_per_microbatch is None else None
-
-    @property
-    def has_unconditional_pass(self) -> bool:
-        """Whether responses alone are rows of a pass of their own."""
-        return self.unconditional is not None and not self.unconditional_in_rows
-
-    @property
-    def has_responses_alone(self) -> bool:
-        """Whether they stand in the rows of the gradient pass."""
-        return self.unconditional is not None and self.unconditional_in_rows
-
-    @property
-    def context_token_id(self) -> int | None:
-        """The token before an unconditional response, or None."""
-        return self.bos_token_id if self.unconditional == "bos" else None
-
-    def gradient_sizes(self, lengths: np.ndarray) -> PairSizes:
-        """Sizes of pairs (int ``[P, 3]`` lengths) in the gradient pass."""
-        sizes = self.conditional_sizes(lengths)
-        if not self.has_responses_alone:
-            return sizes
-        alone = self.unconditional_sizes(lengths)
-        return PairSizes(sizes.tokens + alone.tokens, sizes.costs + alone.costs, sizes.head_costs + alone.head_costs)
-
-    def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
-        """Sizes of pairs (int ``[P, 3]`` lengths) with their prompts."""
-        return conditional_sizes(lengths, self.cost, share_prompts=self.share_prompts, with_rejected=self.with_rejected)
-
-    def unconditional_sizes(self, lengths: np.ndarray) -> PairSizes:
-        """Sizes of pairs (int ``[P, 3]`` lengths) without their prompts."""
-        return unconditional_sizes(
-            lengths, self.cost, has_context_token=self.context_token_id is not None, with_rejected=self.with_rejected
-        )
-
-    def gradient_tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of pairs (int ``[P, 3]`` lengths) in the gradient pass, int64 ``[P]``: those of :meth:`gradient_sizes` alone."""
-        tokens = self.conditional_tokens(lengths)
-        if not self.has_responses_alone:
-            return tokens
-        has_context_token = self.context_token_id is not None
-        tokens += unconditional_tokens(lengths, has_context_token=has_context_token, with_rejected=self.with_rejected)
-        return tokens
-
-    def conditional_tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of pairs (int ``[P, 3]`` lengths) with their prompts, int64 ``[P]``."""
-        return conditional_tokens(lengths, share_prompts=self.share_prompts, with_rejected=self.with_rejected)
-
-    def step_costs(self, gradient: PairSizes, *forward_only: PairSizes) -> np.ndarray:
-        """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
-        costs = gradient.costs * (1.0 + BACKWARD + self.forward_passes)
-        return np.asarray(sum((sizes.costs for sizes in forward_only), start=costs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +191,10 @@ class BatchBuilder:
         """Some ranks' packs of a pass, at least one each; an empty one stands for a filler."""
         if one.num_packs is not None:
             return self._filled_packs(one, shares, ranks)
-        cuts = {rank: cut_into_packs(shares[rank], one.sizes, one.max_tokens, self.layout.least_packs) for rank in ranks}
+        cuts = {}
+        for rank in ranks:
+            least = self.layout.least_packs(int(one.sizes.tokens[shares[rank]].sum()))
+            cuts[rank] = cut_into_packs(shares[rank], one.sizes, one.max_tokens, least)
         most = max(1, *map(len, cuts.values())) if self.layout.equal_packs else 1
         packs = {rank: split_packs(cut, one.sizes, most) for rank, cut in cuts.items()}
         packs = {rank: split + [[] for _ in range(most - len(split))] for rank, split in packs.items()}
