@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout, check_pairs_fit
+from megatron_rmipo.data.batches.fitting import check_pairs_fit
+from megatron_rmipo.data.batches.loader import BatchBuilder, BatchLayout
 from megatron_rmipo.data.batches.sizes import BY_TOKENS
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.data.store.reference_scores import Scores
