@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_order [--num-pairs 60000 60000000] [--check]
 
-The data is an index of recorded lengths, over and over, and a file of tokens that holds none (sparse, zeros). Each part runs in a
+The data is an index of lengths drawn from recorded ones, and a file of tokens that holds none (sparse). Each part runs in a
 process of its own. Own memory is what a process has written and shares with nobody: ``Private_Dirty`` of
 ``/proc/self/smaps_rollup``; pages of mapped files, which all ranks of a host share, are no part of it. See README.md beside it.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
-import os
 import sys
 import tempfile
 import threading
@@ -27,48 +26,24 @@ if not __package__:
 
 import numpy as np
 
-from benchmarks.inputs import BOS, EOS, LLAMA_3_8B, cut_lengths, read_lengths
+from benchmarks.inputs import BOS, LLAMA_3_8B, cut_lengths, read_lengths
+from benchmarks.large_data import make_large_data
 from benchmarks.measure import Spread, timed
 from benchmarks.report import FOLDER, Goal, add_report_options, report
-from megatron_rmipo.data.batches.batch_builder import BatchBuilder, check_pairs_fit
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.fitting import check_pairs_fit
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint, content_facts
-from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo, store_paths
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.model.flops import forward_cost_model
 
-VOCAB_SIZE, BYTES_PER_ID = 128_256, 4
 GOAL_PAIRS, SMALL_PAIRS = 60_000_000, 60_000
 MOST_MEGABYTES, MOST_CPU_SECONDS, MOST_RATIO = 100.0, 5.0, 2.0
 HELD_OUT = 0.01
-_HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("type", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
-
-
-def write_data(prefix: Path, num_pairs: int, lengths: np.ndarray) -> None:
-    """A data set of so many pairs, whose lengths, int ``[P, 3]``, are the given ones over and over."""
-    paths = store_paths(prefix)
-    pieces = [(first, min(len(lengths), num_pairs - first)) for first in range(0, num_pairs, len(lengths))]
-    num_tokens = 0
-    with open(paths["idx"], "wb") as stream:
-        np.array((b"MMIDIDX", 1, 4, 3 * num_pairs, num_pairs + 1), dtype=_HEADER).tofile(stream)
-        for _, count in pieces:
-            lengths[:count].astype(np.int32).tofile(stream)
-        for _, count in pieces:
-            ends = np.cumsum(lengths[:count].ravel(), dtype=np.int64)
-            (BYTES_PER_ID * (num_tokens + np.concatenate([[0], ends[:-1]]))).tofile(stream)
-            num_tokens += int(ends[-1])
-        for first, count in pieces:
-            (3 * np.arange(first, first + count)).tofile(stream)
-        np.array([3 * num_pairs]).tofile(stream)
-    with open(paths["bin"], "wb") as stream:
-        stream.truncate(BYTES_PER_ID * num_tokens)
-    sizes = {kind: paths[kind].stat().st_size for kind in ("bin", "idx")}
-    tokenizer = TokenizerInfo("zeros", VOCAB_SIZE, BOS, EOS)
-    manifest = Manifest(tokenizer, num_pairs=num_pairs, num_tokens=num_tokens, file_bytes=sizes)
-    paths["json"].write_text(manifest.to_json(), encoding="utf-8")
+FEW_PAIRS = 100
 
 
 def own_bytes(process: int | str = "self") -> int:
@@ -100,7 +75,7 @@ class Watch:
         self.megabytes = (after - self._before) / 1e6
 
 
-def the_layout(options: argparse.Namespace) -> BatchLayout:
+def the_layout() -> BatchLayout:
     """RMiPO's batches of Llama-3-8B for one of eight data-parallel ranks."""
     return BatchLayout(
         dp_rank=0,
@@ -120,13 +95,13 @@ def opened(prefix: str) -> tuple[PairCollection, PairCollection]:
 
 def start_up(prefix: str, options: argparse.Namespace) -> dict[str, float]:
     """All that a rank's start does with its data: opening, what it compares with other ranks and with the run so far, fitting."""
-    opened(prefix + ".small")  # what is imported on the way
+    opened(options.few)  # what is imported on the way
     with Watch() as watch:
         collections = opened(prefix)
         content_facts(collections[0].stores[0])
         for pairs in collections:
             collection_fingerprint(pairs)
-            check_pairs_fit(pairs, the_layout(options))
+            check_pairs_fit(pairs, the_layout())
     figures = {"cpu_seconds": watch.cpu_seconds, "megabytes": watch.megabytes, "peak_megabytes": watch.peak_megabytes}
     return {f"start_{name}": value for name, value in figures.items()}
 
@@ -134,7 +109,7 @@ def start_up(prefix: str, options: argparse.Namespace) -> dict[str, float]:
 def batches(prefix: str, options: argparse.Namespace) -> dict[str, float]:
     """The order of a batch, and a batch cut and laid out, its lengths looked up; then the same in a worker of the loader."""
     pairs, size = opened(prefix)[0], options.batch_size
-    builder, order = BatchBuilder(pairs, the_layout(options)), PairOrder(len(pairs), options.seed)
+    builder, order = BatchBuilder(pairs, the_layout()), PairOrder(len(pairs), options.seed)
     # What is allocated once, of whatever size the data is.
     builder.build(np.arange(size))
     with Watch() as watch:
@@ -159,7 +134,7 @@ def mismatched(prefix: str, options: argparse.Namespace) -> dict[str, float]:
     with Watch() as watch:
         pairs.match_anew()
         order, size = PairOrder(len(pairs), options.seed), options.batch_size
-        builder = BatchBuilder(pairs, the_layout(options))
+        builder = BatchBuilder(pairs, the_layout())
         times = [
             timed(functools.partial(builder.build, order.batch(n * size, size, len(pairs))))[1]
             for n in range(options.num_batches)
@@ -177,15 +152,11 @@ PARTS: tuple[Callable[[str, argparse.Namespace], dict[str, float]], ...] = (star
 def measure(num_pairs: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of a data set of so many pairs."""
     lengths = cut_lengths(read_lengths(options.lengths), options.seq_length)
-    prefix = folder / f"pairs-{num_pairs}"
-    for name, count in ((str(prefix), num_pairs), (f"{prefix}.small", len(lengths))):
-        write_data(Path(name), count, lengths)
+    prefix, options.few = (make_large_data(folder, count, lengths, options.seed) for count in (num_pairs, FEW_PAIRS))
     row: dict[str, Any] = {"num_pairs": num_pairs}
     for part in PARTS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            row |= fresh.submit(part, str(prefix), options).result()
-    for path in folder.iterdir():
-        os.unlink(path)
+            row |= fresh.submit(part, prefix, options).result()
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ def make_large_data(folder: Path, num_pairs: int, lengths: np.ndarray, seed: int
             num_tokens = int(ends[-1])
         for first in range(0, num_pairs + 1, PAIRS_AT_A_TIME):
             (3 * np.arange(first, min(first + PAIRS_AT_A_TIME, num_pairs + 1), dtype=np.int64)).tofile(index)
+        # Pages that are not on the disk yet count as written by the process that maps them.
+        os.fsync(index)
     with paths["bin"].open("wb") as tokens:
         tokens.truncate(num_tokens * TOKEN_BYTES)
     manifest = Manifest(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.scale_world import Measured, cost
-from megatron_rmipo.data.batches.batch_builder import BatchBuilder, check_pairs_fit
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.fitting import check_pairs_fit
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint, content_facts

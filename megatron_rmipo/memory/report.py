@@ -57,7 +57,7 @@ class MemoryReport:
         arch: the model.
         groups: the process groups of this rank.
         directory: in its ``out_of_memory/`` a rank leaves what it found, with CUDA a snapshot of the memory, too; None: nowhere.
-        least_tokens: of the largest pair of all data: smaller packs would be refused.
+        largest_pair: finds the tokens of the largest pair of all data, which a pack has to hold; asked when memory ran out.
         latest_checkpoint: finds the checkpoint that a training could go on from now, if any.
     """
 
@@ -67,12 +67,12 @@ class MemoryReport:
         arch: ModelArchitecture,
         groups: ProcessGroups,
         directory: Path | None,
-        least_tokens: int,
+        largest_pair: Callable[[], int],
         latest_checkpoint: Callable[[], Path | None],
     ) -> None:
         self._config, self._arch, self._groups = config, arch, groups
         self._latest_checkpoint = latest_checkpoint
-        self._least_tokens = max(least_tokens, config.data.seq_length)
+        self._largest_pair = largest_pair
         self._path = None if directory is None else directory / FOLDER / f"rank{groups.rank}.json"
         snapshot = None if self._path is None else self._path.with_suffix(".pickle")
         self._witness = MemoryWitness(snapshot, record_history=config.profiling.record_memory_history)
@@ -141,7 +141,7 @@ class MemoryReport:
             "pack": {"number": error.number + 1, "of": len(error.rows), **_pack_record(error.rows[error.number], work)},
             "packs_in_flight": shortage.kind["packs_in_flight"],
             "estimate": dataclasses.asdict(shortage.estimate(arch, config)),
-            "suggestions": suggestions(arch, config, dp_size, shortage, self._least_tokens),
+            "suggestions": suggestions(arch, config, dp_size, shortage, max(self._largest_pair(), config.data.seq_length)),
         }
 
     def _shortage(self, error: PackOutOfMemory, batch: RankBatch | None, free: int, optimizer: Optimizer) -> Shortage:

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch, check_pairs_fit
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.fitting import check_pairs_fit
 from megatron_rmipo.data.batches.order_names import NEW_ORDER, OrderName, pair_order
 from megatron_rmipo.data.batches.padded_batches import PaddedBatchBuilder
 from megatron_rmipo.data.batches.padding import PaddedShape, Row, check_pad_to

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_rmipo.data.batches.batch_builder import BatchBuilder, check_pairs_fit
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.fitting import check_pairs_fit
 from megatron_rmipo.data.batches.sizes import BY_TOKENS
 from megatron_rmipo.data.store.collection import PairCollection, PairData, open_pairs
 from megatron_rmipo.data.store.reference_scores import Scores

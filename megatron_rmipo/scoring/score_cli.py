@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-
-import numpy as np
+from typing import Any
 
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
@@ -34,10 +33,9 @@ from megatron_rmipo.config.schema import (
     ModelConfig,
     ParallelConfig,
 )
-from megatron_rmipo.data.batches.batch_layout import BatchLayout
-from megatron_rmipo.data.batches.sizes import check_capacity
+from megatron_rmipo.data.batches.fitting import check_pairs_fit, largest_pair
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
-from megatron_rmipo.data.store.chunks import row_ranges
+from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
@@ -135,9 +133,11 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     longest = max(_check_store(store, source) for store in stores)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
     refuse_impossible_layout(config, source.arch, rendezvous.launch.world_size)
-    rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
+    rows: list[Any] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
     layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
-    least_tokens = max(_check_rows_fit(one, layout) for one in rows)
+    collections = [PairCollection([one]) for one in rows]
+    for pairs in collections:
+        check_pairs_fit(pairs, layout)
     facts = functools.partial(read_facts, config, source, stores)
     rendezvous.compare(look("what the ranks must agree on", facts))
     groups = initialize_runtime(
@@ -149,7 +149,14 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         rendezvous=rendezvous,
     )
-    memory = MemoryReport(config, source.arch, groups, None, least_tokens, latest_checkpoint=lambda: None)
+    memory = MemoryReport(
+        config,
+        source.arch,
+        groups,
+        None,
+        lambda: max(largest_pair(pairs, layout) for pairs in collections),
+        latest_checkpoint=lambda: None,
+    )
     verify = not config.checkpoint.no_verify_checkpoint
     source = settle_source(lambda: find_model(config), groups, verify=verify, maker=maker_of(config))
     fingerprint = weights_fingerprint(source, groups)
@@ -161,9 +168,9 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
         with memory.explaining("loading the model", trains=False):
             # The fingerprint has read and compared every file.
             model = load_model(dataclasses.replace(source, checked=True), config, groups)
-        layout = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+        own = dataclasses.replace(layout, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
         for part in missing:
-            score_rows(model, part, layout, groups, memory, stop)
+            score_rows(model, part, own, groups, memory, stop)
     shutdown_runtime()
     written = {part.task.directory for part in missing}
     return [f"{'wrote' if task.directory in written else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
@@ -180,12 +187,6 @@ def _check_store(store: PairStore, source: ModelSource) -> int:
             f"{source.arch.length_limit}. Prepare the data with --seq-length {source.arch.longest_sequence}."
         )
     return store.longest
-
-
-def _check_rows_fit(rows: PairStore | MismatchedStore, layout: BatchLayout) -> int:
-    """Tokens of the largest row, which fits a pack."""
-    pieces = ((first, layout.conditional_tokens(rows.lengths_of(np.arange(first, end)))) for first, end in row_ranges(len(rows)))
-    return check_capacity(pieces, layout.capacity, functools.partial("pair {1} of {0}".format, rows.prefix))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

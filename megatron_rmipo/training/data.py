@@ -11,8 +11,8 @@ from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config, ObjectiveConfig, TrainingConfig
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.data.batches.batch_builder import check_pairs_fit
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.fitting import check_pairs_fit, largest_pair
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
@@ -34,14 +34,14 @@ class RunData:
         held_out: pairs to evaluate on, or None.
         num_held_out: how many of them.
         context: what stands before a response in log p(y).
-        fitting: by layout, what :meth:`check_rows_fit` found: a plan that is made again does not look again.
+        fitting: layouts that :meth:`check_rows_fit` has let pass: a plan that is made again does not look again.
     """
 
     train: PairCollection
     held_out: PairCollection | None
     num_held_out: int
     context: ContextToken
-    fitting: dict[BatchLayout, int] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    fitting: set[BatchLayout] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     @functools.cached_property
     def train_fingerprint(self) -> str:
@@ -71,18 +71,20 @@ class RunData:
         pairs_left = max(0, total_pairs - progress.consumed_pairs)
         return total_pairs, progress.step + -(-pairs_left // batch_size)
 
-    def check_rows_fit(self, layout: BatchLayout) -> int:
+    def check_rows_fit(self, layout: BatchLayout) -> None:
         """Refuse pairs that fit no pack.
 
-        Returns:
-            The tokens of the largest pair, as it is laid out.
-
         Raises:
-            ConfigError: naming it, and the value that would work.
+            ConfigError: naming the largest, and the value that would work.
         """
         if layout not in self.fitting:
-            self.fitting[layout] = max(check_pairs_fit(pairs, layout) for pairs in self.collections)
-        return self.fitting[layout]
+            for pairs in self.collections:
+                check_pairs_fit(pairs, layout)
+            self.fitting.add(layout)
+
+    def largest_pair(self, layout: BatchLayout) -> int:
+        """As of :func:`megatron_rmipo.data.batches.fitting.largest_pair`, of all collections."""
+        return max(largest_pair(pairs, layout) for pairs in self.collections)
 
 
 def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:

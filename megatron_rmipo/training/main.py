@@ -104,7 +104,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
         source.arch,
         groups,
         config.log_directory,
-        plan.least_tokens,
+        partial(plan.data.largest_pair, plan.layout(dp_rank=0, dp_size=1)),
         latest_checkpoint=partial(checkpoint_to_go_on_from, config.checkpoint),
     )
     stop = StopRequest(groups)

@@ -28,7 +28,6 @@ class RunPlan:
         start: how far it is.
         reference: of the objective, None where it needs none.
         total_pairs, train_iters: pairs and optimizer steps of the whole run.
-        least_tokens: tokens of the largest pair, as it is laid out.
     """
 
     config: Config
@@ -39,7 +38,6 @@ class RunPlan:
     reference: ReferenceChoice | None
     total_pairs: int
     train_iters: int
-    least_tokens: int
 
     def layout(self, *, dp_rank: int, dp_size: int) -> BatchLayout:
         """How one data-parallel rank lays its share of a batch out."""
@@ -69,8 +67,8 @@ def plan_run(
     refuse_profiling_beyond_the_end(config, train_iters)
     recorded = start.progress.reference or None
     reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded, look=look)
-    least_tokens = data.check_rows_fit(_layout(config, source, objective, data, dp_rank=0, dp_size=1))
-    return RunPlan(config, source, objective, data, start, reference, total_pairs, train_iters, least_tokens)
+    data.check_rows_fit(_layout(config, source, objective, data, dp_rank=0, dp_size=1))
+    return RunPlan(config, source, objective, data, start, reference, total_pairs, train_iters)
 
 
 def _layout(

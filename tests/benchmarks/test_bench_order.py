@@ -5,21 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks import bench_order
-from megatron_rmipo.data.store.collection import PairCollection
-from megatron_rmipo.data.store.pair_store import PairStore
-
-
-def test_the_data_is_a_data_set_of_repeated_lengths(tmp_path: Path) -> None:
-    lengths = np.array([[5, 3, 2], [7, 1, 1], [4, 9, 6]])
-    bench_order.write_data(tmp_path / "pairs", 8, lengths)
-    store = PairStore(tmp_path / "pairs")
-    assert store.lengths.tolist() == np.resize(lengths, (8, 3)).tolist()
-    assert (store[7].rejected.tolist(), store.longest) == ([0], 13)
-    assert PairCollection([store])[4].prompt.size == 7
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ class PairList:
         self.values = values_beside(len(self.pairs))
         self.lengths = np.array([[p.prompt.size, p.chosen.size, p.rejected.size] for p in pairs], dtype=np.int32)
         self.longest = int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
+        self.most_tokens = 2 * self.longest
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         return self.lengths[rows]

@@ -18,7 +18,6 @@ from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, M
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.sizes import CostModel
-from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
@@ -26,7 +25,6 @@ from megatron_rmipo.memory import report as out_of_memory
 from megatron_rmipo.memory.message import first_line, further_lines
 from megatron_rmipo.memory.readings import MemoryReading, PackOutOfMemory
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.training.data import RunData
 from tests.integration.problem import collection, make_pairs
 
 ARCH = ModelArchitecture("llama", 3, 64, 168, 4, 2, 16, 83, 4096, (Rope(1e4),), 1e-5)
@@ -51,10 +49,10 @@ def batch(builder: BatchBuilder) -> RankBatch:
     return builder.build(np.array([4, 20, 9, 2, 17, 6, 1, 12, 15, 22]))
 
 
-def report(directory: Path | None, config: Config = CONFIG, least_tokens: int = 70, **groups: int) -> MemoryReport:
+def report(directory: Path | None, config: Config = CONFIG, largest_pair: int = 70, **groups: int) -> MemoryReport:
     ranks: Any = SimpleNamespace(**{"rank": 3, "dp_size": 2, "pp_size": 1, "pp_rank": 0, **groups})
     latest = partial(source.checkpoint_to_go_on_from, config.checkpoint)
-    return MemoryReport(config, ARCH, ranks, directory, least_tokens, latest)
+    return MemoryReport(config, ARCH, ranks, directory, lambda: largest_pair, latest)
 
 
 def explained(
@@ -226,32 +224,13 @@ def test_advice_knows_the_capacity_of_the_packs_and_the_largest_pair(
     monkeypatch.setattr(out_of_memory, "suggestions", lambda arch, config, *others: asked.append(others) or [])
     monkeypatch.setattr(out_of_memory, "free_bytes", lambda: 77)
     for name, rows, backward in (("gradient", batch.conditional, True), ("unconditional", batch.unconditional, False)):
-        for least_tokens in (70, 20):
-            made = report(None, least_tokens=least_tokens)
+        for largest_pair in (70, 20):
+            made = report(None, largest_pair=largest_pair)
             explained(made, builder, batch, failed(f"{name} pass", rows, 0, backward=backward))
     # Packs smaller than a sequence would be refused, too.
     assert [(dp_size, least) for dp_size, _, least in asked] == [(2, 70), (2, CONFIG.data.seq_length)] * 2
     shortages = [shortage for _, shortage, _ in asked]
     assert [(one.capacity_factor, one.backward, one.free_bytes) for one in shortages[::2]] == [(1, True, 77), (2, False, 77)]
-
-
-def test_the_largest_pair_of_all_data_is_known(builder: BatchBuilder) -> None:
-    def part(*lengths: int, mismatched: Any = None, most: int = 91) -> Any:
-        pieces = [(0, np.array([lengths])), (1, np.array([(1, 2, 2)]))]
-        return SimpleNamespace(
-            all_lengths=lambda: iter(pieces), describe=str, mismatched=mismatched, stores=[SimpleNamespace(most_tokens=most)]
-        )
-
-    # A prompt, and two responses less their last tokens.
-    small, large = part(10, 6, 9), part(20, 25, 17)
-    for train, held_out, expected in (
-        (small, None, 10 + 5 + 8),
-        (small, large, 20 + 24 + 16),
-        (part(10, 6, 9, mismatched=part(10, 14, 9)), small, 10 + 13 + 8),
-        # That each of them fits is known without a look at them.
-        (part(10, 6, 9, mismatched=part(10, 14, 9, most=48)), small, 48),
-    ):
-        assert RunData(train, held_out, 0, ContextToken(None, "")).check_rows_fit(builder.layout) == expected
 
 
 def test_a_rank_that_fails_later_says_no_more_than_where(

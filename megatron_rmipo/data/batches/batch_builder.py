@@ -12,7 +12,7 @@ from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.packing import pack_pairs, pack_pairs_and_responses, pack_responses
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.data.batches.pipeline_bubble import PassCosts
-from megatron_rmipo.data.batches.sizes import PairSizes, check_capacity
+from megatron_rmipo.data.batches.sizes import PairSizes
 from megatron_rmipo.data.batches.spread import cheapest_at_both_ends, cut_into_packs, fill_packs, split_packs, spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
@@ -69,33 +69,6 @@ class RankBatch:
     def num_pairs(self) -> int:
         """P, over all ranks."""
         return len(self.pair_indices)
-
-
-def check_pairs_fit(pairs: PairCollection, layout: BatchLayout, *, name: str = "--tokens-per-microbatch") -> int:
-    """Refuse pairs, and mismatched ones, of which one fits no pack.
-
-    Args:
-        pairs: the data.
-        layout: how it is laid out.
-        name: what a pack's capacity is called where it was given.
-
-    Returns:
-        The tokens of the largest, as it is laid out; with mismatched pairs a number that is enough for all of them.
-
-    Raises:
-        ConfigError: naming it, and the value that would work.
-    """
-    pieces = ((first, layout.gradient_tokens(lengths)) for first, lengths in pairs.all_lengths())
-    most = check_capacity(pieces, layout.capacity, pairs.describe, name=name)
-    if pairs.mismatched is None:
-        return most
-    # Each of their responses is cut where it would pass the longest row; only where that is too much all partners are looked up.
-    bound: int = max(store.most_tokens for store in pairs.mismatched.stores)
-    if bound > layout.capacity:
-        pieces = ((first, layout.conditional_tokens(lengths)) for first, lengths in pairs.mismatched.all_lengths())
-        described = "{}, its prompt with the responses of another,".format
-        bound = check_capacity(pieces, layout.capacity, lambda index: described(pairs.describe(index)), name=name)
-    return max(most, bound)
 
 
 class BatchBuilder:

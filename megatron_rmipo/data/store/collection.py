@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rmipo.data.store.chunks import ROWS_AT_A_TIME
+from megatron_rmipo.data.store.chunks import row_ranges
 from megatron_rmipo.data.store.in_memory import IdLists, PairsInMemory
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore, TokenizedPair
@@ -203,12 +203,12 @@ class PairCollection(Sequence[TokenizedPair]):
         """As of :meth:`members_of` of all pairs, or of those before ``end``, in pieces: (the first of them, numbers)."""
         first = 0
         for span in self._part(0, len(self) if end is None else end):
-            done = 0
-            while done < span.count:
-                at = (span.begin + done) % span.size
-                size = min(ROWS_AT_A_TIME, span.size - at, span.count - done)
-                yield first + done, np.arange(span.first + at, span.first + at + size)
-                done += size
+            for start, stop in row_ranges(span.count):
+                at = (span.begin + start) % span.size
+                numbers = np.arange(at, at + stop - start)
+                if numbers[-1] >= span.size:
+                    numbers %= span.size
+                yield first + start, span.first + numbers
             first += span.count
 
     def mean_chosen_length(self, end: int | None = None) -> float:

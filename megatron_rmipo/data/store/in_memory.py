@@ -30,6 +30,7 @@ class PairsInMemory:
         manifest: None: nothing is known of where they come from.
         lengths: int32 ``[P, 3]``: tokens of prompt, chosen, rejected.
         longest: most tokens of a prompt with its longer response.
+        most_tokens: no row takes more, in whatever layout: each of two responses behind its prompt.
 
     Raises:
         DataError: there are none, or one is no three lists of ids, has no prompt, or an id below zero.
@@ -45,6 +46,7 @@ class PairsInMemory:
         sizes = [[pair.prompt.size, pair.chosen.size, pair.rejected.size] for pair in self._pairs]
         self.lengths = np.array(sizes, dtype=np.int32)
         self.longest = int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
+        self.most_tokens = 2 * self.longest
 
     def __len__(self) -> int:
         return len(self._pairs)

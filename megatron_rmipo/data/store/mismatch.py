@@ -30,8 +30,7 @@ class MismatchedStore:
         store: the data set.
 
     Attributes:
-        prefix, manifest, longest: those of the data set.
-        most_tokens: no row takes more, in whatever layout: two responses, or one in unpaired data, behind their prompt each.
+        prefix, manifest, longest, most_tokens: those of the data set.
 
     Raises:
         DataError: all prompts are the same.
@@ -42,7 +41,7 @@ class MismatchedStore:
         self.manifest = store.manifest
         self.longest = store.longest
         self._store = store
-        self.most_tokens = store.longest * (1 if getattr(store.manifest, "unpaired", False) else 2)
+        self.most_tokens = store.most_tokens
         self._groups = PromptGroups(store)
 
     def __len__(self) -> int:

@@ -78,7 +78,7 @@ class PairIndex:
             DataError: it describes other files, or rows without the responses that the manifest says they have.
         """
         num_tokens = longest = 0
-        fits = True
+        fits, odd_row = True, None
         for first, end in row_ranges(len(self._documents)):
             expected = np.arange(SEQUENCES_PER_PAIR * first, SEQUENCES_PER_PAIR * end, SEQUENCES_PER_PAIR)
             fits = fits and np.array_equal(self._documents[first:end], expected)
@@ -86,23 +86,24 @@ class PairIndex:
             prompt, chosen, rejected = columns = self.lengths[first:end].T.copy()
             num_tokens += int(columns.sum(dtype=np.int64))
             longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
+            agrees = self._have_responses(chosen > 0, rejected > 0)
+            if odd_row is None and not agrees.all():
+                odd_row = first + int(agrees.argmin())
         if not fits or num_tokens * bytes_per_id != self._manifest.file_bytes["bin"]:
             raise DataError(
                 f"{self._path}: does not describe {len(self.lengths)} pairs of three sequences in "
                 f"{self._path.with_suffix('.bin').name}: the files are from different runs. Preprocess again."
             )
-        self._check_responses()
+        if odd_row is not None:
+            _, num_chosen, num_rejected = self.lengths[odd_row]
+            raise DataError(
+                f"{self._path.with_suffix('.json')}: holds {self._manifest.kind}, but by {self._path.name} row {odd_row} has "
+                f"{num_chosen} chosen and {num_rejected} rejected tokens: the files are from different runs. Preprocess again."
+            )
         return longest
 
-    def _check_responses(self) -> None:
-        for first, end in row_ranges(len(self.lengths)):
-            _, chosen, rejected = self.lengths[first:end].T > 0
-            is_whole = chosen & (rejected == self._manifest.has_rejected)
-            agrees = chosen != rejected if self._manifest.unpaired else is_whole
-            if not agrees.all():
-                row = first + int(agrees.argmin())
-                raise DataError(
-                    f"{self._path.with_suffix('.json')}: holds {self._manifest.kind}, but by {self._path.name} row {row} has "
-                    f"{self.lengths[row, 1]} chosen and {self.lengths[row, 2]} rejected tokens: the files are from different "
-                    "runs. Preprocess again."
-                )
+    def _have_responses(self, chosen: npt.NDArray[np.bool_], rejected: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Whether rows that have such responses are of the kind that the manifest says."""
+        is_whole = chosen & (rejected == self._manifest.has_rejected)
+        agrees: npt.NDArray[np.bool_] = chosen != rejected if self._manifest.unpaired else is_whole
+        return agrees

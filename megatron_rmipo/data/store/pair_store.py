@@ -265,6 +265,7 @@ class PairStore:
         manifest: what ``PREFIX.json`` says.
         lengths: int32 ``[num_pairs, 3]``, mapped: tokens of prompt, chosen, rejected; 0 for a response that a row does not have.
         longest: most tokens of a prompt with its longer response.
+        most_tokens: no row takes more, in whatever layout: each of two responses, or the one that rows have, behind its prompt.
         values: fp32 ``[num_pairs, columns]``: the numbers beside each pair, in the order of the manifest's ``pair_columns``.
 
     Raises:
@@ -280,6 +281,8 @@ class PairStore:
         index = PairIndex(self._paths["idx"], self.manifest)
         self._data = _indexed_dataset().IndexedDataset(self.prefix)
         self.longest = index.check(self._data.index.dtype_size)
+        one_response = self.manifest.unpaired or not self.manifest.has_rejected
+        self.most_tokens = self.longest * (1 if one_response else 2)
         self.lengths = index.lengths
         self.values = self._open_values()
 

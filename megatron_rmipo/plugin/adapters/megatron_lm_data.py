@@ -21,7 +21,7 @@ from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.passes.needed_data import check_length, check_needed
 from megatron_rmipo.plugin.scores import reference_logps
-from megatron_rmipo.runtime.agreement import on_first_rank
+from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -110,7 +110,8 @@ def _scores_of(model: Module, kind: Kind, store: Any, args: Any, groups: Process
     fingerprint = on_first_rank(groups.world, partial(data_fingerprint, store.prefix))
     name = f"reference/{kind}-{fingerprint[:16]}.npy"
     if args.iteration > 0:
-        return on_first_rank(groups.world, partial(_read_scores, name, store, args))
+        path = on_first_rank(groups.world, partial(_find_scores, name, store, args))
+        return on_every_rank(groups.world, partial(_map_scores, path))
     scores = reference_logps(
         model,
         PairCollection([store]),
@@ -123,16 +124,25 @@ def _scores_of(model: Module, kind: Kind, store: Any, args: Any, groups: Process
     return scores
 
 
-def _read_scores(name: str, store: Any, args: Any) -> Scores:
+def _find_scores(name: str, store: Any, args: Any) -> Path:
     for folder in (args.save, args.load):
-        if folder and (path := Path(folder) / name).exists():
-            scores: Scores = np.load(path)
-            if scores.shape == (len(store), 2):
-                return scores
+        if folder and (path := Path(folder) / name).exists() and _map_scores(path).shape == (len(store), 2):
+            return path
     raise ConfigError(
         f"--load {args.load}: the run goes on, but the log-probs of {store.prefix} under the model that it began with are not in "
         f"{name} of --save or --load. Take the directory that the run was begun with, or begin anew with --finetune."
     )
+
+
+def _map_scores(path: Path) -> Scores:
+    """As a plain array over the file, whose pages processes share: each slice of a memmap costs as much as the work on it."""
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path}: not readable as an array ({error}). Take the directory that the run was begun with, on a disk "
+            "that all nodes share, or begin anew with --finetune."
+        ) from None
 
 
 def _write_scores(path: Path, scores: Scores) -> None:

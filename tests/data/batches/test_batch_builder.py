@@ -22,7 +22,8 @@ from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import fastest_packs
 from megatron_rmipo.data.batches.read_ahead import _read_ahead, iterate_batches
 from megatron_rmipo.data.batches.sizes import CostModel
-from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.data.store.chunks import ROWS_AT_A_TIME
+from megatron_rmipo.data.store.collection import PairCollection, Span
 from tests.data.orphans import count_files, workers_left_by
 from tests.integration.problem import PairList, collection, make_pairs
 
@@ -288,6 +289,13 @@ def test_members_of_blends_and_splits_are_those_of_whole_arrays() -> None:
         order = np.random.default_rng(1).permutation(len(pairs))
         expected = [[part.size for part in (pair.prompt, pair.chosen, pair.rejected)] for pair in map(pairs.__getitem__, order)]
         assert pairs.lengths_of(order).tolist() == expected
+
+
+def test_a_small_set_that_is_repeated_often_is_walked_in_few_pieces() -> None:
+    pairs = PairCollection([PairList(make_pairs(5))], [Span(1, 3, 3 * ROWS_AT_A_TIME, begin=2)])  # type: ignore[list-item]
+    pieces = list(pairs.all_members())
+    assert [first for first, _ in pieces] == [0, ROWS_AT_A_TIME, 2 * ROWS_AT_A_TIME]
+    assert np.concatenate([part for _, part in pieces]).tolist() == [3, 1, 2] * ROWS_AT_A_TIME
 
 
 def test_a_split_holds_out_the_last_pairs() -> None:
