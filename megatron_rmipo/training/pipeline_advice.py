@@ -15,8 +15,8 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.training.loop import Run
 
 MOST_IDLE = 0.25
-# Looked at: the run's next batches, and of each these many data-parallel ranks, which the spread makes alike.
-NUM_BATCHES, MOST_RANKS = 2, 2
+# Data-parallel ranks that are looked at; the spread makes them alike.
+MOST_RANKS = 2
 # A remedy leaves at most this of what stages stand still now.
 WORTH_SAYING = 0.9
 # Beyond so many micro-batches a stage little is left to gain.
@@ -25,7 +25,7 @@ MOST_PER_STAGE = 8
 
 @dataclasses.dataclass(frozen=True)
 class PipelineEstimate:
-    """What some global batches of a run will be like.
+    """What a global batch of a run will be like.
 
     Attributes:
         idle: share of a step that stages stand still, by what packs cost.
@@ -58,35 +58,23 @@ class RunBatches:
     total_pairs: int
 
     def estimate(self, layout: BatchLayout, batch_size: int) -> PipelineEstimate:
-        """What they will be like under a layout, from their lengths alone."""
-        builder = BatchBuilder(self.pairs, layout)
+        """What the next one will be like under a layout, from its lengths alone."""
         ranks = sorted({int(rank) for rank in np.linspace(0, layout.dp_size - 1, MOST_RANKS)})
-        totals, num_packs, last_stage = np.zeros(4), [], 0.0
-        starts = range(self.consumed_pairs, self.total_pairs, batch_size)[:NUM_BATCHES]
-        for start in starts:
-            indices = self.order.batch(start, batch_size, self.total_pairs)
-            cost, passes_of = builder.pass_costs(indices, ranks)
-            with_overhead = [[one.with_overhead(layout.cost.per_token) for one in passes] for passes in passes_of]
-            lengths = [
-                max(length(passes, layout.num_stages) for passes in those)
-                for length, those in (
-                    (simulated_length, passes_of),
-                    (even_length, passes_of),
-                    (simulated_length, with_overhead),
-                )
-            ]
-            totals += [cost, *lengths]
-            num_packs += [len(passes[-1].layers) for passes in passes_of]
-            shares = [(one.work, one.head.sum() / (one.layers + one.head).sum()) for passes in passes_of for one in passes]
-            last_stage += sum(work * head for work, head in shares) / sum(work for work, _ in shares)
+        indices = self.order.batch(self.consumed_pairs, batch_size, self.total_pairs)
+        cost, passes_of = BatchBuilder(self.pairs, layout).pass_costs(indices, ranks)
         stages, replicas = layout.num_stages, layout.dp_size
-        head_share = last_stage / len(starts)
-        seen = min(self.total_pairs - self.consumed_pairs, len(starts) * batch_size)
+        with_overhead = [[one.with_overhead(layout.cost.per_token) for one in passes] for passes in passes_of]
+        by_cost, if_even, in_all = (
+            max(length(passes, stages) for passes in those)
+            for length, those in ((simulated_length, passes_of), (even_length, passes_of), (simulated_length, with_overhead))
+        )
+        shares = [(one.work, one.head.sum() / (one.layers + one.head).sum()) for passes in passes_of for one in passes]
+        head_share = sum(work * head for work, head in shares) / sum(work for work, _ in shares)
         return PipelineEstimate(
-            idle=idle_share(totals[0], totals[1], stages, replicas),
-            even=idle_share(totals[0], totals[2], stages, replicas),
-            num_packs=min(num_packs),
-            cost_per_pair=totals[3] * stages * replicas / seen,
+            idle=idle_share(cost, by_cost, stages, replicas),
+            even=idle_share(cost, if_even, stages, replicas),
+            num_packs=min(len(passes[-1].layers) for passes in passes_of),
+            cost_per_pair=in_all * stages * replicas / len(indices),
             imbalance=(1.0 - head_share) + head_share * stages,
         )
 
