@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
@@ -132,7 +133,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     longest = max(_check_store(store, source) for store in stores)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
     refuse_impossible_layout(config, source.arch, rendezvous.launch.world_size)
-    rows: list[PairStore | MismatchedStore] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
+    rows: list[Any] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
     layout = conditional_layout(config, source.arch, dp_rank=0, dp_size=1)
     collections = [PairCollection([one]) for one in rows]
     for pairs in collections:
