@@ -5,6 +5,7 @@ Shape letter: P pairs.
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,12 @@ class PairIndex:
         num_pairs = self._manifest.num_pairs
         with open(self._path, "rb") as stream:
             header = stream.read(_HEADER.size)
+            num_bytes = stream.seek(0, os.SEEK_END)
         # Checked here, since Megatron's reader leaves half-made objects behind when it stops at a bad header.
         expected = (b"MMIDIDX\0\0", 1, SEQUENCES_PER_PAIR * num_pairs, num_pairs + 1)
         magic, version, _, *counts = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
-        if (magic, version, *counts) != expected:
+        needed = _HEADER.size + SEQUENCES_PER_PAIR * num_pairs * (4 + 8) + (num_pairs + 1) * 8
+        if (magic, version, *counts) != expected or num_bytes < needed:
             raise DataError(
                 f"{self._path}: not a Megatron index of {num_pairs} pairs of three sequences. "
                 "Copy all files of one run, or preprocess again."
@@ -75,7 +78,7 @@ class PairIndex:
             Most tokens of a prompt with its longer response; 0 without pairs.
 
         Raises:
-            DataError: it describes other files, or rows without the responses that the manifest says they have.
+            DataError: it describes other files, or rows without a prompt or the responses that the manifest says they have.
         """
         num_tokens = longest = 0
         fits, odd_row = True, None
@@ -86,7 +89,7 @@ class PairIndex:
             prompt, chosen, rejected = columns = self.lengths[first:end].T.copy()
             num_tokens += int(columns.sum(dtype=np.int64))
             longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
-            agrees = self._have_responses(chosen > 0, rejected > 0)
+            agrees = (prompt > 0) & self._have_responses(chosen > 0, rejected > 0)
             if odd_row is None and not agrees.all():
                 odd_row = first + int(agrees.argmin())
         if not fits or num_tokens * bytes_per_id != self._manifest.file_bytes["bin"]:
@@ -95,10 +98,11 @@ class PairIndex:
                 f"{self._path.with_suffix('.bin').name}: the files are from different runs. Preprocess again."
             )
         if odd_row is not None:
-            _, num_chosen, num_rejected = self.lengths[odd_row]
+            num_prompt, num_chosen, num_rejected = self.lengths[odd_row]
             raise DataError(
                 f"{self._path.with_suffix('.json')}: holds {self._manifest.kind}, but by {self._path.name} row {odd_row} has "
-                f"{num_chosen} chosen and {num_rejected} rejected tokens: the files are from different runs. Preprocess again."
+                f"{num_chosen} chosen and {num_rejected} rejected tokens behind {num_prompt} of a prompt: the files are from "
+                "different runs. Preprocess again."
             )
         return longest
 

@@ -215,6 +215,22 @@ def test_a_manifest_that_denies_its_unpaired_rows_is_refused(tmp_path: Path) -> 
         PairStore(tmp_path / "pairs")
 
 
+def test_an_index_that_its_manifest_vouches_for_is_looked_at(tmp_path: Path) -> None:
+    write(tmp_path / "rows", make_pairs(5, 1003))
+    index = tmp_path / "rows.idx"
+    content = bytearray(index.read_bytes())
+    lengths = np.frombuffer(content, dtype=np.int32, count=15, offset=34).reshape(5, 3)
+    # As many tokens in all, none of them of the prompt.
+    lengths[3] = [0, lengths[3, 0] + lengths[3, 1], lengths[3, 2]]
+    index.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.idx row 3 has \d+ chosen and \d+ rejected tokens behind 0 of a prompt"):
+        PairStore(tmp_path / "rows")
+    index.write_bytes(content[:100])
+    edit_manifest(tmp_path / "rows", file_bytes={"bin": (tmp_path / "rows.bin").stat().st_size, "idx": 100})
+    with pytest.raises(DataError, match="not a Megatron index of 5 pairs of three sequences"):
+        PairStore(tmp_path / "rows")
+
+
 def test_pairs_and_supervised_rows_do_not_mix(tmp_path: Path) -> None:
     first, second = make_pairs(2, 1003)
     with pytest.raises(AssertionError, match="pairs and supervised rows"):
