@@ -132,9 +132,9 @@ def settle_together(directory: Path) -> tuple[Any, ...]:
             return str(error)
 
     taken = settled()
-    seen, digests._is_seen = digests._is_seen, lambda path, deadline: groups.rank == 0
+    seen, digests.is_seen = digests.is_seen, lambda path, deadline: groups.rank == 0
     unseen = settled()
-    digests._is_seen = seen
+    digests.is_seen = seen
     if groups.rank == 0:
         flip_bit(directory / "iter_0000004" / "__0_1.distcp")
     groups.world.barrier().wait()

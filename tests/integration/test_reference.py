@@ -136,7 +136,8 @@ def test_scoring_goes_on_after_a_signal_and_a_kill_at_another_layout(prefix: Pat
     # Training finds what the tool computed.
     assert run_distributed(run, 1, flags(prefix, tmp_path / "run", objective="dpo", train_iters=1, lr_warmup_iters=None)) == [0]
     assert score_files(prefix) == [scores]
-    assert losses(tmp_path / "run")[1] == pytest.approx(math.log(2), abs=1e-6)
+    # Scored at another layout than it is trained at.
+    assert losses(tmp_path / "run")[1] == pytest.approx(math.log(2), abs=3e-6)
 
 
 @pytest.mark.dist

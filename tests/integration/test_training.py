@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rmipo.checkpoint import makers
-from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
+from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
 from megatron_rmipo.data.preparing.preprocess_cli import main as preprocess
 from megatron_rmipo.data.store.pair_store import PairStore
-from megatron_rmipo.training import loop, outputs, resume
+from megatron_rmipo.training import loop, resume
 from megatron_rmipo.training import main as trainer
 from tests.checkpoint.models import flip_bit, write_hf_model
 from tests.data.tokenizers import save_byte_bpe
@@ -154,11 +154,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(
 def run_of_before(arguments: list[str]) -> int:
     """A run that knows no order but the one of versions before, and saves no name of it."""
 
-    def save_without_order(directory: Path, step: int, *, train_state: dict[str, Any], **further: Any) -> None:
-        assert train_state.pop("order") == ""
-        save_checkpoint(directory, step, train_state=train_state, **further)
+    save = CheckpointSaver.save
 
-    with mock.patch.object(resume, "NEW_ORDER", ""), mock.patch.object(outputs, "save_checkpoint", save_without_order):
+    def save_without_order(self: CheckpointSaver, *where: Any, train_state: dict[str, Any], **further: Any) -> Path:
+        assert train_state.pop("order") == ""
+        return save(self, *where, train_state=train_state, **further)
+
+    with mock.patch.object(resume, "NEW_ORDER", ""), mock.patch.object(CheckpointSaver, "save", save_without_order):
         return run(arguments)
 
 
@@ -219,7 +221,8 @@ def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     assert run_distributed(run, 2, first) == [STOPPED, STOPPED]
     second = flags(prefix, parts, load=parts, exit_interval=4, overlap_grad_reduce=True, overlap_param_gather=True, **distributed)
     assert run_distributed(run, 2, second) == [STOPPED, STOPPED]
-    third = flags(prefix, parts, load=parts, pipeline_model_parallel_size=2, **distributed)
+    staged_flags = {"pipeline_model_parallel_size": 2, "min_microbatches_per_stage": 2}
+    third = flags(prefix, parts, load=parts, **staged_flags, **distributed)
     assert run_distributed(run, 2, third) == [0, 0]
     staged = records(parts)[4:]
     # Of six pairs, four packs in each pass: two for each stage.
