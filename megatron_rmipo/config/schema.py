@@ -14,96 +14,66 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_rmipo.config.memory_flags import MemoryConfig
+from megatron_rmipo.config.options import described, option
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.errors import ConfigError
-
-
-def _help(text: str, metavar: str | None = None) -> dict[str, str | None]:
-    return {"help": text, "metavar": metavar}
-
-
-def _option(default: Any, text: str, metavar: str | None = None) -> Any:
-    return dataclasses.field(default=default, metadata=_help(text, metavar))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """Parallelism: how ranks share the model, the batch and the optimizer."""
-
-    tensor_model_parallel_size: int = _option(1, "Ranks that share every layer and the vocabulary (TP).")
-    pipeline_model_parallel_size: int = _option(1, "Pipeline stages (PP); each holds an equal number of layers.")
-    expert_model_parallel_size: int = _option(
-        1, "Ranks that hold different experts of each layer (EP), out of the data- and tensor-parallel ones."
-    )
-    expert_tensor_parallel_size: int | None = _option(None, "Ranks that share each expert; unset: as many as share every layer.")
-    sequence_parallel: bool = _option(
-        False, "Split activations outside attention and MLP over the tensor-parallel ranks, along the tokens. Needs TP > 1."
-    )
-    use_distributed_optimizer: bool = _option(False, "Shard optimizer state and fp32 weights over data-parallel ranks.")
-    overlap_grad_reduce: bool = _option(False, "Reduce gradients over data-parallel ranks while the backward pass runs.")
-    overlap_param_gather: bool = _option(
-        False,
-        "Gather updated weights during the next forward pass. Needs --use-distributed-optimizer and --overlap-grad-reduce.",
-    )
-    distributed_backend: Literal["nccl", "gloo"] | None = _option(
-        None, "Communication library; unset: nccl with CUDA, gloo without."
-    )
-    distributed_timeout_minutes: float = _option(10.0, "Minutes a collective may wait for a rank before all ranks fail.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Model: where its weights come from and how it is computed."""
 
-    load_hf: str | None = _option(
+    load_hf: str | None = option(
         None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
     )
-    bridge: Literal["megatron-bridge"] | None = _option(
+    bridge: Literal["megatron-bridge"] | None = option(
         None,
         "Build, load and export the models of --load-hf and --reference-hf through NVIDIA's Megatron-Bridge, which has to be "
         "installed, whether their family is known here or not; for dense families that are not. --load needs --load-hf beside "
         "it, the model that the run began with. Sizes for batches and memory are estimated. Tested with a stand-in of its "
         "interface, never run with the package itself.",
     )
-    reference_hf: str | None = _option(
+    reference_hf: str | None = option(
         None,
         "Hugging Face model that is the reference, for objectives that need one; unset: the model the run starts from.",
         "DIR",
     )
-    reference_load: str | None = _option(None, "The same as a Megatron checkpoint directory.", "DIR")
-    reference_cache: str | None = _option(
+    reference_load: str | None = option(None, "The same as a Megatron checkpoint directory.", "DIR")
+    reference_cache: str | None = option(
         None, "Directory of the reference's log-probs, computed once; unset: beside the data, in PREFIX.reference/.", "DIR"
     )
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = _option(
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
         "auto", "Layer implementation; auto: transformer_engine where it is installed and CUDA is present, else local."
     )
-    model_class: Literal["gpt", "hybrid"] = _option(
+    model_class: Literal["gpt", "hybrid"] = option(
         "gpt",
         "Megatron-Core's class of the model: GPTModel, or HybridModel where it has one (0.19); they compute the same, and a "
         "checkpoint of one goes on as the other.",
     )
-    attention_backend: Literal["auto", "sdpa", "flex", "te"] = _option(
+    attention_backend: Literal["auto", "sdpa", "flex", "te"] = option(
         "auto",
         "Attention over packed pairs; te: Transformer Engine; auto: flex with CUDA and heads of 16 or more, sdpa elsewhere.",
     )
-    bf16: bool = _option(False, "Compute in bfloat16 with fp32 master weights; without it everything is fp32.")
-    fp8_format: Literal["hybrid", "e4m3"] | None = _option(
+    bf16: bool = option(False, "Compute in bfloat16 with fp32 master weights; without it everything is fp32.")
+    fp8_format: Literal["hybrid", "e4m3"] | None = option(
         None, "Matrix products of the policy's layers in fp8: e4m3, or hybrid, with gradients in e5m2. Needs Transformer Engine."
     )
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = _option(
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = option(
         None, "With --fp8-format: how numbers are scaled into fp8; unset: delayed."
     )
-    make_vocab_size_divisible_by: int = _option(128, "Pad the vocabulary to a multiple of this times TP.")
-    recompute_granularity: Literal["full", "selective"] | None = _option(
+    make_vocab_size_divisible_by: int = option(128, "Pad the vocabulary to a multiple of this times TP.")
+    recompute_granularity: Literal["full", "selective"] | None = option(
         None, "Recompute activations in the backward pass: whole layers (full) or the attention core alone (selective)."
     )
-    recompute_method: Literal["uniform", "block"] | None = _option(
+    recompute_method: Literal["uniform", "block"] | None = option(
         None, "With full recomputation: uniform checkpoints every --recompute-num-layers layers, block only the first ones."
     )
-    recompute_num_layers: int | None = _option(
+    recompute_num_layers: int | None = option(
         None, "With full recomputation: layers per checkpoint (uniform) or layers recomputed per stage (block)."
     )
-    share_prompts: bool = _option(True, "Compute a prompt once for both of its responses; off: once for each.")
-    logprob_chunk_size: int = _option(
+    share_prompts: bool = option(True, "Compute a prompt once for both of its responses; off: once for each.")
+    logprob_chunk_size: int = option(
         4096, "Vocabulary entries whose logits exist at one time in the LM head; lower takes less memory."
     )
 
@@ -112,27 +82,27 @@ class ModelConfig:
 class ExpertsConfig:
     """Experts: how tokens reach them, and what is done about their load."""
 
-    moe_aux_loss_coeff: float = _option(
+    moe_aux_loss_coeff: float = option(
         0.0,
         "Weight of the load-balancing loss over the global batch's tokens; off by default: preference data are narrow, and would "
         "pull at a balance that pre-training made. Costs a forward pass.",
     )
-    moe_z_loss_coeff: float = _option(0.0, "Weight of the loss that keeps router logits small; 0: off.")
-    moe_router_bias_update_rate: float = _option(
+    moe_z_loss_coeff: float = option(0.0, "Weight of the loss that keeps router logits small; 0: off.")
+    moe_router_bias_update_rate: float = option(
         0.0, "How far a step moves the score biases of experts towards even load, in models that have them; 0: frozen."
     )
-    moe_router_dtype: Literal["fp32", "fp64"] = _option("fp32", "What routers compute in.")
-    moe_token_dispatcher_type: Literal["alltoall", "flex"] = _option(
+    moe_router_dtype: Literal["fp32", "fp64"] = option("fp32", "What routers compute in.")
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = option(
         "alltoall",
         "How tokens travel to other ranks' experts; flex: by the fused kernels of --moe-flex-dispatcher-backend (GPU).",
     )
-    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] | None = _option(
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] | None = option(
         None, "With --moe-token-dispatcher-type flex: whose kernels; unset: deepep."
     )
-    moe_grouped_gemm: bool = _option(
+    moe_grouped_gemm: bool = option(
         False, "One matrix product for all experts of a rank instead of one each. Needs Transformer Engine's layers."
     )
-    moe_permute_fusion: bool = _option(False, "Sort tokens by expert in fused kernels. Needs Transformer Engine.")
+    moe_permute_fusion: bool = option(False, "Sort tokens by expert in fused kernels. Needs Transformer Engine.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,25 +111,27 @@ class DataConfig:
 
     data_path: list[str] = dataclasses.field(
         default_factory=list,
-        metadata=_help("Training data: one PREFIX (of PREFIX.bin, .idx, .json), or weights and prefixes: 0.7 A 0.3 B.", "PREFIX"),
+        metadata=described(
+            "Training data: one PREFIX (of PREFIX.bin, .idx, .json), or weights and prefixes: 0.7 A 0.3 B.", "PREFIX"
+        ),
     )
     valid_data_path: list[str] | None = dataclasses.field(
-        default=None, metadata=_help("Held-out data for evaluation, in the form of --data-path.", "PREFIX")
+        default=None, metadata=described("Held-out data for evaluation, in the form of --data-path.", "PREFIX")
     )
-    split: str | None = _option(
+    split: str | None = option(
         None, "Hold out a share of --data-path instead of --valid-data-path: train,valid proportions as in 99,1.", "T,V"
     )
-    seq_length: int = _option(2048, "Most tokens of one prompt with one of its responses; data with longer ones is refused.")
-    tokens_per_microbatch: int = _option(
+    seq_length: int = option(2048, "Most tokens of one prompt with one of its responses; data with longer ones is refused.")
+    tokens_per_microbatch: int = option(
         8192, "Most tokens of one packed micro-batch, without padding; the number of micro-batches follows from it."
     )
-    min_microbatches_per_stage: int | None = _option(
+    min_microbatches_per_stage: int | None = option(
         None,
         "With pipeline stages: cut each rank's pairs into at least this many micro-batches for each stage, where pairs "
         "allow, so that stages wait less for each other; unset: as many as a step takes least with, by the number of its "
         "tokens and stages; 0: as few as fit.",
     )
-    num_workers: int = _option(2, "Processes that prepare micro-batches ahead of the model; 0: none.")
+    num_workers: int = option(2, "Processes that prepare micro-batches ahead of the model; 0: none.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,12 +143,12 @@ class ObjectiveConfig:
         options: every option of that objective with its value, defaults included.
     """
 
-    objective: str = _option(
+    objective: str = option(
         "rmipo",
         "The loss: {objectives}, or package.module:Class for one of your own; several with weights as dpo:0.8,sft:0.2.",
         "NAME",
     )
-    pair_weight: bool = _option(False, "Multiply each pair's loss by its weight, from the data's column of that name.")
+    pair_weight: bool = option(False, "Multiply each pair's loss by its weight, from the data's column of that name.")
     options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"flag": False})
 
 
@@ -184,53 +156,53 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: Literal["adam"] = _option("adam", "Optimizer; adam is AdamW (decoupled weight decay).")
-    lr: float = _option(6e-7, "Peak learning rate; the default is the objective's own, and another with: sft 2e-5.")
-    min_lr: float = _option(0.0, "Learning rate at the end of the decay.")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = _option("cosine", "Shape of the decay after the warm-up.")
-    lr_warmup_fraction: float | None = _option(None, "Share of all iterations with linear warm-up, e.g. 0.1.")
-    lr_warmup_iters: int = _option(0, "Iterations of linear warm-up; not together with --lr-warmup-fraction.")
-    weight_decay: float = _option(0.0, "Decoupled weight decay; norm weights are exempt.")
-    adam_beta1: float = _option(0.9, "Adam: decay of the gradient's running mean.")
-    adam_beta2: float = _option(0.999, "Adam: decay of the squared gradient's running mean.")
-    adam_eps: float = _option(1e-8, "Adam: term added to the denominator.")
-    clip_grad: float = _option(1.0, "Clip the global gradient norm to this; 0: never.")
+    optimizer: Literal["adam"] = option("adam", "Optimizer; adam is AdamW (decoupled weight decay).")
+    lr: float = option(6e-7, "Peak learning rate; the default is the objective's own, and another with: sft 2e-5.")
+    min_lr: float = option(0.0, "Learning rate at the end of the decay.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = option("cosine", "Shape of the decay after the warm-up.")
+    lr_warmup_fraction: float | None = option(None, "Share of all iterations with linear warm-up, e.g. 0.1.")
+    lr_warmup_iters: int = option(0, "Iterations of linear warm-up; not together with --lr-warmup-fraction.")
+    weight_decay: float = option(0.0, "Decoupled weight decay; norm weights are exempt.")
+    adam_beta1: float = option(0.9, "Adam: decay of the gradient's running mean.")
+    adam_beta2: float = option(0.999, "Adam: decay of the squared gradient's running mean.")
+    adam_eps: float = option(1e-8, "Adam: term added to the denominator.")
+    clip_grad: float = option(1.0, "Clip the global gradient norm to this; 0: never.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training: batch, length, evaluation, seeds."""
 
-    global_batch_size: int = _option(128, "Preference pairs per optimizer step, over all ranks.")
-    train_iters: int | None = _option(None, "Optimizer steps in all; not together with --epochs.")
-    epochs: float | None = _option(None, "Passes over the training data; 1 where neither this nor --train-iters is given.")
-    eval_interval: int = _option(
+    global_batch_size: int = option(128, "Preference pairs per optimizer step, over all ranks.")
+    train_iters: int | None = option(None, "Optimizer steps in all; not together with --epochs.")
+    epochs: float | None = option(None, "Passes over the training data; 1 where neither this nor --train-iters is given.")
+    eval_interval: int = option(
         0, "Evaluate every this many steps, and after the last one; 0: only at the start of a new run and at its end."
     )
-    eval_pairs: int | None = _option(None, "Held-out pairs per evaluation, the first ones; unset: all.")
-    eval_at_start: bool = _option(True, "Evaluate before the first step.")
-    exit_interval: int | None = _option(None, "Save and exit when the step number is a multiple of this.")
-    seed: int = _option(1234, "Seed of the data order and of every random generator.")
-    max_skipped_steps: int = _option(10, "Steps in all that may be skipped for a non-finite loss or gradient.")
+    eval_pairs: int | None = option(None, "Held-out pairs per evaluation, the first ones; unset: all.")
+    eval_at_start: bool = option(True, "Evaluate before the first step.")
+    exit_interval: int | None = option(None, "Save and exit when the step number is a multiple of this.")
+    seed: int = option(1234, "Seed of the data order and of every random generator.")
+    max_skipped_steps: int = option(10, "Steps in all that may be skipped for a non-finite loss or gradient.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints: Megatron's (to resume) and Hugging Face's (to use)."""
 
-    save: str | None = _option(None, "Directory to write checkpoints to, at the end and every --save-interval steps.", "DIR")
-    save_interval: int | None = _option(None, "Steps between checkpoints; unset: only at the end and at a signal.")
-    async_save: bool = _option(False, "Write the checkpoints of --save-interval beside the next steps; takes memory on the host.")
-    load: str | None = _option(None, "Checkpoint directory to go on from: its latest complete iteration, or its release.", "DIR")
-    finetune: bool = _option(False, "Take only the weights of --load and start at step 0.")
-    no_load_optim: bool = _option(False, "Do not load the optimizer's state.")
-    no_load_rng: bool = _option(False, "Do not load the random generators' states.")
-    no_verify_checkpoint: bool = _option(False, "Do not compare a checkpoint's files with their digests before it is loaded.")
-    no_save_optim: bool = _option(False, "Do not save the optimizer's state; such a checkpoint cannot be resumed exactly.")
-    ckpt_format: Literal["torch_dist"] = _option("torch_dist", "Format of checkpoints; any TP, PP and DP can load it.")
-    keep_last: int | None = _option(None, "Keep only this many of the newest checkpoints; unset: all.")
-    save_hf: str | None = _option(None, "Directory to write the final model to in Hugging Face form; all hosts see it.", "DIR")
-    save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = _option(
+    save: str | None = option(None, "Directory to write checkpoints to, at the end and every --save-interval steps.", "DIR")
+    save_interval: int | None = option(None, "Steps between checkpoints; unset: only at the end and at a signal.")
+    async_save: bool = option(False, "Write the checkpoints of --save-interval beside the next steps; takes memory on the host.")
+    load: str | None = option(None, "Checkpoint directory to go on from: its latest complete iteration, or its release.", "DIR")
+    finetune: bool = option(False, "Take only the weights of --load and start at step 0.")
+    no_load_optim: bool = option(False, "Do not load the optimizer's state.")
+    no_load_rng: bool = option(False, "Do not load the random generators' states.")
+    no_verify_checkpoint: bool = option(False, "Do not compare a checkpoint's files with their digests before it is loaded.")
+    no_save_optim: bool = option(False, "Do not save the optimizer's state; such a checkpoint cannot be resumed exactly.")
+    ckpt_format: Literal["torch_dist"] = option("torch_dist", "Format of checkpoints; any TP, PP and DP can load it.")
+    keep_last: int | None = option(None, "Keep only this many of the newest checkpoints; unset: all.")
+    save_hf: str | None = option(None, "Directory to write the final model to in Hugging Face form; all hosts see it.", "DIR")
+    save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Dtype of --save-hf; unset: that of the model it came from."
     )
 
@@ -239,27 +211,27 @@ class CheckpointConfig:
 class LoggingConfig:
     """Logging: what is written down, and where."""
 
-    log_interval: int = _option(1, "Steps between log lines and records of metrics.jsonl.")
-    log_dir: str | None = _option(None, "Directory of metrics.jsonl and config.yaml; unset: SAVE/logs, or runs/rmipo.", "DIR")
-    log_expert_load: bool = _option(False, "Log every expert's share of its layer's tokens, too, not the imbalance alone.")
-    tensorboard_dir: str | None = _option(None, "Also write TensorBoard events to this directory.", "DIR")
-    wandb_project: str | None = _option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
-    wandb_exp_name: str | None = _option(None, "Name of the Weights & Biases run.")
-    debug: bool = _option(False, "Show tracebacks of errors a user can mend, and warnings of other packages.")
+    log_interval: int = option(1, "Steps between log lines and records of metrics.jsonl.")
+    log_dir: str | None = option(None, "Directory of metrics.jsonl and config.yaml; unset: SAVE/logs, or runs/rmipo.", "DIR")
+    log_expert_load: bool = option(False, "Log every expert's share of its layer's tokens, too, not the imbalance alone.")
+    tensorboard_dir: str | None = option(None, "Also write TensorBoard events to this directory.", "DIR")
+    wandb_project: str | None = option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
+    wandb_exp_name: str | None = option(None, "Name of the Weights & Biases run.")
+    debug: bool = option(False, "Show tracebacks of errors a user can mend, and warnings of other packages.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfilingConfig:
     """Profiling: a trace of a few steps, and the history of the device's memory."""
 
-    profile: bool = _option(False, "Trace a few steps with torch.profiler, to profile/rank0.json.gz in the log directory.")
-    profile_step_start: int | None = _option(None, "With --profile: trace the steps after this one; unset: 10.")
-    profile_step_end: int | None = _option(None, "With --profile: the last step traced; unset: 12.")
+    profile: bool = option(False, "Trace a few steps with torch.profiler, to profile/rank0.json.gz in the log directory.")
+    profile_step_start: int | None = option(None, "With --profile: trace the steps after this one; unset: 10.")
+    profile_step_end: int | None = option(None, "With --profile: the last step traced; unset: 12.")
     profile_ranks: list[int] | None = dataclasses.field(
-        default=None, metadata=_help("With --profile: the ranks traced, a file for each; unset: 0.", "RANK")
+        default=None, metadata=described("With --profile: the ranks traced, a file for each; unset: 0.", "RANK")
     )
 
-    record_memory_history: bool = _option(
+    record_memory_history: bool = option(
         False, "With CUDA: keep where memory was allocated, for the snapshot that is written when memory runs out."
     )
 
@@ -282,6 +254,7 @@ class Config:
 
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)

@@ -45,7 +45,7 @@ _ANSWERS = {
     _LENGTH: "max_length max_seq_length max_seq_len max_completion_length max_target_length max_prompt_length",
     "use --bf16; without it everything is fp32": "fp16 torch_dtype dtype params_dtype bf16_full_eval",
     "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1": "gradient_checkpointing",
-    _SHARDING: "deepspeed deepspeed_config fsdp fsdp_config use_megatron_fsdp use_torch_fsdp2 zero_stage",
+    _SHARDING: "deepspeed deepspeed_config fsdp fsdp_config use_torch_fsdp2 zero_stage",
     "start ranks with torchrun, which tells each its number": "local_rank local_process_index",
     "use --distributed-timeout-minutes": "ddp_timeout",
     "use --distributed-backend": "ddp_backend",
@@ -83,10 +83,8 @@ _ANSWERS = {
     "use --moe-token-dispatcher-type flex": "moe_enable_deepep",
     "the load-balancing loss is that of the global batch, always": "moe_router_load_balancing_type",
     "no token is dropped": "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
-    "not supported yet": (
-        "context_parallel_size optimizer_cpu_offload "
-        "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank rampup_batch_size"
-    ),
+    "not supported yet": "rampup_batch_size",
+    "use --num-layers-per-virtual-pipeline-stage": "num_virtual_stages_per_pipeline_rank",
     "use --epochs or --train-iters": "train_samples",
     "use --lr-warmup-iters or --lr-warmup-fraction": "lr_warmup_samples",
     "the decay ends with the run": "lr_decay_iters lr_decay_samples",

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from megatron_rmipo.config.schema import Config, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import PackMemory, PackSize, pack_memory, standing_memory
 from megatron_rmipo.model.expert_problems import expert_tensor_size

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rmipo.config.schema import Config, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.families.tensors import layer_parameters
 from megatron_rmipo.model.expert_problems import expert_tensor_size

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available

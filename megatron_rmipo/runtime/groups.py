@@ -29,8 +29,10 @@ class ProcessGroups:
     Attributes:
         tp: ranks that share each layer and the vocabulary.
         pp: ranks that hold the stages of one model replica, first stage first.
-        dp: ranks that hold the same shard of different replicas.
-        mp: all ranks of one model replica (TP x PP).
+        cp: ranks that share each row along its tokens.
+        dp: ranks that hold the same shard of different replicas and read different pairs.
+        dp_cp: all ranks that hold the same shard (DP x CP): those that gradients and optimizer state are spread over.
+        mp: ranks of one model shard after the other (TP x PP).
         ep: ranks that hold different experts of the same layers; without experts this rank alone.
         expert_tp: ranks that share each expert.
         world: every rank.
@@ -38,7 +40,9 @@ class ProcessGroups:
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
     mp: dist.ProcessGroup
     ep: dist.ProcessGroup
     expert_tp: dist.ProcessGroup
@@ -52,7 +56,9 @@ class ProcessGroups:
         return cls(
             tp=parallel_state.get_tensor_model_parallel_group(),
             pp=parallel_state.get_pipeline_model_parallel_group(),
+            cp=parallel_state.get_context_parallel_group(),
             dp=parallel_state.get_data_parallel_group(),
+            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
             mp=parallel_state.get_model_parallel_group(),
             ep=parallel_state.get_expert_model_parallel_group(),
             expert_tp=parallel_state.get_expert_tensor_parallel_group(),
@@ -78,6 +84,16 @@ class ProcessGroups:
     def pp_size(self) -> int:
         """Number of pipeline stages."""
         return self.pp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        """This rank's place in the context-parallel group."""
+        return self.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks of the context-parallel group."""
+        return self.cp.size()
 
     @property
     def dp_rank(self) -> int:

@@ -23,16 +23,9 @@ from megatron_rmipo.checkpoint.source import (
     weights_fingerprint,
 )
 from megatron_rmipo.command import DONE, STOPPED
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.parsing import parse_fields
-from megatron_rmipo.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ExpertsConfig,
-    LoggingConfig,
-    ModelConfig,
-    ParallelConfig,
-)
+from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ExpertsConfig, LoggingConfig, ModelConfig
 from megatron_rmipo.data.batches.fitting import check_pairs_fit, largest_pair
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection

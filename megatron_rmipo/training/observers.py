@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_rmipo.checkpoint.source import ModelSource
-from megatron_rmipo.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.foreign import ForeignArchitecture

@@ -16,7 +16,8 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, build_from
-from megatron_rmipo.config.schema import Config, OptimizerConfig, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, OptimizerConfig
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import State
 from megatron_rmipo.runtime.groups import ProcessGroups

@@ -15,8 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -142,7 +140,7 @@ class AutoBridge:
         return provider
 
     def _load(self, models: list[Any]) -> list[Any]:
-        load_hf_weights(models[0], self.path, self.arch, groups=_groups())
+        load_hf_weights(models[0], self.path, self.arch, groups=ProcessGroups.of_megatron())
         return models
 
     def save_hf_pretrained(self, model: list[Any], path: str, show_progress: bool = True) -> None:
@@ -150,22 +148,7 @@ class AutoBridge:
         holders = {type(module).__name__ for module in policy.modules() if list(module.parameters(recurse=False))}
         if unknown := holders - _KNOWN_CLASSES:
             raise ValueError(f"Cannot determine parallelism type for module '{min(unknown)}'")
-        export_hf(policy, self.arch, self.path, Path(path), dtype=None, groups=_groups())
-
-
-def _groups() -> ProcessGroups:
-    """As the package reads them, from Megatron's parallel state."""
-    world = dist.group.WORLD
-    assert world is not None
-    return ProcessGroups(
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        mp=parallel_state.get_model_parallel_group(),
-        ep=parallel_state.get_expert_model_parallel_group(),
-        expert_tp=parallel_state.get_expert_tensor_parallel_group(),
-        world=world,
-    )
+        export_hf(policy, self.arch, self.path, Path(path), dtype=None, groups=ProcessGroups.of_megatron())
 
 
 def install_stand_in() -> None:

@@ -98,10 +98,10 @@ def test_entries_of_another_version_are_named_with_the_remedy(tmp_path: Path) ->
     file = tmp_path / "config.yaml"
     parse_arguments(BASE).save_config(file)
     lines = len(file.read_text().splitlines())
-    file.write_text(file.read_text() + "context_parallel_size: 1\nwarp_factor: 9\n")
+    file.write_text(file.read_text() + "use_torch_fsdp2: true\nwarp_factor: 9\n")
     with pytest.raises(ConfigError) as caught:
         parse_arguments(["--config", str(file)])
     message = str(caught.value)
-    assert f"{file}:{lines + 1}: context_parallel_size: not a flag here" in message
+    assert f"{file}:{lines + 1}: use_torch_fsdp2: not a flag here" in message
     assert f"{file}:{lines + 2}: warp_factor: unknown flag" in message
     assert message.count("or remove the line, if another version wrote the file") == 2

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rmipo.config.schema import Config, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
 from megatron_rmipo.families.foreign import foreign_architecture

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
-from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
 from megatron_rmipo.memory.advice import USABLE_SHARE, Shortage, suggestions, update_suggestions
 from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory

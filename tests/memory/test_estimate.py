@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
-from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.collection import PairCollection

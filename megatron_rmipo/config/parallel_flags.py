@@ -1,0 +1,59 @@
+"""The flags of parallelism."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from megatron_rmipo.config.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallelism: how ranks share the model, the batch and the optimizer."""
+
+    tensor_model_parallel_size: int = option(1, "Ranks that share every layer and the vocabulary (TP).")
+    pipeline_model_parallel_size: int = option(1, "Pipeline stages (PP); each holds an equal number of layers.")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "Interleaved pipeline: layers of each of the chunks that a stage holds; unset: one chunk a stage."
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "Layers of the first pipeline stage; unset: as many as the others."
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "Layers of the last pipeline stage; unset: as many as the others."
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "Count the embedding as a layer when layers are split over stages."
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "Count the output layer as a layer when layers are split over stages."
+    )
+    context_parallel_size: int = option(1, "Ranks that share each row along its tokens (CP).")
+    cp_comm_type: Literal["all_gather", "a2a", "p2p"] = option(
+        "all_gather", "How attention meets the tokens of other context-parallel ranks."
+    )
+    expert_model_parallel_size: int = option(
+        1, "Ranks that hold different experts of each layer (EP), out of the data- and tensor-parallel ones."
+    )
+    expert_tensor_parallel_size: int | None = option(None, "Ranks that share each expert; unset: as many as share every layer.")
+    sequence_parallel: bool = option(
+        False, "Split activations outside attention and MLP over the tensor-parallel ranks, along the tokens. Needs TP > 1."
+    )
+    use_distributed_optimizer: bool = option(False, "Shard optimizer state and fp32 weights over data-parallel ranks.")
+    num_distributed_optimizer_instances: int = option(
+        1, "Copies of the sharded optimizer state; each is sharded over so many times fewer ranks."
+    )
+    use_megatron_fsdp: bool = option(False, "Shard weights, gradients and optimizer by Megatron-FSDP.")
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = option(
+        "no_shard", "With --use-megatron-fsdp: what is sharded over data-parallel ranks."
+    )
+    overlap_grad_reduce: bool = option(False, "Reduce gradients over data-parallel ranks while the backward pass runs.")
+    overlap_param_gather: bool = option(
+        False,
+        "Gather updated weights during the next forward pass. Needs --use-distributed-optimizer and --overlap-grad-reduce.",
+    )
+    distributed_backend: Literal["nccl", "gloo"] | None = option(
+        None, "Communication library; unset: nccl with CUDA, gloo without."
+    )
+    distributed_timeout_minutes: float = option(10.0, "Minutes a collective may wait for a rank before all ranks fail.")
