@@ -17,6 +17,9 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "Interleaved pipeline: layers of each of the chunks that a stage holds; unset: one chunk a stage."
     )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "The same as a number of chunks of each stage; not together with --num-layers-per-virtual-pipeline-stage."
+    )
     decoder_first_pipeline_num_layers: int | None = option(
         None, "Layers of the first pipeline stage; unset: as many as the others."
     )

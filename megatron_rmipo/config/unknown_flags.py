@@ -84,7 +84,6 @@ _ANSWERS = {
     "the load-balancing loss is that of the global batch, always": "moe_router_load_balancing_type",
     "no token is dropped": "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
     "not supported yet": "rampup_batch_size",
-    "use --num-layers-per-virtual-pipeline-stage": "num_virtual_stages_per_pipeline_rank",
     "use --epochs or --train-iters": "train_samples",
     "use --lr-warmup-iters or --lr-warmup-fraction": "lr_warmup_samples",
     "the decay ends with the run": "lr_decay_iters lr_decay_samples",
