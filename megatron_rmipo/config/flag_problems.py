@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
     CheckpointConfig,
@@ -50,7 +51,14 @@ def parallel_problems(config: Config) -> Iterator[str]:
     """Faults of the flags of parallelism."""
     parallel = config.parallel
     yield from _at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    yield from _at_least(1, parallel, "expert_model_parallel_size", "expert_tensor_parallel_size")
+    yield from _at_least(1, parallel, "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size")
+    if parallel.context_parallel_size == 1 and parallel.cp_comm_type != ParallelConfig().cp_comm_type:
+        yield f"--cp-comm-type {parallel.cp_comm_type} does nothing at --context-parallel-size 1; leave it out"
+    elif parallel.cp_comm_type == "p2p":
+        yield (
+            "--cp-comm-type p2p: a prompt is shared by its responses, and no attention kernel hands such keys from rank to "
+            "rank; all_gather would work with any model, a2a where the ranks divide its heads"
+        )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size 2 or more; leave it out at 1"
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
@@ -84,6 +92,8 @@ def bridge_problems(config: Config) -> Iterator[str]:
     model = config.model
     if model.bridge is None:
         return
+    if config.parallel.context_parallel_size > 1:
+        yield "--context-parallel-size is not built with --bridge; leave it out, and share rows out with --sequence-parallel"
     if model.load_hf is None:
         yield "--bridge needs --load-hf DIR, beside --load too: the Hugging Face model, by whose files it builds and exports"
     if model.reference_load is not None:

@@ -32,18 +32,25 @@ class ParallelConfig:
     account_for_loss_in_pipeline_split: bool = option(
         False, "Count the output layer as a layer when layers are split over stages."
     )
-    context_parallel_size: int = option(1, "Ranks that share each row along its tokens (CP).")
+    context_parallel_size: int = option(
+        1,
+        "Ranks that share each row along its tokens (CP), so that pairs may be longer than one of them could hold.",
+    )
     cp_comm_type: Literal["all_gather", "a2a", "p2p"] = option(
-        "all_gather", "How attention meets the tokens of other context-parallel ranks."
+        "all_gather",
+        "How attention meets the tokens of other context-parallel ranks. all_gather: keys and values of all are gathered in each "
+        "layer. a2a: each rank computes all tokens for a part of the heads. p2p, Megatron's ring, is refused.",
     )
     expert_model_parallel_size: int = option(
-        1, "Ranks that hold different experts of each layer (EP), out of the data- and tensor-parallel ones."
+        1, "Ranks that hold different experts of each layer (EP), out of the data-, context- and tensor-parallel ones."
     )
     expert_tensor_parallel_size: int | None = option(None, "Ranks that share each expert; unset: as many as share every layer.")
     sequence_parallel: bool = option(
         False, "Split activations outside attention and MLP over the tensor-parallel ranks, along the tokens. Needs TP > 1."
     )
-    use_distributed_optimizer: bool = option(False, "Shard optimizer state and fp32 weights over data-parallel ranks.")
+    use_distributed_optimizer: bool = option(
+        False, "Shard optimizer state and fp32 weights over data-parallel ranks, CP among them."
+    )
     num_distributed_optimizer_instances: int = option(
         1, "Copies of the sharded optimizer state; each is sharded over so many times fewer ranks."
     )

@@ -123,7 +123,9 @@ class DataConfig:
     )
     seq_length: int = option(2048, "Most tokens of one prompt with one of its responses; data with longer ones is refused.")
     tokens_per_microbatch: int = option(
-        8192, "Most tokens of one packed micro-batch, without padding; the number of micro-batches follows from it."
+        8192,
+        "Most tokens of one packed micro-batch, without padding; the number of micro-batches follows from it. Context-parallel "
+        "ranks share them.",
     )
     min_microbatches_per_stage: int | None = option(
         None,

@@ -116,7 +116,7 @@ class MemoryReport:
 
     def _record(self, error: RuntimeError, work: _Work) -> dict[str, Any]:
         """All that is known, in plain types; sizes in bytes."""
-        arch, config, dp_size = self._arch, self._config, self._groups.dp_size
+        arch, config, dp_size = self._arch, self._config, self._groups.dp_cp.size()
         cause = error.__cause__ if isinstance(error, PackOutOfMemory) else error
         reading = self._witness.reading or MemoryReading(asked=asked_bytes(cause or error))
         standing, free = standing_memory(arch, config, dp_size, trains=work.trains), free_bytes()

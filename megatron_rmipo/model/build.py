@@ -130,6 +130,7 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         fp8_format=config.model.fp8_format,
         fp8_recipe=config.model.fp8_recipe,
         sequence_parallel=config.parallel.sequence_parallel,
+        cp_comm_type=config.parallel.cp_comm_type,
         recompute_granularity=config.model.recompute_granularity,
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,

@@ -55,11 +55,12 @@ def expert_layout_problems(config: Config, arch: ModelArchitecture, world_size: 
             f"work: {_divisors(experts.ffn_hidden_size)}"
         )
     ranks, pipeline = size * shards, parallel.pipeline_model_parallel_size
-    if pipeline >= 1 and world_size % (tensor * pipeline) == 0 and (world_size // pipeline) % ranks:
+    replica = tensor * parallel.context_parallel_size
+    if pipeline >= 1 and replica >= 1 and world_size % (replica * pipeline) == 0 and (world_size // pipeline) % ranks:
         each = world_size // pipeline
         yield (
             f"experts are spread over EP {size} x expert TP {shards}, {ranks} ranks, which does not divide the {each} ranks "
-            f"(TP x DP) of a pipeline stage; start a multiple of {math.lcm(tensor, ranks) * pipeline} ranks, or choose "
+            f"(TP x CP x DP) of a pipeline stage; start a multiple of {math.lcm(replica, ranks) * pipeline} ranks, or choose "
             f"EP x expert TP among {_divisors(each)}"
         )
     if tensor > 1 and not parallel.sequence_parallel:
@@ -78,8 +79,8 @@ def expert_layout_problems(config: Config, arch: ModelArchitecture, world_size: 
 
 def experts_cross_replicas(parallel: ParallelConfig) -> bool:
     """Whether ranks of different model replicas (data-parallel ranks) meet in every layer of experts."""
-    tensor = parallel.tensor_model_parallel_size
-    return bool(tensor % (parallel.expert_model_parallel_size * expert_tensor_size(parallel)))
+    replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return bool(replica % (parallel.expert_model_parallel_size * expert_tensor_size(parallel)))
 
 
 def expert_tensor_size(parallel: ParallelConfig) -> int:

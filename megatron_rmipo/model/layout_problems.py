@@ -51,7 +51,8 @@ def machine_problems(config: Config) -> Iterator[str]:
 def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) -> Iterator[str]:
     """What of the layout does not fit the model, or the number of ranks."""
     tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    if tensor < 1 or pipeline < 1:
+    context = config.parallel.context_parallel_size
+    if tensor < 1 or pipeline < 1 or context < 1:
         return
     shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, *arch.mlp_widths)
     works = _divisors(shared)
@@ -68,12 +69,15 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--pipeline-model-parallel-size {pipeline} does not divide the model's {arch.num_layers} layers; "
             f"would work: {_list(_divisors(arch.num_layers))}"
         )
-    ranks = tensor * pipeline
+    ranks = tensor * pipeline * context
     if world_size % ranks:
         nearest = ranks * max(1, world_size // ranks)
+        sizes, names = f"TP {tensor} x PP {pipeline}", "TP x PP"
+        if context > 1:
+            sizes, names = f"{sizes} x CP {context}", f"{names} x CP"
         yield (
-            f"TP {tensor} x PP {pipeline} needs a multiple of {ranks} ranks, but there are {world_size}; start {nearest} with "
-            f"torchrun --nproc-per-node, or choose TP x PP among {_list(_divisors(world_size))}"
+            f"{sizes} needs a multiple of {ranks} ranks, but there are {world_size}; start {nearest} with "
+            f"torchrun --nproc-per-node, or choose {names} among {_list(_divisors(world_size))}"
         )
     elif config.training.global_batch_size < world_size // ranks:
         yield (
@@ -95,6 +99,8 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--attention-backend flex takes heads of {LEAST_HEAD_SIZE} or more channels, the model's have "
             f"{arch.least_head_size}; sdpa would work, and is what auto takes there"
         )
+    if context > 1 and tensor in works:
+        yield from _context_problems(config, arch)
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)
     yield from expert_layout_problems(config, arch, world_size)
@@ -103,6 +109,22 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         yield (
             f"--recompute-num-layers {config.model.recompute_num_layers} is more than the {layers} layers of a pipeline stage; "
             f"1 to {layers} would work"
+        )
+
+
+def _context_problems(config: Config, arch: ModelArchitecture) -> Iterator[str]:
+    """What keeps a row from being shared out to ranks."""
+    tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    heads = [arch.num_attention_heads // tensor] + ([] if arch.latent else [max(1, arch.num_query_groups // tensor)])
+    if config.parallel.cp_comm_type == "a2a" and any(number % context for number in heads):
+        counts = " query and ".join(map(str, heads)) + (" heads" if arch.latent else " key/value heads")
+        yield (
+            f"--cp-comm-type a2a deals out a tensor-parallel rank's {counts}, which --context-parallel-size {context} does not "
+            f"divide; would work: {_list(_divisors(math.gcd(*heads)))}, or --cp-comm-type all_gather"
+        )
+    if config.model.attention_backend == "te" and arch.attention_sinks:
+        yield (
+            f"--attention-backend te knows no sinks at --context-parallel-size {context}; flex would work on a GPU, sdpa anywhere"
         )
 
 

@@ -35,6 +35,7 @@ def transformer_config(
     fp8_format: str | None = None,
     fp8_recipe: str | None = None,
     sequence_parallel: bool = False,
+    cp_comm_type: str = "all_gather",
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
     recompute_num_layers: int | None = None,
@@ -45,13 +46,14 @@ def transformer_config(
 
     Args:
         arch: the model.
-        groups: gives the tensor and pipeline parallel sizes.
+        groups: gives the tensor, pipeline and context parallel sizes.
         dtype: fp32 or bf16 parameters and activations.
         transformer_impl: ``local`` (Megatron-Core's own layers), ``transformer_engine``, or ``auto``: the latter where it is
             installed and there is a GPU.
         fp8_format: ``hybrid`` or ``e4m3``: the layers' matrix products in fp8, in Transformer Engine; None in ``dtype``.
         fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
         sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
+        cp_comm_type: how ranks that share a row attend to each other's tokens, ``all_gather`` or ``a2a``.
         recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
         experts: how tokens reach experts, and what is done about their load, in a model that has them.
         **overrides: further TransformerConfig fields.
@@ -66,6 +68,8 @@ def transformer_config(
         "activation_func": _ACTIVATIONS[arch.activation],
         "tensor_model_parallel_size": groups.tp_size,
         "pipeline_model_parallel_size": groups.pp_size,
+        "context_parallel_size": groups.cp_size,
+        "cp_comm_type": cp_comm_type,
         "sequence_parallel": sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

@@ -3,7 +3,8 @@
 Written against what Megatron-Core's language models have in common (``embedding``, ``decoder``, ``output_layer``,
 ``rotary_pos_emb``), whoever built them.
 
-Shape letters: T packed tokens, N scored tokens, H hidden, tp tensor-parallel size.
+Shape letters: T packed tokens, L those that a context-parallel rank holds, T / cp, N scored tokens, H hidden, tp tensor-parallel
+and cp context-parallel size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.attention.context_parallel import join_scores
+from megatron_rmipo.model.attention.deal import held_triples, row_share
 from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
 from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
 
@@ -173,18 +176,23 @@ def score_row(
     uncounted: Tensor | None = None,
     num_ungraded: int = 0,
 ) -> Tensor:
-    """Run a stage of a model over one packed row. Every tensor-parallel rank of the stage calls it together.
+    """Run a stage of a model over one packed row. Every tensor- and context-parallel rank of the stage calls it together.
+
+    Context-parallel ranks are all handed the whole row. Each runs its own tokens through the layers, scores those of the N whose
+    source it holds, and has all N in the end.
 
     Args:
         model: this rank's part of the model, not wrapped, with packed attention (see
             :mod:`megatron_rmipo.model.attention.packed`) in its layers and a :class:`LogprobHead`: our own, or one that
             :func:`megatron_rmipo.model.adopt.attach_model` made so.
-        token_ids, position_ids: int64 ``[T]``; T is a multiple of tp under sequence parallelism.
+        token_ids, position_ids: int64 ``[T]``; T is a multiple of cp, under sequence parallelism of cp times tp.
         segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
         source: int64 ``[N]``, the token whose hidden state predicts.
-        target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs.
+        target: int64 ``[N]``, the id it predicts; None to get the last stage's hidden states instead of log-probs, of what this
+            rank scores.
         options: vocabulary, chunks, and what logits are.
-        reference: on the last stage: score the targets under mixtures with a reference model, too.
+        reference: on the last stage: score the targets under mixtures with a reference model, too, of which it holds the hidden
+            states that this function gave without targets.
         uncounted: bool ``[T]``: padding, and all of a filler. Such tokens go through experts as others do, whose routers leave
             them out of loads, score biases and auxiliary losses. None: all count.
         num_ungraded: the last so many of the N carry no gradient.
@@ -192,24 +200,36 @@ def score_row(
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
         :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``), else hidden states
-        ``[T, 1, H]`` (``[T / tp, 1, H]`` under sequence parallelism) for the next stage.
+        ``[L, 1, H]`` (``[L / tp, 1, H]`` under sequence parallelism) for the next stage.
     """
+    cp_group: Any = getattr(model.pg_collection, "cp", None)
+    held = None
+    if cp_group is not None and cp_group.size() > 1:
+        share = row_share(segments, cp_group, token_ids.device)
+        token_ids, position_ids = token_ids[share.places], position_ids[share.places]
+        uncounted = None if uncounted is None else uncounted[share.places]
+        # Before the layers: the host waits for what the device finds.
+        held = held_triples(source, share, num_ungraded) if model.post_process else None
     hidden = _hidden_states(model, token_ids, position_ids, segments, uncounted)
     if not model.post_process:
         return hidden
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=model.pg_collection.tp)
-    scored = hidden[:, 0].index_select(0, source)
+    scored = hidden[:, 0].index_select(0, source if held is None else held.source)
     if target is None:
         return scored
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     scoring: dict[str, Any] = {"options": options, "reference": reference, "num_ungraded": num_ungraded}
-    logprobs: Tensor = model.output_layer(scored, weight, target=target, **scoring)
-    return logprobs
+    if held is None:
+        logprobs: Tensor = model.output_layer(scored, weight, target=target, **scoring)
+        return logprobs
+    scoring["num_ungraded"] = held.num_ungraded
+    own = model.output_layer(scored, weight, target=target[held.numbers], **scoring)
+    return join_scores(own, held.numbers, source.numel(), cp_group)
 
 
 def _hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, segments: Tensor, uncounted: Tensor | None) -> Tensor:
-    """What the last layer of this stage gives, ``[T, 1, H]``, or ``[T / tp, 1, H]`` under sequence parallelism."""
+    """What the last layer of this stage gives, ``[L, 1, H]``, or ``[L / tp, 1, H]`` under sequence parallelism."""
     # Models without rotary embeddings have no such part.
     rotary = getattr(model, "rotary_pos_emb", None)
     hidden = model.decoder(
@@ -224,7 +244,7 @@ def _hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, segments
 
 
 def _padding_mask(model: Any, uncounted: Tensor) -> Tensor:
-    """Bool ``[1, T]`` as layers of experts take it: of this rank's tokens, ``[1, T / tp]``, under sequence parallelism."""
+    """Bool ``[1, L]`` as layers of experts take it: of this rank's tokens, ``[1, L / tp]``, under sequence parallelism."""
     if model.config.sequence_parallel:
         tp_group = model.pg_collection.tp
         uncounted = uncounted.chunk(tp_group.size())[tp_group.rank()]

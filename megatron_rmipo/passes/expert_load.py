@@ -36,8 +36,8 @@ def set_auxiliary_losses(model: torch.nn.Module, policy: PolicyModel, batch: Ran
     config = policy.config
     if not config.num_moe_experts or not (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
         return
-    # Megatron divides all gradients by the number of pairs.
-    pairs_per_token = batch.num_pairs / batch.num_gradient_tokens
+    # Megatron divides all gradients by the number of pairs, which each context-parallel rank counts.
+    pairs_per_token = groups.cp_size * batch.num_pairs / batch.num_gradient_tokens
     own = list(routers(policy))
     if config.moe_aux_loss_coeff:
         choices = _count_choices(model, policy, own, batch, groups)
@@ -110,8 +110,8 @@ def _layer(router: Router, policy: PolicyModel) -> int:
 def _over_all_ranks(policy: PolicyModel, values: list[tuple[Router, Tensor]], width: int, groups: ProcessGroups) -> Tensor:
     """Sums over ranks of what routers hold, ``[L, width]``; zero for layers without experts.
 
-    Each token of the global batch is one rank's: of one replica, and under sequence parallelism, which experts need at TP > 1, of
-    one of its tensor-parallel ranks.
+    Each token of the global batch is one rank's: of one replica, of one of its context-parallel ranks, and under sequence
+    parallelism, which experts need at TP > 1, of one of its tensor-parallel ranks.
     """
     table = torch.zeros(policy.config.num_layers, width, dtype=torch.float64, device=current_device())
     for router, row in values:

@@ -25,9 +25,8 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
         cost=forward_cost_model(arch),
         share_prompts=config.model.share_prompts,
         equal_packs=arch.experts is not None and experts_cross_replicas(parallel),
-        multiple_of=_row_multiple(
-            config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        ),
+        multiple_of=parallel.context_parallel_size
+        * _row_multiple(config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
         num_stages=parallel.pipeline_model_parallel_size,
         min_packs_per_stage=config.data.min_microbatches_per_stage,
     )
@@ -60,6 +59,6 @@ def batch_layout(
 
 
 def _row_multiple(model: ModelConfig, arch: ModelArchitecture, *, shards: int) -> int:
-    """What number of tokens a row is padded to a multiple of, where each of ``shards`` ranks holds an equal part of it."""
+    """What a rank's tokens of a row are a multiple of, where each of ``shards`` ranks holds an equal part of them."""
     backend = choose_backend(model.attention_backend, arch.least_head_size)
     return math.lcm(BACKENDS[backend], fp8_multiple(model) * shards)

@@ -141,6 +141,7 @@ def initialize_runtime(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     *,
+    context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
@@ -155,7 +156,8 @@ def initialize_runtime(
     Args:
         tensor_model_parallel_size: ranks that share each layer.
         pipeline_model_parallel_size: number of pipeline stages.
-        expert_model_parallel_size: ranks that hold different experts of a layer, out of the data- and tensor-parallel ones.
+        context_parallel_size: ranks that share each row along its tokens.
+        expert_model_parallel_size: ranks that hold different experts of a layer, out of all those of a stage.
         expert_tensor_parallel_size: ranks that share each expert; by default those that share each layer.
         seed: seeds Python, NumPy, torch and Megatron's per-rank trackers.
         backend: ``nccl`` or ``gloo``; by default nccl with CUDA, gloo without.
@@ -163,7 +165,7 @@ def initialize_runtime(
         rendezvous: where the ranks have met; by default they meet now.
 
     Raises:
-        ConfigError: the world size is not a multiple of TP x PP, or of EP x expert TP x PP, or torchrun's environment is
+        ConfigError: the world size is not a multiple of TP x PP x CP, or of EP x expert TP x PP, or torchrun's environment is
             incomplete.
         RmipoError: a rank did not come.
     """
@@ -172,11 +174,12 @@ def initialize_runtime(
     rendezvous = Rendezvous(timeout_minutes) if rendezvous is None else rendezvous
     launch = rendezvous.launch
     world_size = launch.world_size
-    model_ranks = tensor_model_parallel_size * pipeline_model_parallel_size
+    model_ranks = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     if world_size % model_ranks:
+        context = f" x --context-parallel-size {context_parallel_size}" if context_parallel_size > 1 else ""
         raise ConfigError(
             f"--tensor-model-parallel-size {tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{pipeline_model_parallel_size} needs a number of ranks that is a multiple of {model_ranks}, but there are "
+            f"{pipeline_model_parallel_size}{context} needs a number of ranks that is a multiple of {model_ranks}, but there are "
             f"{world_size}. Start {model_ranks * max(1, world_size // model_ranks)} ranks with torchrun --nproc-per-node."
         )
     expert_ranks = expert_model_parallel_size * (expert_tensor_parallel_size or tensor_model_parallel_size)
@@ -196,6 +199,7 @@ def initialize_runtime(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),

@@ -90,6 +90,8 @@ _FIELDS: dict[type, Sequence[str]] = {
     ParallelConfig: (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "cp_comm_type",
         "expert_model_parallel_size",
         "expert_tensor_parallel_size",
         "sequence_parallel",
@@ -136,6 +138,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         backend=config.parallel.distributed_backend,

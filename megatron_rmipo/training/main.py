@@ -85,6 +85,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     groups = initialize_runtime(
         config.parallel.tensor_model_parallel_size,
         config.parallel.pipeline_model_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         seed=config.training.seed,

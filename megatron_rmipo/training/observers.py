@@ -139,7 +139,8 @@ def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
         "gradients reduced during the backward pass": parallel.overlap_grad_reduce,
         "weights gathered during the forward pass": parallel.overlap_param_gather,
     }
-    sizes = f"TP {groups.tp_size} x PP {groups.pp_size} x DP {groups.dp_size}"
+    context = f" x CP {groups.cp_size}" if groups.cp_size > 1 else ""
+    sizes = f"TP {groups.tp_size} x PP {groups.pp_size}{context} x DP {groups.dp_size}"
     if parallel.expert_model_parallel_size > 1:
         sizes += f", experts over EP {parallel.expert_model_parallel_size} x TP {expert_tensor_size(parallel)}"
     ranks = f"{groups.world_size} rank{'s' * (groups.world_size > 1)} ({sizes})"

@@ -45,6 +45,8 @@ class Case:
     name: str
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"
     ep: int = 1
     etp: int | None = None
     sequence_parallel: bool = False
@@ -64,6 +66,7 @@ class Case:
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.etp,
         }
@@ -75,6 +78,7 @@ class Case:
         return Config(
             parallel=ParallelConfig(
                 **self.layout(),  # type: ignore[arg-type]
+                cp_comm_type=self.cp_comm_type,
                 sequence_parallel=self.sequence_parallel,
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
@@ -105,7 +109,7 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         unconditional=needs.unconditional,
         bos_token_id=BOS,
         columns=needs.columns,
-        multiple_of=case.tp if case.sequence_parallel else 1,
+        multiple_of=case.cp * (case.tp if case.sequence_parallel else 1),
         equal_packs=experts_cross_replicas(case.config().parallel),
         num_stages=case.pp,
         min_packs_per_stage=case.min_packs_per_stage,

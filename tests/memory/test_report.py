@@ -49,8 +49,12 @@ def batch(builder: BatchBuilder) -> RankBatch:
     return builder.build(np.array([4, 20, 9, 2, 17, 6, 1, 12, 15, 22]))
 
 
-def report(directory: Path | None, config: Config = CONFIG, largest_pair: int = 70, **groups: int) -> MemoryReport:
-    ranks: Any = SimpleNamespace(**{"rank": 3, "dp_size": 2, "pp_size": 1, "pp_rank": 0, **groups})
+def report(
+    directory: Path | None, config: Config = CONFIG, largest_pair: int = 70, dp_size: int = 2, **groups: int
+) -> MemoryReport:
+    ranks: Any = SimpleNamespace(
+        **{"rank": 3, "dp_cp": SimpleNamespace(size=lambda: dp_size), "pp_size": 1, "pp_rank": 0, **groups}
+    )
     latest = partial(source.checkpoint_to_go_on_from, config.checkpoint)
     return MemoryReport(config, ARCH, ranks, directory, lambda: largest_pair, latest)
 

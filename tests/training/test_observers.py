@@ -52,7 +52,7 @@ def first_words(
 ) -> list[str]:
     stream = io.StringIO()
     progress = Progress(step=3, consumed_pairs=384)
-    groups = SimpleNamespace(world_size=4, tp_size=2, pp_size=1, dp_size=2)
+    groups = SimpleNamespace(world_size=4, tp_size=2, pp_size=1, cp_size=1, dp_size=2)
     with Reporter(tmp_path, total_steps=7, config={}, stream=stream) as reporter:
         run: Any = SimpleNamespace(
             config=config,

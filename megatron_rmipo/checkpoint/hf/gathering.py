@@ -23,9 +23,9 @@ from megatron_rmipo.runtime.groups import ProcessGroups
 
 
 class Seat(NamedTuple):
-    """A rank's place in its pipeline stage: its model replica, and its place in that one's tensor-parallel group."""
+    """A rank's place in its pipeline stage: among those that hold the same shard, and in its tensor-parallel group."""
 
-    dp: int
+    replica: int
     tp: int
 
 
@@ -61,7 +61,7 @@ class GatheredTensors:
         self._held, self._arch, self._groups = held, arch, groups
         own = {key: Holder(groups.pp_rank, groups.ep.rank(), tensor.dtype) for key, tensor in held.items()}
         self.holders = _first_of(_all_gather(_first_of(_all_gather(own, groups.ep)), groups.pp))
-        self._seat = Seat(groups.dp_rank, groups.tp_rank)
+        self._seat = Seat(groups.dp_cp.rank(), groups.tp_rank)
         # Of the ranks that hold one copy of a layer's experts: by place in the expert tensor-parallel and expert-parallel groups.
         self._block: list[list[Seat]] = _all_gather(_all_gather(self._seat, groups.ep), groups.expert_tp)
         keys = [(rule.megatron, place) for rule, place in tensors_of(arch)]
@@ -71,7 +71,7 @@ class GatheredTensors:
 
     def helps(self, writer: Seat) -> bool:
         """Whether this rank holds something of what a rank of its stage may have to write."""
-        return writer.dp == self._seat.dp or any(writer in seats for seats in self._block)
+        return writer.replica == self._seat.replica or any(writer in seats for seats in self._block)
 
     def gather(self, rule: Rule, place: Place, writer: Seat) -> Tensor | None:
         """A tensor of this rank's stage, whole, on the rank that is to write it; None elsewhere.
@@ -80,7 +80,7 @@ class GatheredTensors:
         """
         if rule.per_expert:
             return self._gather_expert(rule, place, writer)
-        if writer.dp != self._seat.dp:
+        if writer.replica != self._seat.replica:
             return None
         return _join(self._held[rule.megatron, place], rule, self._groups.tp, writer.tp)
 

@@ -31,12 +31,12 @@ class FileShare:
     turn: int
 
 
-def share_files(files: Sequence[ModelFile], stage: int, dp_size: int, tp_size: int) -> list[FileShare]:
+def share_files(files: Sequence[ModelFile], stage: int, num_replicas: int, tp_size: int) -> list[FileShare]:
     """Who writes the files of a stage: each another rank, of all model replicas before a second one of any."""
     shares = []
     for number, file in enumerate(file for file in files if file.plan.stage == stage):
-        turn, seat = divmod(number, dp_size * tp_size)
-        shares.append(FileShare(file, Seat(seat % dp_size, seat // dp_size), turn))
+        turn, seat = divmod(number, num_replicas * tp_size)
+        shares.append(FileShare(file, Seat(seat % num_replicas, seat // num_replicas), turn))
     return shares
 
 

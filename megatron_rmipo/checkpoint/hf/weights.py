@@ -159,7 +159,7 @@ def export_hf(
                 stack.close()
 
         directory = on_first_rank(groups.world, begin)
-        shares = share_files(files, groups.pp_rank, groups.dp_size, groups.tp_size)
+        shares = share_files(files, groups.pp_rank, groups.dp_cp.size(), groups.tp_size)
         on_each_rank_alone(groups.world, lambda: _check_seen(directory, save_dir, groups))
         total_bytes = sum(tensor.num_bytes for file in files for tensor in file.plan.tensors)
         work = SharedWork(str(directory), groups.world, title=f"writing {save_dir}", total_bytes=total_bytes, stop=stop)

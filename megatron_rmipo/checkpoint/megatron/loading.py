@@ -102,10 +102,10 @@ def load_checkpoint(
 
 
 def _read(path: Path, state: dict[str, Any], common: dict[str, Any], groups: ProcessGroups, *, in_shares: bool) -> dict[str, Any]:
-    """What is stored of ``state``; what several data-parallel ranks ask for, ``in_shares``, one reads and sends to the others."""
+    """What is stored of ``state``; what several ranks ask for, ``in_shares``, one reads and sends to the others."""
     strategy: Any = _AgreedReading(groups.world)
-    if in_shares and groups.dp_size > 1:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp)
+    if in_shares and groups.dp_cp.size() > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp_cp)
     with _telling(path):
         # What integrity it would check, every rank would be told of all tensors. They are compared with the model's before.
         loaded: dict[str, Any] = dist_checkpointing.load(

@@ -34,7 +34,7 @@ def sharded_state(
         groups: the process groups of this rank.
         is_loading: whether it is to be loaded into.
     """
-    metadata = {"dp_cp_group": groups.dp, **CONTENT}
+    metadata = {"dp_cp_group": groups.dp_cp, **CONTENT}
     weights = unwrapped(model).sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None:
@@ -46,8 +46,8 @@ def sharded_state(
 
 def random_object(groups: ProcessGroups, state: dict[str, Any] | None) -> ShardedObject:
     """This rank's random states as an object of the checkpoint; None to be loaded into."""
-    shape = (groups.pp_size, groups.tp_size, groups.dp_size)
-    return ShardedObject(RANDOM_KEY, state, shape, (groups.pp_rank, groups.tp_rank, groups.dp_rank))
+    shape = (groups.pp_size, groups.tp_size, groups.dp_cp.size())
+    return ShardedObject(RANDOM_KEY, state, shape, (groups.pp_rank, groups.tp_rank, groups.dp_cp.rank()))
 
 
 def optimizer_kind(optimizer: Any | None) -> str | None:
@@ -60,7 +60,9 @@ def optimizer_kind(optimizer: Any | None) -> str | None:
 
 def layout_of(groups: ProcessGroups) -> dict[str, int]:
     """The sizes that random states depend on."""
-    return {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
+    # Named where there is such: checkpoints of before know no other layouts.
+    context = {"cp": groups.cp_size} if groups.cp_size > 1 else {}
+    return {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size, **context}
 
 
 def arguments_of_run(
@@ -78,6 +80,7 @@ def arguments_of_run(
         **{name: config[name] for name in same_name if name in config},
         "tensor_model_parallel_size": groups.tp_size,
         "pipeline_model_parallel_size": groups.pp_size,
+        "context_parallel_size": groups.cp_size,
         "data_parallel_size": groups.dp_size,
         "expert_model_parallel_size": groups.ep.size(),
         "expert_tensor_parallel_size": groups.expert_tp.size(),

@@ -63,8 +63,8 @@ def save_checkpoint(directory: Path, iteration: int, *, groups: ProcessGroups, *
 class CheckpointSaver:
     """Saves a run, one checkpoint after the other. All ranks call each method together.
 
-    Each rank writes its share: the pieces of the optimizer's state that it alone holds, and of what several data-parallel ranks
-    hold, an even part. What lies where is agreed upon by the first saves; later ones, of the same model and optimizer, use that.
+    Each rank writes its share: the pieces of the optimizer's state that it alone holds, and of what several ranks hold, an
+    even part. What lies where is agreed upon by the first saves; later ones, of the same model and optimizer, use that.
 
     The space is checked first, and a checkpoint is written under another name that is changed when it is whole: whatever goes
     wrong, those written before stay as they are.
@@ -78,7 +78,7 @@ class CheckpointSaver:
     def __init__(self, groups: ProcessGroups, *, in_background: bool = False) -> None:
         self._groups, self._in_background = groups, in_background
         self._files = TensorFiles("torch_dist", 1, cached_metadata=True)
-        self._strategy: Any = self._files if groups.dp_size == 1 else ReplicasInShares(self._files, groups.dp)
+        self._strategy: Any = self._files if groups.dp_cp.size() == 1 else ReplicasInShares(self._files, groups.dp_cp)
         self._is_structure_known = False
         self._under_way: _Save | None = None
 

@@ -1,7 +1,7 @@
 """FlexAttention over a packed row: the block mask, made on the CPU once a pack, and kernels compiled once a run.
 
-Shape letters: T packed tokens, B blocks of 128 tokens, S segments, P pieces (the part of one segment within one block), A query
-heads, G key/value heads, D head size, E size of a value.
+Shape letters: L tokens of this rank, T of the row, which it holds one cp-th of, B blocks of 128 of its tokens, K of those of the
+row, R runs, P pieces (the part of one run within one block), A query heads, G key/value heads, D head size, E size of a value.
 
 A kernel is compiled anew when anything changes that it was compiled for, so the lengths of rows must not be among these things:
 - every tensor goes in with its tokens as ``[B, 128]``, and B alone is marked as varying. The compiler then knows that a row ends
@@ -10,6 +10,7 @@ A kernel is compiled anew when anything changes that it was compiled for, so the
 - the mask function and the BlockMask are made within the compiled function, out of tensors alone: a function or a number of the
   row handed in from outside would be one more thing to compare;
 - a row has two blocks at least: sizes of 1 are always compiled apart;
+- a row of a context-parallel rank has cp times as many blocks of keys as of queries, so that there is one unknown length still;
 - a sliding window is a matter of each token's bounds and of the tables, not of the kernel: layers with other windows share it.
 """
 
@@ -28,7 +29,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
-from megatron_rmipo.model.attention.sdpa import attend_segments
+from megatron_rmipo.model.attention.sdpa import attend_runs
 from megatron_rmipo.runtime.transfers import to_device
 
 # FlexAttention's own default; its kernels work on tiles that divide it.
@@ -51,9 +52,11 @@ _Range = tuple[_Integers, _Integers]
 class RowMask(NamedTuple):
     """What the kernels read of a row's mask, int32, on the device.
 
-    A query at token q attends to the keys ``own_start[q] .. q`` and ``prefix_start[q] .. prefix_end[q] - 1``; these three are
-    ``[B, 128]``. The tables, ``[1, 1, B]`` and ``[1, 1, B, B]``, are those of torch's BlockMask: how many blocks of keys a block
-    of queries attends to in part (``kv``) or wholly (``full_kv``), and which; then the same of queries for a block of keys.
+    A query q attends to the keys ``own_start[q] .. q`` and ``prefix_start[q] .. prefix_end[q] - 1``; these three are
+    ``[B, 128]``. The tables, ``[1, 1, B]`` and ``[1, 1, B, K]``, are those of torch's BlockMask: how many blocks of keys a block
+    of queries attends to in part (``kv``) or wholly (``full_kv``), and which; then the same of queries for a block of keys,
+    ``[1, 1, K]`` and ``[1, 1, K, B]``. Where queries are not the row's tokens in its order, ``own_start[q] .. own_end[q] - 1``
+    are the keys instead, ``[B, 128]``.
     """
 
     own_start: Tensor
@@ -67,41 +70,42 @@ class RowMask(NamedTuple):
     q_indices: Tensor
     full_q_num_blocks: Tensor
     full_q_indices: Tensor
+    own_end: Tensor | None = None
 
 
 def attend_flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Tensor,
+    runs: _Integers,
     scale: float,
     rules: ScoreRules = PLAIN,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """FlexAttention within the segments of a row.
+    """FlexAttention of a rank's tokens to those of the row that they see.
 
     Args:
-        query: ``[T, A, D]``. T may be any number; unless it is one of whole blocks, two at least, padded copies are made.
-        key: ``[T, G, D]``.
+        query: ``[L, A, D]``. L may be any number; unless it is one of whole blocks, two at least, padded copies are made.
+        key: ``[T, G, D]``, in the order of the row.
         value: ``[T, G, E]``.
-        segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+        runs: int64 ``[R, 5]`` that the queries are, see :func:`megatron_rmipo.model.attention.deal.runs_of`.
         scale: of the scores.
         rules: what else happens to them.
         sinks: ``[A]``, where the rules have sinks.
 
     Returns:
-        ``[T, A, E]``.
+        ``[L, A, E]``.
     """
-    num_tokens = query.shape[0]
+    num_tokens, cp_size = query.shape[0], key.shape[0] // query.shape[0]
     num_blocks = max(-(-num_tokens // BLOCK_TOKENS), _MIN_BLOCKS)
-    # Keyed by the content of the segments: all layers of a pack with the same window, and its recomputation, meet in one entry.
-    mask = _row_mask(segments.numpy().tobytes(), num_blocks, rules.window, query.device)
-    blocks = [_in_blocks(tensor, num_blocks) for tensor in (query, key, value)]
+    # Keyed by the content of the runs: all layers of a pack with the same window, and its recomputation, meet in one entry.
+    mask = _row_mask(runs.tobytes(), num_blocks, cp_size, rules.window, query.device)
+    blocks = [_in_blocks(query, num_blocks), *(_in_blocks(tensor, cp_size * num_blocks) for tensor in (key, value))]
     try:
-        output: Tensor = _call_compiled(_compiled(query.device.type), *blocks, mask, scale, rules.softcap, sinks)
+        output: Tensor = _call_compiled(_compiled(query.device.type), *blocks, mask, cp_size, scale, rules.softcap, sinks)
     except FailOnRecompileLimitHit:
         _count_fallback()
-        return attend_segments(query, key, value, segments, scale, rules, sinks)
+        return attend_runs(query, key, value, runs, scale, rules, sinks)
     return output[:num_tokens]
 
 
@@ -121,7 +125,7 @@ def _call_compiled(compiled: Any, *inputs: Any) -> Tensor:
 
 
 def num_fallbacks() -> int:
-    """Calls of this process that :func:`attend_segments` took over, because no more kernels were to be compiled."""
+    """Calls of this process that :func:`attend_runs` took over, because no more kernels were to be compiled."""
     return _fallbacks
 
 
@@ -139,7 +143,7 @@ def _count_fallback() -> None:
 
 
 def _in_blocks(tensor: Tensor, num_blocks: int) -> Tensor:
-    """``[T, heads, D]`` as ``[B, 128, heads, D]``, B marked as varying."""
+    """``[tokens, heads, D]`` as ``[B, 128, heads, D]``, B marked as varying."""
     padding = num_blocks * BLOCK_TOKENS - tensor.shape[0]
     if padding:
         tensor = F.pad(tensor, (0, 0, 0, 0, 0, padding))
@@ -157,20 +161,34 @@ def _compiled(device_type: str) -> Any:
 
 
 def _attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, mask: RowMask, scale: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowMask,
+    cp_size: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """``[T, A, E]`` from queries ``[B, 128, A, D]``, keys ``[B, 128, G, D]``, values of E. This is what is compiled."""
-    bounds, tables = mask[:3], mask[3:]
-    lengths = [tensor.shape[0] for tensor in (key, value, *bounds)] + [size for table in tables for size in table.shape[2:]]
-    for length in lengths:
-        # The compiler is to reckon with one unknown length, not with one for each tensor.
+    """``[L, A, E]`` from queries ``[B, 128, A, D]``, keys ``[K, 128, G, D]``, values of E. This is what is compiled."""
+    bounds = mask[:3] if mask.own_end is None else (*mask[:3], mask.own_end)
+    tables = mask[3:11]
+    of_queries = [bound.shape[0] for bound in bounds] + [size for table in tables[:4] for size in table.shape[2:3]]
+    of_queries += [size for table in tables[4:] for size in table.shape[3:]]
+    of_keys = [key.shape[0], value.shape[0]] + [size for table in tables[:4] for size in table.shape[3:]]
+    of_keys += [size for table in tables[4:] for size in table.shape[2:3]]
+    # The compiler is to reckon with one unknown length, not with one for each tensor.
+    for length in of_queries:
         torch._check(length == query.shape[0])  # type: ignore[no-untyped-call]
-    # [B, 128, heads, D] -> [1, heads, T, D]
+    for length in of_keys:
+        torch._check(length == cp_size * query.shape[0])  # type: ignore[no-untyped-call]
+    # [B, 128, heads, D] -> [1, heads, tokens, D]
     query, key, value = (tensor.flatten(0, 1).transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    own_start, prefix_start, prefix_end = (bound.flatten() for bound in bounds)
+    own_start, prefix_start, prefix_end = (bound.flatten() for bound in bounds[:3])
+    own_end = None if mask.own_end is None else mask.own_end.flatten()
 
     def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (k <= q) & (k >= own_start[q])
+        own = ((k <= q) if own_end is None else (k < own_end[q])) & (k >= own_start[q])
         prefix = (k >= prefix_start[q]) & (k < prefix_end[q])
         return own | prefix
 
@@ -210,49 +228,62 @@ def _attend_blocks(
 
 
 @functools.lru_cache(maxsize=_MASKS_KEPT)
-def _row_mask(segments_bytes: bytes, num_blocks: int, window: int | None, device: torch.device) -> RowMask:
-    """The mask of a row on the device, every dimension of B marked as varying."""
-    tensors = row_mask_arrays(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4), num_blocks, window)
+def _row_mask(runs_bytes: bytes, num_blocks: int, cp_size: int, window: int | None, device: torch.device) -> RowMask:
+    """The mask of a rank's tokens on the device, every dimension of blocks marked as varying."""
+    runs = np.frombuffer(runs_bytes, dtype=np.int64).reshape(-1, 5)
+    tensors = row_mask_arrays(runs, num_blocks, window, cp_size=cp_size)
     mask = RowMask(*(to_device(torch.from_numpy(array), device) for array in tensors))
-    for bound in mask[:3]:
-        torch._dynamo.mark_dynamic(bound, 0)
-    for table in mask[3:]:
+    for bound in (*mask[:3], *mask[11:]):
+        if bound is not None:
+            torch._dynamo.mark_dynamic(bound, 0)
+    for table in mask[3:11]:
         torch._dynamo.mark_dynamic(table, tuple(range(2, table.dim())))
     return mask
 
 
-def row_mask_arrays(segments: _Integers, num_blocks: int, window: int | None = None) -> tuple[npt.NDArray[np.int32], ...]:
-    """The fields of :class:`RowMask` as NumPy arrays, from ``segments [S, 4]``. Exact, without the ``[T, T]`` mask.
+def row_mask_arrays(
+    runs: _Integers, num_blocks: int, window: int | None = None, *, cp_size: int = 1
+) -> tuple[npt.NDArray[np.int32], ...]:
+    """The fields of :class:`RowMask` as NumPy arrays, from ``runs [R, 5]``. Exact, without the ``[L, T]`` mask.
 
     Args:
-        segments: in the order of the row, which they cover without a gap.
-        num_blocks: B; tokens behind the segments, up to the end of the last block, become a segment of their own.
+        runs: in the order of the rank's tokens, which they cover without a gap.
+        num_blocks: B; tokens behind the runs, up to the end of the last block, become a segment of their own, behind the row.
         window: how many tokens one sees, by position; None for all before it.
+        cp_size: as many times longer is the row; ``own_end`` is there where that is not 1.
     """
-    end = int(segments[-1, :2].sum())
-    padding = num_blocks * BLOCK_TOKENS - end
+    num_tokens = int(runs[:, 1].sum())
+    padding = num_blocks * BLOCK_TOKENS - num_tokens
     if padding:
-        segments = np.vstack([segments, [[end, padding, 0, 0]]])
-    token = np.arange(num_blocks * BLOCK_TOKENS)
-    owner = np.repeat(segments, segments[:, 1], axis=0)
+        end = cp_size * num_tokens
+        runs = np.vstack([runs, [[end, padding, end, 0, 0]]])
+    begins = np.cumsum(runs[:, 1]) - runs[:, 1]
+    owner = np.repeat(runs, runs[:, 1], axis=0)
+    token = np.arange(num_blocks * BLOCK_TOKENS) + np.repeat(runs[:, 0] - begins, runs[:, 1])
     prefix, own = _seen(owner, token, token, window)
     bounds = (own[0], *prefix)
-    partial, full = _classify_blocks(segments, num_blocks, window)
+    partial, full = _classify_blocks(runs, begins, num_blocks, cp_size * num_blocks, window)
     tables = [table for flags in (partial, full, partial.T, full.T) for table in _tables(flags)]
-    arrays = [*(bound.reshape(num_blocks, BLOCK_TOKENS) for bound in bounds), *tables]
+    by_block = [bound.reshape(num_blocks, BLOCK_TOKENS) for bound in (*bounds, own[1])]
+    arrays = [*by_block[:3], *tables, *(by_block[3:] if cp_size > 1 else [])]
     return tuple(np.ascontiguousarray(array, dtype=np.int32) for array in arrays)
 
 
-def _classify_blocks(segments: _Integers, num_blocks: int, window: int | None) -> tuple[_Flags, _Flags]:
-    """Bool ``[B, B]`` twice: blocks of keys of which a block of queries sees a part, and of which it sees everything."""
+def _classify_blocks(
+    runs: _Integers, begins: _Integers, num_blocks: int, num_key_blocks: int, window: int | None
+) -> tuple[_Flags, _Flags]:
+    """Bool ``[B, K]`` twice: blocks of keys of which a block of queries sees a part, and of which it sees everything."""
     edges = np.arange(num_blocks + 1) * BLOCK_TOKENS
-    firsts = np.union1d(segments[:, 0], edges[:-1])
+    firsts = np.union1d(begins, edges[:-1])
     lasts = np.append(firsts[1:], edges[-1]) - 1
-    owner = segments[np.searchsorted(segments[:, 0], firsts, side="right") - 1]
+    number = np.searchsorted(begins, firsts, side="right") - 1
+    owner, in_row = runs[number], runs[number, 0] - begins[number]
+    firsts_in_row, lasts_in_row = firsts + in_row, lasts + in_row
+    of_keys = np.arange(num_key_blocks + 1) * BLOCK_TOKENS
     # Within a piece each query sees one key more than the one before it, and under a window leaves one out: what all see lies
     # between the first that the last one sees and the last that the first one sees; what any sees, the other way around.
-    seen_by_all = sum(_overlap(*keys, edges) for keys in _seen(owner, lasts, firsts, window)) == BLOCK_TOKENS
-    seen_by_any = sum(_overlap(*keys, edges) for keys in _seen(owner, firsts, lasts, window)) > 0
+    seen_by_all = sum(_overlap(*keys, of_keys) for keys in _seen(owner, lasts_in_row, firsts_in_row, window)) == BLOCK_TOKENS
+    seen_by_any = sum(_overlap(*keys, of_keys) for keys in _seen(owner, firsts_in_row, lasts_in_row, window)) > 0
     heads = np.searchsorted(firsts, edges[:-1])
     full = np.logical_and.reduceat(seen_by_all, heads)
     return np.logical_or.reduceat(seen_by_any, heads) & ~full, full
@@ -262,11 +293,11 @@ def _seen(owner: _Integers, since: _Integers, until: _Integers, window: int | No
     """Keys from the first that token ``since`` sees to the last that ``until`` sees: (start, end) in the prefix, in the segment.
 
     Args:
-        owner: ``[..., 4]``, the segment of both tokens.
+        owner: ``[..., 5]``, the run of both tokens.
         since, until: int64 ``[...]``, tokens of the row.
         window: how many tokens one sees.
     """
-    start, _, prefix_start, prefix_length = owner.T
+    _, _, start, prefix_start, prefix_length = owner.T
     # Counted from where the prefix starts.
     position = prefix_length + since - start
     first = np.zeros_like(since) if window is None else np.maximum(position + 1 - window, 0)
@@ -275,11 +306,11 @@ def _seen(owner: _Integers, since: _Integers, until: _Integers, window: int | No
 
 
 def _overlap(start: _Integers, end: _Integers, edges: _Integers) -> _Integers:
-    """Tokens of ranges ``start [P] .. end [P]`` in each block, int64 ``[P, B]``."""
+    """Tokens of ranges ``start [P] .. end [P]`` in each block, int64 ``[P, K]``."""
     shared: _Integers = np.minimum(end[:, None], edges[None, 1:]) - np.maximum(start[:, None], edges[None, :-1])
     return shared.clip(min=0)
 
 
 def _tables(flags: _Flags) -> tuple[_Integers, _Integers]:
-    """How many columns of each row are set, ``[1, 1, B]``, and the columns, ``[1, 1, B, B]``, those that are set first."""
+    """How many columns of each row are set, ``[1, 1, B]``, and the columns, ``[1, 1, B, K]``, those that are set first."""
     return flags.sum(1)[None, None], np.argsort(~flags, axis=1, kind="stable")[None, None]

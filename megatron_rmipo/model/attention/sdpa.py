@@ -1,14 +1,17 @@
 """Attention over a packed row by scaled_dot_product_attention, segment by segment; runs anywhere.
 
-Shape letters: T packed tokens, S segments, L queries and K keys of a piece, A query heads, G key/value heads, D head size, E size
-of a value.
+Shape letters: L tokens of this rank, T of the row, R runs, Q queries and K keys of a piece, A query heads, G key/value heads, D
+head size, E size of a value.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,67 +20,90 @@ from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 
 # Of a piece where a window leaves most keys out, or scores are made outside of torch's kernels, which never hold them whole.
 _MOST_QUERIES = 512
+# Entries of a piece's mask, where it needs one: kernels make numbers of each.
+_MOST_MASKED = 2**22
+_Integers = npt.NDArray[np.int64]
 
 
-def attend_segments(
+def attend_runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Tensor,
+    runs: _Integers,
     scale: float,
     rules: ScoreRules = PLAIN,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention within the segments of a row.
+    """Attention of a rank's tokens to those of the row that they see.
 
     Args:
-        query: ``[T, A, D]``.
-        key: ``[T, G, D]``.
+        query: ``[L, A, D]``.
+        key: ``[T, G, D]``, in the order of the row.
         value: ``[T, G, E]``.
-        segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+        runs: int64 ``[R, 5]`` that the queries are, see :func:`megatron_rmipo.model.attention.deal.runs_of`.
         scale: of the scores.
         rules: what else happens to them.
         sinks: ``[A]``, where the rules have sinks.
 
     Returns:
-        ``[T, A, E]``.
+        ``[L, A, E]``.
     """
-    outputs = []
-    # [T, heads, D] -> [heads, T, D]
-    query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    by_hand = rules.softcap is not None or sinks is not None
-    for queries, prefix, own in _pieces(segments, rules.window, by_hand):
-        keys, values = (_concatenated(tensor[:, prefix], tensor[:, own]) for tensor in (key, value))
-        piece = query[:, queries]
-        mask = _band_mask(piece.shape[1], keys.shape[1], rules.window, query.device)
-        if by_hand:
-            outputs.append(_attend_by_hand(piece, keys, values, mask, scale, rules.softcap, sinks))
-        else:
-            outputs.append(_attend_by_kernel(piece, keys, values, mask, scale))
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+    pieces = pieces_of(runs, rules.window, by_hand=rules.softcap is not None or sinks is not None)
+    return torch.cat([attend_piece(query[piece.queries], key, value, piece, scale, rules, sinks) for piece in pieces])
 
 
-def _pieces(segments: Tensor, window: int | None, by_hand: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """(queries, keys of the prefix, keys of the own segment) of each piece.
+class Piece(NamedTuple):
+    """Queries that are computed together, by their places on this rank, and the keys that they see, by those in the row.
 
-    Its last query is its last key, and nothing that a window leaves out of sight of all its queries is among the keys.
+    Attributes:
+        queries: of one run.
+        prefix: of these the keys in the prefix of the segment.
+        own: those in the segment itself, of which the last is the last query.
     """
-    for start, length, prefix_start, prefix_length in segments.tolist():
-        whole = not by_hand and (window is None or prefix_length + length <= window)
-        for first in range(0, length, length if whole else _MOST_QUERIES):
-            end = length if whole else min(first + _MOST_QUERIES, length)
+
+    queries: slice
+    prefix: slice
+    own: slice
+
+
+def pieces_of(runs: _Integers, window: int | None, *, by_hand: bool) -> Iterator[Piece]:
+    """The pieces of runs; nothing that a window leaves out of sight of all queries of a piece is among its keys."""
+    place = 0
+    for start, length, own_start, prefix_start, prefix_length in runs.tolist():
+        # Keys that the first query has before itself.
+        before = prefix_length + start - own_start
+        step = length
+        if by_hand or (window is not None and before + length > window):
+            step = _MOST_QUERIES
+        elif before:
+            step = max(1, _MOST_MASKED // (before + length))
+        for first in range(0, length, step):
+            end = min(first + step, length)
             # What the first query sees first, counted from where the prefix starts.
-            seen = 0 if window is None else max(prefix_length + first + 1 - window, 0)
+            seen = 0 if window is None else max(before + first + 1 - window, 0)
             prefix = slice(prefix_start + min(seen, prefix_length), prefix_start + prefix_length)
-            yield slice(start + first, start + end), prefix, slice(start + max(seen - prefix_length, 0), start + end)
+            yield Piece(slice(place + first, place + end), prefix, slice(own_start + max(seen - prefix_length, 0), start + end))
+        place += length
 
 
-def _concatenated(prefix: Tensor, own: Tensor) -> Tensor:
-    return torch.cat([prefix, own], dim=1) if prefix.shape[1] else own
+def attend_piece(
+    query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, rules: ScoreRules, sinks: Tensor | None
+) -> Tensor:
+    """``[queries, A, E]`` of the queries of a piece, ``[queries, A, D]``; the rest as of :func:`attend_runs`."""
+    keys, values = (
+        torch.cat([tensor[piece.prefix], tensor[piece.own]]) if piece.prefix.start < piece.prefix.stop else tensor[piece.own]
+        for tensor in (key, value)
+    )
+    # [tokens, heads, D] -> [heads, tokens, D]
+    query, keys, values = (tensor.transpose(0, 1) for tensor in (query, keys, values))
+    mask = _band_mask(query.shape[1], keys.shape[1], rules.window, query.device)
+    if rules.softcap is not None or sinks is not None:
+        return _attend_by_hand(query, keys, values, mask, scale, rules.softcap, sinks).transpose(0, 1)
+    return _attend_by_kernel(query, keys, values, mask, scale).transpose(0, 1)
 
 
 def _band_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Bool ``[L, K]``, the last query at the last key; None where it is plainly causal."""
+    """Bool ``[Q, K]``, the last query at the last key; None where it is plainly causal."""
     if window is not None and num_keys <= window:
         window = None
     if num_queries == num_keys and window is None:
@@ -93,7 +119,7 @@ def _make_band_mask(num_queries: int, num_keys: int, window: int | None, device:
 
 
 def _attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """``[A, L, E]`` of queries ``[A, L, D]``, keys ``[G, K, D]`` and values ``[G, K, E]``."""
+    """``[A, Q, E]`` of queries ``[A, Q, D]``, keys ``[G, K, D]`` and values ``[G, K, E]``."""
     grouped = query.shape[0] != key.shape[0]
     output = F.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
@@ -105,7 +131,7 @@ def _attend_by_hand(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """As :func:`_attend_by_kernel`, for scores that torch's kernels do not make; their softmax is in fp32 at least."""
-    # [A, L, D] -> [G, A / G, L, D]; keys and values [G, 1, K, ...]
+    # [A, Q, D] -> [G, A / G, Q, D]; keys and values [G, 1, K, ...]
     by_group = query.view(key.shape[0], -1, *query.shape[1:])
     scores = (by_group @ key[:, None].transpose(-1, -2)) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -5,8 +5,11 @@ a causal mask aligned at their ends (bottom right): the last query sees all keys
 and values of a prefix are repeated in front of those of each segment that reads it, by an ``index_select`` that sums their
 gradients.
 
-Shape letters: T packed tokens, K keys (prefixes counted for each segment that reads them), S segments, A query heads, G key/value
-heads, D head size, E size of a value; heads are those of this rank.
+The queries of a context-parallel rank are runs of segments, whose keys are those of the prefix and of the segment up to the run's
+end.
+
+Shape letters: L tokens of this rank, T of the row, K keys (counted for each run that reads them), R runs, A query heads, G
+key/value heads, D head size, E size of a value; heads are those of this rank.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ _LAYOUTS_KEPT = 32
 
 
 class VarlenLayout(NamedTuple):
-    """The segments of a row as sequences.
+    """The runs of a rank as sequences.
 
     Attributes:
-        cu_seqlens_q, cu_seqlens_kv: int32 ``[S + 1]``, where queries and keys of each sequence begin, and those of the last end.
-        key_index: int64 ``[K]``, the token that each key is; None where no segment has a prefix: each token is a key once.
+        cu_seqlens_q, cu_seqlens_kv: int32 ``[R + 1]``, where queries and keys of each sequence begin, and those of the last end.
+        key_index: int64 ``[K]``, the token that each key is; None where the keys are the row's tokens as they stand.
         max_seqlen_q, max_seqlen_kv: of the longest sequence.
     """
 
@@ -44,30 +47,35 @@ class VarlenLayout(NamedTuple):
     max_seqlen_kv: int
 
 
-def varlen_layout(segments: _Integers, window: int | None = None) -> VarlenLayout:
-    """The layout, on the CPU, of ``segments [S, 4]``, which cover the row in its order without a gap.
+def varlen_layout(runs: _Integers, num_tokens: int, window: int | None = None) -> VarlenLayout:
+    """The layout, on the CPU, of ``runs [R, 5]`` of a row of ``num_tokens``, in the order of the rank's tokens without a gap.
 
-    Tokens of a prefix that lie outside of the window of the first token behind it are left out.
+    Tokens of a prefix, or of the segment before the run, that lie outside of the window of the run's first token are left out.
     """
-    start, length, prefix_start, prefix_length = segments.T
+    start, length, own_start, prefix_start, prefix_length = runs.T
+    own_before = start - own_start
     if window is not None:
-        in_window = np.minimum(prefix_length, window - 1)
+        own_before, before = np.minimum(own_before, window - 1), own_before
+        in_window = np.clip(window - 1 - before, 0, prefix_length)
         prefix_start, prefix_length = prefix_start + prefix_length - in_window, in_window
-    kv_length = prefix_length + length
-    key_index = None
-    if prefix_length.any():
-        # Prefix, segment, prefix, segment ...: runs of consecutive tokens.
-        run_starts, run_lengths = np.stack([prefix_start, start], 1).ravel(), np.stack([prefix_length, length], 1).ravel()
-        before = np.cumsum(run_lengths) - run_lengths
-        key_index = torch.from_numpy(np.repeat(run_starts - before, run_lengths) + np.arange(run_lengths.sum()))
-    return VarlenLayout(_offsets(length), _offsets(kv_length), key_index, int(length.max()), int(kv_length.max()))
+    own_length = own_before + length
+    kv_length = prefix_length + own_length
+    # Prefix, segment, prefix, segment ...: runs of consecutive tokens.
+    starts, lengths = np.stack([prefix_start, start - own_before], 1).ravel(), np.stack([prefix_length, own_length], 1).ravel()
+    before = np.cumsum(lengths) - lengths
+    key_index = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+    as_they_stand = key_index.size == num_tokens and (key_index == np.arange(num_tokens)).all()
+    keys = None if as_they_stand else torch.from_numpy(key_index)
+    return VarlenLayout(_offsets(length), _offsets(kv_length), keys, int(length.max()), int(kv_length.max()))
 
 
 def _offsets(lengths: _Integers) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
-def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: float, rules: ScoreRules) -> torch.nn.Module:
+def build_kernel(
+    config: TransformerConfig, layer_number: int, softmax_scale: float, rules: ScoreRules, num_shares: int = 1
+) -> torch.nn.Module:
     """Transformer Engine's attention. Megatron-Core's wrapper of it does not know the mask we need.
 
     It has no parameters, but where the rules have sinks their scores, ``softmax_offset [A]``.
@@ -77,6 +85,7 @@ def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: fl
         layer_number: as Megatron passes it.
         softmax_scale: factor of the scores.
         rules: without soft cap, which the kernels do not know.
+        num_shares: ranks that each have a part of the heads of a tensor-parallel rank.
     """
     from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
 
@@ -88,7 +97,7 @@ def build_kernel(config: TransformerConfig, layer_number: int, softmax_scale: fl
         attention_dropout=0.0,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
-        tp_size=config.tensor_model_parallel_size,
+        tp_size=config.tensor_model_parallel_size * num_shares,
         layer_number=layer_number,
         # Sequences may have more keys than queries.
         attention_type="cross",
@@ -108,22 +117,22 @@ def _head_sizes(config: TransformerConfig) -> int | tuple[int, int] | None:
 
 
 def attend_varlen(
-    kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, window: int | None = None
+    kernel: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, runs: _Integers, window: int | None = None
 ) -> Tensor:
-    """Attention within the segments of a row. Nothing is read back from the device.
+    """Attention of a rank's tokens to those of the row that they see. Nothing is read back from the device.
 
     Args:
         kernel: from :func:`build_kernel`.
-        query: ``[T, A, D]``.
-        key: ``[T, G, D]``.
+        query: ``[L, A, D]``.
+        key: ``[T, G, D]``, in the order of the row.
         value: ``[T, G, E]``.
-        segments: int64 ``[S, 4]`` on the CPU, see :mod:`megatron_rmipo.model.attention.packed`.
+        runs: int64 ``[R, 5]`` that the queries are, see :func:`megatron_rmipo.model.attention.deal.runs_of`.
         window: how many tokens one sees, by position; None for all before it.
 
     Returns:
-        ``[T, A, E]``.
+        ``[L, A, E]``.
     """
-    layout = _layout_on_device(segments.numpy().tobytes(), window, query.device)
+    layout = _layout_on_device(runs.tobytes(), key.shape[0], window, query.device)
     if layout.key_index is not None:
         key, value = key.index_select(0, layout.key_index), value.index_select(0, layout.key_index)
     output: Tensor = kernel(
@@ -145,8 +154,8 @@ def attend_varlen(
 
 
 @functools.lru_cache(maxsize=_LAYOUTS_KEPT)
-def _layout_on_device(segments_bytes: bytes, window: int | None, device: torch.device) -> VarlenLayout:
-    layout = varlen_layout(np.frombuffer(segments_bytes, dtype=np.int64).reshape(-1, 4), window)
+def _layout_on_device(runs_bytes: bytes, num_tokens: int, window: int | None, device: torch.device) -> VarlenLayout:
+    layout = varlen_layout(np.frombuffer(runs_bytes, dtype=np.int64).reshape(-1, 5), num_tokens, window)
     return layout._replace(
         cu_seqlens_q=to_device(layout.cu_seqlens_q, device),
         cu_seqlens_kv=to_device(layout.cu_seqlens_kv, device),

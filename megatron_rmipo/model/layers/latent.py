@@ -72,6 +72,8 @@ class LatentSelfAttention(MLASelfAttention):
         super().__init__(own_config, submodules, layer_number, *args, **kwargs)
         # What training sets in the layers' configuration later is seen here, too.
         self.config = config
+        if self.core_attention.computes_anew:
+            self.checkpoint_core_attention = False
         for name in ("linear_q_down_proj", "linear_kv_down_proj"):
             projection = getattr(self, name, None)
             if isinstance(projection, ColumnParallelLinear):

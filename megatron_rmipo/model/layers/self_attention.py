@@ -57,6 +57,8 @@ class Attention(SelfAttention):
         super().__init__(own_config, submodules, layer_number, *args, **kwargs)
         # What training sets in the layers' configuration later is seen here, too.
         self.config = config
+        if self.core_attention.computes_anew:
+            self.checkpoint_core_attention = False
         self.rope = kind.rope
         self.turned_channels, self.turned_factor = arch.turned_channels, factor
         if arch.qk_norm_whole:

@@ -115,6 +115,7 @@ def groups_of(rank: int, layout: Layout) -> Any:
         tp=Group([first + dp_rank * layout.tp + number for number in range(layout.tp)], rank),
         ep=Group([block_first + number * layout.etp + etp_rank for number in range(layout.ep)], rank),
         expert_tp=Group([block_first + ep_rank * layout.etp + number for number in range(layout.etp)], rank),
+        dp_cp=Group([first + number * layout.tp + tp_rank for number in range(layout.dp)], rank),
         pp_rank=stage,
         dp_rank=dp_rank,
         tp_rank=tp_rank,

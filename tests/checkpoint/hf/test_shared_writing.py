@@ -37,7 +37,7 @@ def test_files_are_of_one_stage_and_written_by_all_replicas_side_by_side(tmp_pat
     files = plan_model_files(arch, dtypes, MAX_SHARD_BYTES, stages)
     assert [tensor.name for file in files for tensor in file.plan.tensors] == list(stored_tensors(arch))
     assert all(len({tensor.stage for tensor in file.plan.tensors}) == 1 for file in files)
-    shares = share_files(files, 0, dp_size=3, tp_size=2)
+    shares = share_files(files, 0, num_replicas=3, tp_size=2)
     assert [share.writer for share in shares[:7]] == [*(Seat(dp, tp) for tp in range(2) for dp in range(3)), Seat(0, 0)]
     assert [share.turn for share in shares[:7]] == [0] * 6 + [1]
     # Every part once; of each file in its order, and those of a turn in turns.

@@ -15,10 +15,11 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_rmipo.model.attention import flex as block_masks
+from megatron_rmipo.model.attention.deal import whole_runs
 from megatron_rmipo.model.attention.flex import RowMask, attend_flex, row_mask_arrays
 from megatron_rmipo.model.attention.packed import PackedAttention
 from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
-from megatron_rmipo.model.attention.sdpa import attend_segments
+from megatron_rmipo.model.attention.sdpa import attend_runs
 from tests.model.attention.rows import attention_config, dense_mask, random_segments
 
 ROWS = {
@@ -34,7 +35,7 @@ ROWS = {
 
 
 def arrays_of(segments: Tensor, num_tokens: int, window: int | None = None) -> RowMask:
-    arrays = row_mask_arrays(segments.numpy(), max(2, -(-num_tokens // 128)), window)
+    arrays = row_mask_arrays(whole_runs(segments.numpy()), max(2, -(-num_tokens // 128)), window)
     return RowMask(*map(torch.from_numpy, arrays))
 
 
@@ -47,7 +48,7 @@ def test_tables_are_those_that_torch_finds_in_the_dense_mask(name: str, window: 
     padded = torch.cat([segments, torch.tensor([[num_tokens, length - num_tokens, 0, 0]])]) if length > num_tokens else segments
     mask = dense_mask(padded, window)
     theirs = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, length, length, device="cpu")
-    for field in RowMask._fields[3:]:
+    for field in RowMask._fields[3:11]:
         ours_now, theirs_now = getattr(ours, field), getattr(theirs, field)
         assert (ours_now.dtype, ours_now.shape) == (theirs_now.dtype, theirs_now.shape), field
         assert torch.equal(ours_now, theirs_now), field
@@ -123,7 +124,7 @@ def test_the_compiler_knows_one_unknown_length_and_that_rows_end_with_a_block(mo
     compiled = torch.compile(block_masks._attend_blocks, backend=look, fullgraph=True, dynamic=False)
     monkeypatch.setattr(block_masks, "_compiled", lambda device_type: compiled)
     query = torch.randn(300, 3, 16)
-    attend_flex(query, query, query, torch.tensor([[0, 300, 0, 0]]), 0.3)
+    attend_flex(query, query, query, np.array([[0, 300, 0, 0, 0]]), 0.3)
     sizes = {size.node.expr for shape in shapes for size in shape if isinstance(size, torch.SymInt)}
     # B, and T.
     (unknown,) = {symbol for size in sizes for symbol in size.free_symbols}
@@ -172,8 +173,10 @@ def test_rows_that_want_more_kernels_than_are_compiled_are_computed_by_sdpa(
         # The first is met again, and has its kernel.
         for fallbacks, heads in ((0, 1), (0, 2), (0, 3), (1, 4), (2, 5), (2, 1)):
             row = torch.randn(int(segments[-1, :2].sum()), heads, 16, generator=torch.Generator().manual_seed(heads))
-            expected = attend_segments(row, row, row, segments, 0.3)
-            torch.testing.assert_close(attend_flex(row, row, row, segments, 0.3), expected, rtol=1e-4, atol=1e-5)
+            expected = attend_runs(row, row, row, whole_runs(segments.numpy()), 0.3)
+            torch.testing.assert_close(
+                attend_flex(row, row, row, whole_runs(segments.numpy()), 0.3), expected, rtol=1e-4, atol=1e-5
+            )
             assert block_masks.num_fallbacks() == fallbacks
     assert counters["stats"]["unique_graphs"] == 3
     (warning,) = [record.getMessage() for record in caplog.records if record.name == block_masks.__name__]
@@ -184,14 +187,14 @@ def test_rows_that_want_more_kernels_than_are_compiled_are_computed_by_sdpa(
 def test_a_mask_is_made_once_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     build = block_masks.row_mask_arrays
-    monkeypatch.setattr(block_masks, "row_mask_arrays", lambda *args: made.append(1) or build(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(block_masks, "row_mask_arrays", lambda *args, **named: made.append(1) or build(*args, **named))  # type: ignore[func-returns-value]
     packs = [random_segments(seed, pairs=3, longest=30) for seed in range(3)]
     query = torch.randn(200, 2, 16)
     # Two layers forward, pack after pack, then the same recomputed from a copy of the segments, as a checkpoint saves it.
     with torch.no_grad():
         for segments in (*packs, *packs, *(segments.clone() for segments in packs)):
             num_tokens = int(segments[-1, :2].sum())
-            attend_flex(query[:num_tokens], query[:num_tokens], query[:num_tokens], segments, 0.3)
+            attend_flex(query[:num_tokens], query[:num_tokens], query[:num_tokens], whole_runs(segments.numpy()), 0.3)
     assert len(made) == 3
 
 
@@ -200,5 +203,5 @@ def test_the_mask_of_a_long_row_needs_little_memory() -> None:
     lengths = np.full(128, 128)
     segments = np.stack([np.cumsum(lengths) - lengths, lengths, lengths * 0, lengths * 0], 1)
     segments[1::2, 2:] = np.stack([segments[0::2, 0], np.full(64, 100)], 1)
-    arrays = row_mask_arrays(segments, 128)
+    arrays = row_mask_arrays(whole_runs(segments), 128)
     assert sum(array.nbytes for array in arrays) < 2**19

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from megatron_rmipo.model.attention import packed as attention
 from megatron_rmipo.model.attention import sdpa as segment_by_segment
 from megatron_rmipo.model.attention import te as varlen
+from megatron_rmipo.model.attention.deal import whole_runs
 from megatron_rmipo.model.attention.packed import PackedAttention, choose_backend
 from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
@@ -22,6 +24,7 @@ HEADS, GROUPS, HEAD_SIZE = 6, 2, 16
 # A pair with a shared prompt (prompt 5, chosen 4, rejected 3), a plain sequence, a one-token segment, a shared prompt again.
 SEGMENTS = torch.tensor([[0, 9, 0, 0], [9, 3, 0, 5], [12, 7, 0, 0], [19, 1, 0, 0], [20, 2, 0, 0], [22, 6, 20, 2]])
 NUM_TOKENS = 28
+FOUR_RUNS = whole_runs(np.array([[0, 4, 0, 0], [4, 2, 1, 3], [6, 1, 0, 0], [7, 3, 6, 1]]))
 LONG_PREFIX = torch.tensor([[0, 9, 0, 0], [9, 8, 0, 5], [17, 11, 0, 9]])
 
 
@@ -132,7 +135,7 @@ def test_flex_forward_matches_sdpa_on_rows_of_several_blocks(pairs: int) -> None
 class PlainVarlen(torch.nn.Module):
     """What Transformer Engine's attention promises of THD tensors with the bottom-right causal mask, sequence by sequence."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float, rules: ScoreRules) -> None:
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float, rules: ScoreRules, num_shares: int = 1) -> None:
         super().__init__()
         self.softmax_scale, self.rules = softmax_scale, rules
         if rules.sinks:
@@ -199,7 +202,7 @@ def test_te_is_told_the_lengths_of_sequences(segments: Tensor, monkeypatch: pyte
 
 
 def test_the_layout_of_sequences_repeats_each_prefix_before_its_segment() -> None:
-    layout = varlen.varlen_layout(torch.tensor([[0, 4, 0, 0], [4, 2, 1, 3], [6, 1, 0, 0], [7, 3, 6, 1]]).numpy())
+    layout = varlen.varlen_layout(FOUR_RUNS, 10)
     assert layout.cu_seqlens_q.tolist() == [0, 4, 6, 7, 10]
     assert layout.cu_seqlens_kv.tolist() == [0, 4, 9, 10, 14]
     assert layout.key_index is not None
@@ -208,11 +211,11 @@ def test_the_layout_of_sequences_repeats_each_prefix_before_its_segment() -> Non
 
 
 def test_a_window_leaves_out_what_of_a_prefix_no_query_sees() -> None:
-    layout = varlen.varlen_layout(torch.tensor([[0, 4, 0, 0], [4, 2, 1, 3], [6, 1, 0, 0], [7, 3, 6, 1]]).numpy(), window=3)
+    layout = varlen.varlen_layout(FOUR_RUNS, 10, window=3)
     assert layout.cu_seqlens_kv.tolist() == [0, 4, 8, 9, 13]
     assert layout.key_index is not None
     assert layout.key_index.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 6, 7, 8, 9]
-    assert varlen.varlen_layout(SEGMENTS.numpy(), window=1).key_index is None
+    assert varlen.varlen_layout(whole_runs(SEGMENTS.numpy()), NUM_TOKENS, window=1).key_index is None
 
 
 def test_no_backend_leaves_anything_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
