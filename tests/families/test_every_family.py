@@ -42,6 +42,11 @@ SPARSE_LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"ep": 2, "tp": 2, "etp": 2, "sequence_parallel": True, "tokens_per_microbatch": 200},
     ],
 }
+# Of kinds whose attention is not the plain one, over ranks that share rows: sinks and windows, caps, windows, latents.
+CONTEXT_KINDS = ("gpt_oss", "gemma2", "gemma3", "deepseek_v3")
+CONTEXT_LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    2: [{"cp": 2, "tokens_per_microbatch": 200}, {"cp": 2, "cp_comm_type": "a2a", "recompute": "full"}],
+}
 # Of HybridModel, where there is one: kinds that between them have every part that it could miss.
 HYBRID_KINDS = ("gemma3", "olmo2_tied", "smollm3", "granite", "qwen2_moe", "gpt_oss")
 HYBRID_LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -58,7 +63,8 @@ def read_train_and_write(case: Case, folder: str, pairs: PairCollection, groups:
     state = build_state(case, hf, groups)
     generator = torch.Generator().manual_seed(5)
     texts = [torch.randint(VOCAB, (length,), generator=generator) for length in TEXT_LENGTHS]
-    agreement = compare_with_transformers(state.policy, hf, texts, groups, torch.float32)
+    # Logits of whole rows, which no rank has where they share them.
+    agreement = None if case.cp > 1 else compare_with_transformers(state.policy, hf, texts, groups, torch.float32)
     out = Path(folder) / f"{case.name} written"
     export_hf(state.policy, state.policy.architecture, hf, out, dtype=None, groups=groups, max_shard_bytes=60000)
     result = loss_and_gradients(case, str(hf), pairs, ReferenceScores(str(hf), groups))
@@ -98,6 +104,7 @@ def test_every_kind_agrees_with_transformers(world_size: int, folder: Path) -> N
     pairs = make_pairs(NUM_PAIRS)
     layouts = [(kind, layout) for layout in LAYOUTS.get(world_size, []) for kind in KINDS]
     layouts += [(kind, layout) for layout in SPARSE_LAYOUTS[world_size] for kind in SPARSE_KINDS]
+    layouts += [(kind, layout) for layout in CONTEXT_LAYOUTS.get(world_size, []) for kind in CONTEXT_KINDS]
     if HybridModel is not None:
         layouts += [(kind, layout) for layout in HYBRID_LAYOUTS.get(world_size, []) for kind in HYBRID_KINDS]
     cases = [Case(f"{kind} {world_size}.{number}", model=kind, **layout) for number, (kind, layout) in enumerate(layouts)]
@@ -107,7 +114,7 @@ def test_every_kind_agrees_with_transformers(world_size: int, folder: Path) -> N
     failures = {}
     for case, result in zip(cases, results, strict=True):
         try:
-            assert result["agreement"].max_difference < 1e-4, result["agreement"]
+            assert case.cp > 1 or result["agreement"].max_difference < 1e-4, result["agreement"]
             check(case, result, answers[case.model])
             expected, written = tensors(folder / case.model), tensors(folder / f"{case.name} written")
             assert written.keys() == expected.keys()

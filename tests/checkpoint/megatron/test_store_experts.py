@@ -47,6 +47,7 @@ def train(hf: Path, folder: Path, name: str, sizes: dict[str, int], saves: bool)
     """Some steps, a checkpoint, the rest of the steps, an export; or the rest out of that checkpoint."""
     groups = initialize_runtime(
         sizes.get("tensor_model_parallel_size", 1),
+        context_parallel_size=sizes.get("context_parallel_size", 1),
         expert_model_parallel_size=sizes.get("expert_model_parallel_size", 1),
         expert_tensor_parallel_size=sizes.get("expert_tensor_parallel_size"),
     )
@@ -75,10 +76,12 @@ def test_training_goes_on_at_other_expert_parallel_sizes(tmp_path: Path) -> None
     run_distributed(train, 1, hf, tmp_path, "alone", {}, False)
     both = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
     run_distributed(train, 2, hf, tmp_path, "both", both, False)
+    over_rows = {"context_parallel_size": 2, "expert_model_parallel_size": 2}
+    run_distributed(train, 2, hf, tmp_path, "over rows", over_rows, False)
     for distributed in (True, False):
         expected = tensors(tmp_path / f"uninterrupted-{distributed}")
         assert not torch.equal(expected["lm_head.weight"], tensors(hf)["lm_head.weight"])
-        for name in ("alone", "both"):
+        for name in ("alone", "both", "over rows"):
             found = tensors(tmp_path / f"{name}-{distributed}")
             different = [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])]
             assert not different, (name, distributed, different)
