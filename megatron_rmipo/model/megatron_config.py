@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
@@ -17,6 +19,10 @@ from megatron_rmipo.families.megatron_fields import latent_fields, megatron_fiel
 from megatron_rmipo.model.layers.experts import expert_settings
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups
+
+if not megatron_random.HAVE_TE:
+    # What computes norms anew takes its own default, False, for fp8, which only None is not, and asks Transformer Engine.
+    megatron_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def _quick_gelu(gate: Tensor) -> Tensor:
@@ -38,6 +44,7 @@ def transformer_config(
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
     recompute_num_layers: int | None = None,
+    recompute_modules: Sequence[str] | None = None,
     experts: ExpertsConfig | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
@@ -52,7 +59,7 @@ def transformer_config(
         fp8_format: ``hybrid`` or ``e4m3``: the layers' matrix products in fp8, in Transformer Engine; None in ``dtype``.
         fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
         sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
-        recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
+        recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: Megatron's activation recomputation.
         experts: how tokens reach experts, and what is done about their load, in a model that has them.
         **overrides: further TransformerConfig fields.
 
@@ -79,6 +86,8 @@ def transformer_config(
         "recompute_granularity": recompute_granularity,
         "recompute_method": recompute_method,
         "recompute_num_layers": recompute_num_layers,
+        # Megatron appends to the list it is given.
+        "recompute_modules": None if recompute_modules is None else [*recompute_modules],
         "use_cpu_initialization": not on_gpu,
         "transformer_impl": "transformer_engine" if use_te else "local",
         # The kernel for tensors that are not THD turns each token by its own row of our table, so positions may restart.

@@ -143,6 +143,7 @@ def initialize_runtime(
     *,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
+    num_distributed_optimizer_instances: int = 1,
     seed: int = 1234,
     backend: str | None = None,
     timeout_minutes: float = 10.0,
@@ -157,6 +158,8 @@ def initialize_runtime(
         pipeline_model_parallel_size: number of pipeline stages.
         expert_model_parallel_size: ranks that hold different experts of a layer, out of the data- and tensor-parallel ones.
         expert_tensor_parallel_size: ranks that share each expert; by default those that share each layer.
+        num_distributed_optimizer_instances: copies of the distributed optimizer's state; each lies over so many times fewer
+            ranks.
         seed: seeds Python, NumPy, torch and Megatron's per-rank trackers.
         backend: ``nccl`` or ``gloo``; by default nccl with CUDA, gloo without.
         timeout_minutes: a collective that waits longer than this fails on every rank.
@@ -198,6 +201,7 @@ def initialize_runtime(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )
