@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "megatron-core>=0.16,<0.20",
     "psutil>=5.9",  # megatron-core's checkpoint writer needs it without saying so, and hangs without it
     "numpy>=1.26",
+    "einops>=0.8",  # megatron-core divides the distributed optimizer's instances with it, without saying so
     "transformers>=5.0,<6",
     "tokenizers>=0.22",
     "sentencepiece>=0.2.1",

@@ -21,15 +21,16 @@ MAY_IMPORT = {
     "embedded": {"errors", "command"},
     "families": {"errors"},
     "model": {"errors", "torchrun", "config", "runtime", "data", "families"},
+    "optimizer": {"config", "runtime"},
     "memory": {"errors", "config", "runtime", "data", "families", "model"},
     "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
     "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
-    "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model"},
+    "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
-        *("scoring", "reports"),
+        *("optimizer", "scoring", "reports"),
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun"},
@@ -52,7 +53,7 @@ INNER_ROOMS = {
         "shares": set(),
         "megatron": {"hf", "shares", "whole_directories", "raw_files"},
     },
-    "model": {"attention": set(), "layers": {"attention", "products"}},
+    "model": {"attention": set(), "layers": {"attention", "products", "transformer_engine"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }
 # So many files a room holds at most; these have one file each of something.

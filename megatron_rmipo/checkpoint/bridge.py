@@ -138,6 +138,7 @@ class ThroughBridge:
             recompute_granularity=model.recompute_granularity,
             recompute_method=model.recompute_method,
             recompute_num_layers=model.recompute_num_layers,
+            recompute_modules=config.memory.recompute_modules,
         ).policy
         policy.architecture = arch
         return policy

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
@@ -20,6 +21,9 @@ from megatron_rmipo.config.schema import (
 )
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.errors import ConfigError
+
+_DTYPES = {"main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"}
+_OFFLOADED = {"optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"}
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -36,7 +40,8 @@ def config_problems(config: Config) -> Iterator[str]:
     """Every fault of this kind."""
     yield from exclusive_problems(config)
     yield from parallel_problems(config)
-    yield from recompute_problems(config.model)
+    yield from recompute_problems(config)
+    yield from memory_problems(config)
     yield from expert_problems(config.experts)
     yield from _data_flags(config.data)
     yield from _optimizer_flags(config.optimizer, config.training)
@@ -63,6 +68,9 @@ def parallel_problems(config: Config) -> Iterator[str]:
         yield "--sequence-parallel needs --tensor-model-parallel-size 2 or more; leave it out at 1"
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce as well"
+    yield from _at_least(1, parallel, "num_distributed_optimizer_instances")
+    if parallel.num_distributed_optimizer_instances > 1 and not parallel.use_distributed_optimizer:
+        yield "--num-distributed-optimizer-instances needs --use-distributed-optimizer: it says how often its state is there"
     yield from _at_least(0, config.data, "min_microbatches_per_stage")
     if config.data.min_microbatches_per_stage is not None and parallel.pipeline_model_parallel_size == 1:
         yield "--min-microbatches-per-stage does nothing at --pipeline-model-parallel-size 1; leave it out"
@@ -70,14 +78,45 @@ def parallel_problems(config: Config) -> Iterator[str]:
         yield f"--distributed-timeout-minutes {parallel.distributed_timeout_minutes}: must be greater than 0"
 
 
-def recompute_problems(model: ModelConfig) -> Iterator[str]:
+def recompute_problems(config: Config) -> Iterator[str]:
     """Faults of the flags of recomputation and of sizes inside the model."""
+    model, modules = config.model, config.memory.recompute_modules
     yield from _at_least(1, model, "make_vocab_size_divisible_by", "logprob_chunk_size", "recompute_num_layers")
     full = model.recompute_granularity == "full"
     if full and (model.recompute_method is None or model.recompute_num_layers is None):
         yield "--recompute-granularity full needs a method and a number: --recompute-method uniform --recompute-num-layers 1"
     if not full and (model.recompute_method is not None or model.recompute_num_layers is not None):
         yield "--recompute-method and --recompute-num-layers belong to --recompute-granularity full"
+    if modules is None:
+        return
+    if model.recompute_granularity != "selective":
+        yield "--recompute-modules belong to --recompute-granularity selective"
+    if not modules:
+        yield "--recompute-modules names none; leave it out, or name core_attn, which is what it is when unset"
+    for part in ("moe_act", "shared_experts"):
+        if part in modules and "moe" in modules:
+            yield f"--recompute-modules {part} is part of moe, all of which is computed anew; name one of them"
+
+
+def memory_problems(config: Config) -> Iterator[str]:
+    """Faults of the flags of the optimizer's memory."""
+    memory, unset = config.memory, MemoryConfig()
+    changed = {name for name in _DTYPES | _OFFLOADED if getattr(memory, name) != getattr(unset, name)}
+    if not memory.use_precision_aware_optimizer:
+        yield from (f"{flag_of(name)} does nothing without --use-precision-aware-optimizer" for name in sorted(changed & _DTYPES))
+    else:
+        needed = {"--use-distributed-optimizer": config.parallel.use_distributed_optimizer, "--bf16": config.model.bf16}
+        if missing := [flag for flag, given in needed.items() if not given]:
+            yield f"--use-precision-aware-optimizer needs {' and '.join(missing)}"
+    if not memory.optimizer_cpu_offload:
+        yield from (f"{flag_of(name)} does nothing without --optimizer-cpu-offload" for name in sorted(changed & _OFFLOADED))
+        return
+    if not memory.use_precision_aware_optimizer:
+        yield "--optimizer-cpu-offload needs --use-precision-aware-optimizer, whose code it uses"
+    for name in sorted(changed & _DTYPES - {"main_grads_dtype"}):
+        yield f"{flag_of(name)} does nothing with --optimizer-cpu-offload, whose state is fp32 on host and device; leave it out"
+    if not 0 < memory.optimizer_offload_fraction <= 1:
+        yield f"--optimizer-offload-fraction {memory.optimizer_offload_fraction}: must be greater than 0 and at most 1"
 
 
 def expert_problems(experts: ExpertsConfig) -> Iterator[str]:

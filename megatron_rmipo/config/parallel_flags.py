@@ -52,11 +52,9 @@ class ParallelConfig:
         False, "Shard optimizer state and fp32 weights over data-parallel ranks, CP among them."
     )
     num_distributed_optimizer_instances: int = option(
-        1, "Copies of the sharded optimizer state; each is sharded over so many times fewer ranks."
-    )
-    use_megatron_fsdp: bool = option(False, "Shard weights, gradients and optimizer by Megatron-FSDP.")
-    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = option(
-        "no_shard", "With --use-megatron-fsdp: what is sharded over data-parallel ranks."
+        1,
+        "Copies of the distributed optimizer's state; each is sharded over so many times fewer ranks, and weights are gathered "
+        "among these alone. Must divide the data-parallel ranks.",
     )
     overlap_grad_reduce: bool = option(False, "Reduce gradients over data-parallel ranks while the backward pass runs.")
     overlap_param_gather: bool = option(

@@ -84,6 +84,14 @@ _ANSWERS = {
     "the load-balancing loss is that of the global batch, always": "moe_router_load_balancing_type",
     "no token is dropped": "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
     "not supported yet": "rampup_batch_size",
+    "not supported, checkpoints and exports do not know its shards (docs/training.md, Less memory); "
+    "--use-distributed-optimizer shards the optimizer": (
+        "use_megatron_fsdp data_parallel_sharding_strategy use_custom_fsdp outer_dp_sharding_strategy init_model_with_meta_device"
+    ),
+    "on the host torch's AdamW updates, always": "use_torch_optimizer_for_cpu_offload",
+    "gradients are reduced in --main-grads-dtype, in which they are summed": (
+        "grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32"
+    ),
     "use --epochs or --train-iters": "train_samples",
     "use --lr-warmup-iters or --lr-warmup-fraction": "lr_warmup_samples",
     "the decay ends with the run": "lr_decay_iters lr_decay_samples",

@@ -134,6 +134,7 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         recompute_granularity=config.model.recompute_granularity,
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
+        recompute_modules=config.memory.recompute_modules,
         experts=config.experts,
     )
     return build_policy(

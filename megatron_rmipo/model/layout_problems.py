@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from megatron_rmipo.config.flag_problems import expert_problems, parallel_problems, recompute_problems, refuse
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
-from megatron_rmipo.model.expert_problems import expert_kernel_problems, expert_layout_problems
+from megatron_rmipo.model.expert_problems import expert_kernel_problems, expert_layout_problems, expert_tensor_size
 from megatron_rmipo.model.hybrid import NO_HYBRID_MODEL, HybridModel
-from megatron_rmipo.model.transformer_engine import fp8_width_problems, transformer_engine_problems
+from megatron_rmipo.model.layers.recomputation import recompute_module_problems
+from megatron_rmipo.model.transformer_engine import (
+    fp8_width_problems,
+    optimizer_memory_problems,
+    transformer_engine_problems,
+)
 from megatron_rmipo.torchrun import read_launch
 
 
@@ -32,7 +39,7 @@ def refuse_impossible_layout(config: Config, architecture: ModelArchitecture, wo
     )
     flags = [
         *parallel_problems(config),
-        *recompute_problems(config.model),
+        *recompute_problems(config),
         *expert_problems(config.experts),
         *machine_problems(config),
     ]
@@ -44,6 +51,9 @@ def machine_problems(config: Config) -> Iterator[str]:
     yield from _device_problems(config)
     yield from transformer_engine_problems(config.model)
     yield from expert_kernel_problems(config.experts, config.model)
+    yield from optimizer_memory_problems(config.memory)
+    if config.parallel.num_distributed_optimizer_instances > 1 and importlib.util.find_spec("einops") is None:
+        yield "--num-distributed-optimizer-instances: einops is not installed, which Megatron-Core needs. pip install einops"
     if config.model.model_class == "hybrid" and HybridModel is None:
         yield f"--model-class hybrid: {NO_HYBRID_MODEL}"
 
@@ -84,6 +94,8 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
             f"--global-batch-size {config.training.global_batch_size} leaves some of the {world_size // ranks} data-parallel "
             f"ranks without a pair; at least {world_size // ranks} would work"
         )
+    if world_size % ranks == 0:
+        yield from instance_problems(config.parallel, world_size)
     if config.data.seq_length > arch.longest_sequence:
         yield (
             f"--seq-length {config.data.seq_length} is longer than the model's {arch.length_limit}; "
@@ -104,6 +116,7 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)
     yield from expert_layout_problems(config, arch, world_size)
+    yield from recompute_module_problems(config, arch)
     layers = arch.num_layers // pipeline
     if config.model.recompute_num_layers is not None and config.model.recompute_num_layers > layers:
         yield (
@@ -125,6 +138,20 @@ def _context_problems(config: Config, arch: ModelArchitecture) -> Iterator[str]:
     if config.model.attention_backend == "te" and arch.attention_sinks:
         yield (
             f"--attention-backend te knows no sinks at --context-parallel-size {context}; flex would work on a GPU, sdpa anywhere"
+        )
+
+
+def instance_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """A number of the distributed optimizer's instances that the ranks of a shard cannot be divided into."""
+    instances, pipeline = parallel.num_distributed_optimizer_instances, parallel.pipeline_model_parallel_size
+    replicas = world_size // (parallel.tensor_model_parallel_size * pipeline)
+    expert_ranks = max(1, parallel.expert_model_parallel_size * expert_tensor_size(parallel))
+    expert_replicas = max(1, world_size // (pipeline * expert_ranks))
+    if instances > 1 and (replicas % instances or expert_replicas % instances):
+        experts = f", or the {expert_replicas} that hold the same experts" if expert_replicas != replicas else ""
+        yield (
+            f"--num-distributed-optimizer-instances {instances} does not divide the {replicas} ranks that hold the same "
+            f"weights{experts}; would work: {_list(_divisors(math.gcd(replicas, expert_replicas)))}"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
@@ -17,6 +19,10 @@ from megatron_rmipo.families.megatron_fields import latent_fields, megatron_fiel
 from megatron_rmipo.model.layers.experts import expert_settings
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups
+
+if not megatron_random.HAVE_TE:
+    # What computes norms anew takes its own default, False, for fp8, which only None is not, and asks Transformer Engine.
+    megatron_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def _quick_gelu(gate: Tensor) -> Tensor:
@@ -39,6 +45,7 @@ def transformer_config(
     recompute_granularity: str | None = None,
     recompute_method: str | None = None,
     recompute_num_layers: int | None = None,
+    recompute_modules: Sequence[str] | None = None,
     experts: ExpertsConfig | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
@@ -54,7 +61,7 @@ def transformer_config(
         fp8_recipe: how their scales are found, by Megatron's names; None is its default, ``delayed``.
         sequence_parallel: shard norms and residuals along the row over the tensor-parallel group.
         cp_comm_type: how ranks that share a row attend to each other's tokens, ``all_gather`` or ``a2a``.
-        recompute_granularity, recompute_method, recompute_num_layers: Megatron's activation recomputation.
+        recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: Megatron's activation recomputation.
         experts: how tokens reach experts, and what is done about their load, in a model that has them.
         **overrides: further TransformerConfig fields.
 
@@ -83,6 +90,8 @@ def transformer_config(
         "recompute_granularity": recompute_granularity,
         "recompute_method": recompute_method,
         "recompute_num_layers": recompute_num_layers,
+        # Megatron appends to the list it is given.
+        "recompute_modules": None if recompute_modules is None else [*recompute_modules],
         "use_cpu_initialization": not on_gpu,
         "transformer_impl": "transformer_engine" if use_te else "local",
         # The kernel for tensors that are not THD turns each token by its own row of our table, so positions may restart.

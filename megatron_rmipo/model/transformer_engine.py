@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
 
@@ -69,6 +70,14 @@ def fp8_width_problems(model: ModelConfig, arch: ModelArchitecture, tensor_model
         )
 
 
+def optimizer_memory_problems(memory: MemoryConfig) -> Iterator[str]:
+    """Flags of the optimizer's memory that this machine cannot do, or that would do nothing on it."""
+    if memory.optimizer_cpu_offload and not torch.cuda.is_available():
+        yield "--optimizer-cpu-offload needs CUDA; without it the state is on the host already. Leave it out"
+    elif memory.use_precision_aware_optimizer and torch.cuda.is_available() and not transformer_engine_available():
+        yield f"--use-precision-aware-optimizer: {NO_TRANSFORMER_ENGINE}"
+
+
 NO_TRANSFORMER_ENGINE = (
     "Transformer Engine is not installed, or there is no GPU. Install the extra with pip install 'megatron_rmipo[te]' on a GPU "
     "machine, or leave the flag out."
@@ -80,3 +89,8 @@ def transformer_engine_available() -> bool:
     from megatron.core.extensions import transformer_engine
 
     return bool(getattr(transformer_engine, "HAVE_TE", False)) and torch.cuda.is_available()
+
+
+def transformer_engine_layers(model: ModelConfig) -> bool:
+    """Whether the layers are Transformer Engine's, by the flags and by what is installed."""
+    return model.transformer_impl != "local" and transformer_engine_available()

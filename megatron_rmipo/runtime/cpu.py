@@ -7,9 +7,8 @@ torch, does so only where CUDA is absent, and leaves a machine with CUDA untouch
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,11 +67,6 @@ class _InertStream:
         return None
 
 
-@contextlib.contextmanager
-def _inert_context(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
-
-
 def _inert_function() -> Callable[..., None]:
     # A new one each time: torch.compile keeps a table of torch.cuda's functions and refuses one that stands in it twice.
     return lambda *args, **kwargs: None
@@ -93,11 +87,11 @@ def install_cpu_runtime() -> bool:
     cuda.current_device = lambda: _CPU
     for name in ("synchronize", "empty_cache", "set_device", "_lazy_init", "reset_peak_memory_stats", "nvtx_range_pop"):
         setattr(cuda, name, _inert_function())
-    for name in ("Stream", "Event"):
+    # A context of a stream may be entered again, which one of contextlib's may not.
+    for name in ("Stream", "Event", "stream"):
         setattr(cuda, name, _InertStream)
     cuda.current_stream = lambda *args, **kwargs: _InertStream()
     cuda.default_stream = lambda *args, **kwargs: _InertStream()
-    cuda.stream = _inert_context
     cuda.device = _InertStream
     cuda._lazy_call = lambda call, **kwargs: call()
     for module in (cuda, cuda.random):

@@ -144,6 +144,7 @@ def initialize_runtime(
     context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
+    num_distributed_optimizer_instances: int = 1,
     seed: int = 1234,
     backend: str | None = None,
     timeout_minutes: float = 10.0,
@@ -159,6 +160,8 @@ def initialize_runtime(
         context_parallel_size: ranks that share each row along its tokens.
         expert_model_parallel_size: ranks that hold different experts of a layer, out of all those of a stage.
         expert_tensor_parallel_size: ranks that share each expert; by default those that share each layer.
+        num_distributed_optimizer_instances: copies of the distributed optimizer's state; each lies over so many times fewer
+            ranks.
         seed: seeds Python, NumPy, torch and Megatron's per-rank trackers.
         backend: ``nccl`` or ``gloo``; by default nccl with CUDA, gloo without.
         timeout_minutes: a collective that waits longer than this fails on every rank.
@@ -202,6 +205,7 @@ def initialize_runtime(
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,
     )

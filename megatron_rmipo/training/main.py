@@ -88,6 +88,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
         context_parallel_size=config.parallel.context_parallel_size,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=config.parallel.num_distributed_optimizer_instances,
         seed=config.training.seed,
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_rmipo.checkpoint.source import ModelSource
+from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
@@ -75,7 +76,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     say(f"layout: {_layout(run.groups, config.parallel)}")
     tell_pipeline(run)
     attention = choose_backend(config.model.attention_backend, source.arch.least_head_size)
-    say(f"precision: {_precision(config.model)}; attention {attention}")
+    say(f"precision: {_precision(config.model, config.memory)}; attention {attention}")
     outputs = config.checkpoint
     every = f" every {outputs.save_interval} steps" if outputs.save_interval else " at the end"
     final = outputs.save_hf or "none (--save-hf)"
@@ -139,6 +140,8 @@ def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
         "gradients reduced during the backward pass": parallel.overlap_grad_reduce,
         "weights gathered during the forward pass": parallel.overlap_param_gather,
     }
+    if parallel.num_distributed_optimizer_instances > 1:
+        switches[f"{parallel.num_distributed_optimizer_instances} instances of it"] = True
     context = f" x CP {groups.cp_size}" if groups.cp_size > 1 else ""
     sizes = f"TP {groups.tp_size} x PP {groups.pp_size}{context} x DP {groups.dp_size}"
     if parallel.expert_model_parallel_size > 1:
@@ -147,10 +150,16 @@ def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
     return ", ".join([ranks, *(text for text, used in switches.items() if used)])
 
 
-def _precision(model: ModelConfig) -> str:
-    if model.fp8_format:
-        return f"fp8 ({model.fp8_format}) layers, bf16 elsewhere, fp32 master weights"
-    return "bf16, fp32 master weights" if model.bf16 else "fp32"
+def _precision(model: ModelConfig, memory: MemoryConfig) -> str:
+    if not model.bf16:
+        return "fp32"
+    layers = f"fp8 ({model.fp8_format}) layers, bf16 elsewhere" if model.fp8_format else "bf16"
+    parts = [layers, f"{memory.main_params_dtype} master weights"]
+    if memory.use_precision_aware_optimizer:
+        parts += [f"{memory.main_grads_dtype} gradients", f"moments in {memory.exp_avg_dtype} and {memory.exp_avg_sq_dtype}"]
+    if memory.optimizer_cpu_offload:
+        parts.append(f"{memory.optimizer_offload_fraction:.0%} of the optimizer on the host")
+    return ", ".join(parts)
 
 
 def warn_of_few_pairs(num_held_out: int, eval_pairs: int | None, reporter: Reporter) -> None:

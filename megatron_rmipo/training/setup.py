@@ -6,20 +6,17 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, build_from
-from megatron_rmipo.config.parallel_flags import ParallelConfig
-from megatron_rmipo.config.schema import Config, OptimizerConfig
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.model.policy import PolicyModel
 from megatron_rmipo.objectives.base import State
+from megatron_rmipo.optimizer.build import build_optimizer, build_scheduler
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -96,49 +93,28 @@ def build_training_state(policy: PolicyModel, config: Config, groups: ProcessGro
     The optimizer takes its fp32 master weights from the policy as it is now.
     """
     collection = groups.megatron_collection()
-    model = _wrap(policy, config.parallel)
-    optimizer_config = _megatron_optimizer_config(config.optimizer, config.parallel, bf16=config.model.bf16)
-    optimizer = get_megatron_optimizer(
-        optimizer_config,
-        [model],
-        config_overrides=get_standard_config_overrides(optimizer_config),
-        use_gloo_process_groups=False,
-        pg_collection=collection,
-    )
+    model = _wrap(policy, config)
+    optimizer = build_optimizer([model], config, groups)
     _connect(policy, model, optimizer, collection)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters)
     return TrainingState(model, policy, optimizer, scheduler)
 
 
-def _wrap(policy: PolicyModel, parallel: ParallelConfig) -> DistributedDataParallel:
+def _wrap(policy: PolicyModel, config: Config) -> DistributedDataParallel:
+    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        # The buffers that gradients are summed and reduced in are those that the optimizer reads.
+        grad_reduce_in_fp32=config.memory.main_grads_dtype == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         # A non-finite gradient skips the step, with the pairs that caused it named; DDP's own check would end the run.
         check_for_nan_in_grad=False,
     )
     module: Any = Float16Module(policy.config, policy) if policy.config.bf16 else policy
     # Weights are loaded or seeded the same on every data-parallel rank, so there is nothing to broadcast.
     return DistributedDataParallel(policy.config, ddp_config, module)
-
-
-def _megatron_optimizer_config(optimizer: OptimizerConfig, parallel: ParallelConfig, *, bf16: bool) -> MegatronOptimizerConfig:
-    return MegatronOptimizerConfig(
-        optimizer=optimizer.optimizer,
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
 
 
 def _connect(policy: PolicyModel, model: DistributedDataParallel, optimizer: MegatronOptimizer, collection: Any) -> None:
@@ -151,26 +127,3 @@ def _connect(policy: PolicyModel, model: DistributedDataParallel, optimizer: Meg
         config.grad_sync_func = model.start_grad_sync
     if model.ddp_config.overlap_param_gather:
         config.param_sync_func = model.start_param_sync
-
-
-def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
-    """Megatron's learning-rate schedule, counted in optimizer steps."""
-    warmup = config.lr_warmup_iters
-    if config.lr_warmup_fraction is not None:
-        warmup = round(config.lr_warmup_fraction * train_iters)
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=min(warmup, train_iters - 1),
-        lr_decay_steps=train_iters,
-        lr_decay_style=config.lr_decay_style,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=train_iters,
-        wd_incr_style="constant",
-        # A resumed run goes on with this run's schedule; the checkpoint gives only how far it is.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

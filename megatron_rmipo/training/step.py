@@ -93,5 +93,11 @@ def _update(optimizer: MegatronOptimizer, *, allowed: bool) -> tuple[float, bool
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                # The precision-aware optimizer reads gradients of another dtype than its parameters have.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     return grad_norm, bool(optimizer.step_with_ready_grads())

@@ -36,6 +36,7 @@ def refusal(*argv: str) -> str:
         ("--max_length 2048", ["use --seq-length"]),
         ("--deepspeed ds.json", ["--tensor-model-parallel-size", "--use-distributed-optimizer"]),
         ("--loss_type simpo", ["use --objective NAME"]),
+        ("--use-megatron-fsdp", ["checkpoints and exports do not know its shards", "--use-distributed-optimizer"]),
         ("--micro-batch-size 1", ["--tokens-per-microbatch"]),
         ("--num-layers 32", ["the architecture comes with the model"]),
         ("--tokenizer-type HuggingFaceTokenizer", ["the tokenizer comes with the model"]),

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
+from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
@@ -55,6 +57,9 @@ class Case:
     recompute: str | None = None
     distributed_optimizer: bool = False
     overlap: bool = False
+    instances: int = 1
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bf16: bool = False
     min_packs_per_stage: int = 0
     objective: str = "rmipo"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -69,6 +74,7 @@ class Case:
             "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.etp,
+            "num_distributed_optimizer_instances": self.instances,
         }
 
     def config(self) -> Config:
@@ -84,7 +90,14 @@ class Case:
                 overlap_grad_reduce=self.overlap,
                 overlap_param_gather=self.overlap and self.distributed_optimizer,
             ),
-            model=ModelConfig(model_class=self.model_class, make_vocab_size_divisible_by=8, logprob_chunk_size=7, **recompute),
+            model=ModelConfig(
+                model_class=self.model_class,
+                make_vocab_size_divisible_by=8,
+                logprob_chunk_size=7,
+                bf16=self.bf16,
+                **recompute,
+            ),
+            memory=MemoryConfig(**self.memory),
             optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant"),
         )
 
@@ -177,6 +190,8 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     metrics = gradient_pass(state.model, batch, objective, prepared, groups)
     state.optimizer.prepare_grads()
     norm = float(state.optimizer.get_grad_norm())
+    if case.distributed_optimizer:
+        _gather_shares(state.model)
     gradients = gather_gradients(state.policy, state.policy.architecture, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
     if gradients is None:
@@ -188,6 +203,15 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
         "norm": norm,
         "packs": num_packs,
     }
+
+
+def _gather_shares(model: DistributedDataParallel) -> None:
+    """Each rank has reduced its share of the gradients; give all of them all."""
+    for same in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+        group = same.intra_distributed_optimizer_instance_group
+        for bucket in same.buckets:
+            share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def gather_gradients(

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ ARCH = ModelArchitecture(
 SPARSE = dataclasses.replace(
     ARCH, experts=Experts(num_experts=12, per_token=2, ffn_hidden_size=40, dense_layers=frozenset({0}), shared_ffn_hidden_size=80)
 )
+DISTRIBUTED = ("--use-distributed-optimizer",)
+SELECTIVE = ("--recompute-granularity", "selective")
+PRECISE = (*DISTRIBUTED, "--bf16", "--use-precision-aware-optimizer")
 BASE = ("--data-path", "A", "--load-hf", "M")
 
 
@@ -50,6 +54,8 @@ def refusal(*argv: str, world_size: int = 1, architecture: ModelArchitecture = A
         (("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"), 3),
         (("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "6"), 1),
         (("--recompute-granularity", "selective"), 1),
+        (("--recompute-granularity", "selective", "--recompute-modules", "layernorm", "mlp"), 1),
+        ((*PRECISE, "--main-grads-dtype", "bf16", "--exp-avg-dtype", "fp8", "--exp-avg-sq-dtype", "fp16"), 1),
         (("--split", "99,1", "--eval-interval", "5", "--eval-pairs", "10"), 1),
         (("--valid-data-path", "0.5", "A", "1.5", "B"), 1),
         (("--save", "out", "--save-interval", "5", "--keep-last", "2", "--load", "out", "--finetune", "--no-load-optim"), 1),
@@ -87,6 +93,19 @@ def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> No
         (("--overlap-param-gather",), 1, ["--overlap-param-gather", "--use-distributed-optimizer"]),
         (("--recompute-granularity", "full"), 1, ["--recompute-method uniform --recompute-num-layers 1"]),
         (("--recompute-method", "uniform"), 1, ["--recompute-granularity full"]),
+        (("--recompute-modules", "mlp"), 1, ["--recompute-modules belong to --recompute-granularity selective"]),
+        ((*SELECTIVE, "--recompute-modules", "moe"), 1, ["moe: this model has no experts", "core_attn layernorm mlp"]),
+        ((*SELECTIVE, "--recompute-modules", "mla_up_proj"), 1, ["mla_up_proj: this model's attention has no latents"]),
+        (("--num-distributed-optimizer-instances", "2"), 2, ["needs --use-distributed-optimizer"]),
+        (
+            (*DISTRIBUTED, "--num-distributed-optimizer-instances", "4"),
+            6,
+            ["4 does not divide the 6 ranks", "would work: 1, 2, 3, 6"],
+        ),
+        (("--exp-avg-dtype", "bf16"), 1, ["--exp-avg-dtype does nothing without --use-precision-aware-optimizer"]),
+        (("--use-precision-aware-optimizer",), 1, ["needs --use-distributed-optimizer and --bf16"]),
+        (("--optimizer-offload-fraction", "0.5"), 1, ["--optimizer-offload-fraction does nothing without"]),
+        ((*PRECISE, "--optimizer-cpu-offload"), 1, ["--optimizer-cpu-offload needs CUDA"]),
         (
             (
                 "--recompute-granularity",
@@ -238,6 +257,37 @@ def test_what_experts_cannot_work_with_is_refused(argv: tuple[str, ...], world_s
     message = refusal(*argv, world_size=world_size, architecture=SPARSE)
     assert all(word in message for word in words), message
     assert message.count("\n") == 1, message
+
+
+def test_instances_of_the_distributed_optimizer_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = (*DISTRIBUTED, "--num-distributed-optimizer-instances", "3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    validate(config_of(*argv), ARCH, 6)
+    # Of EP 4 over eight ranks two hold the same experts.
+    message = refusal(*argv[:2], "4", "--expert-model-parallel-size", "4", world_size=8, architecture=SPARSE)
+    assert (
+        "4 does not divide the 8 ranks that hold the same weights, or the 2 that hold the same experts; would work: 1, 2"
+        in message
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install einops" in refusal(*argv, world_size=6)
+
+
+def test_what_the_host_keeps_of_the_optimizer_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--optimizer-cpu-offload needs --use-precision-aware-optimizer" in refusal("--optimizer-cpu-offload")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = refusal(*PRECISE, "--optimizer-cpu-offload", "--exp-avg-sq-dtype", "bf16", "--optimizer-offload-fraction", "0")
+    assert "--exp-avg-sq-dtype does nothing with --optimizer-cpu-offload" in message
+    assert "--optimizer-offload-fraction 0.0: must be greater than 0 and at most 1" in message
+    # There is a GPU, but no FusedAdam for it.
+    assert "--use-precision-aware-optimizer: Transformer Engine is not installed" in message
+
+
+def test_modules_of_experts_are_recomputed_where_they_are() -> None:
+    recompute = (*SELECTIVE, "--recompute-modules")
+    validate(config_of(*recompute, "core_attn", "layernorm", "mlp", "moe"), SPARSE, 1)
+    assert "moe_act: needs --moe-grouped-gemm" in refusal(*recompute, "moe_act", architecture=SPARSE)
+    assert "shared_experts is part of moe" in refusal(*recompute, "moe", "shared_experts", architecture=SPARSE)
 
 
 def test_flags_of_experts_are_refused_for_a_model_without() -> None:

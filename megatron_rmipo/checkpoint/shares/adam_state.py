@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_rmipo.checkpoint.shares.optimizer_pieces import FORM, pieces_of, set_pieces
@@ -36,11 +37,13 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
 
 def make_adam_state(optimizer: Any) -> None:
     """Give parameters that have taken no step the state they would start with."""
-    for part in _parts_with_torch_adam(optimizer):
-        for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
-            if not part.optimizer.state[parameter]:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    for part, adams in _torch_adams(optimizer):
+        for adam in adams:
+            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+                if not adam.state[parameter]:
+                    _begin(adam, parameter)
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
@@ -50,10 +53,11 @@ def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     # A part of which this rank holds nothing has none.
     pieces = [own.pop(_PIECES, {}) for own in states]
     optimizer.load_state_dict(state)
-    for part in _parts_with_torch_adam(optimizer):
+    for _, adams in _torch_adams(optimizer):
         # Megatron gives all parameters one step tensor, which each of them would then advance.
-        for parameter_state in part.optimizer.state.values():
-            parameter_state["step"] = parameter_state["step"].clone()
+        for parameter_state in (parameter_state for adam in adams for parameter_state in adam.state.values()):
+            if "step" in parameter_state:
+                parameter_state["step"] = parameter_state["step"].clone()
     for part, own in zip(parts, pieces, strict=True):
         if isinstance(part, DistributedOptimizer):
             set_pieces(part, own)
@@ -73,8 +77,24 @@ def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _parts_with_torch_adam(optimizer: Any) -> Iterator[Any]:
+def _torch_adams(optimizer: Any) -> Iterator[tuple[DistributedOptimizer, list[Any]]]:
+    """Parts whose state torch's Adam or one like it makes, and those that make it: several where the host updates a share."""
     for part in _parts(optimizer):
         inner = getattr(part, "optimizer", None)
-        if isinstance(part, DistributedOptimizer) and isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-            yield part
+        own = inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]
+        adams = [adam for adam in own if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) or _keeps_main_weights(adam)]
+        if isinstance(part, DistributedOptimizer) and adams:
+            yield part, adams
+
+
+def _keeps_main_weights(adam: Any) -> bool:
+    """Whether it is precision-aware: Megatron wants its state to be there before it is described."""
+    return bool(getattr(adam, "master_weights", False))
+
+
+def _begin(adam: Any, parameter: torch.Tensor) -> None:
+    if _keeps_main_weights(adam):
+        adam.initialize_state(parameter, adam.store_param_remainders and parameter.dtype == torch.bfloat16)
+        return
+    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    adam.state[parameter] = {"step": torch.tensor(0.0), **moments}

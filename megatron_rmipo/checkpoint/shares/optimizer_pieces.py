@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_rmipo.optimizer.remainders import joined, split
 
 FORM = "fully_reshardable"
 # torch's Adam counts steps in each parameter's state; they are kept with the parameter groups.
@@ -37,7 +40,7 @@ def pieces_of(part: DistributedOptimizer, weights: Mapping[str, Any]) -> dict[st
     """
     whole = {item.data: item for item in nested_values(dict(weights)) if isinstance(item, ShardedTensor | ShardedTensorFactory)}
     return {
-        f"{number}.{name}": list(_pieces(whole[parameter], name, flat, start))
+        f"{number}.{name}": list(_pieces(whole[parameter], name, flat, start, part.distributed_optimizer_instance_id))
         for number, (parameter, start, states) in enumerate(_held(part))
         for name, flat in _flat(states).items()
     }
@@ -54,7 +57,10 @@ def set_pieces(part: DistributedOptimizer, pieces: Mapping[str, Sequence[torch.T
                 flat[place : place + piece.numel()].copy_(piece.flatten())
                 place += piece.numel()
             assert place == flat.numel(), (number, name, place, flat.numel())
-        part._set_main_param_and_optimizer_states(parameter, states)
+        _set_states(part, parameter, states)
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        # What it was given it hands on to the optimizers of the host and the device.
+        part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
 def boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[_Box]:
@@ -86,14 +92,39 @@ def _held(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int,
         for buckets in by_dtype.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
-                    yield parameter, ranges["param"].start, part._get_main_param_and_optimizer_states(parameter)
+                    yield parameter, ranges["param"].start, _states(part, parameter)
+
+
+def _states(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    states: dict[str, torch.Tensor] = part._get_main_param_and_optimizer_states(parameter)
+    if states["param"].dtype == torch.int16:
+        # What bf16 weights lack of the fp32 ones; a checkpoint holds those.
+        states["param"] = joined(_own_weights(part, parameter), states["param"])
+    return states
+
+
+def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, states: dict[str, torch.Tensor]) -> None:
+    if getattr(part.optimizer, "store_param_remainders", False):
+        weights, remainders = split(states["param"])
+        _own_weights(part, parameter).copy_(weights)
+        states = {**states, "param": remainders}
+    part._set_main_param_and_optimizer_states(parameter, states)
+
+
+def _own_weights(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The range of a parameter that this rank updates, of the model's own weights; with a precision-aware optimizer."""
+    group, place = part.model_param_group_index_map[parameter]
+    weights: torch.Tensor = part.optimizer.param_groups[group]["params"][place]
+    return weights.detach()
 
 
 def _flat(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: flat.detach() for name, flat in states.items() if name != _NO_PIECES}
 
 
-def _pieces(whole: ShardedTensor | ShardedTensorFactory, name: str, flat: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
+def _pieces(
+    whole: ShardedTensor | ShardedTensorFactory, name: str, flat: torch.Tensor, start: int, instance: int
+) -> Iterator[ShardedTensor]:
     for tensor, begins in _stored_tensors(whole):
         # What of the tensor lies in the range, counted from the tensor's begin.
         low, high = max(start - begins, 0), min(start + flat.numel() - begins, math.prod(tensor.local_shape))
@@ -102,7 +133,7 @@ def _pieces(whole: ShardedTensor | ShardedTensorFactory, name: str, flat: torch.
         place = begins + low - start
         for offsets, sizes in boxes(low, high, tensor.local_shape):
             numel = math.prod(sizes)
-            yield _piece(tensor, name, flat[place : place + numel], offsets, sizes)
+            yield _piece(tensor, name, flat[place : place + numel], offsets, sizes, instance)
             place += numel
 
 
@@ -119,12 +150,12 @@ def _stored_tensors(whole: ShardedTensor | ShardedTensorFactory) -> Iterator[tup
 
 
 def _piece(
-    tensor: ShardedTensor, name: str, flat: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    tensor: ShardedTensor, name: str, flat: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...], instance: int
 ) -> ShardedTensor:
     prepended = tensor.prepend_axis_num
     shape = (1,) * prepended + sizes
     within = (0,) * prepended + offsets
-    # The last number of a replica is that of the data-parallel rank, of which this one alone holds the piece.
+    # The last number of a replica is that of the data-parallel rank, of which one in each instance holds the piece.
     assert isinstance(tensor.replica_id, tuple), tensor
     return dataclasses.replace(
         tensor,
@@ -136,5 +167,5 @@ def _piece(
         # Pieces are no regular grid.
         axis_fragmentations=None,
         prepend_axis_num=0,
-        replica_id=(*tensor.replica_id[:-1], 0),
+        replica_id=(*tensor.replica_id[:-1], instance),
     )

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -116,13 +117,9 @@ class LatentSelfAttention(MLASelfAttention):
             Queries and keys ``[T, 1, A, N + R]``, values ``[T, 1, A, E]``; then both latents, ``[.., 1, Q]`` and ``[.., 1, C]``.
         """
         config, angles = self.config, position_ids
-        heads = self.num_attention_heads_per_partition
-        if config.q_lora_rank is None:
-            query_latent = hidden_states
-            query, _ = self.linear_q_proj(query_latent)
-        else:
+        query_latent = hidden_states
+        if config.q_lora_rank is not None:
             query_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
-            query, _ = self.linear_q_up_proj(query_latent)
         latent, turned_key = self.linear_kv_down_proj(hidden_states)[0].split(
             [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1
         )
@@ -132,7 +129,21 @@ class LatentSelfAttention(MLASelfAttention):
             turned_key = gather_from_sequence_parallel_region(turned_key, group=self.pg_collection.tp)
         else:
             turned_key = copy_to_tensor_model_parallel_region(turned_key, group=self.pg_collection.tp)
-        key_value, _ = self.linear_kv_up_proj(latent)
+        if self.recompute_up_proj:
+            # Megatron's forward drops what this made once attention has it, and has it made anew in the backward pass.
+            self.qkv_up_checkpoint = CheckpointWithoutOutput(fp8=config.fp8)
+            query, key, value = self.qkv_up_checkpoint.checkpoint(self._up, query_latent, latent, turned_key, angles)
+        else:
+            query, key, value = self._up(query_latent, latent, turned_key, angles)
+        return query, key, value, query_latent, latent
+
+    def _up(
+        self, query_latent: Tensor, latent: Tensor, turned_key: Tensor, angles: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values out of both latents and the shared key, ``[T, 1, R]``."""
+        config, heads = self.config, self.num_attention_heads_per_partition
+        up = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
+        query, key_value = up(query_latent)[0], self.linear_kv_up_proj(latent)[0]
         key, value = key_value.unflatten(-1, (heads, -1)).split([config.qk_head_dim, config.v_head_dim], dim=-1)
         query, turned_query = query.unflatten(-1, (heads, -1)).split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
         turned_key = self._turned(turned_key[:, :, None], angles).expand(-1, -1, heads, -1)
@@ -140,7 +151,7 @@ class LatentSelfAttention(MLASelfAttention):
         if self.turned_factor != 1.0:
             turned_query = turned_query * self.turned_factor
         query = torch.cat([query, turned_query], dim=-1)
-        return query, torch.cat([key, turned_key], dim=-1), value, query_latent, latent
+        return query, torch.cat([key, turned_key], dim=-1), value
 
     def _turned(self, tensor: Tensor, angles: Tensor | None) -> Tensor:
         if angles is None:
