@@ -41,6 +41,7 @@ from megatron_rmipo.training.observers import (
 )
 from megatron_rmipo.training.outputs import RunCheckpoints, check_outputs, own_save_directory, save_hf, where_it_stands
 from megatron_rmipo.training.plan import RunPlan, plan_run
+from megatron_rmipo.training.resume import after_restarts
 from megatron_rmipo.training.setup import TrainingState, load_training_state
 
 
@@ -77,6 +78,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
     check_environment(wandb=config.logging.wandb_project is not None)
     look = rendezvous.look_once
+    config = after_restarts(config, rendezvous.launch.restarts, look=look)
     found = look_for_model("the model to start from", partial(find_model, config), look, maker=maker_of(config))
     plan = plan_run(config, found, rendezvous.launch.world_size, look=look)
     look("the output directories", partial(check_outputs, config, plan.source))
