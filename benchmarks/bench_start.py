@@ -3,8 +3,8 @@
     python -m benchmarks.bench_start [--ranks 2 8] [--tp 1 2] [--repeats 5] [--directory DIR] [--check]
 
 Real ranks over gloo on this machine, a random Llama in bf16, all ranks beyond TP data-parallel. Bytes read are those asked of the
-files of weights, whatever the page cache has, headers aside; CPU seconds are of all threads of a rank, over all ranks, the sending
-included; both ways are timed in turns, from when all ranks are ready until the last is done. The files are in the page cache: on a
+files of weights, whatever the page cache has, headers aside; CPU seconds are of all threads of a rank, over all ranks, with the
+sending; both ways are timed in turns, from when all ranks are ready until the last is done. The files are in the page cache: on a
 file system that many hosts share the bytes are what counts. See README.md beside it.
 """
 
@@ -23,7 +23,6 @@ from unittest import mock
 if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "torchrun": {"errors"},
     "config": {"errors", "torchrun"},
     "runtime": {"errors", "command", "torchrun"},
+    "health": {"errors", "torchrun", "runtime"},
     "objectives": {"errors", "config"},
     "data": {"errors", "command", "runtime"},
     "embedded": {"errors", "command"},
@@ -26,10 +27,10 @@ MAY_IMPORT = {
     "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
-    "reports": {"errors", "command", "config", "runtime", "objectives", "data", "memory"},
+    "reports": {"errors", "command", "config", "runtime", "health", "objectives", "data", "memory"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
-        *("scoring", "reports"),
+        *("health", "scoring", "reports"),
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun"},

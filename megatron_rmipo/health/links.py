@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,9 +99,7 @@ def _measure_group(kind: str, group: dist.ProcessGroup, hosts: list[str], world:
     return found
 
 
-def _measured(
-    kind: str, what: str, ranks: list[int], hosts: list[str], seconds: float, data: torch.Tensor
-) -> Measured:
+def _measured(kind: str, what: str, ranks: list[int], hosts: list[str], seconds: float, data: torch.Tensor) -> Measured:
     return Measured(kind, what, tuple(ranks), tuple(hosts[rank] for rank in ranks), seconds, data.nbytes)
 
 
@@ -137,54 +134,3 @@ def _least_seconds(call: Callable[[], object] | None, group: dist.ProcessGroup |
         times.append(time.perf_counter() - started)
     # The first one makes connections.
     return min(times[1:])
-
-
-@dataclasses.dataclass(frozen=True)
-class SlowLink:
-    """Something that took much longer than the median of its kind.
-
-    Attributes:
-        measured: what was slow.
-        times_median: how many times the median.
-    """
-
-    measured: Measured
-    times_median: float
-
-
-def usual_seconds(measured: list[Measured]) -> dict[tuple[str, str, bool], float]:
-    """The median by (kind, what, whether it crosses hosts): a network is no slow link of those within a host."""
-    found: dict[tuple[str, str, bool], list[float]] = {}
-    for one in measured:
-        found.setdefault(_sort(one), []).append(one.seconds)
-    # The lower one of two: of two groups the slow one is not its own measure.
-    return {sort: statistics.median_low(seconds) for sort, seconds in found.items()}
-
-
-def _sort(measured: Measured) -> tuple[str, str, bool]:
-    return measured.kind, measured.what, measured.crosses_hosts
-
-
-def slow_links(measured: list[Measured], factor: float, least_seconds: float) -> list[SlowLink]:
-    """What took more than ``factor`` times, and more than ``least_seconds`` longer than, the median of its kind; worst first."""
-    usual = usual_seconds(measured)
-    found = [
-        SlowLink(one, one.seconds / usual[_sort(one)])
-        for one in measured
-        if one.seconds > factor * usual[_sort(one)] and one.seconds > usual[_sort(one)] + least_seconds
-    ]
-    return sorted(found, key=lambda slow: -slow.times_median)
-
-
-def slow_ranks(measured: list[Measured], slow: list[SlowLink]) -> list[int]:
-    """Ranks both of whose links in a group are slow, where a neighbour's other one is not: the slowness is theirs.
-
-    A link between two ranks that have no other tells nothing of which it is.
-    """
-    slow_pairs = {(one.measured.kind, one.measured.ranks) for one in slow if one.measured.what == NEIGHBOURS}
-    links: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
-    for one in measured:
-        if one.what == NEIGHBOURS:
-            for rank in one.ranks:
-                links.setdefault((one.kind, rank), []).append((one.kind, one.ranks))
-    return sorted({rank for (_, rank), own in links.items() if len(own) > 1 and all(link in slow_pairs for link in own)})

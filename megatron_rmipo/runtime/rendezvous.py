@@ -218,7 +218,7 @@ class Rendezvous:
             store.set_timeout(timeout)
         if self.launch.restarts:
             # With --master-addr torchrun keeps its store, and all that was said there before the ranks were started anew.
-            store = dist.PrefixStore(f"restart{self.launch.restarts}", store)
+            store = dist.PrefixStore(f"restart{self.launch.restarts}", store)  # type: ignore[attr-defined]
         return store
 
     @contextlib.contextmanager

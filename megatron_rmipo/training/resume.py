@@ -62,8 +62,8 @@ def after_restarts(config: Config, restarts: int, *, look: Look = look_alone) ->
         return config
     if not look("checkpoints of the run that was started anew", partial(holds_checkpoints, Path(flags.save))):
         return config
-    goes_on = {"load": flags.save, "finetune": False, "no_load_optim": False, "no_load_rng": False}
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(flags, **goes_on))
+    goes_on = dataclasses.replace(flags, load=flags.save, finetune=False, no_load_optim=False, no_load_rng=False)
+    return dataclasses.replace(config, checkpoint=goes_on)
 
 
 def starting_point(
