@@ -274,6 +274,6 @@ set_layout() {
     if ! command -v python >/dev/null; then
         die "python is not on the PATH: run 'make venv', or activate the environment this project is installed in"
     fi
-    # Says what is missing.
-    python -m megatron_rmipo.entry || exit
+    # Says what is missing, or lies where nothing can read it.
+    python -m megatron_rmipo.entry "HF_MODEL=${HF_MODEL:-}" "DATA=${DATA:-}" "WORK_DIR=${WORK_DIR:-}" || exit
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
 from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.remote_paths import flags_and_values, refuse_remote_paths
 from megatron_rmipo.torchrun import ENDS_VARIABLE, launch_for_messages
 
 OLDEST_PYTHON = (3, 11)
@@ -60,6 +61,7 @@ def _as_interrupt(number: int, frame: object) -> None:
 def _run(module: str) -> int:
     try:
         check_installation()
+        refuse_remote_paths(flags_and_values(sys.argv[1:]))
         code: int = importlib.import_module(module).main()
         return code
     except KeyboardInterrupt:

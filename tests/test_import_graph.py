@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "errors": set(),
     "command": {"errors"},
     "torchrun": {"errors"},
-    "config": {"errors", "torchrun"},
+    "remote_paths": {"errors"},
+    "config": {"errors", "torchrun", "remote_paths"},
     "runtime": {"errors", "command", "torchrun"},
     "health": {"errors", "torchrun", "runtime"},
     "objectives": {"errors", "config"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
         *("health", "scoring", "reports"),
     },
     # What every command starts with, and what starts it on several ranks.
-    "entry": {"errors", "command", "torchrun"},
+    "entry": {"errors", "command", "torchrun", "remote_paths"},
     "launch": {"entry"},
     "stage_record": {"errors", "command", "entry"},
     "train": {"entry"},
