@@ -72,7 +72,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'tools/*.sh' 'benchmarks/*.sh')
+	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'containers/*.sh' 'tools/*.sh' 'benchmarks/*.sh')
 
 bench: $(STAMP)
 	@mkdir -p "$(dir $(BENCH_CSV))"
