@@ -72,7 +72,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'tools/*.sh' 'benchmarks/*.sh')
+	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'containers/*.sh' 'tools/*.sh' 'benchmarks/*.sh')
 
 bench: $(STAMP)
 	@mkdir -p "$(dir $(BENCH_CSV))"
@@ -86,6 +86,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_order --csv "$(basename $(BENCH_CSV))_order.csv"
 	$(BIN)/python -m benchmarks.bench_scale --csv "$(basename $(BENCH_CSV))_scale.csv"
 	$(BIN)/python -m benchmarks.bench_checkpoint --csv "$(basename $(BENCH_CSV))_checkpoint.csv"
+	$(BIN)/python -m benchmarks.bench_start --csv "$(basename $(BENCH_CSV))_start.csv"
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"
 	$(BIN)/python -m benchmarks.bench_step --lengths hh --csv "$(BENCH_CSV)"
 

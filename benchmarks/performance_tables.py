@@ -271,6 +271,21 @@ TABLES = {
             Figure("s with --async-save", "stall_background_p50"),
         ),
     ),
+    "start": Table(
+        "results_start.csv",
+        {
+            "ranks": "{ranks}",
+            "TP": "{tensor_model_parallel_size}",
+            "model": "H {hidden_size}, L {num_layers}, V {vocab_size}",
+            "--hf-read": "{hf_read}",
+        },
+        (
+            Figure("MB read", "read_bytes", scale=1e-6, form=".0f"),
+            Figure("read / model", "read_over_model"),
+            Figure("CPU s", "cpu_seconds_p50"),
+            Figure("s", "seconds_p50"),
+        ),
+    ),
     "gpu": Table(
         "results_gpu.csv",
         {"method": "{method}", "lengths": "{lengths}", "layers": "{num_layers}", "pairs": "{num_pairs}"},

@@ -14,6 +14,7 @@
 #                   without it
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them
 #   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP   the layout; WORK_DIR must be shared by the nodes
+#   MAX_RESTARTS    how often torchrun starts the ranks of a node anew where one has failed (0); the same on all nodes
 #   Relative paths are read from where the script is started.
 #   STAGE_TIMEOUT_MINUTES   how long the other nodes wait for a stage of the first one (240); FAILURE_GRACE_SECONDS  how long its failure
 #                   may be that of an earlier start (60)
@@ -89,9 +90,9 @@ what_trains() {
     local settings=()
     while (($#)); do
         case ${1%%=*} in
-            --async-save | --debug | --no-verify-checkpoint | --profile | --record-memory-history) ;;
+            --async-save | --check-links | --debug | --no-verify-checkpoint | --profile | --record-memory-history) ;;
             --exit-interval | --log-interval | --save-interval | --keep-last | --eval-interval | --num-workers | --log-dir | \
-                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --reference-cache | \
+                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --hf-read | --reference-cache | \
                 --profile-step-start | --profile-step-end | --tokens-per-microbatch | --min-microbatches-per-stage | \
                 --logprob-chunk-size | \
                 --recompute-granularity | --recompute-method | --recompute-num-layers)
@@ -242,8 +243,8 @@ check_nodes() {
 # Where to run: the GPUs of each node, or two processes over gloo on the CPU.
 set_layout() {
     local gpus given_rank=${NODE_RANK:-}
-    check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT TP PP EP WORKERS OMP_NUM_THREADS SEQ_LENGTH TOKENS_PER_MICROBATCH \
-        GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_PAIRS SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
+    check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT MAX_RESTARTS TP PP EP WORKERS OMP_NUM_THREADS SEQ_LENGTH \
+        TOKENS_PER_MICROBATCH GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_PAIRS SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
     gpus=$(count_gpus)
     GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
     NUM_NODES=${NUM_NODES:-1}
@@ -263,6 +264,7 @@ set_layout() {
         --node-rank "$NODE_RANK"
         --master-addr "$MASTER_ADDR"
         --master-port "$MASTER_PORT"
+        --max-restarts "${MAX_RESTARTS:-0}"
     )
     # A torchrun beside it means that python has torch.
     if ! command -v torchrun >/dev/null && [[ -x "$ROOT/.venv/bin/torchrun" ]]; then
@@ -272,6 +274,6 @@ set_layout() {
     if ! command -v python >/dev/null; then
         die "python is not on the PATH: run 'make venv', or activate the environment this project is installed in"
     fi
-    # Says what is missing.
-    python -m megatron_rmipo.entry || exit
+    # Says what is missing, or lies where nothing can read it.
+    python -m megatron_rmipo.entry "HF_MODEL=${HF_MODEL:-}" "DATA=${DATA:-}" "WORK_DIR=${WORK_DIR:-}" || exit
 }

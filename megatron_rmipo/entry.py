@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
 from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.remote_paths import flags_and_values, refuse_remote_paths
 from megatron_rmipo.torchrun import ENDS_VARIABLE, launch_for_messages
 
 OLDEST_PYTHON = (3, 11)
@@ -42,6 +43,7 @@ def start(module: str, *, on_ranks: bool = False) -> int:
         # Of torch's C++ side: pages of frames for every retry of a connection.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if on_ranks:
+        _forget_earlier_end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     else:
         # As Ctrl-C: what is half done is removed.
@@ -59,6 +61,7 @@ def _as_interrupt(number: int, frame: object) -> None:
 def _run(module: str) -> int:
     try:
         check_installation()
+        refuse_remote_paths(flags_and_values(sys.argv[1:]))
         code: int = importlib.import_module(module).main()
         return code
     except KeyboardInterrupt:
@@ -99,6 +102,18 @@ def _is_there(name: str) -> bool:
         return False
 
 
+def _end_file() -> Path | None:
+    directory = os.environ.get(ENDS_VARIABLE)
+    return None if directory is None else Path(directory, str(launch_for_messages().local_rank))
+
+
+def _forget_earlier_end() -> None:
+    """Where torchrun has started the ranks anew, how they ended before is not how they end."""
+    path = _end_file()
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
 def _leave_end(code: int) -> int:
     """Tell the launcher how this rank ended; without one the exit code has to say it.
 
@@ -107,10 +122,10 @@ def _leave_end(code: int) -> int:
     # From here on a signal changes nothing.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    directory = os.environ.get(ENDS_VARIABLE)
-    if directory is None:
+    path = _end_file()
+    if path is None:
         return code
-    Path(directory, str(launch_for_messages().rank)).write_text(f"{time.time()} {code}", encoding="utf-8")
+    path.write_text(f"{time.time()} {code}", encoding="utf-8")
     return DONE if code == STOPPED else code
 
 

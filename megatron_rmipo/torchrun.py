@@ -11,7 +11,8 @@ from megatron_rmipo.errors import ConfigError
 # Each of these says that the process is one of several. A MASTER_ADDR alone does not: people export it for launchers.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _NEEDED = (*_PLACE, "MASTER_ADDR", "MASTER_PORT")
-# A directory in which each rank leaves how it ended, made by megatron_rmipo.launch.
+_OPTIONAL = ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+# A directory in which each rank of a host leaves how it ended, by its number there; made by megatron_rmipo.launch.
 ENDS_VARIABLE = "MEGATRON_RMIPO_ENDS"
 
 
@@ -25,6 +26,7 @@ class Launch:
         local_rank: its number among those of this host, from 0.
         local_world_size: number of those of this host.
         address: ``HOST:PORT`` where the first rank is met, "" for a process alone.
+        restarts: how often torchrun has started the ranks anew (``--max-restarts``), after one of them failed.
     """
 
     rank: int = 0
@@ -32,6 +34,7 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     address: str = ""
+    restarts: int = 0
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -40,7 +43,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     Raises:
         ConfigError: the environment is incomplete, or holds something else than such numbers.
     """
-    values = {name: environment.get(name, "").strip() for name in (*_NEEDED, "LOCAL_WORLD_SIZE")}
+    values = {name: environment.get(name, "").strip() for name in (*_NEEDED, *_OPTIONAL)}
     given = [name for name in _PLACE if values[name]]
     if not given:
         return Launch()
@@ -54,8 +57,9 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     world_size = _number("WORLD_SIZE", values, 1)
     rank = _number("RANK", values, 0, world_size - 1)
     local_world_size = _number("LOCAL_WORLD_SIZE", values, 1) if values["LOCAL_WORLD_SIZE"] else 1
-    port = _number("MASTER_PORT", values, 1, 65535)
-    return Launch(rank, world_size, _number("LOCAL_RANK", values, 0), local_world_size, f"{values['MASTER_ADDR']}:{port}")
+    address = f"{values['MASTER_ADDR']}:{_number('MASTER_PORT', values, 1, 65535)}"
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", values, 0) if values["TORCHELASTIC_RESTART_COUNT"] else 0
+    return Launch(rank, world_size, _number("LOCAL_RANK", values, 0), local_world_size, address, restarts)
 
 
 def launch_for_messages() -> Launch:

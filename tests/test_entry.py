@@ -62,6 +62,10 @@ def test_a_rank_that_stopped_tells_the_launcher_and_else_its_exit_code_does(tmp_
     assert (ends / "3").read_text().split()[1] == "75"
     assert start(tmp_path, "def main(): return 1", on_ranks=True, **variables) == (1, "")
     assert (ends / "3").read_text().split()[1] == "1"
+    # One that torchrun starts anew, and that is killed, has not ended as before.
+    killed = "import os\ndef main(): os.kill(os.getpid(), 9)"
+    assert start(tmp_path, killed, on_ranks=True, **variables)[0] == -9
+    assert not (ends / "3").exists()
 
 
 def test_warnings_of_other_packages_are_shown_with_debug_alone(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_a_process_that_nobody_launched_is_alone(environment: dict[str, str]) ->
 
 def test_the_place_is_read() -> None:
     assert read_launch(WHOLE) == Launch(3, 5, 1, 1, "node0:29500")
+    assert read_launch({**WHOLE, "TORCHELASTIC_RESTART_COUNT": "2"}).restarts == 2
     assert read_launch({**WHOLE, "LOCAL_WORLD_SIZE": "2"}).local_world_size == 2
 
 

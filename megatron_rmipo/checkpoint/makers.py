@@ -101,10 +101,10 @@ class KnownFamilies:
     def build(
         self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
     ) -> PolicyModel:
-        """Of Megatron-Core's layers; each rank reads only its slices of the weights."""
+        """Of Megatron-Core's layers; each rank reads no more than its slices of the weights."""
         model = build_model(arch, config, groups)
         if weights:
-            load_hf_weights(model, hf_dir, arch, groups=groups)
+            load_hf_weights(model, hf_dir, arch, groups=groups, read=config.model.hf_read)
         return model
 
     def export(

@@ -139,7 +139,7 @@ def bridge_problems(config: Config) -> Iterator[str]:
         yield "--reference-load: --bridge builds references from Hugging Face models alone; name one with --reference-hf"
     if config.checkpoint.save_hf_dtype is not None:
         yield "--save-hf-dtype: --bridge exports in the dtype that is computed in; leave it out"
-    for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe"):
+    for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe", "hf_read"):
         if getattr(model, name) != getattr(ModelConfig(), name):
             yield f"{flag_of(name)} does nothing with --bridge: Megatron-Bridge says what a model is built of; leave it out"
 

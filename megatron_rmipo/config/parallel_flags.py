@@ -65,3 +65,8 @@ class ParallelConfig:
         None, "Communication library; unset: nccl with CUDA, gloo without."
     )
     distributed_timeout_minutes: float = option(10.0, "Minutes a collective may wait for a rank before all ranks fail.")
+    check_links: bool = option(
+        False,
+        "Before anything is loaded, time a collective over every process group and each rank's exchange with its neighbours, "
+        "show a table, and name what is slow. Seconds.",
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from megatron_rmipo.config.unknown_flags import describe_unknown_key, flag_of
 from megatron_rmipo.config.values import ValueType, convert, field_types
 from megatron_rmipo.config.yaml_file import Given, read_yaml
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.remote_paths import remote_path_problem
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +64,7 @@ def parse_config(
     options_of = lambda old: field_types(_options_class(old, objectives, load_options))  # noqa: E731
     given = without_what_gives_way(given, line, options_of, defaults_of, tell_once)
     problems += [describe_unknown_key(given[key].source, key, flags) for key in given if key not in flags]
+    problems += [problem for value in (*given.values(), *line.values()) for problem in _remote_paths(value)]
     _refuse(problems)
     own = {key: Given(value, f"--objective {name}") for key, value in defaults_of(name).items()}
     return _assemble({**own, **given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
@@ -92,6 +94,13 @@ def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog
     sections = {section: section(**_converted(given, section_kinds, problems)) for section, section_kinds in kinds.items()}
     _refuse(problems)
     return sections
+
+
+def _remote_paths(given: Given) -> Iterator[str]:
+    for value in given.raw if isinstance(given.raw, list) else [given.raw]:
+        problem = remote_path_problem(given.source, value) if isinstance(value, str) else None
+        if problem is not None:
+            yield problem
 
 
 def add_objective_flags(

@@ -27,6 +27,11 @@ class ModelConfig:
     load_hf: str | None = option(
         None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
     )
+    hf_read: Literal["each", "broadcast"] = option(
+        "broadcast",
+        "Who reads the weights of --load-hf and --reference-hf: broadcast: of the ranks that hold the same slices each reads its "
+        "share and sends it to the others, so that a slice is read once; each: every rank reads all of its slices.",
+    )
     bridge: Literal["megatron-bridge"] | None = option(
         None,
         "Build, load and export the models of --load-hf and --reference-hf through NVIDIA's Megatron-Bridge, which has to be "

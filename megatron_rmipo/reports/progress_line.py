@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TextIO
 
+from megatron_rmipo.health.pace import HOST, RANK, SHARE
 from megatron_rmipo.reports.held_out import NUM_PAIRS, plus_minus
 
 # What a line shows of a record: name, label, format.
@@ -25,6 +27,9 @@ _SHOWN = (
     ("pipeline_bubble", "bubble", ".0%"),
     ("memory_gib", "GiB", ".1f"),
 )
+NO_TEXTS: Mapping[str, str] = MappingProxyType({})
+# Of a step, from which on the slowest rank is named.
+_LARGE_SHARE = 0.1
 
 
 class ProgressLine:
@@ -41,8 +46,8 @@ class ProgressLine:
         self._redraws = stream.isatty()
         self._drawn = ""
 
-    def show(self, kind: str, record: Mapping[str, float | int]) -> None:
-        """Show a record of kind ``train`` or ``eval``."""
+    def show(self, kind: str, record: Mapping[str, float | int], texts: Mapping[str, str] = NO_TEXTS) -> None:
+        """Show a record of kind ``train`` or ``eval``; of its texts the host of a rank that holds the others up."""
         step = int(record["step"])
         text = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
         if kind == "train" and "step_seconds" in record:
@@ -53,6 +58,8 @@ class ProgressLine:
             if name in record:
                 text += f" | {label} {record[name]:{form}}{plus_minus(record.get(f'{name}/se'), form)}"
                 text += f" (n {record[f'{name}/n']})" if f"{name}/n" in record else ""
+        if record.get(SHARE, 0.0) >= _LARGE_SHARE:
+            text += f" | slowest rank {record[RANK]:.0f} ({texts.get(HOST, '?')}) +{record[SHARE]:.0%}"
         if kind == "train" and self._redraws:
             self._draw(text)
         else:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from megatron_rmipo.errors import ConfigError, RmipoError
-from megatron_rmipo.reports.progress_line import ProgressLine
+from megatron_rmipo.reports.progress_line import NO_TEXTS, ProgressLine
 
 METRICS_FILE = "metrics.jsonl"
 PAIRS_FILE = "held_out_pairs.jsonl"
@@ -81,12 +81,13 @@ class Reporter:
         except OSError as error:
             raise ConfigError(f"--log-dir {log_dir}: cannot be written: {error.strerror}. Name another directory.") from error
 
-    def log(self, kind: str, record: Mapping[str, float | int]) -> None:
+    def log(self, kind: str, record: Mapping[str, float | int], texts: Mapping[str, str] = NO_TEXTS) -> None:
         """Write one record everywhere.
 
         Args:
             kind: ``train`` or ``eval``.
             record: name -> number; ``step`` among them.
+            texts: name -> text, for metrics.jsonl and the progress line: TensorBoard draws numbers.
 
         Raises:
             RmipoError: metrics.jsonl cannot be written.
@@ -94,13 +95,18 @@ class Reporter:
         if not self._enabled:
             return
         assert self._file is not None, "logged to a closed reporter"
-        line = {"kind": kind, "time": round(time.time(), 3), **{name: _json_number(value) for name, value in record.items()}}
+        line = {
+            "kind": kind,
+            "time": round(time.time(), 3),
+            **{name: _json_number(value) for name, value in record.items()},
+            **texts,
+        }
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise RmipoError(f"{self._path}: cannot be written: {error.strerror}.") from error
-        self._progress.show(kind, record)
+        self._progress.show(kind, record, texts)
         if self._tensorboard is not None:
             for name, value in record.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, int(record["step"]))

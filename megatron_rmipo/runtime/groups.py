@@ -35,6 +35,7 @@ class ProcessGroups:
         mp: ranks of one model shard after the other (TP x PP).
         ep: ranks that hold different experts of the same layers; without experts this rank alone.
         expert_tp: ranks that share each expert.
+        expert_dp: all ranks that hold the same shard of the same experts.
         world: every rank.
     """
 
@@ -46,6 +47,7 @@ class ProcessGroups:
     mp: dist.ProcessGroup
     ep: dist.ProcessGroup
     expert_tp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
     world: dist.ProcessGroup
 
     @classmethod
@@ -62,6 +64,7 @@ class ProcessGroups:
             mp=parallel_state.get_model_parallel_group(),
             ep=parallel_state.get_expert_model_parallel_group(),
             expert_tp=parallel_state.get_expert_tensor_parallel_group(),
+            expert_dp=parallel_state.get_expert_data_parallel_group(),
             world=world,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -25,6 +26,9 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from megatron_rmipo.command import DONE, FAULT_OF_OURS, FAULT_OF_USER, INTERRUPTED, STOPPED
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.torchrun import ENDS_VARIABLE
+
+# Between two looks for ranks that were started anew after a signal.
+_LOOK_SECONDS = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,14 +116,20 @@ class SignalRelay:
         threading.Thread(target=self._hand_on, daemon=True).start()
 
     def _hand_on(self) -> None:
+        reached: set[int] = set()
         while True:
-            if os.read(self._reader, 1)[0] not in self.SIGNALS:
-                continue
+            # Ranks that torchrun starts anew after a signal (--max-restarts) are to hear of it as well.
+            if select.select([self._reader], [], [], _LOOK_SECONDS if self.signalled else None)[0]:
+                if os.read(self._reader, 1)[0] not in self.SIGNALS:
+                    continue
+                reached.clear()
             ranks = psutil.Process().children()
-            if not ranks:
+            if not ranks and not self.signalled:
                 print("ended by a signal before a rank was started", file=sys.stderr, flush=True)
                 os._exit(INTERRUPTED)
             self.signalled = True
             for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGTERM)
+                if rank.pid not in reached:
+                    reached.add(rank.pid)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.send_signal(signal.SIGTERM)

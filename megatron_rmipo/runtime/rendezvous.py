@@ -216,6 +216,9 @@ class Rendezvous:
             meeting = dist.rendezvous("env://", self.launch.rank, self.launch.world_size, timeout=timeout)  # type: ignore[attr-defined]
             store, _, _ = next(iter(meeting))
             store.set_timeout(timeout)
+        if self.launch.restarts:
+            # With --master-addr torchrun keeps its store, and all that was said there before the ranks were started anew.
+            store = dist.PrefixStore(f"restart{self.launch.restarts}", store)  # type: ignore[attr-defined]
         return store
 
     @contextlib.contextmanager

@@ -15,6 +15,8 @@ from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.read_ahead import iterate_batches
 from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.health.heartbeat import Heartbeat
+from megatron_rmipo.health.pace import Pace
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.attention.flex import num_fallbacks
 from megatron_rmipo.objectives.base import Objective
@@ -46,7 +48,9 @@ class Run:
         num_held_out: pairs of an evaluation.
         checkpoints: of the run.
         stop: asked after each step and at each batch of an evaluation.
-        clock: of this rank's pipeline stage, where it tells something.
+        clock: of this rank's pipeline stage.
+        pace: compares this rank's with the others'.
+        heartbeat: is told what this rank does.
     """
 
     config: Config
@@ -66,7 +70,9 @@ class Run:
     memory: MemoryReport
     checkpoints: RunCheckpoints
     stop: StopRequest
-    clock: StageClock | None = None
+    clock: StageClock
+    pace: Pace
+    heartbeat: Heartbeat
 
 
 def train(run: Run) -> bool:
@@ -90,8 +96,10 @@ def train(run: Run) -> bool:
             if not outcome.updated:
                 _count_skipped_step(run, batch, outcome)
             if step % run.config.logging.log_interval == 0 or step == run.train_iters:
-                run.reporter.log("train", _record(run, batch, outcome, phases))
+                record, texts = _record(run, batch, outcome, phases)
+                run.reporter.log("train", record, texts)
             if run.config.checkpoint.save_interval and step % run.config.checkpoint.save_interval == 0:
+                run.heartbeat.doing("save")
                 run.checkpoints.save()
                 saved_at = step
             if settings.eval_interval and step % settings.eval_interval == 0:
@@ -101,6 +109,7 @@ def train(run: Run) -> bool:
                 break
         run.profiler.stop()
         # Saved before the last evaluation, and with signals still held off: neither may cost what was trained.
+        run.heartbeat.doing("save")
         if saved_at != run.progress.step:
             run.checkpoints.save()
         run.checkpoints.wait()
@@ -129,6 +138,7 @@ def evaluate(run: Run) -> bool:
     """
     if run.held_out is None:
         return True
+    run.heartbeat.doing("evaluation")
     mean_chosen_length = run.held_out.pairs.mean_chosen_length(run.num_held_out)
     batch_size = run.config.training.global_batch_size
     parts = []
@@ -171,14 +181,14 @@ def _batches(run: Run) -> Iterator[RankBatch]:
 
 def _steps(run: Run) -> Iterator[tuple[RankBatch, StepOutcome, dict[str, float]]]:
     """The steps from where ``run.progress`` stands to the end, timed with their wait for data; of each the seconds by phase."""
-    batches, timer = _batches(run), PhaseTimer()
+    batches, timer = _batches(run), PhaseTimer(told=run.heartbeat.doing)
     while run.progress.consumed_pairs < run.total_pairs:
         with run.profiler.step(run.progress.step + 1):
             started = time.perf_counter()
+            run.heartbeat.enter(run.progress.step + 1, "data")
             with timer.phase("data"):
                 batch = next(batches)
-            if run.clock is not None:
-                run.clock.busy_seconds = 0.0
+            run.clock.set_back()
             with run.memory.explaining(f"step {run.progress.step + 1}", run.pairs, batch, run.state.optimizer):
                 outcome = train_step(run.state, batch, run.objective, run.groups, timer)
             phases = timer.take()
@@ -188,9 +198,12 @@ def _steps(run: Run) -> Iterator[tuple[RankBatch, StepOutcome, dict[str, float]]
         yield batch, outcome, phases
 
 
-def _record(run: Run, batch: RankBatch, outcome: StepOutcome, phases: dict[str, float]) -> dict[str, float | int]:
-    """What is shown of a step, means over its global batch."""
+def _record(
+    run: Run, batch: RankBatch, outcome: StepOutcome, phases: dict[str, float]
+) -> tuple[dict[str, float | int], dict[str, str]]:
+    """What is shown of a step: numbers, means over its global batch, and texts."""
     metrics: PairMetrics = outcome.metrics
+    straggler, texts = run.pace.compare(phases["data"] + run.clock.busy_seconds, sum(phases.values()))
     return {
         "step": run.progress.step,
         "consumed_pairs": run.progress.consumed_pairs,
@@ -200,9 +213,11 @@ def _record(run: Run, batch: RankBatch, outcome: StepOutcome, phases: dict[str, 
         **summarize(metrics.values, metrics.distributions),
         **take_expert_load(run.state.policy, run.groups, each=run.config.logging.log_expert_load),
         **run.throughput.take(),
-        **pipeline_bubble(batch, run.clock, phases, run.groups),
+        **straggler,
+        # The host's clock says nothing of a GPU that stands still.
+        **pipeline_bubble(batch, None if run.clock.on_device else run.clock, phases, run.groups),
         **({"flex_fallbacks": num_fallbacks()} if num_fallbacks() else {}),
-    }
+    }, texts
 
 
 def _count_skipped_step(run: Run, batch: RankBatch, outcome: StepOutcome) -> None:

@@ -11,7 +11,7 @@ from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.settle import settle_source
-from megatron_rmipo.checkpoint.source import checkpoint_to_go_on_from, find_model, look_for_model
+from megatron_rmipo.checkpoint.source import Look, checkpoint_to_go_on_from, find_model, look_for_model
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
@@ -19,6 +19,9 @@ from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.order_names import pair_order
 from megatron_rmipo.data.batches.seen import SeenPairs
 from megatron_rmipo.errors import RmipoError
+from megatron_rmipo.health.heartbeat import Heartbeat, forget_heartbeats
+from megatron_rmipo.health.link_report import check_links
+from megatron_rmipo.health.pace import Pace
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
@@ -26,7 +29,7 @@ from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_first_rank
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
-from megatron_rmipo.runtime.messages import tell_stop
+from megatron_rmipo.runtime.messages import tell_stop, warn
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.reference import attach_scores, identify_reference, load_reference
@@ -41,6 +44,7 @@ from megatron_rmipo.training.observers import (
 )
 from megatron_rmipo.training.outputs import RunCheckpoints, check_outputs, own_save_directory, save_hf, where_it_stands
 from megatron_rmipo.training.plan import RunPlan, plan_run
+from megatron_rmipo.training.resume import after_restarts
 from megatron_rmipo.training.setup import TrainingState, load_training_state
 
 
@@ -77,6 +81,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
     check_environment(wandb=config.logging.wandb_project is not None)
     look = rendezvous.look_once
+    config = after_restarts(config, rendezvous.launch.restarts, look=look)
     found = look_for_model("the model to start from", partial(find_model, config), look, maker=maker_of(config))
     plan = plan_run(config, found, rendezvous.launch.world_size, look=look)
     look("the output directories", partial(check_outputs, config, plan.source))
@@ -95,6 +100,20 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
         rendezvous=rendezvous,
     )
     owner = own_save_directory(config, groups)
+    if config.parallel.check_links:
+        check_links(groups, config.log_directory, partial(print, flush=True), warn)
+    on_first_rank(groups.world, partial(forget_heartbeats, config.log_directory))
+    with Heartbeat(config.log_directory, rendezvous.launch) as heartbeat:
+        _train_by_plan(config, plan, groups, owner, heartbeat, look)
+    if owner is not None:
+        owner.release()
+    shutdown_runtime()
+
+
+def _train_by_plan(
+    config: Config, plan: RunPlan, groups: ProcessGroups, owner: DirectoryOwner | None, heartbeat: Heartbeat, look: Look
+) -> None:
+    """What connected ranks do: settle what they start from, load it, train, export."""
     verify = not config.checkpoint.no_verify_checkpoint
     source = settle_source(partial(find_model, config), groups, verify=verify, owner=owner, maker=maker_of(config))
     # Anew, for it may be another checkpoint than this rank had found, or another run may have saved meanwhile.
@@ -114,14 +133,12 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     with memory.explaining("loading the model"):
         state = _load_state(plan, groups)
     with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
-        run = _assemble(plan, groups, state, reporter, memory, stop, owner)
+        run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat)
         say_what_runs(run, source, plan.start, plan.data.context)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
+        heartbeat.doing("export")
         save_hf(config, source, state, run.progress, groups, stop)
-    if owner is not None:
-        owner.release()
-    shutdown_runtime()
 
 
 def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: bool) -> RunPlan:
@@ -166,6 +183,7 @@ def _assemble(
     memory: MemoryReport,
     stop: StopRequest,
     owner: DirectoryOwner | None,
+    heartbeat: Heartbeat,
 ) -> Run:
     config, data, progress = plan.config, plan.data, plan.start.progress
     layout = plan.layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -187,5 +205,7 @@ def _assemble(
         memory=memory,
         checkpoints=RunCheckpoints(config, plan.source, state, progress, groups, owner),
         stop=stop,
-        clock=stage_clock(state.policy, groups),
+        clock=stage_clock(state.policy),
+        pace=Pace(groups),
+        heartbeat=heartbeat,
     )

@@ -186,11 +186,9 @@ def build_throughput(config: Config, groups: ProcessGroups) -> Throughput:
     return Throughput(groups.world_size, peak)
 
 
-def stage_clock(policy: PolicyModel, groups: ProcessGroups) -> StageClock | None:
-    """What Megatron's schedules tell when this rank's stage works; None without stages, and with CUDA, which works on its own."""
-    if groups.pp_size == 1 or torch.cuda.is_available():
-        return None
-    clock = policy.config.timers = StageClock()
+def stage_clock(policy: PolicyModel) -> StageClock:
+    """What Megatron's schedules tell when this rank's stage works."""
+    clock = policy.config.timers = StageClock(on_device=torch.cuda.is_available())
     return clock
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone, saved_flags, saved_train_state
+from megatron_rmipo.checkpoint.source import Look, ModelSource, holds_checkpoints, look_alone, saved_flags, saved_train_state
 from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.batches.order_names import NEW_ORDER, check_order
@@ -40,6 +42,28 @@ class StartingPoint:
     objective_state: State
     resumes: bool
     warning: str = ""
+
+
+def after_restarts(config: Config, restarts: int, *, look: Look = look_alone) -> Config:
+    """The configuration of a run whose ranks torchrun has started anew: it goes on from what it has saved.
+
+    The command line is still that of the first start, which began elsewhere. What lies in ``--save`` is the run's own: the first
+    start would have refused another's.
+
+    Args:
+        config: as the command line says.
+        restarts: how often the ranks were started anew.
+        look: who looks at the directory.
+    """
+    flags = config.checkpoint
+    if not restarts or flags.save is None:
+        return config
+    if flags.load is not None and not flags.finetune and Path(flags.load).resolve() == Path(flags.save).resolve():
+        return config
+    if not look("checkpoints of the run that was started anew", partial(holds_checkpoints, Path(flags.save))):
+        return config
+    goes_on = dataclasses.replace(flags, load=flags.save, finetune=False, no_load_optim=False, no_load_rng=False)
+    return dataclasses.replace(config, checkpoint=goes_on)
 
 
 def starting_point(

@@ -23,6 +23,7 @@ from benchmarks import (
     bench_order,
     bench_pipeline,
     bench_scale,
+    bench_start,
     bench_step,
     gpu_results,
 )
@@ -37,6 +38,7 @@ from benchmarks.performance_tables import TABLES
 from benchmarks.preparing import Preparing
 from benchmarks.report import read_rows, report
 from benchmarks.scale_world import Measured
+from tests.benchmarks import test_bench_start
 from tests.benchmarks.test_bench_checkpoint import FOUND
 
 SPREAD = Spread(1.0, 2.0, 3.0)
@@ -103,6 +105,11 @@ def write_checkpoint(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_checkpoint.main(["--dp", "1", "--csv", str(path)]) == 0
 
 
+def write_start(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench_start, "measure_world", lambda *_: bench_start.make_rows([test_bench_start.FOUND], 100))
+    assert bench_start.main(["--ranks", "1", "--csv", str(path)]) == 0
+
+
 def write_order(path: Path, patch: pytest.MonkeyPatch) -> None:
     parts = {
         "start_": ("cpu_seconds", "peak_megabytes"),
@@ -146,6 +153,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_convert.csv": write_convert,
     "results_scale.csv": write_scale,
     "results_checkpoint.csv": write_checkpoint,
+    "results_start.csv": write_start,
     "results_order.csv": write_order,
     "results_gpu.csv": write_gpu,
 }

@@ -17,7 +17,7 @@ LLAMA = "run_rmipo_llama3_8b.sh"
 TWO_NODES = {"NUM_NODES": "2", "MASTER_ADDR": "first"}
 # A stand-in notes how it was called and writes what the real command writes last.
 STAND_IN = """#!/usr/bin/env bash
-if [[ "$*" == "-m megatron_rmipo.stage_record "* || "$*" == "-m megatron_rmipo.entry" ]]; then exec "$REAL_PYTHON" "$@"; fi
+if [[ "$*" == "-m megatron_rmipo.stage_record "* || "$*" == "-m megatron_rmipo.entry "* ]]; then exec "$REAL_PYTHON" "$@"; fi
 echo "$(basename "$0") $*" >>"$CALLS"
 if [[ "$*" == *"${FAILS:-no command}"* ]]; then exit 9; fi
 if [[ "$*" == *"${HANGS:-no command}"* ]]; then

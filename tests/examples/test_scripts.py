@@ -2,12 +2,9 @@
 
 import json
 import shlex
-import stat
-import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_rmipo.training.validation import problems_without_model
 from tests.examples.scripts import (
@@ -168,35 +165,3 @@ def test_an_installation_that_lacks_a_package_or_is_too_old_is_told(tmp_path: Pa
         message = run_script(LLAMA, variables, expect=1)
         assert said in message
         assert len(message.splitlines()) == 1
-
-
-def test_slurm_gives_every_node_its_rank(tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    variables = environment(tmp_path, DRY_RUN="1", HF_MODEL="m", DATA="d")
-    (tools / "scontrol").write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
-    (tools / "srun").write_text('#!/bin/sh\nSLURM_NODEID=1 exec "$@"\n')
-    for name in ("scontrol", "srun"):
-        (tools / name).chmod(stat.S_IRWXU)
-    variables |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12345", "SLURM_GPUS_ON_NODE": "8"}
-    result = subprocess.run(
-        ["bash", "examples/launchers/slurm.sbatch", "--epochs", "2"],
-        env=variables, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert "--nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr node7 --master-port 32345" in result.stdout
-    assert trainings(result.stdout)[0].training.epochs == 2.0
-
-
-def test_the_kubernetes_job_starts_a_script_with_variables_it_reads() -> None:
-    documents = list(yaml.safe_load_all((ROOT / "examples/launchers/kubernetes.yaml").read_text()))
-    service, job = documents
-    assert (service["kind"], job["kind"]) == ("Service", "Job")
-    pod = job["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
-    assert (ROOT / container["command"][-1].split()[-1]).is_file()
-    known = "".join((ROOT / "examples" / name).read_text() for name in ("stages.sh", "running.sh", "settings.sh", LLAMA))
-    values = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert all(f"{name}" in known for name in values)
-    assert values["NUM_NODES"] == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
-    assert values["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,8 +45,12 @@ class Host:
         """Its torchrun, with one rank."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(self.number - 1)]
         address = ["--nproc-per-node", "1", "--master-addr", f"{PREFIX}1", "--master-port", str(port)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.interface}
-        command = self.command(*torchrun, *address, "-m", "megatron_rmipo.train", *arguments)
+        return self.run([*torchrun, *address, "-m", "megatron_rmipo.train", *arguments], output)
+
+    def run(self, words: list[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
+        """A command here, with these variables."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.interface, **variables}
+        command = self.command(*words)
         with output.open("ab") as stream:
             return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
 
@@ -84,6 +89,14 @@ def _wait_for_step(save: Path, step: int, processes: list[subprocess.Popen[bytes
         assert all(process.poll() is None for process in processes), told
         assert time.monotonic() < deadline, told
         time.sleep(0.1)
+
+
+def _rank_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """The one rank below a launcher."""
+    found = [one for one in psutil.Process(process.pid).children(recursive=True) if "RANK" in one.environ()]
+    ranks = [one for one in found if one.parent() not in found]
+    assert len(ranks) == 1
+    return ranks[0]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -127,3 +140,35 @@ def test_a_host_that_is_cut_off_and_dies_costs_no_more_than_the_steps_since_the_
     finish(*begin(save, 29513, load=save))
     assert f"step {before} of {save}" in outputs[0].read_text()
     assert losses(save) == losses(tmp_path / "whole")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_started_anew_on_both_hosts_and_the_run_goes_on(hosts: list[Host], tmp_path: Path) -> None:
+    """By the launcher of plain torchrun, from the model and the rows on."""
+    root, work = Path(__file__).parents[2], tmp_path / "work"
+    shared = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **{"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": f"{PREFIX}1", "MASTER_PORT": "29514", "WORK_DIR": str(work)},
+        **{"STEPS": str(STEPS), "SAVE_INTERVAL": "2", "GLOBAL_BATCH_SIZE": "6", "LOG_INTERVAL": "1", "EVAL_INTERVAL": "0"},
+        **{"SFT_DATA": "", "MAX_RESTARTS": "1", "EMBEDDED_FLAGS": "--sft-rows 100 --train-pairs 100 --heldout-pairs 8"},
+    }
+    command = ["bash", str(root / "examples/launchers/torchrun.sh"), "--distributed-timeout-minutes", "1"]
+    outputs = [tmp_path / f"{host.number}.txt" for host in hosts]
+    processes = [
+        host.run(command, output, NODE_RANK=str(host.number - 1), **shared) for host, output in zip(hosts, outputs, strict=True)
+    ]
+    try:
+        _wait_for_step(work / "rmipo", 3, processes, outputs)
+        _rank_of(processes[1]).kill()
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                _kill(process)
+    told = "\n".join(path.read_text() for path in outputs)
+    assert codes == [0, 0], told
+    # The first launcher has started it without --load of its own directory.
+    assert re.search(rf"from step \d+ of {work / 'rmipo'}", told), told
+    assert list(losses(work / "rmipo")) == list(range(1, STEPS + 1))
+    assert (work / "hf" / "config.json").is_file()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -56,6 +57,20 @@ def test_a_signal_ends_a_wait_for_other_nodes() -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "ended by a signal before a rank was started\n")
+
+
+def test_a_rank_that_is_started_anew_after_a_signal_hears_of_it(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import sys, time\nopen(sys.argv[1], 'a').write('up\\n')\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "megatron_rmipo.launch", "--max-restarts", "2", str(program), str(tmp_path / "starts")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "starts").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 130, said
 
 
 @pytest.mark.parametrize(

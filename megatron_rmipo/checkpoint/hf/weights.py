@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.gathering import GatheredTensors, sharing_group
 from megatron_rmipo.checkpoint.hf.mappings import TensorId, canonical_names
 from megatron_rmipo.checkpoint.hf.output_files import write_index
+from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
 from megatron_rmipo.checkpoint.hf.shards import fill_shard, rank_shape
+from megatron_rmipo.checkpoint.hf.shared_reading import read_in_shares, share_reading
 from megatron_rmipo.checkpoint.hf.shared_writing import ShareWriter, share_files
 from megatron_rmipo.checkpoint.hf.writer import (
     DEFAULT_SHARD_BYTES,
@@ -42,8 +44,10 @@ from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 _REFUSED = "--save-hf {} cannot be written: {}. Free some space or name another directory."
 
 
-def load_hf_weights(model: Module, hf_dir: Path, arch: ModelArchitecture, *, groups: ProcessGroups) -> None:
-    """Load a Hugging Face checkpoint into this rank's part of a model. No communication; each rank reads only its slices.
+def load_hf_weights(
+    model: Module, hf_dir: Path, arch: ModelArchitecture, *, groups: ProcessGroups, read: Literal["each", "broadcast"] = "each"
+) -> None:
+    """Load a Hugging Face checkpoint into this rank's part of a model, reading no more than its slices.
 
     Args:
         model: a GPTModel, wrapped or not, by local or Transformer Engine spec; its parameters, and the biases of its routers, are
@@ -51,18 +55,33 @@ def load_hf_weights(model: Module, hf_dir: Path, arch: ModelArchitecture, *, gro
         hf_dir: the Hugging Face directory.
         arch: what :func:`megatron_rmipo.families.hf_config.read_architecture` read from it.
         groups: say which part this rank holds.
+        read: ``each`` rank reads its slices, without communication; ``broadcast``: ranks that hold the same slices share the
+            reading out and send each other what they read. All ranks call that together.
 
     Raises:
         ConversionError: weights are missing, truncated or of other shapes, a tensor is not mapped or not used, or the model's
-            parameters are not those of ``arch`` at this parallel size.
+            parameters are not those of ``arch`` at this parallel size. With ``broadcast`` on every rank.
     """
-    files = open_weights(hf_dir, arch)
-    rules = {rule.megatron: rule for rule in rules_of(arch)}
-    for (name, place), tensor in local_tensors(model, arch, groups).items():
-        rule = rules[name]
+
+    def open_here() -> tuple[WeightFiles, dict[TensorId, Tensor]]:
+        held = local_tensors(model, arch, groups)
+        for (name, _), tensor in held.items():
+            _check_shape(tensor, rules[name], arch, sharing_group(rules[name], groups).size())
+        return open_weights(hf_dir, arch), held
+
+    def fill(key: TensorId, tensor: Tensor) -> None:
+        rule = rules[key[0]]
         group = sharing_group(rule, groups)
-        _check_shape(tensor, rule, arch, group.size())
-        fill_shard(tensor, files, rule, place, arch, group.rank(), group.size())
+        fill_shard(tensor, files, rule, key[1], arch, group.rank(), group.size())
+
+    rules = {rule.megatron: rule for rule in rules_of(arch)}
+    if read == "broadcast":
+        files, held = on_each_rank_alone(groups.world, open_here)
+        read_in_shares(held, share_reading(held, rules, groups), fill, groups)
+        return
+    files, held = open_here()
+    for key, tensor in held.items():
+        fill(key, tensor)
 
 
 def local_tensors(model: Module, arch: ModelArchitecture, groups: ProcessGroups) -> dict[TensorId, Tensor]:
