@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flag_problems import config_problems
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.memory.estimate import PackMemory, PackSize, pack_memory, standing_memory
-from megatron_rmipo.model.expert_problems import expert_tensor_size
-from megatron_rmipo.model.transformer_engine import fp8_width_problems
+from megatron_rmipo.memory.estimate import PackMemory, pack_memory
+from megatron_rmipo.memory.pack import PackSize
+from megatron_rmipo.memory.shares import data_parallel_size
+from megatron_rmipo.memory.standing import standing_memory
+from megatron_rmipo.model.layout_problems import layout_problems, machine_problems
 
 # Packs of other sizes leave gaps between them: of what is free, this much is taken as usable.
 USABLE_SHARE = 0.95
@@ -36,8 +38,7 @@ class Shortage:
         backward: whether its pass has a backward.
         capacity_factor: tokens of a full pack of its pass, in ``--tokens-per-microbatch``.
         free_bytes: what there was for it.
-        kind: ``packs_in_flight``, ``mixed``, ``fused``, ``last_stage`` of
-            :func:`megatron_rmipo.memory.estimate.pack_memory`.
+        kind: ``stage``, ``num_microbatches``, ``mixed``, ``fused`` of :func:`megatron_rmipo.memory.estimate.pack_memory`.
         optimizer: what is to be known of it.
     """
 
@@ -52,6 +53,12 @@ class Shortage:
         """What the pack, or another one of its pass, needs with some flags."""
         return pack_memory(arch, config, pack or self.pack, backward=self.backward, **self.kind)
 
+    @property
+    def stage(self) -> int:
+        """The pipeline stage of the rank."""
+        stage: int = self.kind.get("stage", 0)
+        return stage
+
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
@@ -60,16 +67,21 @@ class _Measure:
     flags: str = ""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parallel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: _Measure) -> _Measure:
-        return _Measure(f"{self.flags} {other.flags}".strip(), {**self.model, **other.model}, {**self.parallel, **other.parallel})
+        flags = f"{self.flags} {other.flags}".strip()
+        sections = ({**getattr(self, name), **getattr(other, name)} for name in ("model", "parallel", "memory"))
+        return _Measure(flags, *sections)
 
     def apply(self, config: Config) -> Config:
-        model, parallel = dataclasses.replace(config.model, **self.model), dataclasses.replace(config.parallel, **self.parallel)
-        return dataclasses.replace(config, model=model, parallel=parallel)
+        changed: dict[str, Any] = {
+            name: dataclasses.replace(getattr(config, name), **getattr(self, name)) for name in ("model", "parallel", "memory")
+        }
+        return dataclasses.replace(config, **changed)
 
 
-def suggestions(arch: ModelArchitecture, config: Config, dp_size: int, shortage: Shortage, least_tokens: int) -> list[str]:
+def suggestions(arch: ModelArchitecture, config: Config, world_size: int, shortage: Shortage, least_tokens: int) -> list[str]:
     """Flags with which the pass would have fitted, each line enough by itself; the gentlest first.
 
     Smaller packs come first, where the largest pair of the data then fits; besides, or else, other flags.
@@ -77,45 +89,47 @@ def suggestions(arch: ModelArchitecture, config: Config, dp_size: int, shortage:
     Args:
         arch: the model.
         config: the flags of the run.
-        dp_size: data-parallel ranks.
+        world_size: all ranks.
         shortage: what did not fit.
         least_tokens: the smallest ``--tokens-per-microbatch`` that the data allows.
 
     Returns:
         At most three; none where nothing fits on these ranks.
     """
-    largest = functools.partial(_largest_tokens, arch, config, dp_size, shortage)
+    largest = functools.partial(_largest_tokens, arch, config, world_size, shortage)
     now, own = config.data.tokens_per_microbatch, largest(_Measure())
     lines = [_tokens_flag(own, least_tokens)] if least_tokens <= own < now else []
-    has_head = shortage.kind.get("last_stage", True)
-    measures = list(_measures(arch, config, dp_size, shortage.optimizer, backward=shortage.backward, head=has_head))
-    for measure in [*measures, *_together(measures)]:
+    has_head = shortage.stage == config.parallel.pipeline_model_parallel_size - 1
+    measures = list(
+        _measures(arch, config, world_size, shortage.optimizer, backward=shortage.backward, head=has_head, packs=True)
+    )
+    for measure in [*measures, *_together(arch, config, world_size, measures)]:
         tokens = largest(measure)
         if tokens >= min(max(least_tokens, WORTHWHILE * own), now):
             lines.append(measure.flags + (f" {_tokens_flag(tokens, least_tokens)}" if tokens < now else ""))
     return lines[:MAX_SUGGESTIONS]
 
 
-def update_suggestions(arch: ModelArchitecture, config: Config, dp_size: int, optimizer: Optimizer = "unsaved") -> list[str]:
+def update_suggestions(
+    arch: ModelArchitecture, config: Config, world_size: int, stage: int = 0, optimizer: Optimizer = "unsaved"
+) -> list[str]:
     """Flags that make smaller what weights, gradients and optimizer hold, with their bytes on a rank; no pack is at fault."""
-    measures = _measures(arch, config, dp_size, optimizer, backward=False, head=False)
-    total = {one.flags: _standing(arch, one.apply(config), config, dp_size, optimizer) for one in measures}
-    now = _standing(arch, config, config, dp_size, optimizer)
+    measures = _measures(arch, config, world_size, optimizer, backward=False, head=False, packs=False)
+    total = {one.flags: _standing(arch, one.apply(config), world_size, stage, optimizer) for one in measures}
+    now = _standing(arch, config, world_size, stage, optimizer)
     return [f"{flags} ({number / 2**30:.2f} of {now / 2**30:.2f} GiB)" for flags, number in total.items() if number < now]
 
 
-def _largest_tokens(arch: ModelArchitecture, config: Config, dp_size: int, shortage: Shortage, measure: _Measure) -> int:
+def _largest_tokens(arch: ModelArchitecture, config: Config, world_size: int, shortage: Shortage, measure: _Measure) -> int:
     """The largest ``--tokens-per-microbatch`` of which a full pack fits, at most the present one; 0 if none does."""
     changed = measure.apply(config)
-    standing = [_standing(arch, one, config, dp_size, shortage.optimizer) for one in (config, changed)]
+    standing = [_standing(arch, one, world_size, shortage.stage, shortage.optimizer) for one in (config, changed)]
     free = shortage.free_bytes + standing[0] - standing[1]
     # The pack did not fit, whatever its estimate: one that says it would have is raised.
     error = max(1.0, shortage.free_bytes / max(shortage.estimate(arch, config).peak, 1.0))
-    scored_share = shortage.pack.num_scored / max(shortage.pack.num_tokens, 1)
 
     def fits(tokens: int) -> bool:
-        num_tokens = tokens * shortage.capacity_factor
-        pack = PackSize(num_tokens, math.ceil(scored_share * num_tokens))
+        pack = shortage.pack.scaled(tokens * shortage.capacity_factor)
         return error * shortage.estimate(arch, changed, pack).peak <= USABLE_SHARE * free
 
     low, high = 0, config.data.tokens_per_microbatch + 1
@@ -125,11 +139,8 @@ def _largest_tokens(arch: ModelArchitecture, config: Config, dp_size: int, short
     return low
 
 
-def _standing(arch: ModelArchitecture, changed: Config, config: Config, dp_size: int, optimizer: Optimizer) -> float:
-    """What stands on a rank with changed flags; a larger tensor-parallel size takes its ranks from data parallelism."""
-    tensor = changed.parallel.tensor_model_parallel_size
-    ranks = config.parallel.tensor_model_parallel_size * dp_size
-    return standing_memory(arch, changed, ranks // tensor, trains=optimizer != "none").total
+def _standing(arch: ModelArchitecture, config: Config, world_size: int, stage: int, optimizer: Optimizer) -> float:
+    return standing_memory(arch, config, world_size, stage, trains=optimizer != "none").total
 
 
 def _tokens_flag(tokens: int, least: int) -> str:
@@ -137,55 +148,94 @@ def _tokens_flag(tokens: int, least: int) -> str:
 
 
 def _measures(
-    arch: ModelArchitecture, config: Config, dp_size: int, optimizer: Optimizer, *, backward: bool, head: bool
+    arch: ModelArchitecture,
+    config: Config,
+    world_size: int,
+    optimizer: Optimizer,
+    *,
+    backward: bool,
+    head: bool,
+    packs: bool,
 ) -> Iterator[_Measure]:
-    """One at a time, those that cost least speed first; the one that costs the optimizer's saved state last."""
+    """One at a time, those that cost least speed first; the ones that cost the optimizer's saved state last.
+
+    Those that the run would be refused with are left out.
+    """
+    accepted = functools.partial(_is_accepted, arch, config, world_size)
     if head and config.model.logprob_chunk_size > SMALL_CHUNK:
         yield _Measure(f"--logprob-chunk-size {SMALL_CHUNK}", model={"logprob_chunk_size": SMALL_CHUNK})
-    shards = {"use_distributed_optimizer": True} if dp_size > 1 and not config.parallel.use_distributed_optimizer else {}
-    if shards and optimizer == "unsaved":
-        yield _Measure("--use-distributed-optimizer", parallel=shards)
+    replicas = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+    shards = [_Measure("--use-distributed-optimizer", parallel={"use_distributed_optimizer": True})]
+    shards = shards if replicas > 1 and not config.parallel.use_distributed_optimizer else []
+    if optimizer == "unsaved":
+        yield from filter(accepted, shards)
+    if backward:
+        yield from filter(accepted, _recomputation(config))
+    yield from filter(accepted, _larger_groups(arch, config, world_size, packs=packs))
+    if optimizer == "unsaved":
+        yield from filter(accepted, _smaller_states(config))
+    if optimizer == "saved":
+        yield from (dataclasses.replace(one, flags=f"{one.flags} --no-load-optim") for one in shards if accepted(one))
+
+
+def _recomputation(config: Config) -> Iterator[_Measure]:
     granularity = config.model.recompute_granularity
-    if backward and granularity is None:
+    if granularity is None:
         yield _Measure("--recompute-granularity selective", model={"recompute_granularity": "selective"})
-    if backward and granularity != "full":
+    if granularity != "full":
         yield _Measure(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             model={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         )
-    ranks = config.parallel.tensor_model_parallel_size * dp_size
-    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, *arch.mlp_widths, ranks)
-    divisors = [size for size in range(config.parallel.tensor_model_parallel_size + 1, shared + 1) if shared % size == 0]
-    larger = [
-        size
-        for size in divisors
-        if not any(fp8_width_problems(config.model, arch, size))
-        and _experts_fit(arch, config.parallel, ranks, tensor_model_parallel_size=size)
-    ]
-    present = config.parallel.expert_model_parallel_size
-    numbers = range(present + 1, arch.experts.num_experts + 1) if arch.experts else range(0)
-    fitting = (size for size in numbers if _experts_fit(arch, config.parallel, ranks, expert_model_parallel_size=size))
-    wider = next(fitting, None)
-    if wider is not None:
-        yield _Measure(f"--expert-model-parallel-size {wider}", parallel={"expert_model_parallel_size": wider})
-    if larger:
+
+
+def _larger_groups(arch: ModelArchitecture, config: Config, world_size: int, *, packs: bool) -> Iterator[_Measure]:
+    """Of each kind of parallelism the next size that the run would be accepted with; of context parallelism for packs alone."""
+    most = {
+        "expert_model_parallel_size": arch.experts.num_experts if arch.experts else 1,
+        "tensor_model_parallel_size": arch.num_attention_heads,
+        "context_parallel_size": world_size if packs else 1,
+    }
+    for name, limit in most.items():
+        sizes = range(getattr(config.parallel, name) + 1, min(limit, world_size) + 1)
+        larger = (_larger_group(name, size) for size in sizes if world_size % size == 0)
+        yield from itertools.islice((one for one in larger if _is_accepted(arch, config, world_size, one)), 1)
+
+
+def _larger_group(name: str, size: int) -> _Measure:
+    tensor = name == "tensor_model_parallel_size"
+    flags = f"--{name.replace('_', '-')} {size}{' --sequence-parallel' if tensor else ''}"
+    return _Measure(flags, parallel={name: size, **({"sequence_parallel": True} if tensor else {})})
+
+
+def _smaller_states(config: Config) -> Iterator[_Measure]:
+    """The optimizer's state in fewer digits, or on the host."""
+    memory = config.memory
+    if not memory.use_precision_aware_optimizer:
         yield _Measure(
-            f"--tensor-model-parallel-size {larger[0]} --sequence-parallel",
-            parallel={"tensor_model_parallel_size": larger[0], "sequence_parallel": True},
+            "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+            memory={"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
         )
-    if shards and optimizer == "saved":
-        yield _Measure("--use-distributed-optimizer --no-load-optim", parallel=shards)
+    if not memory.optimizer_cpu_offload:
+        yield _Measure("--optimizer-cpu-offload", memory={"optimizer_cpu_offload": True})
 
 
-def _experts_fit(arch: ModelArchitecture, parallel: ParallelConfig, ranks: int, **changes: Any) -> bool:
-    """Whether the experts can be spread over the tensor- and data-parallel ranks of a stage, with changed flags."""
-    parallel = dataclasses.replace(parallel, **changes)
-    size, shards = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
-    experts = arch.experts
-    return experts is None or not (experts.num_experts % size or experts.ffn_hidden_size % shards or ranks % (size * shards))
+def _is_accepted(arch: ModelArchitecture, config: Config, world_size: int, measure: _Measure) -> bool:
+    """Whether a run that was accepted would be with a measure, too."""
+
+    def problems(flags: Config) -> set[str]:
+        return {*config_problems(flags), *machine_problems(flags), *layout_problems(flags, arch, world_size)}
+
+    changed = measure.apply(config)
+    parallel = changed.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    return world_size % ranks == 0 and problems(changed) <= problems(config)
 
 
-def _together(measures: list[_Measure]) -> list[_Measure]:
-    """All of them as one, without the selective recomputation that the full one replaces."""
-    chosen = [measure for measure in measures if "selective" not in measure.flags]
-    return [functools.reduce(_Measure.__add__, chosen)] if len(chosen) > 1 else []
+def _together(arch: ModelArchitecture, config: Config, world_size: int, measures: list[_Measure]) -> list[_Measure]:
+    """All of them that are accepted as one, without the selective recomputation that the full one replaces."""
+    chosen = _Measure()
+    for measure in measures:
+        if "selective" not in measure.flags and _is_accepted(arch, config, world_size, chosen + measure):
+            chosen += measure
+    return [chosen] if chosen.flags and chosen.flags not in {one.flags for one in measures} else []

@@ -38,7 +38,7 @@ def further_lines(record: Mapping[str, Any]) -> list[str]:
     pack, estimate = record["pack"], record["estimate"]
     names = [pair["pair"] for pair in pack["pairs"]]
     lines.append(f"its pairs: {', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''}")
-    held = f" of {record['packs_in_flight']} packs at a time" if record["packs_in_flight"] > 1 else ""
+    held = f" of {record['packs_in_flight']:g} packs at a time" if record["packs_in_flight"] > 1 else ""
     needed = f"activations {_size(estimate['activations'])}{held}" if estimate["activations"] else "no activations are kept"
     more = max(("layer", "head"), key=lambda name: float(estimate[name]))
     words = {"layer": "a layer at work", "head": "the output layer"}

@@ -20,8 +20,8 @@ from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.advice import Optimizer, Shortage, suggestions, update_suggestions
-from megatron_rmipo.memory.estimate import PackSize, standing_memory
 from megatron_rmipo.memory.message import first_line, further_lines
+from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.readings import (
     MemoryReading,
     MemoryWitness,
@@ -32,6 +32,7 @@ from megatron_rmipo.memory.readings import (
     optimizer_has_state,
     release,
 )
+from megatron_rmipo.memory.standing import standing_memory
 from megatron_rmipo.runtime.first_failure import claim_first_failure
 from megatron_rmipo.runtime.groups import ProcessGroups
 
@@ -116,10 +117,10 @@ class MemoryReport:
 
     def _record(self, error: RuntimeError, work: _Work) -> dict[str, Any]:
         """All that is known, in plain types; sizes in bytes."""
-        arch, config, dp_size = self._arch, self._config, self._groups.dp_cp.size()
+        arch, config, world_size, stage = self._arch, self._config, self._groups.world_size, self._groups.pp_rank
         cause = error.__cause__ if isinstance(error, PackOutOfMemory) else error
         reading = self._witness.reading or MemoryReading(asked=asked_bytes(cause or error))
-        standing, free = standing_memory(arch, config, dp_size, trains=work.trains), free_bytes()
+        standing, free = standing_memory(arch, config, world_size, stage, trains=work.trains), free_bytes()
         if work.optimizer is not None and not optimizer_has_state(work.optimizer):
             free = max(0, free - int(standing.moments))
         optimizer: Optimizer = "none" if not work.trains else "unsaved" if self._latest_checkpoint() is None else "saved"
@@ -132,32 +133,32 @@ class MemoryReport:
             "standing": dataclasses.asdict(standing),
         }
         if not isinstance(error, PackOutOfMemory):
-            return {**record, "suggestions": update_suggestions(arch, config, dp_size, optimizer)}
+            return {**record, "suggestions": update_suggestions(arch, config, world_size, stage, optimizer)}
         shortage = self._shortage(error, work.batch, free, optimizer)
+        estimate = shortage.estimate(arch, config)
         return {
             **record,
             "pass": error.name,
             "in": "backward" if error.in_backward else "forward",
             "pack": {"number": error.number + 1, "of": len(error.rows), **_pack_record(error.rows[error.number], work)},
-            "packs_in_flight": shortage.kind["packs_in_flight"],
-            "estimate": dataclasses.asdict(shortage.estimate(arch, config)),
-            "suggestions": suggestions(arch, config, dp_size, shortage, max(self._largest_pair(), config.data.seq_length)),
+            "packs_in_flight": estimate.packs,
+            "estimate": dataclasses.asdict(estimate),
+            "suggestions": suggestions(arch, config, world_size, shortage, max(self._largest_pair(), config.data.seq_length)),
         }
 
     def _shortage(self, error: PackOutOfMemory, batch: RankBatch | None, free: int, optimizer: Optimizer) -> Shortage:
         assert batch is not None
         row = error.rows[error.number]
-        stages_from_here = self._groups.pp_size - self._groups.pp_rank
         return Shortage(
-            PackSize(row.num_tokens, row.num_scored),
+            PackSize.of_row(row),
             error.backward,
             UNCONDITIONAL_PACK_FACTOR if _is_among(row, batch.unconditional) else 1,
             free,
             {
-                "packs_in_flight": min(stages_from_here, len(error.rows)) if error.backward else 1,
+                "stage": self._groups.pp_rank,
+                "num_microbatches": len(error.rows),
                 "mixed": error.mixed,
                 "fused": torch.cuda.is_available(),
-                "last_stage": stages_from_here == 1,
             },
             optimizer,
         )

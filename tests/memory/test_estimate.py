@@ -18,7 +18,9 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
 from megatron_rmipo.families.tensors import active_parameters, num_parameters
-from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.memory.estimate import pack_memory
+from megatron_rmipo.memory.pack import PackSize
+from megatron_rmipo.memory.standing import standing_memory
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.objectives.registry import build_objective
@@ -102,7 +104,7 @@ def measured(
         with torch.no_grad():
             forward = peak_bytes(lambda: evaluation_pass(*arguments, prepared, groups))  # noqa: B023
         (row,) = batch.conditional
-        found[name] = (PackSize(row.num_tokens, row.num_scored), backward, forward)
+        found[name] = (PackSize.of_row(row), backward, forward)
         end_case()
     return found
 
@@ -134,23 +136,23 @@ PARAMETERS = 8_030_261_248
 
 
 def test_what_stands_follows_from_the_number_of_parameters() -> None:
-    standing = standing_memory(LLAMA_3_8B, llama(bf16=True), dp_size=1)
-    assert standing.weights == pytest.approx(2 * PARAMETERS, rel=1e-6)
-    assert standing.gradients == pytest.approx(4 * PARAMETERS, rel=1e-6)
-    assert standing.master_weights == pytest.approx(4 * PARAMETERS, rel=1e-6)
-    assert standing.moments == pytest.approx(8 * PARAMETERS, rel=1e-6)
-    assert standing.total == standing.weights + standing.gradients + standing.optimizer == pytest.approx(18 * PARAMETERS)
-    plain = standing_memory(LLAMA_3_8B, llama(), dp_size=1)
-    assert plain.total == pytest.approx(16 * PARAMETERS, rel=1e-6)
+    standing = standing_memory(LLAMA_3_8B, llama(bf16=True), 1, 0)
+    assert standing.weights == 2 * PARAMETERS
+    assert standing.gradients == 4 * PARAMETERS
+    assert standing.master_weights == 4 * PARAMETERS
+    assert standing.moments == 8 * PARAMETERS
+    assert standing.total == standing.weights + standing.gradients + standing.optimizer == 18 * PARAMETERS
+    plain = standing_memory(LLAMA_3_8B, llama(), 1, 0)
+    assert plain.total == 16 * PARAMETERS
     assert plain.master_weights == 0
-    assert standing_memory(LLAMA_3_8B, llama(bf16=True), dp_size=1, trains=False).total == standing.weights
-    sharded = standing_memory(LLAMA_3_8B, llama(bf16=True, use_distributed_optimizer=True), dp_size=8)
+    assert standing_memory(LLAMA_3_8B, llama(bf16=True), 1, 0, trains=False).total == standing.weights
+    sharded = standing_memory(LLAMA_3_8B, llama(bf16=True, use_distributed_optimizer=True), 8, 0)
     assert (sharded.weights, sharded.optimizer) == (standing.weights, standing.optimizer / 8)
     # Norms, 2 of 4096 for each layer and one at the end, are on both ranks.
-    shared = standing_memory(LLAMA_3_8B, llama(bf16=True, tensor_model_parallel_size=2), dp_size=4)
-    assert shared.weights == pytest.approx(PARAMETERS + 64 * 4096, rel=1e-6)
-    staged = standing_memory(LLAMA_3_8B, llama(bf16=True, pipeline_model_parallel_size=2), dp_size=1)
-    assert staged.weights == pytest.approx(PARAMETERS, rel=1e-4)
+    shared = standing_memory(LLAMA_3_8B, llama(bf16=True, tensor_model_parallel_size=2), 8, 0)
+    assert shared.weights == PARAMETERS + 65 * 4096
+    staged = [standing_memory(LLAMA_3_8B, llama(bf16=True, pipeline_model_parallel_size=2), 2, stage).weights for stage in (0, 1)]
+    assert staged == [PARAMETERS - 4096, PARAMETERS + 4096]
 
 
 def test_experts_stand_on_the_ranks_that_hold_them() -> None:
@@ -163,15 +165,14 @@ def test_experts_stand_on_the_ranks_that_hold_them() -> None:
     assert active_parameters(mixtral) == total - 6 * expert
     assert active_parameters(LLAMA_3_8B) == PARAMETERS
     rest = total - 8 * expert
-    one = standing_memory(mixtral, llama(), dp_size=8)
-    assert one.weights == pytest.approx(4 * total, rel=1e-4)
+    assert standing_memory(mixtral, llama(), 8, 0).weights == 4 * total
     spread = llama(expert_model_parallel_size=4, use_distributed_optimizer=True)
-    shared = standing_memory(mixtral, spread, dp_size=8)
-    assert shared.weights == pytest.approx(4 * (rest + 2 * expert), rel=1e-4)
+    shared = standing_memory(mixtral, spread, 8, 0)
+    assert shared.weights == 4 * (rest + 2 * expert)
     # The same experts are on two ranks of eight, the rest is on all.
-    assert shared.moments == pytest.approx(8 * (rest / 8 + 2 * expert / 2), rel=1e-4)
+    assert shared.moments == 8 * (rest / 8 + 2 * expert / 2)
     cut = llama(expert_model_parallel_size=2, tensor_model_parallel_size=2)
-    assert standing_memory(mixtral, cut, dp_size=4).weights == pytest.approx(4 * (rest / 2 + 2 * expert), rel=1e-3)
+    assert standing_memory(mixtral, cut, 8, 0).weights == pytest.approx(4 * (rest / 2 + 2 * expert), rel=1e-3)
 
 
 def test_norms_and_biases_after_a_sum_are_whole_on_every_rank() -> None:
@@ -179,7 +180,7 @@ def test_norms_and_biases_after_a_sum_are_whole_on_every_rank() -> None:
     arch = dataclasses.replace(LLAMA_3_8B, **biases)
     for tp in (1, 2):
         config = llama(tensor_model_parallel_size=tp)
-        more = standing_memory(arch, config, 1).gradients - standing_memory(LLAMA_3_8B, config, 1).gradients
+        more = standing_memory(arch, config, tp, 0).gradients - standing_memory(LLAMA_3_8B, config, tp, 0).gradients
         cut = 4096 + 2 * 1024 + 2 * 14336
         assert more == 4 * 32 * (cut / tp + 2 * 4096 + 2 * 128), tp
     assert num_parameters(arch) - PARAMETERS == 32 * (cut + 2 * 4096 + 2 * 128)
@@ -199,13 +200,15 @@ def test_activations_are_those_of_the_layers_added_up() -> None:
     shared = pack_memory(LLAMA_3_8B, split, pack, backward=True, fused=True)
     assert shared.activations == 2 * 8192 * 32 * ((layer - 4 * 128) / 4 + 4 * 128)
     staged = llama(bf16=True, pipeline_model_parallel_size=4)
-    flying = pack_memory(LLAMA_3_8B, staged, pack, backward=True, fused=True, packs_in_flight=3)
-    assert flying.activations == 3 / 4 * plain.activations
-    assert flying.head > 0
-    for backward in (True, False):
-        inner = pack_memory(LLAMA_3_8B, staged, pack, backward=backward, fused=True, last_stage=False)
-        assert inner.head == 0
-        assert inner.layer > 0
+    for stage, packs in enumerate((4, 3, 2, 1)):
+        flying = pack_memory(LLAMA_3_8B, staged, pack, backward=True, fused=True, stage=stage)
+        # What goes on to the next stage is kept, too.
+        assert flying.activations == packs * (plain.activations / 4 + (stage < 3) * 2 * 8192 * 4096)
+        assert flying.packs == packs
+        for backward in (True, False):
+            one = pack_memory(LLAMA_3_8B, staged, pack, backward=backward, fused=True, stage=stage)
+            assert (one.head > 0) == (stage == 3)
+            assert one.layer > 0
 
 
 def test_the_head_grows_with_the_chunk_and_not_with_the_vocabulary() -> None:

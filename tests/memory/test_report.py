@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_rmipo.checkpoint import source
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
@@ -49,12 +50,8 @@ def batch(builder: BatchBuilder) -> RankBatch:
     return builder.build(np.array([4, 20, 9, 2, 17, 6, 1, 12, 15, 22]))
 
 
-def report(
-    directory: Path | None, config: Config = CONFIG, largest_pair: int = 70, dp_size: int = 2, **groups: int
-) -> MemoryReport:
-    ranks: Any = SimpleNamespace(
-        **{"rank": 3, "dp_cp": SimpleNamespace(size=lambda: dp_size), "pp_size": 1, "pp_rank": 0, **groups}
-    )
+def report(directory: Path | None, config: Config = CONFIG, largest_pair: int = 70, **groups: int) -> MemoryReport:
+    ranks: Any = SimpleNamespace(**{"rank": 3, "world_size": 2, "pp_size": 1, "pp_rank": 0, **groups})
     latest = partial(source.checkpoint_to_go_on_from, config.checkpoint)
     return MemoryReport(config, ARCH, ranks, directory, lambda: largest_pair, latest)
 
@@ -204,9 +201,9 @@ def test_room_is_left_for_the_moments_that_are_to_come(
         optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
         explained(report(tmp_path, config), builder, batch, error, optimizer)
         free[name] = record_of(tmp_path)["memory"]["free_without_the_pack"]
-    # Two moments in fp32 for each weight, whatever its dtype: three layers, and two tables of 128 rows (83 tokens, padded).
+    # Two moments in fp32 for each weight, whatever its dtype: three layers, two tables of 128 rows (83 tokens, padded), a norm.
     layer = 64 * (64 + 2 * 32 + 64 + 3 * 168) + 2 * 64
-    assert free == {"none": 10_000_000 - 8 * (3 * layer + 2 * 128 * 64), "filled": 10_000_000}
+    assert free == {"none": 10_000_000 - 8 * (3 * layer + 2 * 128 * 64 + 64), "filled": 10_000_000}
 
 
 def test_stages_before_the_last_hold_several_packs(builder: BatchBuilder, batch: RankBatch, tmp_path: Path) -> None:
@@ -214,11 +211,14 @@ def test_stages_before_the_last_hold_several_packs(builder: BatchBuilder, batch:
     estimates = []
     for stage in (0, 2):
         error = failed("gradient pass", batch.conditional, 0, backward=True)
-        message = explained(report(tmp_path, pp_size=3, pp_rank=stage), builder, batch, error)
+        config = dataclasses.replace(CONFIG, parallel=ParallelConfig(pipeline_model_parallel_size=3))
+        message = explained(report(tmp_path, config, pp_size=3, pp_rank=stage, world_size=6), builder, batch, error)
         estimates.append(record_of(tmp_path)["estimate"]["activations"])
         assert (record_of(tmp_path)["estimate"]["head"] > 0) == (stage == 2)
         assert ("of 3 packs at a time" in message) == (stage == 0)
-    assert estimates[0] == 3 * estimates[1]
+    # What goes on to the next stage is kept, too.
+    tokens = batch.conditional[0].num_tokens
+    assert estimates[0] == 3 * (estimates[1] + tokens * 64 * 4)
 
 
 def test_advice_knows_the_capacity_of_the_packs_and_the_largest_pair(

@@ -1,0 +1,104 @@
+"""Bytes that attention takes by what attends to what: masks, block tables, and scores that are made outside of kernels.
+
+Shape letters: T tokens, L queries and K keys of a segment, A query heads of a rank, B blocks of 128 tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.pack import PackSize, Segment
+from megatron_rmipo.memory.shares import FP32_BYTES, Shares
+from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, LEAST_HEAD_SIZE
+
+_INT32_BYTES = 4
+# Queries of a piece that sdpa's code makes scores, or a window's mask, for at a time.
+_PIECE = 512
+# Masks that sdpa's code keeps for layers and packs to come, and that flex keeps.
+_SDPA_MASKS, _FLEX_MASKS = 64, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMemory:
+    """Bytes of a rank.
+
+    Attributes:
+        masks: kept for the layers and packs to come.
+        kept: what a layer keeps for the backward pass beside its channels: masks as its kernel takes them, scores; by its window.
+        working: the most that a layer takes besides while it runs.
+    """
+
+    masks: float
+    kept: Mapping[int | None, float]
+    working: float
+
+
+def attention_backend(arch: ModelArchitecture, config: Config, *, fused: bool) -> str:
+    """The backend of a run with kernels as on a GPU, or without: ``flex``, ``te`` or ``sdpa``."""
+    name = config.model.attention_backend
+    if name != "auto":
+        return name
+    return "flex" if fused and arch.least_head_size >= LEAST_HEAD_SIZE else "sdpa"
+
+
+def attention_memory(arch: ModelArchitecture, config: Config, pack: PackSize, *, fused: bool) -> AttentionMemory:
+    """What attention takes of a rank by what attends to what in a pack.
+
+    Args:
+        arch: the model.
+        config: the flags.
+        pack: its size.
+        fused: kernels as on a GPU.
+    """
+    windows = {kind.window for kind in arch.layer_kinds} or {None}
+    backend = attention_backend(arch, config, fused=fused)
+    if backend != "sdpa":
+        blocks = max(2, -(-pack.num_tokens // BLOCK_TOKENS)) if backend == "flex" else 0
+        # Four tables of blocks by blocks.
+        return AttentionMemory(_FLEX_MASKS * 4 * _INT32_BYTES * blocks**2, dict.fromkeys(windows, 0.0), 0.0)
+    by_hand = arch.attention_softcap is not None or arch.attention_sinks
+    pieces = {window: list(_pieces(pack, window, by_hand=by_hand)) for window in windows}
+    masked = [piece.queries * piece.keys for some in pieces.values() for piece in some if piece.queries != piece.keys]
+    count = sum(piece.number for some in pieces.values() for piece in some if piece.queries != piece.keys)
+    masks = sum(masked) / max(len(masked), 1) * min(_SDPA_MASKS, count)
+    shares = Shares.of(arch, config)
+    measure = _scores_bytes if by_hand else _mask_bytes
+    kept = {
+        window: sum(one.number * measure(arch, shares, one) for one in some) / shares.context for window, some in pieces.items()
+    }
+    largest = max(
+        (shares.queries / arch.kv_channels * one.queries * one.keys for some in pieces.values() for one in some), default=0
+    )
+    return AttentionMemory(masks, kept, 3 * FP32_BYTES * largest / shares.context if by_hand else 0.0)
+
+
+def _pieces(pack: PackSize, window: int | None, *, by_hand: bool) -> Iterator[Segment]:
+    """What sdpa's code computes at a time: :func:`megatron_rmipo.model.attention.sdpa.attend_segments`."""
+    for queries, keys, number in pack.all_segments:
+        if not by_hand and (window is None or keys <= window):
+            yield Segment(queries, keys, number)
+            continue
+        for first in range(0, queries, _PIECE):
+            end = min(first + _PIECE, queries)
+            last = keys - queries + end
+            seen = 0 if window is None else max(keys - queries + first + 1 - window, 0)
+            yield Segment(end - first, last - seen, number)
+
+
+def _mask_bytes(arch: ModelArchitecture, shares: Shares, piece: Segment) -> float:
+    """Torch's kernels take a mask in numbers, and keep it."""
+    return piece.queries * piece.keys * shares.element_bytes if piece.queries != piece.keys else 0.0
+
+
+def _scores_bytes(arch: ModelArchitecture, shares: Shares, piece: Segment) -> float:
+    """What is kept of scores made outside of kernels."""
+    scores = shares.queries / arch.kv_channels * piece.queries * piece.keys
+    # The softmax in fp32; what it is in the dtype of the values; before a cap.
+    each = FP32_BYTES + (shares.element_bytes if shares.element_bytes != FP32_BYTES else 0)
+    each += FP32_BYTES if arch.attention_softcap is not None else 0
+    # Keys and values stand once for each query head; a mask of its own says what is left out.
+    repeated = 2 * piece.keys * shares.queries * shares.element_bytes if shares.queries > shares.keys else 0.0
+    return scores * each + repeated + piece.queries * piece.keys

@@ -1,0 +1,233 @@
+"""Elements that a layer keeps of each token for its backward pass, and what it holds while it runs.
+
+Counted in the dtype that is computed in, for one token of a rank: of a row that context-parallel ranks share, its own tokens.
+
+Shape letters: T tokens, H hidden, F MLP channels, D channels of a head, tp tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.shares import FP32_BYTES, Shares
+
+
+class Part(NamedTuple):
+    """Something that a layer keeps.
+
+    Attributes:
+        elements: of a token.
+        recomputed_with: modules of ``--recompute-modules`` each of which keeps it no longer.
+        offloaded_with: the module of ``--offload-modules`` that keeps it on the host.
+    """
+
+    elements: float
+    recomputed_with: tuple[str, ...] = ()
+    offloaded_with: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A kind of layer on a rank.
+
+    Attributes:
+        arch: the model.
+        config: the flags.
+        fused: norms, SwiGLU and attention in fused kernels, as on a GPU.
+        sparse: it has experts in the place of the MLP.
+    """
+
+    arch: ModelArchitecture
+    config: Config
+    fused: bool
+    sparse: bool
+
+    @functools.cached_property
+    def shares(self) -> Shares:
+        """Sizes of the groups that share it."""
+        return Shares.of(self.arch, self.config)
+
+    @property
+    def fp32(self) -> float:
+        """Elements that a number in fp32 takes."""
+        return FP32_BYTES / self.shares.element_bytes
+
+    def kept(self) -> float:
+        """Elements of a token that stay on the device until the backward pass."""
+        return sum(part.elements for part in self._parts_left() if not self._is_offloaded(part))
+
+    def offloaded(self) -> float:
+        """Elements of a token that lie on the host until then."""
+        return sum(part.elements for part in self._parts_left() if self._is_offloaded(part))
+
+    def recomputed(self) -> float:
+        """Elements of a token that selective recomputation makes anew at a time, at most: of the largest of its modules."""
+        anew: dict[str, float] = {}
+        for part in self.parts():
+            for module in self._recompute_modules.intersection(part.recomputed_with):
+                anew[module] = anew.get(module, 0.0) + part.elements
+        return max(anew.values(), default=0.0)
+
+    def parts(self) -> Iterator[Part]:
+        """Whatever it keeps with nothing recomputed."""
+        yield from _hidden_parts(self)
+        yield from _latent_attention_parts(self) if self.arch.latent else _attention_parts(self)
+        yield from _sparse_parts(self) if self.sparse else _dense_parts(self)
+
+    def recomputes(self, module: str) -> bool:
+        """Whether selective recomputation makes a module's work anew."""
+        return module in self._recompute_modules
+
+    @property
+    def _recompute_modules(self) -> frozenset[str]:
+        if self.config.model.recompute_granularity != "selective":
+            return frozenset()
+        return frozenset(self.config.memory.recompute_modules or ["core_attn"])
+
+    def _parts_left(self) -> Iterator[Part]:
+        return (part for part in self.parts() if self._recompute_modules.isdisjoint(part.recomputed_with))
+
+    def _is_offloaded(self, part: Part) -> bool:
+        memory = self.config.memory
+        return memory.fine_grained_activation_offloading and part.offloaded_with in (memory.offload_modules or [])
+
+
+def _hidden_parts(layer: Layer) -> Iterator[Part]:
+    """The residual stream, norms."""
+    arch, shares = layer.arch, layer.shares
+    hidden = arch.hidden_size / shares.sequence
+    yield Part(hidden, offloaded_with="attn_norm")
+    yield Part(hidden, offloaded_with="mlp_norm")
+    # What torch's norm in parts keeps, in fp32; two norms, each half of it.
+    inside = 0.0 if layer.fused else (3 if layer.config.model.bf16 else 2) / 2 * hidden * layer.fp32
+    if arch.pre_norm:
+        yield Part(hidden + inside, ("layernorm",), "qkv_linear")
+        # Of a layer that is computed anew from its MLP on, this is what it is computed from.
+        yield Part(hidden + inside, ("layernorm",))
+    if arch.post_norm:
+        yield Part(2 * (hidden + inside))
+
+
+def _attention_parts(layer: Layer) -> Iterator[Part]:
+    arch, shares = layer.arch, layer.shares
+    queries, keys = shares.queries, shares.keys
+    # The projection's output holds the values; where key/value heads are fewer than ranks, each gathers all of it.
+    whole = shares.tensor if shares.tensor > arch.num_query_groups else 1
+    yield Part((arch.query_size + 2 * arch.key_size) * whole / shares.tensor)
+    yield Part(queries + keys, offloaded_with="core_attn")
+    # Their cosines and sines.
+    yield Part(4 * arch.kv_channels)
+    yield from _core_parts(layer, queries, 2 * keys)
+    yield Part(_query_key_norm_elements(layer))
+
+
+def _core_parts(layer: Layer, context: float, keys_and_values: float) -> Iterator[Part]:
+    """What the core of attention gives, what goes on of it; the keys and values that it gathers."""
+    yield Part(context, offloaded_with="attn_proj")
+    # A shared prompt's keys and values once more for the second response.
+    yield Part(context + (0 if layer.fused else keys_and_values), ("core_attn",))
+    shares = layer.shares
+    if shares.context > 1:
+        gathered = layer.config.parallel.cp_comm_type == "all_gather"
+        yield Part(keys_and_values * (shares.context if gathered else 1) + (0 if gathered else 2 * context), ("core_attn",))
+
+
+def _latent_attention_parts(layer: Layer) -> Iterator[Part]:
+    arch, shares = layer.arch, layer.shares
+    latent = arch.latent
+    assert latent is not None
+    queries, context = arch.query_size / shares.tensor, arch.context_size / shares.tensor
+    # What is made of the latent of keys and values holds the values; queries and keys are put together.
+    yield Part(arch.key_value_up_size / shares.tensor + 2 * queries, ("mla_up_proj",), "core_attn")
+    yield Part(4 * latent.qk_rope_head_dim)
+    yield from _core_parts(layer, context, queries + context)
+    # Latents, before their norms and after, on every rank.
+    inside = 0.0 if layer.fused else (3 if layer.config.model.bf16 else 2) / 2 * layer.fp32
+    for size in (latent.q_lora_rank or 0, latent.key_value_down_size):
+        yield Part((2 + inside) * size)
+
+
+def _query_key_norm_elements(layer: Layer) -> float:
+    arch, shares = layer.arch, layer.shares
+    if not arch.qk_norm and not arch.qk_norm_whole:
+        return 0.0
+    both = shares.queries + shares.keys
+    if arch.qk_norm_whole or (layer.config.model.bf16 and not layer.fused):
+        # In fp32, what goes in and what comes of it; of the whole norm, which has no fused kernel, before its weight.
+        return 2 * both * layer.fp32
+    # What comes of it; in parts also what goes in, which of the keys is the projection's output itself.
+    return both if layer.fused else both + shares.queries
+
+
+def _dense_parts(layer: Layer) -> Iterator[Part]:
+    yield Part(_gated_width(layer) * layer.arch.ffn_hidden_size / layer.shares.tensor, ("mlp",))
+
+
+def _gated_width(layer: Layer) -> int:
+    """Tensors of F channels that a gated MLP keeps: gate and up, and their product; in parts also what goes into it."""
+    if layer.fused:
+        return 3
+    return 5 if layer.arch.activation != "clamped_swiglu" else 8
+
+
+def _sparse_parts(layer: Layer) -> Iterator[Part]:
+    experts, shares = layer.arch.experts, layer.shares
+    assert experts is not None
+    each = _gated_width(layer)
+    channels = experts.per_token * experts.ffn_hidden_size / shares.tensor
+    # The product is weighted, in parts one tensor more.
+    yield Part(sent_elements(layer), ("moe",), "expert_fc1")
+    yield Part(2 * channels, ("moe",), "moe_act")
+    yield Part((each - 2 + (0 if layer.fused else 1)) * channels, ("moe", "moe_act"))
+    # Routers keep tables of the experts, in fp32.
+    yield Part(4 * experts.num_experts * layer.fp32 / shares.sequence, ("moe",))
+    yield Part(each * experts.shared_ffn_hidden_size / shares.tensor, ("moe", "shared_experts"))
+
+
+def sent_elements(layer: Layer) -> float:
+    """Elements per token of a copy for each expert that it goes through, where these are as busy as each other."""
+    experts, shares = layer.arch.experts, layer.shares
+    assert experts is not None
+    return experts.per_token * layer.arch.hidden_size * shares.expert_tensor / shares.tensor
+
+
+def _running_elements(layer: Layer, *, copies: float, each: float) -> float:
+    """Elements per token that a layer of experts holds while these run, one after the other."""
+    experts, shares = layer.arch.experts, layer.shares
+    assert experts is not None
+    one = each * experts.per_token * experts.ffn_hidden_size / experts.num_experts / shares.tensor
+    tables = 4 * experts.num_experts * layer.fp32 / shares.sequence
+    return copies * sent_elements(layer) + one + tables
+
+
+def backward_elements(layer: Layer) -> float:
+    """Elements per token that its backward needs beside what was kept: the MLP's gradients weigh most."""
+    mlp = _running_elements(layer, copies=2, each=2) if layer.sparse else 2 * layer.arch.ffn_hidden_size / layer.shares.tensor
+    return mlp + layer.arch.hidden_size / layer.shares.sequence + layer.recomputed()
+
+
+def forward_elements(layer: Layer) -> float:
+    """Elements per token that it holds at most in a forward-only pass."""
+    each = _gated_width(layer)
+    # Of experts: tokens sorted, and what comes of each; part of them twice, when it is put together.
+    if layer.sparse:
+        mlp = _running_elements(layer, copies=3.5, each=each)
+    else:
+        mlp = each * layer.arch.ffn_hidden_size / layer.shares.tensor
+    return 4 * layer.arch.hidden_size / layer.shares.sequence + max(_attention_elements(layer), mlp)
+
+
+def _attention_elements(layer: Layer) -> float:
+    """Elements per token that attention holds while it norms or rotates queries: the most of it, with large heads."""
+    arch, shares = layer.arch, layer.shares
+    queries, keys = shares.queries, shares.keys
+    rotating = (1 if layer.fused else 3) * queries + (arch.qk_norm or arch.qk_norm_whole) * keys
+    in_parts = arch.qk_norm_whole or (arch.qk_norm and not layer.fused)
+    norming = 3 * queries * layer.fp32 if in_parts else 0.0
+    # The projection's output and the queries out of it; angles, cosines and sines.
+    return 2 * queries + 2 * keys + max(rotating, norming) + 3 * arch.kv_channels
