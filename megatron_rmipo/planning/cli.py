@@ -15,7 +15,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.arguments import add_objective_arguments, objective_of_arguments
 from megatron_rmipo.planning.hardware import GPUS, read_cluster
 from megatron_rmipo.planning.lengths import PairLengths, equal_lengths, read_lengths
-from megatron_rmipo.planning.plan import Planner, make_plan
+from megatron_rmipo.planning.plan import Plan, Planner, make_plan
 from megatron_rmipo.planning.report import describe_plan
 from megatron_rmipo.planning.shapes import read_shape, shape_names
 from megatron_rmipo.planning.workload import Workloads
@@ -66,11 +66,16 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    return run_command(lambda: print(_plan(vars(build_parser(arguments).parse_args(arguments)))), debug=debug)
+    return run_command(lambda: print(describe_plan(*find_plan(arguments))), debug="--debug" in arguments)
 
 
-def _plan(values: dict[str, Any]) -> str:
+def find_plan(arguments: Sequence[str]) -> tuple[Plan, str, int]:
+    """The plan that a command line asks for, what it is for in words, and the pairs of an epoch.
+
+    Raises:
+        RmipoError: a flag has a value that it cannot have, the model or the data cannot be read, or nothing fits.
+    """
+    values = vars(build_parser(arguments).parse_args(arguments))
     for name in ("gpus", "nodes", "num_pairs", "global_batch_size", "show", "gpu_memory_gb"):
         if values[name] is not None and values[name] <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {values[name]}: must be greater than 0.")
@@ -86,9 +91,8 @@ def _plan(values: dict[str, Any]) -> str:
         training=TrainingConfig(global_batch_size=values["global_batch_size"]),
     )
     lengths = _lengths(values).shortened(values["seq_length"])
-    planner = Planner(arch, base, Workloads(arch, objective.needs, lengths))
-    plan = make_plan(planner, cluster, num_others=values["show"])
-    return describe_plan(plan, f"{values['hf_model']}, {values['objective']}, {lengths}", lengths.num_pairs)
+    plan = make_plan(Planner(arch, base, Workloads(arch, objective.needs, lengths)), cluster, num_others=values["show"])
+    return plan, f"{values['hf_model']}, {values['objective']}, {lengths}", lengths.num_pairs
 
 
 def _lengths(values: dict[str, Any]) -> PairLengths:
