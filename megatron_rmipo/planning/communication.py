@@ -75,9 +75,20 @@ def pack_seconds(arch: ModelArchitecture, config: Config, cluster: Cluster, num_
     # An all-reduce is both of what stands there with sequence parallelism.
     dense = 4 * len(arch.dense_layers) + 2 * len(arch.expert_layers)
     tensor = dense * ring_seconds(group(cluster, sizes.tp, 1), row)
-    keys = 2 * arch.key_size if arch.latent is None else arch.latent.key_value_down_size * sizes.tp
-    context = arch.num_layers * ring_seconds(group(cluster, sizes.cp, sizes.tp), num_tokens * keys / sizes.tp * HALF_BYTES)
+    context = arch.num_layers * _context_seconds(arch, config, cluster, num_tokens)
     return PassSeconds(tensor, context, _expert_seconds(arch, config, cluster, row))
+
+
+def _context_seconds(arch: ModelArchitecture, config: Config, cluster: Cluster, num_tokens: float) -> float:
+    """Of one layer: keys and values of all tokens, or of a rank's tokens what belongs to the heads of others, and back."""
+    sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
+    ranks, element = group(cluster, sizes.cp, sizes.tp), HALF_BYTES / sizes.tp
+    if config.parallel.cp_comm_type == "a2a":
+        own = num_tokens / sizes.cp * element
+        there = exchange_seconds(ranks, own * (arch.query_size + 2 * arch.key_size), 1)
+        return there + exchange_seconds(ranks, own * arch.context_size, 1)
+    keys = 2 * arch.key_size if arch.latent is None else arch.latent.key_value_down_size * sizes.tp
+    return ring_seconds(ranks, num_tokens * keys * element)
 
 
 def _expert_seconds(arch: ModelArchitecture, config: Config, cluster: Cluster, row: float) -> float:

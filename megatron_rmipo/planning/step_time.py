@@ -109,12 +109,10 @@ def _pass_seconds(
     dense, expert = shard_parameters(arch, config, sizes)
     weights = WEIGHT_BYTES / 3.0 * (dense + expert) * sizes.pp / cluster.gpu.memory_rate
     handover = handover_seconds(arch, config, cluster, mean) * sizes.pp * sizes.chunks * (1.0 + one.backward)
-    attention = one.layers - forward_cost_model(arch).per_token * of_packs
-    selective = one.backward and config.model.recompute_granularity == "selective"
     return {
         "compute": forward * rounds + weights * rounds,
         "output layer": one.head / shards / rate * rounds,
-        "recomputation": forward * again + selective * attention / shards / rate,
+        "recomputation": forward * again + one.backward * _modules_again(arch, config, one.layers, of_packs) / shards / rate,
         "tensor parallel": (0.0 if tensor_overlapped else messages.tensor * exchanges) * even,
         "context parallel": messages.context * exchanges * even,
         "expert parallel": messages.expert * exchanges * even,
@@ -131,6 +129,21 @@ def recomputed_share(arch: ModelArchitecture, config: Config) -> float:
         stage = arch.num_layers / config.parallel.pipeline_model_parallel_size
         return min(1.0, (model.recompute_num_layers or 1) / stage)
     return 1.0
+
+
+def _modules_again(arch: ModelArchitecture, config: Config, layers: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """FLOPs of what selective recomputation computes anew in packs of some FLOPs and tokens; of norms and activations none."""
+    if config.model.recompute_granularity != "selective":
+        return np.zeros_like(layers)
+    attention = layers - forward_cost_model(arch).per_token * tokens
+    dense = 6.0 * arch.hidden_size * arch.ffn_hidden_size * len(arch.dense_layers) * tokens
+    shared_size = arch.experts.shared_ffn_hidden_size if arch.experts else 0
+    shared = 6.0 * arch.hidden_size * shared_size * len(arch.expert_layers) * tokens
+    # Experts are slower than the rest.
+    experts = expert_flops(arch) * tokens * DENSE_SHARE / EXPERT_SHARE
+    again = {"core_attn": attention, "mlp": dense, "moe": experts + shared, "shared_experts": shared}
+    modules = set(config.memory.recompute_modules or ["core_attn"])
+    return np.asarray(sum((flops for name, flops in again.items() if name in modules), start=np.zeros_like(layers)))
 
 
 def expert_flops(arch: ModelArchitecture) -> float:
@@ -166,7 +179,8 @@ def _update_seconds(
         forward if config.parallel.overlap_param_gather else 0.0,
     )
     sharded = config.parallel.use_distributed_optimizer
-    numbers = dense / sizes.replicas + expert / sizes.expert_replicas if sharded else dense + expert
+    copies = config.parallel.num_distributed_optimizer_instances
+    numbers = copies * (dense / sizes.replicas + expert / sizes.expert_replicas) if sharded else dense + expert
     return {
         "data parallel": max(0.0, sent.gradients - hidden[0]) + max(0.0, sent.weights - hidden[1]),
         "optimizer": UPDATE_BYTES * numbers / cluster.gpu.memory_rate,

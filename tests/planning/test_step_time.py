@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling_page import our_step, published_rows
+from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig
@@ -117,6 +118,29 @@ def test_recomputation_costs_a_forward() -> None:
     assert step_seconds(DENSE, config_of(blocks, **parallel), cluster, load).parts["recomputation"] == pytest.approx(
         again["recomputation"] / 4
     )
+
+
+def test_what_selective_recomputation_computes_anew() -> None:
+    cluster, load = read_cluster(PlanningConfig(), 1), equal_sequences(DENSE, 1024, packs=3)
+    selective = ModelConfig(bf16=True, recompute_granularity="selective")
+    attention = 3 * forward_cost_model(DENSE).per_area * 1024 * 1025 / 2
+    mlps = 3 * 1024 * 2 * 3 * 4096 * 14336 * 32
+    for modules, flops in ((None, attention), (["mlp"], mlps), (["core_attn", "layernorm", "mlp"], attention + mlps)):
+        config = dataclasses.replace(config_of(selective), memory=MemoryConfig(recompute_modules=modules))  # type: ignore[arg-type]
+        seconds = step_seconds(DENSE, config, cluster, load).parts["recomputation"]
+        assert seconds == pytest.approx(flops / (DENSE_SHARE * 989.4e12))
+
+
+def test_heads_exchanged_beside_keys_gathered() -> None:
+    cluster = read_cluster(PlanningConfig(), 4)
+    seconds = [
+        pack_seconds(DENSE, config_of(context_parallel_size=4, cp_comm_type=kind), cluster, 65536).context / 32
+        for kind in ("all_gather", "a2a")
+    ]
+    rate = LINK_SHARE * 450e9
+    # Three quarters of keys and values of eight groups; of a quarter of the tokens three quarters of 32 heads twice and of 16.
+    assert seconds[0] == pytest.approx(0.75 * 65536 * 16 * 128 * 2 / rate + MESSAGE_SECONDS)
+    assert seconds[1] == pytest.approx(0.75 * 65536 / 4 * (64 + 16) * 128 * 2 / rate + 2 * MESSAGE_SECONDS)
 
 
 def test_gradients_travel_beside_the_last_backward() -> None:
