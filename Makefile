@@ -1,4 +1,4 @@
-# make demo | test | test-fast | check | test-gpu | bench | bench-trl | bench-gpu | performance | clean
+# make demo | test | test-fast | check | test-gpu | bench | bench-trl | bench-gpu | performance | scaling | clean
 #
 # PYTHON=python3.12   another interpreter, with an environment of its own (.venv-3.12)
 # TORCH=torch==2.13.0 the torch to install first; PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL say where pip may find a CPU build
@@ -36,7 +36,7 @@ TORCH ?= $(if $(filter 3.11,$(PY_VERSION)),torch==2.13.0,torch)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help venv demo test test-fast test-gpu check bench bench-trl bench-gpu performance clean
+.PHONY: help venv demo test test-fast test-gpu check bench bench-trl bench-gpu performance scaling clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -104,6 +104,10 @@ bench-gpu: $(STAMP)
 
 performance: $(STAMP)
 	$(BIN)/python -m benchmarks.performance_page
+
+# Some minutes: every layout of four models on one to 64 nodes.
+scaling: $(STAMP)
+	$(BIN)/python -m benchmarks.scaling_page
 
 # Not work/ and runs/: what somebody trained is theirs to remove.
 clean:

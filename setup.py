@@ -72,6 +72,7 @@ COMMANDS = {
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.entry:convert_megatron_to_hf",
     "megatron-rmipo-verify-checkpoint": "megatron_rmipo.entry:verify_checkpoint",
     "megatron-rmipo-verify-conversion": "megatron_rmipo.entry:verify_conversion",
+    "megatron-rmipo-plan-layout": "megatron_rmipo.entry:plan_layout",
     "megatron-rmipo-summarize-run": "megatron_rmipo.entry:summarize_run",
     "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",
 }
@@ -86,7 +87,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rmipo", "megatron_rmipo.*"]),
-    package_data={"megatron_rmipo": ["py.typed"]},
+    package_data={"megatron_rmipo": ["py.typed", "planning/shapes.json"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"{command} = {target}" for command, target in COMMANDS.items()]},

@@ -140,6 +140,7 @@ verify_conversion = functools.partial(start, "megatron_rmipo.checkpoint.verify_c
 launch = functools.partial(start, "megatron_rmipo.runtime.launcher")
 preprocess_preferences = functools.partial(start, "megatron_rmipo.data.preparing.preprocess_cli")
 inspect_pairs = functools.partial(start, "megatron_rmipo.data.preparing.inspect_cli")
+plan_layout = functools.partial(start, "megatron_rmipo.planning.cli")
 verify_checkpoint = functools.partial(start, "megatron_rmipo.checkpoint.verify_checkpoint_cli")
 convert_hf_to_megatron = functools.partial(start, "megatron_rmipo.checkpoint.hf_to_megatron_cli")
 convert_megatron_to_hf = functools.partial(start, "megatron_rmipo.checkpoint.megatron_to_hf_cli")

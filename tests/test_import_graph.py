@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "optimizer": {"config", "runtime"},
     "memory": {"errors", "config", "runtime", "data", "families", "model"},
     "passes": {"errors", "config", "runtime", "objectives", "data", "families", "model", "memory"},
+    "planning": {"errors", "command", "config", "objectives", "data", "families", "model", "memory", "passes"},
     "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "health", "objectives", "data", "memory"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
-        *("health", "optimizer", "scoring", "reports"),
+        *("health", "optimizer", "scoring", "reports", "planning"),
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun", "remote_paths"},

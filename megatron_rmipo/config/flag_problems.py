@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
     CheckpointConfig,
@@ -49,6 +50,7 @@ def config_problems(config: Config) -> Iterator[str]:
     yield from _checkpoint_flags(config.checkpoint, config.model)
     yield from _evaluation_and_logging_flags(config)
     yield from _profiling_flags(config.profiling)
+    yield from planning_problems(config.planning)
     yield from profiled_steps_problems(config.profiling, config.training.train_iters)
 
 
@@ -239,6 +241,17 @@ def profiled_steps_problems(profiling: ProfilingConfig, train_iters: int | None)
             f"--profile-step-end {end} lies beyond the run's {train_iters} steps; --profile-step-start {max(train_iters - 2, 0)} "
             f"--profile-step-end {train_iters} would work"
         )
+
+
+def planning_problems(planning: PlanningConfig) -> Iterator[str]:
+    """Faults of the flags of ``--dry-run``."""
+    yield from _at_least(1, planning, "gpus", "nodes")
+    if planning.gpu_memory_gb is not None and planning.gpu_memory_gb <= 0:
+        yield f"--gpu-memory-gb {planning.gpu_memory_gb}: must be greater than 0"
+    if not planning.dry_run:
+        for name in ("gpus", "nodes", "gpu", "gpu_memory_gb", "interconnect"):
+            if getattr(planning, name) is not None:
+                yield f"{flag_of(name)} does nothing without --dry-run"
 
 
 def _message(check: Callable[[], object]) -> Iterator[str]:

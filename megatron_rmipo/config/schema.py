@@ -17,6 +17,7 @@ import yaml
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.options import described, option
 from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.errors import ConfigError
 
 
@@ -270,6 +271,7 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = dataclasses.field(default_factory=ProfilingConfig)
+    planning: PlanningConfig = dataclasses.field(default_factory=PlanningConfig)
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Every flag's name and value, the objective's options among them; plain types, as YAML and JSON hold them."""

@@ -36,7 +36,19 @@ def read_architecture(hf_dir: Path) -> ModelArchitecture:
         ConversionError: no readable config, an unknown architecture, or a field whose value is not supported.
     """
     path = Path(hf_dir) / "config.json"
-    config = _read_json(path)
+    return architecture_of(read_json(path), path)
+
+
+def architecture_of(config: dict[str, Any], path: Path) -> ModelArchitecture:
+    """The model that the fields of a ``config.json`` describe.
+
+    Args:
+        config: the fields.
+        path: where they stand, for messages.
+
+    Raises:
+        ConversionError: as of :func:`read_architecture`.
+    """
     family = _family_of(config, path)
     _refuse_quantized(config, path)
     for field, allowed in family.only.items():
@@ -117,7 +129,12 @@ def _refuse_unknown(fields: Fields, known: set[str], who: str) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a ``config.json``.
+
+    Raises:
+        ConversionError: it is not there, or no such file.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -33,6 +33,7 @@ from megatron_rmipo.runtime.messages import tell_stop, warn
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.reference import attach_scores, identify_reference, load_reference
+from megatron_rmipo.training.dry_run import dry_run
 from megatron_rmipo.training.facts import run_facts
 from megatron_rmipo.training.loop import Run, train
 from megatron_rmipo.training.observers import (
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Rendezvous() as rendezvous:
             config = parse_arguments(arguments)
             shows_tracebacks = config.logging.debug
+            if config.planning.dry_run:
+                return dry_run(config, rendezvous)
             run_training(config, rendezvous)
     except (RmipoError, RuntimeError) as error:
         return tell_failure(error, debug=shows_tracebacks)

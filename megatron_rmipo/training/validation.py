@@ -22,7 +22,9 @@ def validate(config: Config, architecture: ModelArchitecture, world_size: int) -
         ConfigError: one line per fault: the flags, their values, and values that would work.
     """
     ranks = _profiled_ranks(config.profiling, world_size)
-    refuse([*problems_without_model(config), *layout_problems(config, architecture, world_size), *ranks])
+    # A dry run is for other machines than this one.
+    flags = config_problems(config) if config.planning.dry_run else problems_without_model(config)
+    refuse([*flags, *layout_problems(config, architecture, world_size), *ranks])
 
 
 def refuse_profiling_beyond_the_end(config: Config, train_iters: int) -> None:

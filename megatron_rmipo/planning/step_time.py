@@ -1,0 +1,187 @@
+"""Seconds of a training step under a layout: what is computed, what is sent, and how long ranks wait for each other.
+
+Two numbers are fitted to published steps of Megatron-Core on H100 GPUs (docs/scaling.md has the rows and the errors): the share
+of a GPU's peak that matrix products reach, and the one that those of experts reach. The others are data sheets, or said to be
+assumed where they stand. None of it was measured on a GPU by this project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts
+from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
+from megatron_rmipo.families.tensors import layer_parameters
+from megatron_rmipo.model.flops import forward_cost_model
+from megatron_rmipo.planning.communication import handover_seconds, pack_seconds, replica_seconds
+from megatron_rmipo.planning.hardware import Cluster
+from megatron_rmipo.planning.sizes import Sizes
+from megatron_rmipo.planning.stages import pipeline_length
+from megatron_rmipo.planning.workload import Workload
+
+# Fitted, see above.
+DENSE_SHARE, EXPERT_SHARE = 0.61, 0.195
+# Bytes that a pack moves for each weight of a rank besides its products: it is read twice and its fp32 gradient is added to.
+WEIGHT_BYTES = 12.0
+# Bytes that Adam moves for each number that it updates: gradient, weight and two moments in fp32, back again, a bf16 weight.
+UPDATE_BYTES = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSeconds:
+    """A step, part by part.
+
+    Attributes:
+        parts: name -> seconds; they follow each other.
+        flops_per_gpu: floating point operations a second of each GPU that the loss needs.
+    """
+
+    parts: Mapping[str, float]
+    flops_per_gpu: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def step_seconds(
+    arch: ModelArchitecture,
+    config: Config,
+    cluster: Cluster,
+    load: Workload,
+    *,
+    tensor_overlapped: bool = False,
+    simulated: bool = True,
+) -> StepSeconds:
+    """How long a step takes.
+
+    Args:
+        arch: the model.
+        config: the flags.
+        cluster: the machines.
+        load: of a step on the costliest data-parallel rank.
+        tensor_overlapped: tensor-parallel messages travel beside matrix products, as published runs have it and ours do not.
+        simulated: False leaves out how long stages wait, and is soon done.
+    """
+    sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
+    parts: dict[str, float] = {}
+    passes = []
+    for one, tokens in zip(load.passes, load.tokens, strict=True):
+        seconds = _pass_seconds(arch, config, cluster, one, tokens, tensor_overlapped=tensor_overlapped)
+        for name, of_packs in seconds.items():
+            parts[name] = parts.get(name, 0.0) + float(of_packs.sum()) / sizes.pp
+        layers = np.asarray(sum(of_packs for name, of_packs in seconds.items() if name != "output layer"))
+        # What a backward takes beyond twice the forward is spread over both.
+        factor = 1.0 + BACKWARD * one.backward
+        passes.append(PassCosts(layers / factor, seconds["output layer"] / factor, one.backward))
+    if simulated:
+        parts["waiting"] = pipeline_length(passes, config.parallel, arch.num_layers) - sum(parts.values())
+    dense, expert = shard_parameters(arch, config, sizes)
+    parts.update(_update_seconds(config, cluster, sizes, passes[-1], dense, expert))
+    total = sum(parts.values())
+    return StepSeconds({name: each for name, each in parts.items() if each > 1e-4 * total}, load.flops / total / cluster.gpus)
+
+
+def _pass_seconds(
+    arch: ModelArchitecture, config: Config, cluster: Cluster, one: PassCosts, tokens: float, *, tensor_overlapped: bool
+) -> dict[str, np.ndarray]:
+    """Seconds of each pack of a pass, forward and backward, all stages together, float64 ``[M]`` by name."""
+    sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
+    # Tokens of each pack, about: the layers cost by them.
+    of_packs = tokens * one.layers / max(float(one.layers.sum()), 1e-9)
+    mean = tokens / len(one.layers)
+    rounds = 1.0 + BACKWARD * one.backward
+    rate = cluster.gpu.peak * DENSE_SHARE
+    shards = sizes.tp * sizes.cp
+    per_token = expert_flops(arch)
+    dense_forward = (one.layers - per_token * of_packs) / shards / rate
+    forward = dense_forward + per_token * of_packs / shards / (cluster.gpu.peak * EXPERT_SHARE)
+    messages = pack_seconds(arch, config, cluster, mean)
+    even = of_packs / max(mean, 1e-9)
+    again = one.backward * recomputed_share(arch, config)
+    exchanges = 1.0 + one.backward + again
+    dense, expert = shard_parameters(arch, config, sizes)
+    weights = WEIGHT_BYTES / 3.0 * (dense + expert) * sizes.pp / cluster.gpu.memory_rate
+    handover = handover_seconds(arch, config, cluster, mean) * sizes.pp * sizes.chunks * (1.0 + one.backward)
+    return {
+        "compute": forward * rounds + weights * rounds,
+        "output layer": one.head / shards / rate * rounds,
+        "recomputation": forward * again + one.backward * _modules_again(arch, config, one.layers, of_packs) / shards / rate,
+        "tensor parallel": (0.0 if tensor_overlapped else messages.tensor * exchanges) * even,
+        "context parallel": messages.context * exchanges * even,
+        "expert parallel": messages.expert * exchanges * even,
+        "pipeline parallel": handover * even,
+    }
+
+
+def recomputed_share(arch: ModelArchitecture, config: Config) -> float:
+    """Of the layers, those whose forward runs again in the backward."""
+    model = config.model
+    if model.recompute_granularity != "full":
+        return 0.0
+    if model.recompute_method == "block":
+        stage = arch.num_layers / config.parallel.pipeline_model_parallel_size
+        return min(1.0, (model.recompute_num_layers or 1) / stage)
+    return 1.0
+
+
+def _modules_again(arch: ModelArchitecture, config: Config, layers: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """FLOPs of what selective recomputation computes anew in packs of some FLOPs and tokens; of norms and activations none."""
+    if config.model.recompute_granularity != "selective":
+        return np.zeros_like(layers)
+    attention = layers - forward_cost_model(arch).per_token * tokens
+    dense = 6.0 * arch.hidden_size * arch.ffn_hidden_size * len(arch.dense_layers) * tokens
+    shared_size = arch.experts.shared_ffn_hidden_size if arch.experts else 0
+    shared = 6.0 * arch.hidden_size * shared_size * len(arch.expert_layers) * tokens
+    # Experts are slower than the rest.
+    experts = expert_flops(arch) * tokens * DENSE_SHARE / EXPERT_SHARE
+    again = {"core_attn": attention, "mlp": dense, "moe": experts + shared, "shared_experts": shared}
+    modules = set(config.memory.recompute_modules or ["core_attn"])
+    return np.asarray(sum((flops for name, flops in again.items() if name in modules), start=np.zeros_like(layers)))
+
+
+def expert_flops(arch: ModelArchitecture) -> float:
+    """FLOPs of a token's forward in the experts that it goes through, all layers together."""
+    if arch.experts is None:
+        return 0.0
+    return 2.0 * 3 * arch.hidden_size * arch.experts.per_token * arch.experts.ffn_hidden_size * len(arch.expert_layers)
+
+
+def shard_parameters(arch: ModelArchitecture, config: Config, sizes: Sizes) -> tuple[float, float]:
+    """Numbers in a rank's shard of the weights, mean over the stages: without experts, in experts."""
+    cut, whole, expert = _layer_numbers(arch)
+    vocabulary = padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, sizes.tp) * arch.hidden_size
+    dense = cut / sizes.tp + whole + (2 - arch.tied_embeddings) * vocabulary / sizes.tp
+    return dense / sizes.pp, expert / (sizes.ep * sizes.etp) / sizes.pp
+
+
+@functools.lru_cache(maxsize=8)
+def _layer_numbers(arch: ModelArchitecture) -> tuple[int, int, int]:
+    """Numbers in all layers that tensor parallelism cuts, that it does not, and that are experts'."""
+    counts = [layer_parameters(arch, layer) for layer in range(arch.num_layers)]
+    return sum(one.cut for one in counts), sum(one.whole for one in counts), sum(one.num_experts * one.expert for one in counts)
+
+
+def _update_seconds(
+    config: Config, cluster: Cluster, sizes: Sizes, gradient: PassCosts, dense: float, expert: float
+) -> dict[str, float]:
+    """After the last backward, and before the first forward: what other work does not hide."""
+    sent = replica_seconds(config, sizes, cluster, dense, expert)
+    forward = float(gradient.layers.mean()) / sizes.pp
+    hidden = (
+        BACKWARD * forward if config.parallel.overlap_grad_reduce else 0.0,
+        forward if config.parallel.overlap_param_gather else 0.0,
+    )
+    sharded = config.parallel.use_distributed_optimizer
+    copies = config.parallel.num_distributed_optimizer_instances
+    numbers = copies * (dense / sizes.replicas + expert / sizes.expert_replicas) if sharded else dense + expert
+    return {
+        "data parallel": max(0.0, sent.gradients - hidden[0]) + max(0.0, sent.weights - hidden[1]),
+        "optimizer": UPDATE_BYTES * numbers / cluster.gpu.memory_rate,
+    }
