@@ -46,7 +46,7 @@ def layouts(base: Config, arch: ModelArchitecture, cluster: Cluster, least: int)
 def problems(config: Config, arch: ModelArchitecture, gpus: int) -> Iterator[str]:
     """What the trainer would say of the layout."""
     yield from parallel_problems(config)
-    yield from recompute_problems(config.model)
+    yield from recompute_problems(config)
     yield from layout_problems(config, arch, gpus)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.planning.fit import GIB, RankMemory, rank_memory
+from megatron_rmipo.memory.stages import StageMemory
+from megatron_rmipo.planning.fit import GIB, named_parts, rank_memory
 from megatron_rmipo.planning.hardware import Cluster
 from megatron_rmipo.planning.layouts import layouts, pack_sizes, problems, with_packs
 from megatron_rmipo.planning.sizes import Sizes
@@ -41,7 +42,7 @@ class Estimate:
     config: Config
     cluster: Cluster
     sizes: Sizes
-    memory: RankMemory
+    memory: StageMemory
     load: Workload
     step: StepSeconds | None
 
@@ -69,7 +70,9 @@ class Estimate:
     def memory_line(self) -> str:
         """What of its memory a rank needs."""
         stage = f" on stage {self.memory.stage}" if self.sizes.pp > 1 else ""
-        return f"{self.memory.peak / GIB:.1f} of {self.cluster.usable_bytes / GIB:.1f} GiB a rank{stage}: {self.memory}"
+        return (
+            f"{self.memory.peak / GIB:.1f} of {self.cluster.usable_bytes / GIB:.1f} GiB a rank{stage}: {named_parts(self.memory)}"
+        )
 
 
 class Planner:
