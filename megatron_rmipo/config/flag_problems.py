@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
     CheckpointConfig,
@@ -51,6 +52,7 @@ def parallel_problems(config: Config) -> Iterator[str]:
     parallel = config.parallel
     yield from _at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
     yield from _at_least(1, parallel, "expert_model_parallel_size", "expert_tensor_parallel_size")
+    yield from split_flag_problems(parallel)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size 2 or more; leave it out at 1"
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
@@ -93,6 +95,8 @@ def bridge_problems(config: Config) -> Iterator[str]:
     for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe"):
         if getattr(model, name) != getattr(ModelConfig(), name):
             yield f"{flag_of(name)} does nothing with --bridge: Megatron-Bridge says what a model is built of; leave it out"
+    for given in split_flags(config.parallel):
+        yield f"{given}: with --bridge every pipeline stage holds one chunk of as many layers; leave it out"
 
 
 def _data_flags(data: DataConfig) -> Iterator[str]:

@@ -200,7 +200,7 @@ def _record(run: Run, batch: RankBatch, outcome: StepOutcome, phases: dict[str, 
         **summarize(metrics.values, metrics.distributions),
         **take_expert_load(run.state.policy, run.groups, each=run.config.logging.log_expert_load),
         **run.throughput.take(),
-        **pipeline_bubble(batch, run.clock, phases, run.groups),
+        **pipeline_bubble(batch, run.pairs.layout.stages, run.clock, phases, run.groups),
         **({"flex_fallbacks": num_fallbacks()} if num_fallbacks() else {}),
     }
 
