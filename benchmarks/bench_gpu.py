@@ -151,7 +151,7 @@ def run_ours(
     batches = build_batches(pairs, state, VARIANTS["rmipo"], options.num_pairs, options.tokens_per_microbatch)
     results.ends_seconds = ends_seconds(state, batches, "rmipo", groups, results.timings["rmipo"], warmups=options.warmups)
     keep(results)
-    results.head_tflops = head_tflops(state.policy, options.head_tokens, options.repeats)
+    results.head_tflops = head_tflops(state.policy[0], options.head_tokens, options.repeats)
     keep(results)
 
 

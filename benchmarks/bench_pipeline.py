@@ -27,7 +27,7 @@ from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
-from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, even_length, idle_share, simulated_length
+from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, Stages, even_length, idle_share, simulated_length
 from megatron_rmipo.data.batches.spread import spread_evenly
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.model.flops import forward_cost_model
@@ -66,7 +66,7 @@ def measure(setting: Setting, lengths: np.ndarray, options: argparse.Namespace) 
         cost=forward_cost_model(MODELS[setting.model]),
         unconditional="bos",
         bos_token_id=BOS,
-        num_stages=setting.stages,
+        stages=Stages.even(setting.stages),
     )
     pairs, order = PairCollection([Lengths(lengths)]), PairOrder(len(lengths), options.seed)  # type: ignore[list-item]
     for when, number in zip(WHEN, (0, options.least), strict=True):
@@ -84,10 +84,10 @@ def measure(setting: Setting, lengths: np.ndarray, options: argparse.Namespace) 
 
 def _figures(total: float, passes_of: Sequence[Sequence[PassCosts]], layout: BatchLayout) -> dict[str, float]:
     """Of one batch: what it costs in all, and what its simulated replicas run."""
-    stages, replicas = layout.num_stages, layout.dp_size
+    stages, replicas = layout.stages, layout.dp_size
 
     def share(length: Any, work: float, chosen: slice) -> float:
-        return idle_share(work, max(length(passes[chosen], stages) for passes in passes_of), stages, replicas)
+        return idle_share(work, max(length(passes[chosen], stages) for passes in passes_of), stages.num_stages, replicas)
 
     # The replicas are alike: each pass is the same part of every one's work.
     unconditional = sum(passes[0].work for passes in passes_of) / sum(one.work for passes in passes_of for one in passes)
@@ -100,7 +100,7 @@ def _figures(total: float, passes_of: Sequence[Sequence[PassCosts]], layout: Bat
         found[name] = share(simulated_length, work, chosen)
         found[f"{name}_even"] = share(even_length, work, chosen)
     with_overhead = [[one.with_overhead(layout.cost.per_token) for one in passes] for passes in passes_of]
-    found["cost"] = max(simulated_length(passes, stages) for passes in with_overhead) * stages * replicas / total
+    found["cost"] = max(simulated_length(passes, stages) for passes in with_overhead) * stages.num_stages * replicas / total
     found["unconditional_packs"], found["gradient_packs"] = (len(one.layers) for one in passes_of[0])
     return found
 

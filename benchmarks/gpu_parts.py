@@ -83,7 +83,7 @@ def gradient_parts(state: TrainingState, batch: RankBatch, objective_name: str, 
     """
     assert groups.world_size == 1, "communication is not told apart"
     timer, communication = WaitingTimer(), 0.0
-    with watched(state.policy) as spans:
+    with watched(state.policy[0]) as spans:
         train_step(state, batch, build_objective(objective_name, {}), groups, timer)
     forward = spans.seconds("forward")
     seconds = {"forward": forward, "backward": timer.take()["gradient"] - forward - communication}

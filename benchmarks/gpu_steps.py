@@ -148,7 +148,7 @@ def ends_seconds(
     The passes of the same steps through the same model without its layers, and of the optimizer's phase of whole steps the share
     of the parameters outside the layers.
     """
-    with without_layers(state.policy):
+    with without_layers(state.policy[0]):
         timing = time_steps(state, batches, objective_name, groups, warmups=warmups)
         outside = sum(parameter.numel() for parameter in state.policy.parameters())
     share = float(outside / sum(parameter.numel() for parameter in state.policy.parameters()))

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import get_model_config
 
 from megatron_rmipo.training import step as training_step
 from megatron_rmipo.training.setup import TrainingState
@@ -37,9 +36,9 @@ def overhead_share(step: Callable[[], Any], state: TrainingState) -> float:
 
         return call
 
-    config = get_model_config(state.model)
+    config = state.policy.config
     theirs = [
-        (state.model, "forward"),
+        (state.model.chunks[0], "forward"),
         (schedules, "backward_step"),
         (config, "finalize_model_grads_func"),
         (state.model, "zero_grad_buffer"),

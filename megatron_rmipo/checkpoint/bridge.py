@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.foreign import foreign_architecture
 from megatron_rmipo.model.adopt import attach_model, scoring_problems
 from megatron_rmipo.model.packed_model import unwrapped
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy, PolicyModel
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
@@ -62,7 +62,7 @@ class BridgedPolicy:
         Raises:
             ConversionError: the directory holds something, or Megatron-Bridge cannot write the model.
         """
-        _export(self.bridge, self.policy, directory, self.groups, "the directory")
+        _export(self.bridge, [self.policy], directory, self.groups, "the directory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +119,7 @@ class ThroughBridge:
             )
         return self.hf_dir
 
-    def build(
-        self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
-    ) -> PolicyModel:
+    def build(self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool) -> Policy:
         """As :meth:`megatron_rmipo.checkpoint.makers.Maker.build`."""
         model = config.model
         policy = build_bridged_policy(
@@ -141,11 +139,11 @@ class ThroughBridge:
             recompute_modules=config.memory.recompute_modules,
         ).policy
         policy.architecture = arch
-        return policy
+        return Policy([policy])
 
     def export(
         self,
-        policy: PolicyModel,
+        policy: Policy,
         arch: ModelArchitecture,
         hf_dir: Path,
         save_dir: Path,
@@ -158,10 +156,10 @@ class ThroughBridge:
         assert dtype is None, "refused with the flags"
         if stop is not None:
             stop.check("", groups.world)
-        _export(on_every_rank(groups.world, lambda: _open(hf_dir)), policy, save_dir, groups, "--save-hf")
+        _export(on_every_rank(groups.world, lambda: _open(hf_dir)), list(policy), save_dir, groups, "--save-hf")
 
 
-def _export(bridge: Any, policy: PolicyModel, directory: Path, groups: ProcessGroups, flag: str) -> None:
+def _export(bridge: Any, chunks: Sequence[torch.nn.Module], directory: Path, groups: ProcessGroups, flag: str) -> None:
     """Write a policy; the directory appears when it is whole. All ranks call it together."""
     with contextlib.ExitStack() as stack:
 
@@ -173,7 +171,7 @@ def _export(bridge: Any, policy: PolicyModel, directory: Path, groups: ProcessGr
 
         def write() -> None:
             with _told(f"{directory}: Megatron-Bridge could not write the model"):
-                bridge.save_hf_pretrained([policy], str(partial), show_progress=False)
+                bridge.save_hf_pretrained(list(chunks), str(partial), show_progress=False)
 
         on_every_rank(groups.world, write)
         on_first_rank(groups.world, stack.close)

@@ -17,7 +17,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import StopRequest
 
@@ -46,9 +46,7 @@ class Maker(Protocol):
             CheckpointError: there is none.
         """
 
-    def build(
-        self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
-    ) -> PolicyModel:
+    def build(self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool) -> Policy:
         """This rank's part of the model of a directory, with its weights or with random ones. All ranks call it together.
 
         Raises:
@@ -57,7 +55,7 @@ class Maker(Protocol):
 
     def export(
         self,
-        policy: PolicyModel,
+        policy: Policy,
         arch: ModelArchitecture,
         hf_dir: Path,
         save_dir: Path,
@@ -98,9 +96,7 @@ class KnownFamilies:
         """The checkpoint's own."""
         return hf_assets_directory(directory, iteration)
 
-    def build(
-        self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool
-    ) -> PolicyModel:
+    def build(self, hf_dir: Path, arch: ModelArchitecture, config: Config, groups: ProcessGroups, *, weights: bool) -> Policy:
         """Of Megatron-Core's layers; each rank reads no more than its slices of the weights."""
         model = build_model(arch, config, groups)
         if weights:
@@ -109,7 +105,7 @@ class KnownFamilies:
 
     def export(
         self,
-        policy: PolicyModel,
+        policy: Policy,
         arch: ModelArchitecture,
         hf_dir: Path,
         save_dir: Path,

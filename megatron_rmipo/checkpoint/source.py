@@ -25,7 +25,7 @@ from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 # Who looks at the disk for a rank: given what is looked for, by name, and what finds it; what that found.
@@ -164,7 +164,7 @@ def checkpoint_to_go_on_from(flags: CheckpointConfig) -> Path | None:
     return None
 
 
-def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> PolicyModel:
+def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Policy:
     """This rank's part of a model: with the weights of a Hugging Face directory, or to load a checkpoint into.
 
     All ranks call it together.
@@ -172,7 +172,7 @@ def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
     return source.maker.build(source.assets, source.arch, config, groups, weights=source.hf_weights is not None)
 
 
-def load_model(source: ModelSource, config: Config, groups: ProcessGroups) -> PolicyModel:
+def load_model(source: ModelSource, config: Config, groups: ProcessGroups) -> Policy:
     """This rank's part of a model with its weights, and nothing else of a checkpoint. All ranks call it together."""
     model = build_from(source, config, groups)
     if source.checkpoint is not None:

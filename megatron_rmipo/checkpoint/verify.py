@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rmipo.model.packed_model import head_weight
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, head_weight
 from megatron_rmipo.runtime.agreement import on_each_rank_alone
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -41,44 +40,49 @@ class Agreement:
 
 
 @torch.no_grad()
-def policy_logits(policy: PolicyModel, token_ids: Tensor, groups: ProcessGroups) -> Tensor | None:
+def policy_logits(policy: Chunks, token_ids: Tensor, groups: ProcessGroups) -> Tensor | None:
     """Logits of one text, through every stage. All ranks of one model replica call it together.
 
     Args:
-        policy: this rank's part of the model.
+        policy: this rank's part of the model, or its chunks.
         token_ids: int64 ``[T]``.
         groups: the process groups of this rank.
 
     Returns:
         fp32 ``[T, V]`` on the CPU on the first tensor-parallel rank of the last stage, None elsewhere.
     """
-    num_tokens, shards = token_ids.numel(), groups.tp_size if policy.config.sequence_parallel else 1
+    chunks: list[Any] = chunks_of(policy)
+    config = chunks[0].config
+    num_tokens, shards = token_ids.numel(), groups.tp_size if config.sequence_parallel else 1
     padding = -num_tokens % shards
     tokens, source = F.pad(token_ids, (0, padding)), torch.arange(num_tokens, device=token_ids.device)
     # Padding is a segment of its own, which no token of the text attends to.
     segments = torch.tensor([[0, num_tokens, 0, 0], [num_tokens, padding, 0, 0]][: 2 if padding else 1], dtype=torch.int64)
-    if not groups.is_first_stage:
-        shape = (tokens.numel() // shards, 1, policy.config.hidden_size)
-        hidden = torch.empty(shape, dtype=policy.config.params_dtype, device=token_ids.device)
-        dist.recv(hidden, group=groups.pp, group_src=groups.pp_rank - 1)
-        policy.set_input_tensor([hidden])
-    output = policy(tokens, torch.arange(tokens.numel(), device=token_ids.device), segments, source, None)
-    if not groups.is_last_stage:
-        dist.send(output.contiguous(), group=groups.pp, group_dst=groups.pp_rank + 1)
+    for chunk in chunks:
+        if not chunk.pre_process:
+            shape = (tokens.numel() // shards, 1, config.hidden_size)
+            hidden = torch.empty(shape, dtype=config.params_dtype, device=token_ids.device)
+            dist.recv(hidden, group=groups.pp, group_src=(groups.pp_rank - 1) % groups.pp_size)
+            chunk.set_input_tensor([hidden])
+        output = chunk(tokens, torch.arange(tokens.numel(), device=token_ids.device), segments, source, None)
+        if not chunk.post_process:
+            dist.send(output.contiguous(), group=groups.pp, group_dst=(groups.pp_rank + 1) % groups.pp_size)
+    last = chunks[-1]
+    if not last.post_process:
         return None
-    logits = policy.scoring_options.logits.apply_(F.linear(output, head_weight(policy)))
+    logits = last.scoring_options.logits.apply_(F.linear(output, head_weight(last)))
     parts = [torch.empty_like(logits) for _ in range(groups.tp_size)] if groups.tp_rank == 0 else None
     dist.gather(logits, parts, group=groups.tp, group_dst=0)
-    return None if parts is None else torch.cat(parts, dim=-1)[:, : policy.architecture.vocab_size].float().cpu()
+    return None if parts is None else torch.cat(parts, dim=-1)[:, : last.architecture.vocab_size].float().cpu()
 
 
 def compare_with_transformers(
-    policy: PolicyModel, hf_dir: Path, texts: Sequence[Tensor], groups: ProcessGroups, dtype: torch.dtype
+    policy: Chunks, hf_dir: Path, texts: Sequence[Tensor], groups: ProcessGroups, dtype: torch.dtype
 ) -> Agreement:
     """Compare the policy's logits with those of transformers. All ranks of one model replica call it together.
 
     Args:
-        policy: this rank's part of the model.
+        policy: this rank's part of the model, or its chunks.
         hf_dir: what transformers loads, on one rank.
         texts: int64 ``[T]`` each, the same on every rank.
         groups: the process groups of this rank.
@@ -87,7 +91,8 @@ def compare_with_transformers(
     Returns:
         The agreement, the same on every rank.
     """
-    policy.eval()
+    for chunk in chunks_of(policy):
+        chunk.eval()
     compares = groups.is_last_stage and groups.tp_rank == 0
     # Of a large model either may take longer than the others wait in a collective.
     reference = on_each_rank_alone(groups.world, lambda: _load_reference(hf_dir, dtype) if compares else None)

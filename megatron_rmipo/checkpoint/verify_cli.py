@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import socket
 from collections.abc import Sequence
@@ -20,12 +19,15 @@ from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.command import add_debug_flag, run_command
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags, split_problems
+from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConversionError, RmipoError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
-from megatron_rmipo.model.build import build_policy
-from megatron_rmipo.model.layout_problems import latent_problems
+from megatron_rmipo.model.build import build_chunks
+from megatron_rmipo.model.layout_problems import latent_problems, tensor_sizes
 from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.rendezvous import Rendezvous
@@ -42,6 +44,14 @@ _TEXTS = (
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
 _RANDOM_TEXTS = 3
+# Of the trainer's, those of the split of layers over stages.
+_SPLIT_FLAGS = (
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iteration", type=iteration_argument, metavar="N|release", help="which checkpoint of --load")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="TP")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="PP")
+    for name in _SPLIT_FLAGS:
+        field = ParallelConfig.__dataclass_fields__[name]
+        kind: dict[str, Any] = {"action": "store_true"} if field.default is False else {"type": int, "metavar": "N"}
+        parser.add_argument(flag_of(name), help=field.metadata["help"], **kind)
     parser.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="EP")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text a line (default: three built-in sentences)")
     parser.add_argument(
@@ -103,7 +117,8 @@ def _verify(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tens
         )
     try:
         dtype = _DTYPES[flags.dtype]
-        policy = build_policy(arch, transformer_config(arch, groups, dtype=dtype), groups)
+        config = transformer_config(arch, groups, dtype=dtype, parallel=_parallel(flags))
+        policy = build_chunks(arch, config, groups)
         if flags.load is None:
             load_hf_weights(policy, flags.hf_model, arch, groups=groups)
         else:
@@ -164,19 +179,21 @@ def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace, launch: La
     """The number of ranks, TP x PP x EP."""
     tp, pp, ep = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, flags.expert_model_parallel_size
     widths = arch.mlp_widths + ((arch.experts.ffn_hidden_size,) if arch.experts else ())
-    shared = math.gcd(arch.num_query_groups, *widths)
-    if tp < 1 or shared % tp:
+    works = [size for size in tensor_sizes(arch) if not any(width % size for width in widths)]
+    if tp not in works:
         raise ConversionError(
             f"--tensor-model-parallel-size {tp} does not divide the model's {arch.num_query_groups} key/value heads and "
-            f"{' and '.join(map(str, dict.fromkeys(widths)))} feed-forward channels. Use one of {_divisors(shared)}."
+            f"{' and '.join(map(str, dict.fromkeys(widths)))} feed-forward channels. Use one of {', '.join(map(str, works))}."
         )
-    for problem in latent_problems(arch, tp, shared):
+    if pp < 1:
+        raise ConversionError(f"--pipeline-model-parallel-size {pp}: must be at least 1.")
+    parallel = _parallel(flags)
+    for problem in (
+        *latent_problems(arch, tp),
+        *split_flag_problems(parallel),
+        *split_problems(arch.num_layers, parallel),
+    ):
         raise ConversionError(f"{problem}.")
-    if pp < 1 or arch.num_layers % pp:
-        raise ConversionError(
-            f"--pipeline-model-parallel-size {pp} does not divide the model's {arch.num_layers} layers. "
-            f"Use one of {_divisors(arch.num_layers)}."
-        )
     if arch.experts is None and ep != 1:
         raise ConversionError(f"--expert-model-parallel-size is {ep}, but the model has no experts. Leave it out.")
     num_experts = arch.experts.num_experts if arch.experts else 1
@@ -191,6 +208,11 @@ def _check_layout(arch: ModelArchitecture, flags: argparse.Namespace, launch: La
             f"torchrun started {launch.world_size} ranks, but TP {tp} x PP {pp} x EP {ep} is {world_size}. Start it alone."
         )
     return world_size
+
+
+def _parallel(flags: argparse.Namespace) -> ParallelConfig:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", *_SPLIT_FLAGS)
+    return ParallelConfig(**{name: getattr(flags, name) for name in names})
 
 
 def _divisors(number: int) -> str:
@@ -225,7 +247,8 @@ def _read_texts(flags: argparse.Namespace, arch: ModelArchitecture) -> list[Tens
 
 def _show(agreement: Agreement, flags: argparse.Namespace) -> None:
     source = "weights of --hf-model" if flags.load is None else f"{flags.load}"
-    layout = f"TP {flags.tensor_model_parallel_size}, PP {flags.pipeline_model_parallel_size}"
+    sizes = [f"TP {flags.tensor_model_parallel_size}", f"PP {flags.pipeline_model_parallel_size}"]
+    layout = ", ".join([*sizes, *split_flags(_parallel(flags))])
     experts = f", EP {flags.expert_model_parallel_size}" if flags.expert_model_parallel_size > 1 else ""
     print(f"{source} against transformers on {flags.hf_model} ({layout}{experts}, {flags.dtype}), {agreement.num_tokens} tokens")
     print(f"  max |logit difference|  {agreement.max_difference:.3g}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags
 from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
@@ -59,6 +60,7 @@ def parallel_problems(config: Config) -> Iterator[str]:
     parallel = config.parallel
     yield from _at_least(1, parallel, "tensor_model_parallel_size", "pipeline_model_parallel_size")
     yield from _at_least(1, parallel, "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size")
+    yield from split_flag_problems(parallel)
     if parallel.context_parallel_size == 1 and parallel.cp_comm_type != ParallelConfig().cp_comm_type:
         yield f"--cp-comm-type {parallel.cp_comm_type} does nothing at --context-parallel-size 1; leave it out"
     elif parallel.cp_comm_type == "p2p":
@@ -144,6 +146,8 @@ def bridge_problems(config: Config) -> Iterator[str]:
     for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe", "hf_read"):
         if getattr(model, name) != getattr(ModelConfig(), name):
             yield f"{flag_of(name)} does nothing with --bridge: Megatron-Bridge says what a model is built of; leave it out"
+    for given in split_flags(config.parallel):
+        yield f"{given}: with --bridge every pipeline stage holds one chunk of as many layers; leave it out"
 
 
 def _data_flags(data: DataConfig) -> Iterator[str]:

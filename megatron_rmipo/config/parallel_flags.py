@@ -13,24 +13,26 @@ class ParallelConfig:
     """Parallelism: how ranks share the model, the batch and the optimizer."""
 
     tensor_model_parallel_size: int = option(1, "Ranks that share every layer and the vocabulary (TP).")
-    pipeline_model_parallel_size: int = option(1, "Pipeline stages (PP); each holds an equal number of layers.")
+    pipeline_model_parallel_size: int = option(1, "Pipeline stages (PP); each holds as many layers, unless flags say otherwise.")
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Interleaved pipeline: layers of each of the chunks that a stage holds; unset: one chunk a stage."
+        None,
+        "Interleaved pipeline: layers of each of the chunks that a stage holds; unset: one chunk a stage. Chunks shorten "
+        "the wait for the first and last packs, for more messages.",
     )
     num_virtual_stages_per_pipeline_rank: int | None = option(
-        None, "The same as a number of chunks of each stage; not together with --num-layers-per-virtual-pipeline-stage."
+        None, "The same as a number of chunks of each stage, for stages that differ, too."
     )
     decoder_first_pipeline_num_layers: int | None = option(
-        None, "Layers of the first pipeline stage; unset: as many as the others."
+        None, "Layers of the first pipeline stage; the others share the rest evenly. Unset: as many as the others."
     )
     decoder_last_pipeline_num_layers: int | None = option(
-        None, "Layers of the last pipeline stage; unset: as many as the others."
+        None, "Layers of the last pipeline stage, which has the output layer, too. Unset: as many as the others."
     )
     account_for_embedding_in_pipeline_split: bool = option(
-        False, "Count the embedding as a layer when layers are split over stages."
+        False, "Count the embedding as a layer when layers are split over stages: the first one holds a layer less."
     )
     account_for_loss_in_pipeline_split: bool = option(
-        False, "Count the output layer as a layer when layers are split over stages."
+        False, "Count the output layer as a layer when layers are split over stages: the last one holds a layer less."
     )
     context_parallel_size: int = option(
         1,

@@ -15,6 +15,7 @@ _EXCLUSIVE = (
     ("split", "valid_data_path", "name held-out data"),
     ("lr_warmup_fraction", "lr_warmup_iters", "set the warm-up"),
     ("reference_hf", "reference_load", "name the reference"),
+    ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "cut pipeline stages into chunks"),
 )
 
 

@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import stage_layers
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
@@ -22,7 +24,7 @@ from megatron_rmipo.model.layers.norms import RMSNorm
 from megatron_rmipo.model.layers.residual import place_norms
 from megatron_rmipo.model.layers.self_attention import Attention
 from megatron_rmipo.model.megatron_config import transformer_config
-from megatron_rmipo.model.policy import GPTPolicy, PolicyModel
+from megatron_rmipo.model.policy import GPTPolicy, Policy, PolicyModel
 from megatron_rmipo.model.transformer_engine import NO_TRANSFORMER_ENGINE, transformer_engine_available
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -44,8 +46,10 @@ def build_policy(
     make_vocab_size_divisible_by: int = 128,
     chunk_size: int = 4096,
     model_class: str = "gpt",
+    parallel: ParallelConfig | None = None,
+    vp_stage: int | None = None,
 ) -> PolicyModel:
-    """Build this rank's part of the policy, with random weights. Every rank calls it together.
+    """Build this rank's part of the policy, or a chunk of it, with random weights. Every rank calls it together.
 
     Args:
         arch: the model.
@@ -56,6 +60,8 @@ def build_policy(
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
         chunk_size: vocabulary entries whose logits exist at a time.
         model_class: of Megatron's, ``gpt`` or ``hybrid``; both compute the same.
+        parallel: how layers are split over pipeline stages, as the configuration has it; None: evenly.
+        vp_stage: number of the chunk in an interleaved pipeline; None in any other.
 
     Raises:
         ConfigError: Transformer Engine's attention is asked for and absent, or the class is.
@@ -64,26 +70,30 @@ def build_policy(
     if backend == "te" and not transformer_engine_available():
         raise ConfigError(f"--attention-backend te: {NO_TRANSFORMER_ENGINE}")
     vocab_size = padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by, groups.tp_size)
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "chunk_size": chunk_size, "vp_stage": vp_stage}
     model: PolicyModel
     if model_class == "hybrid":
         if HybridPolicy is None:
             raise ConfigError(f"--model-class hybrid: {NO_HYBRID_MODEL}.")
         stack = hybrid_stack(*_layer_specs(arch, config, backend, layers_each=LAYERS_EACH))
-        model = HybridPolicy(hybrid_config(config), stack, arch, groups, vocab_size=vocab_size, chunk_size=chunk_size)
+        stages = stage_layers(arch.num_layers, parallel or ParallelConfig(pipeline_model_parallel_size=groups.pp_size))
+        model = HybridPolicy(hybrid_config(config), stack, arch, groups, stages=stages, **sizes)
     else:
-        block = _block_spec(arch, config, backend)
-        model = GPTPolicy(config, block, arch, groups, vocab_size=vocab_size, chunk_size=chunk_size)
+        block = _block_spec(arch, config, backend, vp_stage)
+        model = GPTPolicy(config, block, arch, groups, **sizes)
     model.to(current_device())
     keep_experts_apart(model)
     let_go_of_graphs(model)
     return model
 
 
-def _block_spec(arch: ModelArchitecture, config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
-    """The layers of this stage of a GPTModel."""
+def _block_spec(
+    arch: ModelArchitecture, config: TransformerConfig, attention_backend: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this stage of a GPTModel, or of a chunk of it."""
     dense, sparse, norm = _layer_specs(arch, config, attention_backend)
-    first = get_transformer_layer_offset(config)
-    layers = range(first, first + get_num_layers_to_build(config))
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage))
     specs = [sparse if arch.has("expert_layers", number) else dense for number in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
@@ -120,7 +130,7 @@ def _layer_specs(
     return layer, expert_layer(layer, arch, config, norm) if arch.experts else layer, norm
 
 
-def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
+def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> Policy:
     """This rank's part of the policy with random weights. All ranks call it together."""
     megatron_config = transformer_config(
         arch,
@@ -136,8 +146,9 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         recompute_num_layers=config.model.recompute_num_layers,
         recompute_modules=config.memory.recompute_modules,
         experts=config.experts,
+        parallel=config.parallel,
     )
-    return build_policy(
+    return build_chunks(
         arch,
         megatron_config,
         groups,
@@ -145,4 +156,12 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         chunk_size=config.model.logprob_chunk_size,
         model_class=config.model.model_class,
+        parallel=config.parallel,
     )
+
+
+def build_chunks(arch: ModelArchitecture, config: TransformerConfig, groups: ProcessGroups, **options: Any) -> Policy:
+    """What :func:`build_policy` builds, with its options, for each chunk of this rank."""
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    stages = range(num_chunks) if num_chunks else [None]
+    return Policy(build_policy(arch, config, groups, vp_stage=vp_stage, **options) for vp_stage in stages)

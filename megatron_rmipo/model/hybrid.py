@@ -6,6 +6,7 @@ Upstream develops HybridModel and accepts only fixes of GPTModel. What is comput
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -76,7 +77,8 @@ else:
         Args:
             config: of :func:`hybrid_config`.
             spec: of :func:`hybrid_stack`.
-            arch, groups, vocab_size, chunk_size: as of :class:`megatron_rmipo.model.policy.GPTPolicy`.
+            arch, groups, vocab_size, chunk_size, vp_stage: as of :class:`megatron_rmipo.model.policy.GPTPolicy`.
+            stages: layers by stage, by chunk.
         """
 
         layers_each = LAYERS_EACH
@@ -90,13 +92,15 @@ else:
             *,
             vocab_size: int,
             chunk_size: int,
+            stages: Sequence[Sequence[range]],
+            vp_stage: int | None = None,
         ) -> None:
             super().__init__(
                 config=config,
                 hybrid_stack_spec=spec,
                 vocab_size=vocab_size,
-                hybrid_layer_pattern=layer_pattern(arch, groups.pp_size),
-                **model_arguments(arch, groups),
+                hybrid_layer_pattern=layer_pattern(arch, stages),
+                **model_arguments(arch, config, groups, vp_stage),
             )
             self.become_policy(arch, chunk_size)
 
@@ -109,19 +113,22 @@ else:
     HybridPolicy = HybridModelPolicy
 
 
-def layer_pattern(arch: ModelArchitecture, num_stages: int) -> str:
-    """The layers as HybridModel writes them: ``*`` attention, ``-`` an MLP, ``E`` experts, ``|`` between pipeline stages."""
-    blocks = ["*E" if arch.has("expert_layers", layer) else "*-" for layer in range(arch.num_layers)]
-    each = arch.num_layers // num_stages
-    return "|".join("".join(blocks[start : start + each]) for start in range(0, arch.num_layers, each))
+def layer_pattern(arch: ModelArchitecture, stages: Sequence[Sequence[range]]) -> str:
+    """The layers as HybridModel writes them: ``*`` attention, ``-`` an MLP, ``E`` experts, ``|`` between chunks of stages."""
+    in_order = [layers for chunks in zip(*stages, strict=True) for layers in chunks]
+    return "|".join("".join("*E" if arch.has("expert_layers", layer) else "*-" for layer in layers) for layers in in_order)
 
 
 def hybrid_config(config: TransformerConfig) -> TransformerConfig:
-    """The configuration of a GPTModel as HybridModel counts layers."""
+    """The configuration of a GPTModel as HybridModel counts layers, which it splits by its pattern alone."""
     recomputed = config.recompute_num_layers
     return dataclasses.replace(
         config,
         num_layers=LAYERS_EACH * config.num_layers,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
         recompute_num_layers=None if recomputed is None else LAYERS_EACH * recomputed,
         is_hybrid_model=True,
     )

@@ -11,8 +11,10 @@ import torch
 
 from megatron_rmipo.config.flag_problems import expert_problems, parallel_problems, recompute_problems, refuse
 from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import num_chunks, split_problems, stage_layers
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
 from megatron_rmipo.model.expert_problems import expert_kernel_problems, expert_layout_problems, expert_tensor_size
 from megatron_rmipo.model.hybrid import NO_HYBRID_MODEL, HybridModel
@@ -64,21 +66,17 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
     context = config.parallel.context_parallel_size
     if tensor < 1 or pipeline < 1 or context < 1:
         return
-    shared = math.gcd(arch.num_attention_heads, arch.num_query_groups, *arch.mlp_widths)
-    works = _divisors(shared)
+    works = tensor_sizes(arch)
     if tensor not in works:
         mlps = "".join(f" and {width} MLP channels" for width in arch.mlp_widths)
         yield (
             f"--tensor-model-parallel-size {tensor} does not divide the model's {arch.num_attention_heads} attention heads, "
-            f"{arch.num_query_groups} key/value heads{mlps} alike; would work: {_list(works)}"
+            f"{arch.num_query_groups} key/value heads{mlps} alike{_why_not_above(arch, tensor)}; would work: {_list(works)}"
         )
     if tensor in works:
-        yield from latent_problems(arch, tensor, shared)
-    if arch.num_layers % pipeline:
-        yield (
-            f"--pipeline-model-parallel-size {pipeline} does not divide the model's {arch.num_layers} layers; "
-            f"would work: {_list(_divisors(arch.num_layers))}"
-        )
+        yield from latent_problems(arch, tensor)
+    splits_badly = list(split_problems(arch.num_layers, config.parallel))
+    yield from splits_badly
     ranks = tensor * pipeline * context
     if world_size % ranks:
         nearest = ranks * max(1, world_size // ranks)
@@ -117,10 +115,16 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         yield from fp8_width_problems(config.model, arch, tensor)
     yield from expert_layout_problems(config, arch, world_size)
     yield from recompute_module_problems(config, arch)
-    layers = arch.num_layers // pipeline
+    if not splits_badly:
+        yield from _recompute_problems(config, arch)
+
+
+def _recompute_problems(config: Config, arch: ModelArchitecture) -> Iterator[str]:
+    layers = max(len(chunk) for chunks in stage_layers(arch.num_layers, config.parallel) for chunk in chunks)
     if config.model.recompute_num_layers is not None and config.model.recompute_num_layers > layers:
+        chunk = "a pipeline stage" if num_chunks(arch.num_layers, config.parallel) == 1 else "a chunk of a pipeline stage"
         yield (
-            f"--recompute-num-layers {config.model.recompute_num_layers} is more than the {layers} layers of a pipeline stage; "
+            f"--recompute-num-layers {config.model.recompute_num_layers} is more than the {layers} layers of {chunk}; "
             f"1 to {layers} would work"
         )
 
@@ -155,14 +159,47 @@ def instance_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str
         )
 
 
-def latent_problems(arch: ModelArchitecture, tensor: int, shared: int) -> Iterator[str]:
-    """Latents that Megatron-Core's local attention cannot cut, where ``shared`` is what else a tensor-parallel size divides."""
+def tensor_sizes(arch: ModelArchitecture) -> list[int]:
+    """Tensor-parallel sizes that the model's heads and MLPs can be cut by, latents left out.
+
+    Above the number of key/value heads, of which it must be a multiple, Megatron-Core's ranks gather queries, keys and values of
+    all and take their own.
+    """
+    sizes = _divisors(math.gcd(arch.num_attention_heads, *arch.mlp_widths))
+    return [size for size in sizes if arch.num_query_groups % size == 0 or _goes_above(arch, size)]
+
+
+def _goes_above(arch: ModelArchitecture, tensor: int) -> bool:
+    rows = arch.query_size + 2 * arch.key_size
+    return tensor % arch.num_query_groups == 0 and rows % tensor == 0 and not _needs_whole_heads(arch)
+
+
+def _needs_whole_heads(arch: ModelArchitecture) -> str | None:
+    """What of a model's attention wants a key/value head for each tensor-parallel rank, or None."""
+    if isinstance(arch, ForeignArchitecture):
+        return "a model that another package builds"
+    if arch.latent is not None:
+        return "latent attention"
+    return "a norm over the keys of all heads" if arch.qk_norm_whole else None
+
+
+def _why_not_above(arch: ModelArchitecture, tensor: int) -> str:
+    """Why a size is refused that is a multiple of the key/value heads, where that is another reason than the heads."""
+    needs = _needs_whole_heads(arch)
+    if needs is None or tensor % arch.num_query_groups or arch.num_query_groups == arch.num_attention_heads:
+        return ""
+    return f", and {needs} needs a key/value head for each rank"
+
+
+def latent_problems(arch: ModelArchitecture, tensor: int) -> Iterator[str]:
+    """Latents that Megatron-Core's local attention cannot cut."""
     latents = (arch.latent.q_lora_rank or 0, arch.latent.key_value_down_size) if arch.latent else ()
     odd = [str(size) for size in latents if size % tensor]
     if odd:
+        works = [size for size in tensor_sizes(arch) if not any(latent % size for latent in latents)]
         yield (
             f"--tensor-model-parallel-size {tensor} does not divide the model's latents of {' and '.join(odd)} channels, which "
-            f"Megatron-Core's attention wants; would work: {_list(_divisors(math.gcd(shared, *latents)))}"
+            f"Megatron-Core's attention wants; would work: {_list(works)}"
         )
 
 

@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import num_chunks
 from megatron_rmipo.config.schema import ExpertsConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -47,6 +49,7 @@ def transformer_config(
     recompute_num_layers: int | None = None,
     recompute_modules: Sequence[str] | None = None,
     experts: ExpertsConfig | None = None,
+    parallel: ParallelConfig | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
     """Megatron's TransformerConfig of a model, for packed rows of varying length.
@@ -63,6 +66,7 @@ def transformer_config(
         cp_comm_type: how ranks that share a row attend to each other's tokens, ``all_gather`` or ``a2a``.
         recompute_granularity, recompute_method, recompute_num_layers, recompute_modules: Megatron's activation recomputation.
         experts: how tokens reach experts, and what is done about their load, in a model that has them.
+        parallel: how layers are split over pipeline stages; None: evenly.
         **overrides: further TransformerConfig fields.
 
     Raises:
@@ -103,6 +107,7 @@ def transformer_config(
         "bias_activation_fusion": on_gpu and arch.activation == "silu",
         "gradient_accumulation_fusion": on_gpu and _gradient_accumulation_kernel_available(),
         "batch_p2p_comm": on_gpu,
+        **_pipeline_split(arch, parallel),
     }
     if fp8_format is not None:
         # Data-parallel ranks run different numbers of packs, and so could not meet to agree on the scales.
@@ -112,6 +117,24 @@ def transformer_config(
         return TransformerConfig(**{**settings, **overrides})
     # The fused kernel of latent attention turns yarn's angles of whole rows.
     return MLATransformerConfig(**{**settings, **latent_fields(arch.latent), "apply_rope_fusion": False, **overrides})
+
+
+def _pipeline_split(arch: ModelArchitecture, parallel: ParallelConfig | None) -> dict[str, Any]:
+    """Megatron's fields of which stage, and which chunk of it, holds which layers."""
+    if parallel is None:
+        return {}
+    chunks = num_chunks(arch.num_layers, parallel)
+    fields: dict[str, Any] = {
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+        "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
+    }
+    if chunks > 1:
+        # Chunks make each of two ranks the one before and behind the other. Messages of both directions in one batch, Megatron
+        # would take for each other.
+        fields |= {"virtual_pipeline_model_parallel_size": chunks, "batch_p2p_comm": False}
+    return fields
 
 
 def _uses_transformer_engine(transformer_impl: str, fp8_format: str | None) -> bool:

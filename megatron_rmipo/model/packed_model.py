@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.attention.context_parallel import join_scores
@@ -136,7 +136,7 @@ def unwrapped(model: Module) -> Any:
 
 def chunks_of(model: Chunks) -> list[Module]:
     """This rank's chunks of an interleaved pipeline, first one first; of any other model the one it has."""
-    return [model] if isinstance(model, Module) else list(model)
+    return list(model) if isinstance(model, Sequence | ModuleList) else [model]
 
 
 def scoring_options(model: Module) -> ScoringOptions:

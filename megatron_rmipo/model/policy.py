@@ -5,10 +5,13 @@ Shape letters: T packed tokens, N scored tokens, H hidden, tp tensor-parallel si
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -61,16 +64,49 @@ class PolicyModel(LanguageModule):
         return score_row(self, token_ids, position_ids, segments, source, target, options=self.scoring_options, **further)
 
 
+class Policy(torch.nn.ModuleList):
+    """This rank's part of the policy: its chunks, first one first, of which there is one but in an interleaved pipeline.
+
+    Args:
+        chunks: models of one configuration.
+    """
+
+    def __init__(self, chunks: Iterable[PolicyModel]) -> None:
+        super().__init__(chunks)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The configuration of all chunks; what the first one's has of the schedule, Megatron goes by."""
+        return self._first.config
+
+    @property
+    def architecture(self) -> ModelArchitecture:
+        """The model."""
+        return self._first.architecture
+
+    @property
+    def layers_each(self) -> int:
+        """Layers of Megatron's that make one of the model's."""
+        return self._first.layers_each
+
+    @property
+    def _first(self) -> PolicyModel:
+        first: Any = self[0]
+        chunk: PolicyModel = first
+        return chunk
+
+
 class GPTPolicy(PolicyModel, GPTModel):
-    """A policy of the class GPTModel.
+    """A policy of the class GPTModel, or a chunk of one.
 
     Args:
         config: of :func:`megatron_rmipo.model.megatron_config.transformer_config`.
-        spec: the layers of this stage.
+        spec: the layers of this chunk.
         arch: the model.
         groups: the process groups of this rank.
         vocab_size: padded for tensor parallelism.
         chunk_size: vocabulary entries whose logits exist at a time.
+        vp_stage: number of the chunk in an interleaved pipeline; None in any other.
     """
 
     def __init__(
@@ -82,17 +118,23 @@ class GPTPolicy(PolicyModel, GPTModel):
         *,
         vocab_size: int,
         chunk_size: int,
+        vp_stage: int | None = None,
     ) -> None:
-        super().__init__(config=config, transformer_layer_spec=spec, vocab_size=vocab_size, **model_arguments(arch, groups))
+        arguments = model_arguments(arch, config, groups, vp_stage)
+        super().__init__(config=config, transformer_layer_spec=spec, vocab_size=vocab_size, **arguments)
         self.become_policy(arch, chunk_size)
 
 
-def model_arguments(arch: ModelArchitecture, groups: ProcessGroups) -> dict[str, Any]:
+def model_arguments(
+    arch: ModelArchitecture, config: TransformerConfig, groups: ProcessGroups, vp_stage: int | None
+) -> dict[str, Any]:
     """What Megatron's classes of language models are all told."""
+    num_chunks = config.virtual_pipeline_model_parallel_size
     return {
         "max_sequence_length": arch.max_position_embeddings,
-        "pre_process": groups.is_first_stage,
-        "post_process": groups.is_last_stage,
+        "pre_process": groups.is_first_stage and is_vp_first_stage(vp_stage, num_chunks),
+        "post_process": groups.is_last_stage and is_vp_last_stage(vp_stage, num_chunks),
+        "vp_stage": vp_stage,
         "parallel_output": True,
         "share_embeddings_and_output_weights": arch.tied_embeddings,
         "position_embedding_type": "rope",

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.model.layers.experts import Router, Tally, routers
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.packed_model import Chunks
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.passes.rows import run_rows
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 
 @torch.no_grad()
-def set_auxiliary_losses(model: torch.nn.Module, policy: PolicyModel, batch: RankBatch, groups: ProcessGroups) -> None:
+def set_auxiliary_losses(model: Chunks, policy: Policy, batch: RankBatch, groups: ProcessGroups) -> None:
     """Prepare the routers for the gradient pass of a global batch: nothing where both losses are off.
 
     With ``f_e`` the share of token-choices that went to expert e and ``P_e`` the mean score, the load-balancing loss of a layer
@@ -49,9 +50,7 @@ def set_auxiliary_losses(model: torch.nn.Module, policy: PolicyModel, batch: Ran
         router.z_weight = (config.moe_z_loss_coeff or 0.0) * pairs_per_token
 
 
-def _count_choices(
-    model: torch.nn.Module, policy: PolicyModel, own: list[Router], batch: RankBatch, groups: ProcessGroups
-) -> Tensor:
+def _count_choices(model: Chunks, policy: Policy, own: list[Router], batch: RankBatch, groups: ProcessGroups) -> Tensor:
     """How many tokens go to each expert by the scores alone, float64 ``[L, E]``."""
     kept = [router.tally for router in own]
     for router in own:
@@ -65,7 +64,7 @@ def _count_choices(
     return counted
 
 
-def take_expert_load(policy: PolicyModel, groups: ProcessGroups, *, each: bool = False) -> dict[str, float]:
+def take_expert_load(policy: Policy, groups: ProcessGroups, *, each: bool = False) -> dict[str, float]:
     """Figures of what gradient passes gave experts to do since this was last asked; empty for a dense model.
 
     Args:
@@ -101,13 +100,13 @@ def take_expert_load(policy: PolicyModel, groups: ProcessGroups, *, each: bool =
     return figures
 
 
-def _layer(router: Router, policy: PolicyModel) -> int:
+def _layer(router: Router, policy: Policy) -> int:
     """Number of a router's layer of the model, counted from 0 over all stages."""
     assert router.layer_number is not None
     return (int(router.layer_number) - 1) // policy.layers_each
 
 
-def _over_all_ranks(policy: PolicyModel, values: list[tuple[Router, Tensor]], width: int, groups: ProcessGroups) -> Tensor:
+def _over_all_ranks(policy: Policy, values: list[tuple[Router, Tensor]], width: int, groups: ProcessGroups) -> Tensor:
     """Sums over ranks of what routers hold, ``[L, width]``; zero for layers without experts.
 
     Each token of the global batch is one rank's: of one replica, of one of its context-parallel ranks, and under sequence

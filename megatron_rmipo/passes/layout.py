@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.pipeline_bubble import Stages
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.model.expert_problems import experts_cross_replicas
@@ -27,7 +29,7 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
         equal_packs=arch.experts is not None and experts_cross_replicas(parallel),
         multiple_of=parallel.context_parallel_size
         * _row_multiple(config.model, arch, shards=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1),
-        num_stages=parallel.pipeline_model_parallel_size,
+        stages=Stages(stage_shares(arch.num_layers, parallel)),
         min_packs_per_stage=config.data.min_microbatches_per_stage,
     )
 

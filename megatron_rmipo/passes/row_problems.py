@@ -13,13 +13,14 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, scoring_options, unwrapped
 
 
-def check_lengths(model: Chunks, rows: Sequence[Row], *, backward: bool) -> None:
+def check_lengths(model: Chunks, rows: Sequence[Row], *, messages_of_megatron: bool = False) -> None:
     """Refuse rows of several lengths where the stages of a pipeline would take one for another.
 
     Args:
         model: this rank's stage of a model, or its chunks.
         rows: of one schedule.
-        backward: the schedule runs backward passes, too.
+        messages_of_megatron: the schedule runs backward passes, too, and is not run by
+            :func:`megatron_rmipo.passes.rows.run_rows`, which keeps what stages send apart.
 
     Raises:
         ConfigError: the rows differ in length, and the pipeline cannot have that.
@@ -32,7 +33,7 @@ def check_lengths(model: Chunks, rows: Sequence[Row], *, backward: bool) -> None
     if not config.variable_seq_lengths:
         raise ConfigError(f"{told}, whose config has variable_seq_lengths=False. Set it to True.")
     # Of two ranks each is before and behind the other, and Megatron sends the shapes of both directions in one order.
-    if backward and config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size:
+    if messages_of_megatron and config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size:
         raise ConfigError(
             f"{told}, interleaved over two ranks, between which Megatron mixes up lengths that differ. Give "
             "preference_batches a pad_to, so that all rows are equally long."

@@ -23,6 +23,7 @@ from megatron_rmipo.data.batches.padding import PaddedRows, Row
 from megatron_rmipo.memory.readings import PackOutOfMemory, is_out_of_memory
 from megatron_rmipo.model.logprobs import ReferenceHead, vocab_parallel_logprobs
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
+from megatron_rmipo.passes.interleaving import messages_in_order
 from megatron_rmipo.passes.row_problems import check_lengths
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 from megatron_rmipo.runtime.transfers import to_device
@@ -61,7 +62,7 @@ def run_rows(
         PackOutOfMemory: memory ran out, on this rank alone.
     """
     chunks = chunks_of(model)
-    check_lengths(chunks, rows, backward=backward)
+    check_lengths(chunks, rows)
     begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
 
     def forward_step(
@@ -78,7 +79,7 @@ def run_rows(
 
     numbered = list(enumerate(zip(*_in_groups(chunks, rows, references), strict=True)))
     try:
-        outputs: list[Any] = get_forward_backward_func()(
+        outputs: list[Any] = _schedule(chunks)(
             forward_step_func=forward_step,
             data_iterator=[iter(numbered) for _ in chunks],
             model=chunks,
@@ -88,6 +89,7 @@ def run_rows(
             micro_batch_size=rows[0].num_tokens // rows[0].token_ids.shape[-1],
             forward_only=not backward,
             collect_non_loss_data=not backward,
+            **messages_in_order(chunks),
         )
     except RuntimeError as error:
         if not (begun and is_out_of_memory(error)):
@@ -95,6 +97,12 @@ def run_rows(
         number, in_backward = begun[-1]
         raise PackOutOfMemory(name, rows, number, backward=backward, in_backward=in_backward, mixed=bool(references)) from error
     return outputs[: len(rows)]
+
+
+def _schedule(chunks: Sequence[torch.nn.Module]) -> Any:
+    """Megatron's schedule for a pipeline of such chunks: a reference may have another number of them than the policy."""
+    num_stages = unwrapped(chunks[0]).config.pipeline_model_parallel_size
+    return get_forward_backward_func(num_stages, len(chunks) if len(chunks) > 1 else None)
 
 
 def _in_groups(

@@ -119,7 +119,7 @@ def _whole_batch(batch: RankBatch, scores: Tensor | None, mismatched: Tensor | N
 
 
 def gradient_pass(
-    model: torch.nn.Module, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
+    model: Chunks, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
 ) -> PairMetrics:
     """Forward and backward over this rank's packs; gradients end up as the exact mean over the global batch's pairs."""
     known = KnownPairs.of(batch, prepared)
@@ -133,7 +133,7 @@ def gradient_pass(
 
 
 def evaluation_pass(
-    model: torch.nn.Module, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
+    model: Chunks, batch: RankBatch, objective: Objective, prepared: Prepared, groups: ProcessGroups
 ) -> PairMetrics:
     """The same metrics as the gradient pass, forward only."""
     compute = partial(row_losses, objective=objective, known=KnownPairs.of(batch, prepared))

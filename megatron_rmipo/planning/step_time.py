@@ -13,15 +13,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts
+from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts, Stages, simulated_length
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.families.tensors import layer_parameters
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.planning.communication import handover_seconds, pack_seconds, replica_seconds
 from megatron_rmipo.planning.hardware import Cluster
 from megatron_rmipo.planning.sizes import Sizes
-from megatron_rmipo.planning.stages import pipeline_length
 from megatron_rmipo.planning.workload import Workload
 
 # Fitted, see above.
@@ -81,7 +81,8 @@ def step_seconds(
         factor = 1.0 + BACKWARD * one.backward
         passes.append(PassCosts(layers / factor, seconds["output layer"] / factor, one.backward))
     if simulated:
-        parts["waiting"] = pipeline_length(passes, config.parallel, arch.num_layers) - sum(parts.values())
+        stages = Stages(stage_shares(arch.num_layers, config.parallel))
+        parts["waiting"] = simulated_length(passes, stages) - sum(parts.values())
     dense, expert = shard_parameters(arch, config, sizes)
     parts.update(_update_seconds(config, cluster, sizes, passes[-1], dense, expert))
     total = sum(parts.values())

@@ -129,7 +129,7 @@ class PreferenceStep:
             # The loop has not called after_step.
             self.after_step()
         with evaluating(model) as trains:
-            check_lengths(model, batch.conditional, backward=trains)
+            check_lengths(model, batch.conditional, messages_of_megatron=trains)
             prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)
         self._current, self._prepared, self._advances = batch, prepared, trains
         self._known, self._tokens = KnownPairs.of(batch, prepared), _tokens_of_pairs(model, batch)

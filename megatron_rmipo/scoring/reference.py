@@ -29,7 +29,7 @@ from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.peak import forget_peak_memory
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.layout_problems import refuse_impossible_layout
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -204,7 +204,7 @@ def _distinct(stores: Sequence[Any]) -> list[Any]:
     return list({store.prefix: store for store in stores}.values())
 
 
-def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, groups: ProcessGroups) -> PolicyModel:
+def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, groups: ProcessGroups) -> Policy:
     """Build the reference with its weights, frozen. All ranks call it together.
 
     Where a run goes on from its own checkpoint, ``--load-hf`` is tried: it is what most runs began with.

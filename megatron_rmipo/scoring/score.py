@@ -35,7 +35,7 @@ from megatron_rmipo.data.store.reference_scores import (
 from megatron_rmipo.data.store.row_set import RowSet
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -146,7 +146,7 @@ def find_missing(
 
 
 def score_rows(
-    model: PolicyModel,
+    model: Policy,
     missing: MissingScores,
     layout: BatchLayout,
     groups: ProcessGroups,
@@ -196,7 +196,7 @@ def score_rows(
 
 
 @torch.no_grad()
-def _score_block(model: PolicyModel, batch: RankBatch, groups: ProcessGroups) -> np.ndarray:
+def _score_block(model: Policy, batch: RankBatch, groups: ProcessGroups) -> np.ndarray:
     model.eval()
     scores: np.ndarray = scores_everywhere(model, batch.conditional, batch.num_pairs, groups)[:, :, 0].numpy()
     return scores

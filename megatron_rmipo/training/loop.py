@@ -215,7 +215,7 @@ def _record(
         **run.throughput.take(),
         **straggler,
         # The host's clock says nothing of a GPU that stands still.
-        **pipeline_bubble(batch, None if run.clock.on_device else run.clock, phases, run.groups),
+        **pipeline_bubble(batch, run.pairs.layout.stages, None if run.clock.on_device else run.clock, phases, run.groups),
         **({"flex_fallbacks": num_fallbacks()} if num_fallbacks() else {}),
     }, texts
 

@@ -18,7 +18,7 @@ from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.expert_problems import expert_tensor_size
 from megatron_rmipo.model.flops import peak_flops
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
@@ -186,7 +186,7 @@ def build_throughput(config: Config, groups: ProcessGroups) -> Throughput:
     return Throughput(groups.world_size, peak)
 
 
-def stage_clock(policy: PolicyModel) -> StageClock:
+def stage_clock(policy: Policy) -> StageClock:
     """What Megatron's schedules tell when this rank's stage works."""
     clock = policy.config.timers = StageClock(on_device=torch.cuda.is_available())
     return clock

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_rmipo.config.pipeline_split import best_split, present_split
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
-from megatron_rmipo.data.batches.pipeline_bubble import even_length, idle_share, simulated_length
+from megatron_rmipo.data.batches.pipeline_bubble import Stages, even_length, idle_share, simulated_length
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.training.loop import Run
 
@@ -19,6 +21,8 @@ MOST_IDLE = 0.25
 MOST_RANKS = 2
 # A remedy leaves at most this of what stages stand still now.
 WORTH_SAYING = 0.9
+# A split is worth a word that leaves the slowest stage at most this of its work.
+MOST_OF_THE_SLOWEST = 0.96
 # Beyond so many micro-batches a stage little is left to gain.
 MOST_PER_STAGE = 8
 
@@ -33,6 +37,7 @@ class PipelineEstimate:
         num_packs: micro-batches of the gradient pass, the fewest of a rank.
         cost_per_pair: of the time that a step takes on all ranks, with what packs cost beside their tokens.
         imbalance: work of the last stage over the mean stage's.
+        head_share: work of the output layer over that of all layers.
     """
 
     idle: float
@@ -40,6 +45,7 @@ class PipelineEstimate:
     num_packs: int
     cost_per_pair: float
     imbalance: float
+    head_share: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +68,21 @@ class RunBatches:
         ranks = sorted({int(rank) for rank in np.linspace(0, layout.dp_size - 1, MOST_RANKS)})
         indices = self.order.batch(self.consumed_pairs, batch_size, self.total_pairs)
         cost, passes_of = BatchBuilder(self.pairs, layout).pass_costs(indices, ranks)
-        stages, replicas = layout.num_stages, layout.dp_size
+        stages, size, replicas = layout.stages, layout.num_stages, layout.dp_size
         with_overhead = [[one.with_overhead(layout.cost.per_token) for one in passes] for passes in passes_of]
         by_cost, if_even, in_all = (
             max(length(passes, stages) for passes in those)
             for length, those in ((simulated_length, passes_of), (even_length, passes_of), (simulated_length, with_overhead))
         )
-        shares = [(one.work, one.head.sum() / (one.layers + one.head).sum()) for passes in passes_of for one in passes]
-        head_share = sum(work * head for work, head in shares) / sum(work for work, _ in shares)
+        works = np.sum([one.stage_work(stages) for passes in passes_of for one in passes], axis=0)
+        head = sum(one.head_work for passes in passes_of for one in passes)
         return PipelineEstimate(
-            idle=idle_share(cost, by_cost, stages, replicas),
-            even=idle_share(cost, if_even, stages, replicas),
+            idle=idle_share(cost, by_cost, size, replicas),
+            even=idle_share(cost, if_even, size, replicas),
             num_packs=min(len(passes[-1].layers) for passes in passes_of),
-            cost_per_pair=in_all * stages * replicas / len(indices),
-            imbalance=(1.0 - head_share) + head_share * stages,
+            cost_per_pair=in_all * size * replicas / len(indices),
+            imbalance=float(works[-1] / works.mean()),
+            head_share=head / (float(works.sum()) - head),
         )
 
 
@@ -90,8 +97,29 @@ def tell_pipeline(run: Run) -> None:
         f"pipeline: about {found.idle:.0%} of a step idle ({found.even:.0%} if packs and stages were even), "
         f"{found.num_packs} micro-batches a rank"
     )
+    if better := _better_split(run.config, run.state.policy.architecture.num_layers, found.head_share):
+        run.reporter.say(f"pipeline: {better}")
     if found.idle > MOST_IDLE:
         run.reporter.warn(f"pipeline stages stand still for about {found.idle:.0%} of a step; {_advice(run, batches, found)}")
+
+
+def _better_split(config: Config, num_layers: int, head_share: float) -> str:
+    """Which flags would even out what the stages have to do, where the slowest has much more than it need have; else empty.
+
+    Args:
+        config: of the run.
+        num_layers: of the model.
+        head_share: work of the output layer over that of all layers.
+    """
+    head = head_share * num_layers
+    best = None if config.model.bridge else best_split(num_layers, head, config.parallel)
+    slowest = max(present_split(num_layers, head, config.parallel).stage_costs)
+    if best is None or max(best.stage_costs) > MOST_OF_THE_SLOWEST * slowest:
+        return ""
+    return (
+        f"the slowest stage does the work of {slowest:.1f} layers, the output layer being worth {head:.1f}; with "
+        f"{best.flags or 'an even split'} it would be {max(best.stage_costs):.1f}"
+    )
 
 
 def _advice(run: Run, batches: RunBatches, found: PipelineEstimate) -> str:
@@ -149,7 +177,7 @@ def _remedies(run: Run, found: PipelineEstimate) -> Iterator[list[tuple[str, Bat
     yield [
         (
             f"--pipeline-model-parallel-size {number}, where memory allows",
-            dataclasses.replace(layout, num_stages=number, dp_size=layout.dp_size * stages // number),
+            dataclasses.replace(layout, stages=Stages.even(number), dp_size=layout.dp_size * stages // number),
             size,
         )
         for number in fewer

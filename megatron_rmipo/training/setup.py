@@ -6,6 +6,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -14,10 +15,25 @@ from megatron.core.transformer.module import Float16Module
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, build_from
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.base import State
 from megatron_rmipo.optimizer.build import build_optimizer, build_scheduler
 from megatron_rmipo.runtime.groups import ProcessGroups
+
+
+class WrappedPolicy(torch.nn.ModuleList):
+    """The chunks of a policy, each in Megatron's DDP wrapper."""
+
+    @property
+    def chunks(self) -> list[DistributedDataParallel]:
+        """First one first."""
+        chunks: list[Any] = list(self)
+        return chunks
+
+    def zero_grad_buffer(self) -> None:
+        """Forget the gradients of the step before."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
 
 
 @dataclasses.dataclass
@@ -32,20 +48,21 @@ class TrainingState:
         reference: the frozen reference, for objectives that mix its logits with the policy's; it never changes.
     """
 
-    model: DistributedDataParallel
-    policy: PolicyModel
+    model: WrappedPolicy
+    policy: Policy
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     objective_state: State = dataclasses.field(default_factory=dict)
-    reference: PolicyModel | None = None
+    reference: Policy | None = None
 
     def gather_parameters(self) -> None:
         """Make every rank's weights those after the last step. All ranks call it together, before weights are read.
 
         With ``--overlap-param-gather`` a step leaves each rank with its own share of them; the rest follows in the next forward.
         """
-        if self.model.ddp_config.overlap_param_gather:
-            self.model.start_param_sync(force_sync=True)
+        for chunk in self.model.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
 
 def load_training_state(
@@ -87,24 +104,24 @@ def load_training_state(
     return state
 
 
-def build_training_state(policy: PolicyModel, config: Config, groups: ProcessGroups, *, train_iters: int) -> TrainingState:
+def build_training_state(policy: Policy, config: Config, groups: ProcessGroups, *, train_iters: int) -> TrainingState:
     """Wrap the policy for training. All ranks call it together, after its weights are loaded.
 
     The optimizer takes its fp32 master weights from the policy as it is now.
     """
     collection = groups.megatron_collection()
     model = _wrap(policy, config)
-    optimizer = build_optimizer([model], config, groups)
+    optimizer = build_optimizer(model.chunks, config, groups)
     _connect(policy, model, optimizer, collection)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters)
     return TrainingState(model, policy, optimizer, scheduler)
 
 
-def _wrap(policy: PolicyModel, config: Config) -> DistributedDataParallel:
-    parallel = config.parallel
+def _wrap(policy: Policy, run_config: Config) -> WrappedPolicy:
+    parallel = run_config.parallel
     ddp_config = DistributedDataParallelConfig(
         # The buffers that gradients are summed and reduced in are those that the optimizer reads.
-        grad_reduce_in_fp32=config.memory.main_grads_dtype == "fp32",
+        grad_reduce_in_fp32=run_config.memory.main_grads_dtype == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -112,18 +129,28 @@ def _wrap(policy: PolicyModel, config: Config) -> DistributedDataParallel:
         # A non-finite gradient skips the step, with the pairs that caused it named; DDP's own check would end the run.
         check_for_nan_in_grad=False,
     )
-    module: Any = Float16Module(policy.config, policy) if policy.config.bf16 else policy
-    # Weights are loaded or seeded the same on every data-parallel rank, so there is nothing to broadcast.
-    return DistributedDataParallel(policy.config, ddp_config, module)
+    config = policy.config
+    modules: list[Any] = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in policy]
+    # Weights are loaded or seeded the same on every data-parallel rank, so there is nothing to broadcast. What later chunks
+    # reduce and gather, the schedule hides behind the work of others, whole as it is; so Megatron-LM wraps them, too.
+    return WrappedPolicy(
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=number > 0) for number, module in enumerate(modules)
+    )
 
 
-def _connect(policy: PolicyModel, model: DistributedDataParallel, optimizer: MegatronOptimizer, collection: Any) -> None:
+def _connect(policy: Policy, model: WrappedPolicy, optimizer: MegatronOptimizer, collection: Any) -> None:
     # Megatron's schedules find these on the model's config.
     config = policy.config
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=collection)
-    if model.ddp_config.overlap_grad_reduce:
-        config.no_sync_func = model.no_sync
-        config.grad_sync_func = model.start_grad_sync
-    if model.ddp_config.overlap_param_gather:
-        config.param_sync_func = model.start_param_sync
+    ddp_config = model.chunks[0].ddp_config
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = _of_all([chunk.no_sync for chunk in model.chunks])
+        config.grad_sync_func = _of_all([chunk.start_grad_sync for chunk in model.chunks])
+    if ddp_config.overlap_param_gather:
+        config.param_sync_func = _of_all([chunk.start_param_sync for chunk in model.chunks])
+
+
+def _of_all(functions: list[Any]) -> Any:
+    """As Megatron's schedules take them: of the chunks of an interleaved pipeline a list, else the one."""
+    return functions if len(functions) > 1 else functions[0]

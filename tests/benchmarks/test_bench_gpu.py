@@ -76,7 +76,7 @@ def test_seconds_of_the_whole_model_by_hand() -> None:
 def losses_by_variant() -> dict[str, list[float]]:
     groups = initialize_runtime(1, 1, seed=3)
     state = build_state(ARCH, groups, bf16=False)
-    torch.nn.init.normal_(state.policy.embedding.word_embeddings.weight, std=1.0)
+    torch.nn.init.normal_(state.policy[0].embedding.word_embeddings.weight, std=1.0)
     lengths = np.array([[3, 4, 2], [5, 1, 7], [2, 6, 3], [4, 3, 3]])
     pairs = random_pairs(lengths, ARCH.vocab_size, np.random.default_rng(5))
     found = {"least FLOPs": [minimum_flops(ARCH, Pairs(pairs[first : first + 2]), "rmipo") for first in (0, 2)]}
@@ -146,7 +146,7 @@ def parts_with_pauses(place: str) -> tuple[dict[str, float], int, int]:
     state = build_state(ARCH, groups, bf16=False)
     pairs = random_pairs(np.array([[3, 4, 2], [5, 1, 7]]), ARCH.vocab_size, np.random.default_rng(5))
     (batch,) = build_batches(pairs, state, VARIANTS["a pair a micro-batch"], batch_size=2, tokens=24)
-    module = state.policy.output_layer if place.startswith("head") else state.policy.decoder
+    module = state.policy[0].output_layer if place.startswith("head") else state.policy[0].decoder
     original = module.forward
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ def parts_with_pauses(place: str) -> tuple[dict[str, float], int, int]:
 
     module.forward = slow
     parts = gradient_parts(state, batch, "rmipo", groups)
-    with watched(state.policy) as spans:
+    with watched(state.policy[0]) as spans:
         evaluate_batch(state, batch, build_objective("rmipo", {}), groups)
         without_gradient = spans.count("forward")
     return parts, without_gradient, len(batch.conditional)
@@ -221,7 +221,7 @@ def test_the_peak_is_forgotten_before_the_warm_ups(monkeypatch: pytest.MonkeyPat
 def logprobs_with_and_without_layers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(without layers, the same by hand, with layers, with layers before)."""
     groups = initialize_runtime(1, 1, seed=3)
-    policy = build_state(ARCH, groups, bf16=False).policy
+    policy = build_state(ARCH, groups, bf16=False).policy[0]
     for parameter in policy.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     pair = random_pairs(np.array([[3, 4, 2]]), ARCH.vocab_size, np.random.default_rng(5))[0]

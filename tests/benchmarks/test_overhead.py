@@ -39,7 +39,7 @@ def shares() -> list[float]:
     step = our_step(state, read_pairs(options), "rmipo", groups, tokens_per_microbatch=512)
     step()
     found = [overhead_share(step, state)]
-    for owner, name in ((BatchBuilder, "build"), (state.model, "forward")):
+    for owner, name in ((BatchBuilder, "build"), (state.model.chunks[0], "forward")):
         with mock.patch.object(owner, name, slowed(getattr(owner, name), 3.0)):
             found.append(overhead_share(step, state))
     return found

@@ -16,7 +16,7 @@ from megatron_rmipo.checkpoint.bridge import build_bridged_policy
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.checkpoint.stand_in_bridge import install_stand_in
@@ -32,7 +32,7 @@ def score_and_export(cases: list[Case], folder: str, pairs: Any) -> list[Any]:
     """Each case with the policy built through the bridge: by the passes, the optimizer's wrapping and the export."""
     install_stand_in()
 
-    def build(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> PolicyModel:
+    def build(arch: ModelArchitecture, config: Config, groups: ProcessGroups) -> Policy:
         parallel = config.parallel
         hf_dir = Path(folder) / "llama" / "model"
         bridged = build_bridged_policy(hf_dir, groups, max_length=256, sequence_parallel=parallel.sequence_parallel, chunk_size=7)
@@ -41,7 +41,7 @@ def score_and_export(cases: list[Case], folder: str, pairs: Any) -> list[Any]:
             bridged.export(Path(folder) / f"exported-{parallel.tensor_model_parallel_size}")
         # The tests' own tools ask for it.
         bridged.policy.architecture = arch
-        return bridged.policy
+        return Policy([bridged.policy])
 
     worlds.build_model = build
     worlds.load_hf_weights = lambda *args, **kwargs: None

@@ -20,6 +20,9 @@ def test_experts_over_ranks_agree_and_a_model_of_other_weights_does_not(
     over_ranks = ["--hf-model", str(hf), "--expert-model-parallel-size", "2"]
     assert verify_cli.main(over_ranks) == 0
     assert "(TP 1, PP 1, EP 2, float32), 192 tokens" in capsys.readouterr().out
+    interleaved = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
+    assert verify_cli.main(["--hf-model", str(hf), *interleaved]) == 0
+    assert "(TP 1, PP 2, --num-virtual-stages-per-pipeline-rank 2, float32)" in capsys.readouterr().out
     convert_hf_to_megatron(write_hf_model(tmp_path / "other", "qwen3_moe", seed=8), tmp_path / "checkpoints")
     assert verify_cli.main(["--hf-model", str(hf), "--load", str(tmp_path / "checkpoints")]) == 1
     assert "more than --tolerance 0.0001" in capsys.readouterr().err
@@ -30,7 +33,8 @@ def test_experts_over_ranks_agree_and_a_model_of_other_weights_does_not(
     [
         (["--expert-model-parallel-size", "4"], "does not divide the model's 10 experts. Use one of 1, 2, 5, 10."),
         (["--tensor-model-parallel-size", "4"], "2 key/value heads and 88 and 28 feed-forward channels. Use one of 1, 2."),
-        (["--pipeline-model-parallel-size", "3"], "does not divide the model's 4 layers"),
+        (["--pipeline-model-parallel-size", "3"], "4 layers do not come out even over 3 stages; would work: "),
+        (["--num-virtual-stages-per-pipeline-rank", "2"], "there is one pipeline stage"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(

@@ -50,7 +50,7 @@ WORLDS = {
 def state_of(config: Config, folder: str, groups: ProcessGroups) -> TrainingState:
     """The policy with the model's weights, wrapped for training."""
     policy = build_model(architecture("shared"), config, groups)
-    load(policy, Path(folder), groups)
+    load(policy[0], Path(folder), groups)
     return build_training_state(policy, config, groups, train_iters=10)
 
 
@@ -67,9 +67,9 @@ def compute(
     prepared = prepare_batch(state.model, batch, objective, objective.initial_state(), groups)
     state.model.train()
     metrics = gradient_pass(state.model, batch, objective, prepared, groups)
-    expected, errors = own_tensors(gradients, state.policy, groups), {}
+    expected, errors = own_tensors(gradients, state.policy[0], groups), {}
     # Expert biases have no gradient.
-    for name, parameter in state.policy.named_parameters():
+    for name, parameter in state.policy[0].named_parameters():
         found: Tensor = parameter.main_grad  # type: ignore[attr-defined]
         errors[name] = float((found.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-12))
     rows = {"packs": len(batch.conditional), "tokens": [row.num_tokens for row in batch.conditional]}
@@ -84,11 +84,11 @@ def train(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups)
     experts = ExpertsConfig(moe_aux_loss_coeff=0.5, moe_z_loss_coeff=0.05)
     config = dataclasses.replace(case.config(), optimizer=optimizer, experts=experts)
     state, objective = state_of(config, folder, groups), build_objective(case.objective, case.options)
-    before = _by_number_in_the_model(state.policy, groups)
+    before = _by_number_in_the_model(state.policy[0], groups)
     batch = build_batches(case, pairs, state.policy, groups).build(np.arange(len(pairs)))
     norms = [train_step(state, batch, objective, groups).grad_norm for _ in range(2)]
     state.gather_parameters()
-    changes = {name: weight - before[name] for name, weight in _by_number_in_the_model(state.policy, groups).items()}
+    changes = {name: weight - before[name] for name, weight in _by_number_in_the_model(state.policy[0], groups).items()}
     return {"changes": changes, "norms": norms, "load": take_expert_load(state.policy, groups, each=True)}
 
 

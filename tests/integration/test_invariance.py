@@ -24,6 +24,10 @@ MODELS: dict[str, dict[str, Any]] = {
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
     "mixtral": KINDS["mixtral"][1],
+    # Layers of one chunk each, and two for the first; heads of a key and a value for a tensor-parallel rank or less.
+    "eight layers": {"num_hidden_layers": 8, "tie_word_embeddings": True},
+    "seven layers": {"num_hidden_layers": 7},
+    "one key": {"num_key_value_heads": 1, "attention_bias": True},
 }
 SPARSE: dict[str, Any] = {"model": "mixtral", "ep": 2}
 WORLDS = {

@@ -110,8 +110,8 @@ def count_passes(hf_dir: str) -> dict[str, tuple[tuple[int, int], int]]:
         calls: list[str] = []
         if objective.needs.perturbation is not None:
             state.reference = build_reference(case, Path(hf_dir), groups)
-            state.reference.register_forward_pre_hook(partial(_note, calls, "reference"))
-        state.policy.register_forward_pre_hook(partial(_note, calls, "policy"))
+            state.reference[0].register_forward_pre_hook(partial(_note, calls, "reference"))
+        state.policy[0].register_forward_pre_hook(partial(_note, calls, "policy"))
         state.objective_state = objective.initial_state()
         batch = build_batches(case, rows, state.policy, groups).build(np.arange(len(pairs)))
         train_step(state, batch, objective, groups)

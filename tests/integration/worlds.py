@@ -21,9 +21,11 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.pipeline_bubble import Stages
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
@@ -31,7 +33,7 @@ from megatron_rmipo.families.tensors import stored_tensors
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
-from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, score_responses
 from megatron_rmipo.passes.step_passes import gradient_pass, prepare_batch
@@ -65,6 +67,8 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = "llama"
     model_class: Literal["gpt", "hybrid"] = "gpt"
+    split: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vocab_multiple: int = 8
 
     def layout(self) -> dict[str, int | None]:
         """What the process groups are made of."""
@@ -85,6 +89,7 @@ class Case:
             parallel=ParallelConfig(
                 **self.layout(),  # type: ignore[arg-type]
                 cp_comm_type=self.cp_comm_type,
+                **self.split,
                 sequence_parallel=self.sequence_parallel,
                 use_distributed_optimizer=self.distributed_optimizer,
                 overlap_grad_reduce=self.overlap,
@@ -92,7 +97,7 @@ class Case:
             ),
             model=ModelConfig(
                 model_class=self.model_class,
-                make_vocab_size_divisible_by=8,
+                make_vocab_size_divisible_by=self.vocab_multiple,
                 logprob_chunk_size=7,
                 bf16=self.bf16,
                 **recompute,
@@ -110,7 +115,7 @@ def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: in
     return build_training_state(policy, case.config(), groups, train_iters=train_iters)
 
 
-def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups: ProcessGroups) -> BatchBuilder:
+def build_batches(case: Case, pairs: PairCollection, policy: Policy, groups: ProcessGroups) -> BatchBuilder:
     needs = build_objective(case.objective, case.options).needs
     layout = BatchLayout(
         dp_rank=groups.dp_rank,
@@ -124,13 +129,13 @@ def build_batches(case: Case, pairs: PairCollection, policy: PolicyModel, groups
         columns=needs.columns,
         multiple_of=case.cp * (case.tp if case.sequence_parallel else 1),
         equal_packs=experts_cross_replicas(case.config().parallel),
-        num_stages=case.pp,
+        stages=Stages(stage_shares(policy.architecture.num_layers, case.config().parallel)),
         min_packs_per_stage=case.min_packs_per_stage,
     )
     return BatchBuilder(pairs, layout)
 
 
-def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> PolicyModel:
+def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> Policy:
     """The frozen reference at the case's layout."""
     arch = read_architecture(reference_dir)
     reference = build_model(arch, case.config(), groups)
@@ -139,7 +144,7 @@ def build_reference(case: Case, reference_dir: Path, groups: ProcessGroups) -> P
 
 
 @torch.no_grad()
-def score_all(case: Case, reference: PolicyModel, pairs: PairCollection, groups: ProcessGroups) -> list[Any]:
+def score_all(case: Case, reference: Policy, pairs: PairCollection, groups: ProcessGroups) -> list[Any]:
     """The log-probs of all pairs under the reference by the product's own pass: of the one data set, fp32 ``[P, 2]``."""
     batch = build_batches(case, pairs, reference, groups).build(np.arange(len(pairs)))
     scores = score_responses(reference, batch.conditional, batch.num_pairs)

@@ -83,7 +83,7 @@ def auxiliary_gradients(kind: str, groups: ProcessGroups, aux: float, z: float) 
         keep = lambda module, args, number=number: logits.setdefault(number, []).append(module.gating(args[0])[:, 0])  # noqa: E731
         hooks.append(router.register_forward_pre_hook(keep))
     for row in batch.conditional:
-        policy(row.token_ids, row.position_ids, row.segments, row.source, row.target)
+        policy[0](row.token_ids, row.position_ids, row.segments, row.source, row.target)
     total = torch.zeros((), dtype=torch.float64)
     for tables in logits.values():
         table = torch.cat(tables).double()

@@ -11,9 +11,10 @@ import pytest
 from benchmarks.scaling_page import our_step, published_rows
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig
-from megatron_rmipo.data.batches.pipeline_bubble import PassCosts
+from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, Stages, simulated_length
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.planning.communication import (
     LINK_SHARE,
@@ -27,7 +28,6 @@ from megatron_rmipo.planning.communication import (
 from megatron_rmipo.planning.hardware import read_cluster
 from megatron_rmipo.planning.shapes import read_shape
 from megatron_rmipo.planning.sizes import Sizes, group
-from megatron_rmipo.planning.stages import pipeline_length
 from megatron_rmipo.planning.step_time import DENSE_SHARE, UPDATE_BYTES, WEIGHT_BYTES, shard_parameters, step_seconds
 from megatron_rmipo.planning.workload import Workload, equal_sequences
 
@@ -155,7 +155,7 @@ def test_gradients_travel_beside_the_last_backward() -> None:
 
 def test_the_bubble_of_even_stages_and_chunks() -> None:
     even = [PassCosts(np.full(8, 4.0), np.zeros(8), backward=True)]
-    of = lambda **flags: pipeline_length(even, ParallelConfig(**flags), 16)  # noqa: E731
+    of = lambda **flags: simulated_length(even, Stages(stage_shares(16, ParallelConfig(**flags))))  # noqa: E731
     # Eight packs of 3 x 1 on each of four stages, and three more to fill and drain.
     assert of(pipeline_model_parallel_size=1) == pytest.approx(96)
     assert of(pipeline_model_parallel_size=4) == pytest.approx(24 + 9)
@@ -167,7 +167,7 @@ def test_stages_without_a_layer_for_the_output_layer() -> None:
     costs = [PassCosts(np.full(64, 15.0), np.full(64, 1.0), backward=True)]
     uneven = ParallelConfig(pipeline_model_parallel_size=4, account_for_loss_in_pipeline_split=True)
     work = 64 * 3 * 4.0
-    assert work < pipeline_length(costs, uneven, 15) < 1.05 * work
+    assert work < simulated_length(costs, Stages(stage_shares(15, uneven))) < 1.05 * work
 
 
 @pytest.mark.parametrize("row", published_rows(), ids=lambda row: f"{row['model']}-{row['gpus']}-ep{row['ep']}-{row['source']}")

@@ -177,12 +177,12 @@ def test_lengths_that_a_pipeline_would_mix_up_are_refused(settings: dict[str, An
     config = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": None, "variable_seq_lengths": True}
     model.config = types.SimpleNamespace(**config | settings)
     rows: Any = [types.SimpleNamespace(token_ids=torch.zeros(length)) for length in (5, 7, 5)]
-    check_lengths([model, model], rows[:1] + rows[2:], backward=backward)
+    check_lengths([model, model], rows[:1] + rows[2:], messages_of_megatron=backward)
     if message is None:
-        check_lengths(model, rows, backward=backward)
+        check_lengths(model, rows, messages_of_megatron=backward)
     else:
         with pytest.raises(ConfigError, match=message):
-            check_lengths(model, rows, backward=backward)
+            check_lengths(model, rows, messages_of_megatron=backward)
 
 
 def states(hf_dir: str) -> dict[str, Any]:

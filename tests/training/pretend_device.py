@@ -69,7 +69,8 @@ def move(model: Any) -> Any:
             moved = torch.nn.Parameter(_like(parameter), requires_grad=parameter.requires_grad)
             moved.__dict__.update(parameter.__dict__)
             module._parameters[name] = moved
-    model.rotary_pos_emb.inv_freq = _like(model.rotary_pos_emb.inv_freq)
+    for chunk in model:
+        chunk.rotary_pos_emb.inv_freq = _like(chunk.rotary_pos_emb.inv_freq)
     return model
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import Config, DataConfig, TrainingConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
+from megatron_rmipo.data.batches.pipeline_bubble import Stages
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.training.pipeline_advice import tell_pipeline
 from tests.integration.problem import collection, make_pairs
@@ -34,10 +36,15 @@ def said(
     data.stores[0].lengths[:] = [1002, 1000, 1000]  # type: ignore[attr-defined]
     data.lengths = np.tile([1002, 1000, 1000], (NUM_PAIRS, 1))
     cost = CostModel(1.0, 0.0, head)
-    layout = BatchLayout(0, dp_size, tokens, cost, num_stages=num_stages, min_packs_per_stage=least)
+    layout = BatchLayout(0, dp_size, tokens, cost, stages=Stages.even(num_stages), min_packs_per_stage=least)
     lines: list[str] = []
     run: Any = SimpleNamespace(
-        config=Config(data=DataConfig(seq_length=2048), training=TrainingConfig(global_batch_size=pairs)),
+        config=Config(
+            parallel=ParallelConfig(pipeline_model_parallel_size=num_stages),
+            data=DataConfig(seq_length=2048),
+            training=TrainingConfig(global_batch_size=pairs),
+        ),
+        state=SimpleNamespace(policy=SimpleNamespace(architecture=SimpleNamespace(num_layers=24))),
         groups=SimpleNamespace(rank=rank, pp_size=num_stages),
         pairs=BatchBuilder(data, layout),
         order=PairOrder(NUM_PAIRS, 3),
@@ -98,6 +105,11 @@ def test_too_few_pairs_are_named() -> None:
 
 def test_an_output_layer_that_the_other_stages_wait_for_is_named() -> None:
     # 3,000 tokens of layers, 2,000 scored: the head is half as much as all layers.
-    line, warning = said(pairs=48, head=0.75)
+    line, split, warning = said(pairs=48, head=0.75)
     assert re.search(r"about 5\d% of a step idle \(27% if", line)
     assert "The last stage, with the output layer, has 2.00 times a stage's mean work" in warning
+    # Of 24 layers and the worth of 12 the last stage has 18; with a single layer beside it 13.
+    assert split == (
+        "pipeline: the slowest stage does the work of 18.0 layers, the output layer being worth 12.0; with "
+        "--decoder-first-pipeline-num-layers 7 --decoder-last-pipeline-num-layers 1 it would be 13.0"
+    )

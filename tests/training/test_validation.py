@@ -42,6 +42,17 @@ def refusal(*argv: str, world_size: int = 1, architecture: ModelArchitecture = A
     return str(caught.value)
 
 
+PP2 = ("--pipeline-model-parallel-size", "2")
+FOUR_STAGES = (
+    "would work: --pipeline-model-parallel-size 4 --account-for-embedding-in-pipeline-split "
+    "--account-for-loss-in-pipeline-split, or --pipeline-model-parallel-size 1, 2, 3, 6"
+)
+TWO_CHUNKS = (
+    "would work: --pipeline-model-parallel-size 2 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
+    "--num-virtual-stages-per-pipeline-rank 2, or without these flags --pipeline-model-parallel-size 1, 2, 3, 6"
+)
+
+
 @pytest.mark.parametrize(
     ("argv", "world_size"),
     [
@@ -72,7 +83,27 @@ def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> No
     ("argv", "world_size", "words"),
     [
         (("--tensor-model-parallel-size", "3"), 3, ["--tensor-model-parallel-size 3", "12", "4", "264", "would work: 1, 2, 4"]),
-        (("--pipeline-model-parallel-size", "4"), 4, ["--pipeline-model-parallel-size 4", "6 layers", "would work: 1, 2, 3, 6"]),
+        (("--pipeline-model-parallel-size", "4"), 4, ["--pipeline-model-parallel-size 4", "6 layers", FOUR_STAGES]),
+        (("--decoder-last-pipeline-num-layers", "2"), 1, ["--decoder-last-pipeline-num-layers 2", "one pipeline stage"]),
+        (
+            (*PP2, "--decoder-first-pipeline-num-layers", "2", "--account-for-loss-in-pipeline-split"),
+            2,
+            ["--decoder-first-pipeline-num-layers 2, --account-for-loss-in-pipeline-split", "exclude each other"],
+        ),
+        ((*PP2, "--decoder-first-pipeline-num-layers", "6"), 2, ["0 are left for 1 stages"]),
+        ((*PP2, "--num-virtual-stages-per-pipeline-rank", "1"), 2, ["--num-virtual-stages-per-pipeline-rank 1", "at least 2"]),
+        ((*PP2, "--num-virtual-stages-per-pipeline-rank", "2"), 2, ["3 layers are no multiple of 2 chunks", TWO_CHUNKS]),
+        ((*PP2, "--num-layers-per-virtual-pipeline-stage", "3"), 2, ["3 layers of a stage would be one chunk"]),
+        (
+            (*PP2, "--num-layers-per-virtual-pipeline-stage", "1", "--num-virtual-stages-per-pipeline-rank", "3"),
+            2,
+            ["--num-layers-per-virtual-pipeline-stage 1 and --num-virtual-stages-per-pipeline-rank 3 both cut"],
+        ),
+        (
+            (*PP2, "--num-layers-per-virtual-pipeline-stage", "1", "--decoder-last-pipeline-num-layers", "2"),
+            2,
+            ["--num-layers-per-virtual-pipeline-stage with --decoder-last-pipeline-num-layers 2", "give a number of chunks"],
+        ),
         (("--tensor-model-parallel-size", "4"), 6, ["multiple of 4", "there are 6", "start 4"]),
         (("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"), 5, ["multiple of 6", "start 6", "1, 5"]),
         (("--tensor-model-parallel-size", "2", "--context-parallel-size", "3"), 8, ["CP 3", "multiple of 6", "start 6"]),
@@ -202,10 +233,18 @@ def test_all_faults_are_listed_at_once() -> None:
     assert message.count("\n  - ") == 4
 
 
-def test_query_groups_bound_tensor_parallelism_too() -> None:
-    assert "would work: 1" in refusal(
-        "--tensor-model-parallel-size", "4", world_size=4, architecture=dataclasses.replace(ARCH, num_query_groups=1)
-    )
+def test_tensor_parallelism_goes_above_the_key_value_heads_by_a_multiple_of_them() -> None:
+    four = config_of("--tensor-model-parallel-size", "4")
+    arch = dataclasses.replace(ARCH, num_attention_heads=12, num_query_groups=6, ffn_hidden_size=120)
+    for groups in (1, 2, 4):
+        validate(four, dataclasses.replace(arch, num_query_groups=groups), 4)
+    for groups, changes, words in (
+        (6, {}, ["6 key/value heads", "would work: 1, 2, 3, 6, 12"]),
+        (1, {"qk_norm_whole": True}, ["a norm over the keys of all heads needs a key/value head for each rank", "work: 1"]),
+    ):
+        changed = dataclasses.replace(arch, num_query_groups=groups, **changes)
+        message = refusal("--tensor-model-parallel-size", "4", world_size=4, architecture=changed)
+        assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(

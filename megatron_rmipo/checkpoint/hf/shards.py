@@ -57,7 +57,13 @@ def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_s
             return None if padded_vocab_size % tp_size else (padded_vocab_size // tp_size, *columns)
         case Layout.HEAD_ROWS:
             return None if arch.num_attention_heads % tp_size else (rows // tp_size, *columns)
-        case Layout.QKV | Layout.QUERIES | Layout.KEYS | Layout.HEADS:
+        case Layout.QKV:
+            # Above their number, ranks share the rows of a key/value head as they come.
+            whole_heads = arch.num_query_groups % tp_size == 0 or tp_size % arch.num_query_groups == 0
+            return (rows // tp_size, *columns) if whole_heads and rows % tp_size == 0 else None
+        case Layout.HEADS:
+            return None if arch.num_attention_heads % tp_size else (rows // tp_size, *columns)
+        case Layout.QUERIES | Layout.KEYS:
             return None if arch.num_query_groups % tp_size else (rows // tp_size, *columns)
         case Layout.GATE_UP | Layout.GATE_UP_IN_TURNS:
             return None if ffn_channels(rule, arch) % tp_size else (rows // tp_size, *columns)

@@ -6,13 +6,13 @@ import contextlib
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.gathering import GatheredTensors, sharing_group
@@ -41,17 +41,20 @@ from megatron_rmipo.runtime.messages import rank_label
 from megatron_rmipo.runtime.shared_work import Halt, SharedWork
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 
+# This rank's part of a model, wrapped or not; of an interleaved pipeline its chunks. Not by the seam to Megatron's models:
+# converters use this file, too, and need no Megatron-Core.
+Chunks = Module | Sequence[Module]
 _REFUSED = "--save-hf {} cannot be written: {}. Free some space or name another directory."
 
 
 def load_hf_weights(
-    model: Module, hf_dir: Path, arch: ModelArchitecture, *, groups: ProcessGroups, read: Literal["each", "broadcast"] = "each"
+    model: Chunks, hf_dir: Path, arch: ModelArchitecture, *, groups: ProcessGroups, read: Literal["each", "broadcast"] = "each"
 ) -> None:
     """Load a Hugging Face checkpoint into this rank's part of a model, reading no more than its slices.
 
     Args:
-        model: a GPTModel, wrapped or not, by local or Transformer Engine spec; its parameters, and the biases of its routers, are
-            overwritten, in their own dtype. Rows of vocabulary padding become zeros.
+        model: a GPTModel, wrapped or not, by local or Transformer Engine spec, or its chunks; its parameters, and the biases of
+            its routers, are overwritten, in their own dtype. Rows of vocabulary padding become zeros.
         hf_dir: the Hugging Face directory.
         arch: what :func:`megatron_rmipo.families.hf_config.read_architecture` read from it.
         groups: say which part this rank holds.
@@ -84,7 +87,7 @@ def load_hf_weights(
         fill(key, tensor)
 
 
-def local_tensors(model: Module, arch: ModelArchitecture, groups: ProcessGroups) -> dict[TensorId, Tensor]:
+def local_tensors(model: Chunks, arch: ModelArchitecture, groups: ProcessGroups) -> dict[TensorId, Tensor]:
     """This rank's tensors by checkpoint name and place, layers counted over all stages, experts over all expert-parallel ranks.
 
     The output layer of a tied model, which a last stage holds as a copy, appears under the embedding's name.
@@ -92,30 +95,30 @@ def local_tensors(model: Module, arch: ModelArchitecture, groups: ProcessGroups)
     Raises:
         ConversionError: the model has parameters that a checkpoint of ``arch`` does not hold.
     """
-    # Not by the seam to Megatron's models: converters use this file, too, and need no Megatron-Core.
-    inner: Any = model
-    while hasattr(inner, "module"):
-        inner = inner.module  # DDP and mixed-precision wrappers
     family = FAMILIES[arch.family]
     known = {(rule.megatron, place) for rule, place in tensors_of(arch)}
-    first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
-    layers_each = getattr(inner, "layers_each", 1)
     first_expert = groups.ep.rank() * arch.experts.num_experts // groups.ep.size() if arch.experts else 0
     found: dict[TensorId, Tensor] = {}
     unknown = []
-    parameters = dict(inner.named_parameters())
-    for full_name, tensor in {**parameters, **dict(inner.named_buffers())}.items():
-        names, local = canonical_names(full_name)
-        layer = _counted_from(first_layer, local.layer)
-        block = None if layer is None else layer // layers_each
-        place = Place(block, _counted_from(first_expert, local.expert))
-        if arch.tied_embeddings and names == (family.head,):
-            names = (family.embedding,)
-        name = next((name for name in names if (name, place) in known), None)
-        if name is not None:
-            found[name, place] = tensor.detach()
-        elif full_name in parameters:
-            unknown.append(full_name)
+    for chunk in model if isinstance(model, Sequence | ModuleList) else [model]:
+        inner: Any = chunk
+        while hasattr(inner, "module"):
+            inner = inner.module  # DDP and mixed-precision wrappers
+        first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
+        layers_each = getattr(inner, "layers_each", 1)
+        parameters = dict(inner.named_parameters())
+        for full_name, tensor in {**parameters, **dict(inner.named_buffers())}.items():
+            names, local = canonical_names(full_name)
+            layer = _counted_from(first_layer, local.layer)
+            block = None if layer is None else layer // layers_each
+            place = Place(block, _counted_from(first_expert, local.expert))
+            if arch.tied_embeddings and names == (family.head,):
+                names = (family.embedding,)
+            name = next((name for name in names if (name, place) in known), None)
+            if name is not None:
+                found[name, place] = tensor.detach()
+            elif full_name in parameters:
+                unknown.append(full_name)
     if unknown:
         raise ConversionError(
             f"The model has {len(unknown)} parameters that its {arch.family} checkpoint does not hold: "
@@ -129,7 +132,7 @@ def _counted_from(first: int, number: int | None) -> int | None:
 
 
 def export_hf(
-    model: Module,
+    model: Chunks,
     arch: ModelArchitecture,
     assets_dir: Path,
     save_dir: Path,
@@ -146,7 +149,7 @@ def export_hf(
     are. ``save_dir`` appears when it is whole.
 
     Args:
-        model: this rank's GPTModel, wrapped or not.
+        model: this rank's GPTModel, wrapped or not, or its chunks.
         arch: what the model is.
         assets_dir: holds config.json, generation config and tokenizer to put beside the weights.
         save_dir: missing or empty, on a file system that every rank sees.

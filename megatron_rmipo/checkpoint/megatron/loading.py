@@ -12,19 +12,25 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.nn import Module
 
 from megatron_rmipo.checkpoint.megatron.common_state import read_common
 from megatron_rmipo.checkpoint.megatron.digests import check_digests_together, damage
 from megatron_rmipo.checkpoint.megatron.directory import RANDOM_KEY, find_checkpoint, read_metadata
 from megatron_rmipo.checkpoint.megatron.matching import match_model
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
-from megatron_rmipo.checkpoint.megatron.run_state import first_cause, layout_of, optimizer_kind, random_object, sharded_state
+from megatron_rmipo.checkpoint.megatron.run_state import (
+    first_cause,
+    layout_of,
+    model_names,
+    optimizer_kind,
+    random_object,
+    sharded_state,
+)
 from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
 from megatron_rmipo.checkpoint.shares.adam_state import load_optimizer
 from megatron_rmipo.checkpoint.shares.random_state import set_random_state
 from megatron_rmipo.errors import CheckpointError
-from megatron_rmipo.model.packed_model import unwrapped
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.first_failure import lost_a_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -33,7 +39,7 @@ from megatron_rmipo.runtime.groups import ProcessGroups
 def load_checkpoint(
     directory: Path,
     *,
-    model: Module,
+    model: Chunks,
     optimizer: Any | None,
     scheduler: Any | None,
     load_rng: bool,
@@ -48,7 +54,7 @@ def load_checkpoint(
 
     Args:
         directory: the directory of checkpoints.
-        model: this rank's GPTModel, wrapped or not; overwritten.
+        model: this rank's GPTModel, wrapped or not, or its chunks; overwritten.
         optimizer: Megatron's optimizer, or None to leave its state out.
         scheduler: Megatron's OptimizerParamScheduler, or None.
         load_rng: restore random states.
@@ -78,7 +84,8 @@ def load_checkpoint(
     state = sharded_state(model, with_optimizer, None if weights_only else scheduler, groups, is_loading=True)
     stored = on_every_rank(groups.world, lambda: read_metadata(path).state_dict_metadata)
     common = on_every_rank(groups.world, lambda: read_common(path))
-    match_model(state["model"], stored, path, groups.world)
+    names = model_names(model)
+    match_model([state[name] for name in names], stored, path, groups.world)
     restores_random = load_rng and not weights_only and record.layout == layout_of(groups)
     restores_random &= any(name.startswith(RANDOM_KEY) for name in stored)
     with restricted_unpickling():
@@ -89,7 +96,8 @@ def load_checkpoint(
             found = on_every_rank(groups.world, lambda: _read(path, own, common, groups, in_shares=False))
             loaded[RANDOM_KEY] = found[RANDOM_KEY]
         # Transformer Engine unpickles its state here.
-        unwrapped(model).load_state_dict(loaded["model"], strict=False)
+        for name, chunk in zip(names, chunks_of(model), strict=True):
+            unwrapped(chunk).load_state_dict(loaded[name], strict=False)
         if with_optimizer is not None:
             load_optimizer(with_optimizer, loaded["optimizer"])
         elif optimizer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from megatron_rmipo.runtime.agreement import device_of, gather_faults
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.")
 
 
-def match_model(weights: dict[str, Any], stored: Mapping[str, Any], path: Path, group: dist.ProcessGroup) -> None:
+def match_model(weights: Sequence[dict[str, Any]], stored: Mapping[str, Any], path: Path, group: dist.ProcessGroup) -> None:
     """Check the model's sharded state against what a checkpoint holds. All ranks of ``group`` call it together.
 
     Transformer Engine's extra state (scales of fp8), which a converted checkpoint or one of another layer spec may lack, is
     removed from ``weights`` where it is not stored.
 
     Args:
-        weights: the model's ``sharded_state_dict``.
+        weights: the ``sharded_state_dict`` of each of the model's chunks.
         stored: torch's metadata by key.
         path: the checkpoint, for messages.
         group: every rank of the job.
@@ -35,10 +35,10 @@ def match_model(weights: dict[str, Any], stored: Mapping[str, Any], path: Path, 
     """
     faults: set[str] = set()
     keys = set()
-    for name, item in list(weights.items()):
+    for chunk, name, item in [(own, name, item) for own in weights for name, item in own.items()]:
         if isinstance(item, ShardedObject):
             if item.unique_key not in stored:
-                del weights[name]
+                del chunk[name]
             continue
         for part in _tensors(item):
             keys.add(part.key)

@@ -35,8 +35,6 @@ _MEGATRON_LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_fact
 _NOT_HAD: Mapping[str, Any] = {
     "config_logger_dir": "",
     "cp_comm_type": ["p2p"],
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
     "fp16_lm_cross_entropy": False,
     "fp8_param_gather": False,
     "heterogeneous_layers_config_path": None,
@@ -49,7 +47,6 @@ _NOT_HAD: Mapping[str, Any] = {
     "qk_l2_norm": False,
     "spec": None,
     "squared_relu": False,
-    "virtual_pipeline_model_parallel_size": None,
 }
 # How Megatron-LM computes by default, and how is a matter of the one who loads; Megatron-Bridge asks for these, too.
 _LEFT_TO_THE_READER: Mapping[str, Any] = {
@@ -90,6 +87,11 @@ def _arguments(arch: ModelArchitecture, dtype: torch.dtype, tokenizer: Path | No
         "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "decoder_first_pipeline_num_layers": None,
+        "decoder_last_pipeline_num_layers": None,
+        "account_for_embedding_in_pipeline_split": False,
+        "account_for_loss_in_pipeline_split": False,
         "context_parallel_size": 1,
         "sequence_parallel": False,
         "make_vocab_size_divisible_by": 128,

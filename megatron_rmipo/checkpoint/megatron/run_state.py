@@ -10,33 +10,41 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.nn import Module
 
 from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
 from megatron_rmipo.checkpoint.megatron.directory import RANDOM_KEY
 from megatron_rmipo.checkpoint.shares.adam_state import sharded_optimizer
 from megatron_rmipo.checkpoint.whole_directories import is_full
-from megatron_rmipo.model.packed_model import unwrapped
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
 CHECKPOINTING_ERRORS = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
+def model_names(model: Chunks) -> list[str]:
+    """What Megatron-LM calls the parts of a checkpoint that this rank's chunks are; their tensors' keys do not depend on it."""
+    chunks = chunks_of(model)
+    return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+
+
 def sharded_state(
-    model: Module, optimizer: Any | None, scheduler: Any | None, groups: ProcessGroups, *, is_loading: bool
+    model: Chunks, optimizer: Any | None, scheduler: Any | None, groups: ProcessGroups, *, is_loading: bool
 ) -> dict[str, Any]:
     """Model, optimizer and scheduler of this rank. All ranks call it together.
 
     Args:
-        model: this rank's GPTModel, wrapped or not.
+        model: this rank's GPTModel, wrapped or not, or its chunks.
         optimizer: Megatron's optimizer, or None.
         scheduler: Megatron's OptimizerParamScheduler, or None.
         groups: the process groups of this rank.
         is_loading: whether it is to be loaded into.
     """
     metadata = {"dp_cp_group": groups.dp_cp, **CONTENT}
-    weights = unwrapped(model).sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": weights}
+    weights = {
+        name: unwrapped(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(model_names(model), chunks_of(model), strict=True)
+    }
+    state: dict[str, Any] = dict(weights)
     if optimizer is not None:
         state["optimizer"] = sharded_optimizer(optimizer, weights, is_loading=is_loading, metadata=metadata)
     if scheduler is not None:
@@ -66,7 +74,7 @@ def layout_of(groups: ProcessGroups) -> dict[str, int]:
 
 
 def arguments_of_run(
-    config: dict[str, Any], train_state: dict[str, Any], groups: ProcessGroups, *, has_optimizer: bool
+    config: dict[str, Any], train_state: dict[str, Any], groups: ProcessGroups, *, num_chunks: int, has_optimizer: bool
 ) -> dict[str, Any]:
     """What Megatron-LM calls the run's layout, progress and flags."""
     same_name = (
@@ -75,12 +83,17 @@ def arguments_of_run(
         "make_vocab_size_divisible_by",
         "sequence_parallel",
         "use_distributed_optimizer",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
     )
     return {
         **{name: config[name] for name in same_name if name in config},
         "tensor_model_parallel_size": groups.tp_size,
         "pipeline_model_parallel_size": groups.pp_size,
         "context_parallel_size": groups.cp_size,
+        "virtual_pipeline_model_parallel_size": num_chunks if num_chunks > 1 else None,
         "data_parallel_size": groups.dp_size,
         "expert_model_parallel_size": groups.ep.size(),
         "expert_tensor_parallel_size": groups.expert_tp.size(),

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from torch.nn import Module
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
 from megatron_rmipo.checkpoint.megatron.commit import (
@@ -47,7 +46,7 @@ from megatron_rmipo.checkpoint.shares.random_state import random_state
 from megatron_rmipo.checkpoint.shares.strategies import ReplicasInShares, TensorFiles
 from megatron_rmipo.checkpoint.whole_directories import check_space
 from megatron_rmipo.errors import CheckpointError, DirectoryTakenError, RmipoError
-from megatron_rmipo.model.packed_model import unwrapped
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.first_failure import lost_a_rank
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
@@ -87,7 +86,7 @@ class CheckpointSaver:
         directory: Path,
         iteration: int,
         *,
-        model: Module,
+        model: Chunks,
         optimizer: Any | None,
         scheduler: Any | None,
         train_state: dict[str, Any],
@@ -101,7 +100,7 @@ class CheckpointSaver:
         Args:
             directory: the directory of checkpoints, on a file system every rank sees.
             iteration: optimizer steps taken.
-            model: this rank's GPTModel, wrapped or not.
+            model: this rank's GPTModel, wrapped or not, or its chunks.
             optimizer: Megatron's optimizer, or None to save weights alone.
             scheduler: Megatron's OptimizerParamScheduler, or None.
             train_state: progress of the run, the same on every rank; plain values that JSON holds.
@@ -119,12 +118,15 @@ class CheckpointSaver:
         self.wait()
         directory, groups = Path(directory), self._groups
         state = sharded_state(model, optimizer, scheduler, groups, is_loading=False)
+        policy = unwrapped(chunks_of(model)[0])
         state |= common_of_model(
-            unwrapped(model).architecture,
+            policy.architecture,
             iteration,
-            dtype=unwrapped(model).config.params_dtype,
+            dtype=policy.config.params_dtype,
             tokenizer=None if assets_dir is None else checkpoint_path(directory, iteration).absolute() / ASSETS_NAME,
-            run=arguments_of_run(config, train_state, groups, has_optimizer=optimizer is not None),
+            run=arguments_of_run(
+                config, train_state, groups, num_chunks=len(chunks_of(model)), has_optimizer=optimizer is not None
+            ),
         )
         state[RANDOM_KEY] = random_object(groups, random_state())
         record = CheckpointRecord(iteration, train_state, config, layout_of(groups), optimizer_kind(optimizer))

@@ -16,6 +16,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_rmipo.checkpoint.shares.optimizer_pieces import FORM, pieces_of, set_pieces
 
 _PIECES, _FORM = "param_state", "param_state_sharding_type"
+# In the place of a parameter, in the state of a part that holds none on this rank: the stage may have no layer with experts.
+_NO_PARAMETER = "none"
 
 
 def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> dict[Any, Any]:
@@ -23,16 +25,17 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
 
     Args:
         optimizer: Megatron's.
-        weights: the model's ``sharded_state_dict``.
+        weights: the ``sharded_state_dict`` of the model's chunks, by their names.
         is_loading: whether it is to be loaded into.
         metadata: as Megatron's ``sharded_state_dict`` takes it.
     """
     make_adam_state(optimizer)
     parts = _parts(optimizer)
+    settings: dict[str, Any] = {"steps": _steps_taken(optimizer), "is_loading": is_loading, "metadata": metadata}
     if len(parts) == 1:
-        return _sharded_part(parts[0], weights, is_loading=is_loading, metadata=metadata)
+        return _sharded_part(parts[0], weights, **settings)
     optimizer._synchronize_steps()
-    return {number: _sharded_part(part, weights, is_loading=is_loading, metadata=metadata) for number, part in enumerate(parts)}
+    return {number: _sharded_part(part, weights, **settings) for number, part in enumerate(parts)}
 
 
 def make_adam_state(optimizer: Any) -> None:
@@ -44,6 +47,23 @@ def make_adam_state(optimizer: Any) -> None:
                     _begin(adam, parameter)
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             part.optimizer._sync_sub_optimizers_state_to_hdo()
+    _count_steps_of_empty_parts(optimizer)
+
+
+def _count_steps_of_empty_parts(optimizer: Any) -> None:
+    """Parts that hold nothing on this rank have taken as many steps as the others, and Megatron asks each for its number."""
+    for part, _ in _torch_adams(optimizer):
+        if not part.optimizer.state.keys() - {_NO_PARAMETER}:
+            part.optimizer.state[_NO_PARAMETER] = {"step": torch.tensor(_steps_taken(optimizer))}
+
+
+def _steps_taken(optimizer: Any) -> float:
+    """By the parameters of this rank; 0.0 where none of them counts its own."""
+    states = [part.optimizer.state for part in _parts(optimizer) if getattr(part, "optimizer", None) is not None]
+    counted = [
+        own["step"] for state in states for parameter, own in state.items() if parameter != _NO_PARAMETER and "step" in own
+    ]
+    return max(map(float, counted), default=0.0)
 
 
 def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
@@ -63,9 +83,14 @@ def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
             set_pieces(part, own)
 
 
-def _sharded_part(part: Any, weights: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> dict[Any, Any]:
+def _sharded_part(
+    part: Any, weights: dict[str, Any], *, steps: float, is_loading: bool, metadata: dict[str, Any]
+) -> dict[Any, Any]:
     if not isinstance(part, DistributedOptimizer):
         state: dict[Any, Any] = part.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+        if steps:
+            # The first rank's, which may hold nothing of this part, is the one that all will read.
+            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(steps))
         return state
     if is_loading:
         # Where there is no state yet, it allocates some.

@@ -33,7 +33,7 @@ def pieces_of(part: DistributedOptimizer, weights: Mapping[str, Any]) -> dict[st
 
     Args:
         part: its state is there: parameters have taken a step, or were given what they start with.
-        weights: the model's ``sharded_state_dict``, with the parameters themselves as data.
+        weights: the ``sharded_state_dict`` of the model's chunks, by their names, with the parameters themselves as data.
 
     Returns:
         By number of the parameter and name of the state, in the order of the flat range.

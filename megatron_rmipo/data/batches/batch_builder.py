@@ -169,8 +169,12 @@ class BatchBuilder:
             least = self.layout.least_packs(int(one.sizes.tokens[shares[rank]].sum()))
             cuts[rank] = cut_into_packs(shares[rank], one.sizes, one.max_tokens, least)
         most = max(1, *map(len, cuts.values())) if self.layout.equal_packs else 1
-        packs = {rank: split_packs(cut, one.sizes, most) for rank, cut in cuts.items()}
-        packs = {rank: split + [[] for _ in range(most - len(split))] for rank, split in packs.items()}
+        multiple = self.layout.stages.packs_multiple
+        packs = {}
+        for rank, cut in cuts.items():
+            number = -(-max(most, len(cut)) // multiple) * multiple
+            split = split_packs(cut, one.sizes, number)
+            packs[rank] = split + [[] for _ in range(number - len(split))]
         if self.layout.num_stages == 1:
             return packs
         return {rank: cheapest_at_both_ends(filled, one.sizes) for rank, filled in packs.items()}

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, fastest_packs
+from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, Stages, fastest_packs
 from megatron_rmipo.data.batches.sizes import (
     CostModel,
     PairSizes,
@@ -41,7 +41,7 @@ class BatchLayout:
         unconditional_in_rows: the responses alone stand in the rows of the gradient pass instead of in a pass of their own.
         num_microbatches: the gradient pass has just so many packs on each rank, some of them fillers where there are few pairs;
             None: as few as an even spread of cost allows.
-        num_stages: pipeline stages that a pack goes through.
+        stages: pipeline stages that a pack goes through, and how layers are split over them.
         min_packs_per_stage: where there are several stages and pairs enough, each pass has at least so many packs for each; None:
             as many as :func:`megatron_rmipo.data.batches.pipeline_bubble.fastest_packs` says.
     """
@@ -60,8 +60,13 @@ class BatchLayout:
     equal_packs: bool = False
     unconditional_in_rows: bool = False
     num_microbatches: int | None = None
-    num_stages: int = 1
+    stages: Stages = Stages()  # noqa: RUF009
     min_packs_per_stage: int | None = None
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.stages.num_stages
 
     @property
     def capacity(self) -> int:
@@ -98,7 +103,7 @@ class BatchLayout:
         if self.num_stages == 1:
             return 1
         if self.min_packs_per_stage is None:
-            return fastest_packs(num_tokens, self.num_stages)
+            return fastest_packs(num_tokens, self.stages)
         return max(1, self.min_packs_per_stage * self.num_stages)
 
     def gradient_sizes(self, lengths: np.ndarray) -> PairSizes:

@@ -93,7 +93,8 @@ def build_kernel(
     kernel: torch.nn.Module = DotProductAttention(
         num_attention_heads=config.num_attention_heads,
         kv_channels=_head_sizes(config),
-        num_gqa_groups=config.num_query_groups,
+        # Above their number Megatron-Core gives each rank one, which others have, too.
+        num_gqa_groups=max(config.num_query_groups, config.tensor_model_parallel_size),
         attention_dropout=0.0,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",

@@ -80,7 +80,7 @@ def save_and_load(hf: Path, folder: Path) -> None:
     assert not hasattr(read_metadata(checkpoint_path(folder / "shares", 1)), "all_local_plans")
 
     metadata = {"dp_cp_group": groups.dp, **CONTENT}
-    weights = unwrapped(state.model).sharded_state_dict(metadata=metadata)
+    weights = unwrapped(state.model.chunks[0]).sharded_state_dict(metadata=metadata)
     gathered = {"model": weights, "optimizer": state.optimizer.sharded_state_dict(weights, metadata=metadata)}
     (folder / "gathered").mkdir(exist_ok=True)
     dist_checkpointing.save(gathered, str(folder / "gathered"), content_metadata=dict(CONTENT))
@@ -94,7 +94,7 @@ def save_and_load(hf: Path, folder: Path) -> None:
     take_steps(state, 1)
     own = sharded_state(state.model, state.optimizer, None, groups, is_loading=True)
     loaded = dist_checkpointing.load(own, str(folder / "gathered"))
-    unwrapped(state.model).load_state_dict(loaded["model"], strict=False)
+    unwrapped(state.model.chunks[0]).load_state_dict(loaded["model"], strict=False)
     load_optimizer(state.optimizer, loaded["optimizer"])
     assert all(map(torch.equal, held(state), expected))
 

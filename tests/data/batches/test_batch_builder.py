@@ -19,7 +19,7 @@ import torch
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
-from megatron_rmipo.data.batches.pipeline_bubble import fastest_packs
+from megatron_rmipo.data.batches.pipeline_bubble import Stages, fastest_packs
 from megatron_rmipo.data.batches.read_ahead import _read_ahead, iterate_batches
 from megatron_rmipo.data.batches.sizes import CostModel
 from megatron_rmipo.data.store.chunks import ROWS_AT_A_TIME
@@ -89,7 +89,7 @@ def test_each_pass_has_packs_for_every_stage_where_pairs_allow(equal_packs: bool
     pairs, indices = collection(make_pairs()), np.arange(23)
     settings = {"tokens_per_microbatch": 900, "equal_packs": equal_packs, "min_packs_per_stage": 2}
     for num_stages, expected in ((1, 1), (2, 4), (3, 6), (9, 12 if equal_packs else 11)):
-        builders = [BatchBuilder(pairs, layout(rank, 2, num_stages=num_stages, **settings)) for rank in range(2)]
+        builders = [BatchBuilder(pairs, layout(rank, 2, stages=Stages.even(num_stages), **settings)) for rank in range(2)]
         batches = [builder.build(indices) for builder in builders]
         passes = [rows for batch in batches for rows in (batch.conditional, batch.unconditional)]
         assert min(map(len, passes)) == expected
@@ -114,13 +114,13 @@ def test_each_pass_has_packs_for_every_stage_where_pairs_allow(equal_packs: bool
 
 def test_unless_told_each_pass_has_as_many_packs_as_are_fastest_for_its_tokens() -> None:
     pairs, indices = collection(make_pairs()), np.arange(23)
-    batch = BatchBuilder(pairs, layout(num_stages=9, tokens_per_microbatch=10**6)).build(indices)
+    batch = BatchBuilder(pairs, layout(stages=Stages.even(9), tokens_per_microbatch=10**6)).build(indices)
     for sizes, rows in (
         (layout().conditional_sizes(pairs.lengths_of(indices)), batch.conditional),
         (layout().unconditional_sizes(pairs.lengths_of(indices)), batch.unconditional),
     ):
-        assert len(rows) == fastest_packs(int(sizes.tokens.sum()), 9) > 1
-    few = BatchBuilder(pairs, layout(num_stages=9, tokens_per_microbatch=10**6, min_packs_per_stage=0)).build(indices)
+        assert len(rows) == fastest_packs(int(sizes.tokens.sum()), Stages.even(9)) > 1
+    few = BatchBuilder(pairs, layout(stages=Stages.even(9), tokens_per_microbatch=10**6, min_packs_per_stage=0)).build(indices)
     assert len(few.conditional) == len(few.unconditional) == 1
 
 

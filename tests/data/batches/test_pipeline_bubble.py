@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_rmipo.data.batches.pipeline_bubble import (
     PACK_TOKENS,
     PassCosts,
+    Stages,
     Work,
     even_bubble,
     even_length,
@@ -39,45 +40,45 @@ def costs(*layers: float, head: float = 0.0, backward: bool = True) -> PassCosts
 def test_equal_packs_over_equal_stages_take_what_the_formula_says(num_stages: int, num_packs: int) -> None:
     for backward in (False, True):
         one = costs(*[3.0] * num_packs, backward=backward)
-        length = simulated_length([one], num_stages)
-        assert length == pytest.approx(even_length([one], num_stages))
+        length = simulated_length([one], Stages.even(num_stages))
+        assert length == pytest.approx(even_length([one], Stages.even(num_stages)))
         assert idle_share(one.work, length, num_stages, 1) == pytest.approx(even_bubble(num_stages, num_packs))
 
 
 def test_two_stages_by_hand() -> None:
     # Stage 0: 1, then it waits until stage 1 takes the second pack; stage 1: 1 + 2 of the head, then 3.
     forward_only = costs(2.0, 6.0, 2.0, backward=False)
-    assert simulated_length([forward_only], 2) == 1 + 3 + 3 + 1
-    assert simulated_length([costs(2.0, 6.0, 2.0, head=2.0, backward=False)], 2) == 1 + 3 + 5 + 3
+    assert simulated_length([forward_only], Stages.even(2)) == 1 + 3 + 3 + 1
+    assert simulated_length([costs(2.0, 6.0, 2.0, head=2.0, backward=False)], Stages.even(2)) == 1 + 3 + 5 + 3
     # Stage 0: F0 to 1, F1 to 4, B0 4 to 6, B1 13 to 19. Stage 1: F0 1 to 2, B0 2 to 4, F1 4 to 7, B1 7 to 13.
-    assert simulated_length([costs(2.0, 6.0)], 2) == 19
+    assert simulated_length([costs(2.0, 6.0)], Stages.even(2)) == 19
     # Stage 0 as before, but B0 from 10 on, B1 from 25 on. Stage 1: F0 1 to 4, B0 4 to 10, F1 10 to 15, B1 15 to 25.
-    assert simulated_length([costs(2.0, 6.0, head=2.0)], 2) == 31
+    assert simulated_length([costs(2.0, 6.0, head=2.0)], Stages.even(2)) == 31
 
 
 def test_a_pass_begins_while_the_one_before_drains() -> None:
     before, gradient = costs(4.0, 4.0, backward=False), costs(4.0, 4.0)
-    apart = sum(simulated_length([one], 4) for one in (before, gradient))
-    assert apart == even_length([before, gradient], 4) == 5 + 15
+    apart = sum(simulated_length([one], Stages.even(4)) for one in (before, gradient))
+    assert apart == even_length([before, gradient], Stages.even(4)) == 5 + 15
     # All stages but the first would have stood still at the seam.
-    assert simulated_length([before, gradient], 4) == 2 + 15
+    assert simulated_length([before, gradient], Stages.even(4)) == 2 + 15
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 8])
 def test_no_other_number_of_even_packs_is_faster(num_stages: int) -> None:
     for num_tokens in (700, 9_001, 40_000):
-        chosen = fastest_packs(num_tokens, num_stages)
+        chosen = fastest_packs(num_tokens, Stages.even(num_stages))
         times = {
-            number: simulated_length([costs(*[num_tokens / number] * number).with_overhead(1.0)], num_stages)
+            number: simulated_length([costs(*[num_tokens / number] * number).with_overhead(1.0)], Stages.even(num_stages))
             for number in range(1, 2 * chosen + 2)
         }
         assert times[chosen] <= 1.01 * min(times.values())
-    assert fastest_packs(0, num_stages) == fastest_packs(PACK_TOKENS // 9, num_stages) == 1
+    assert fastest_packs(0, Stages.even(num_stages)) == fastest_packs(PACK_TOKENS // 9, Stages.even(num_stages)) == 1
 
 
 def test_the_replica_that_takes_longest_sets_the_step() -> None:
     slow, fast = costs(4.0, 4.0), costs(2.0, 2.0)
-    longest = simulated_length([slow], 2)
+    longest = simulated_length([slow], Stages.even(2))
     assert longest == 18
     assert idle_share(slow.work + fast.work, longest, 2, 2) == pytest.approx(1 - 36 / (18 * 4))
 
