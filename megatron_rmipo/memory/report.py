@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.batch_layout import UNCONDITIONAL_PACK_FACTOR
 from megatron_rmipo.data.batches.padding import Row
+from megatron_rmipo.data.batches.pipeline_bubble import Stages, packs_in_flight
 from megatron_rmipo.errors import OutOfMemoryError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.advice import Optimizer, Shortage, suggestions, update_suggestions
@@ -147,17 +149,18 @@ class MemoryReport:
     def _shortage(self, error: PackOutOfMemory, batch: RankBatch | None, free: int, optimizer: Optimizer) -> Shortage:
         assert batch is not None
         row = error.rows[error.number]
-        stages_from_here = self._groups.pp_size - self._groups.pp_rank
+        stages = Stages(stage_shares(self._arch.num_layers, self._config.parallel))
+        stage = self._groups.pp_rank
         return Shortage(
             PackSize(row.num_tokens, row.num_scored),
             error.backward,
             UNCONDITIONAL_PACK_FACTOR if _is_among(row, batch.unconditional) else 1,
             free,
             {
-                "packs_in_flight": min(stages_from_here, len(error.rows)) if error.backward else 1,
+                "packs_in_flight": packs_in_flight(stage, stages, len(error.rows)) if error.backward else 1,
                 "mixed": error.mixed,
                 "fused": torch.cuda.is_available(),
-                "last_stage": stages_from_here == 1,
+                "last_stage": stage == stages.num_stages - 1,
             },
             optimizer,
         )

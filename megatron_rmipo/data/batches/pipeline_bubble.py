@@ -150,6 +150,12 @@ def _orders(stage: int, stages: Stages, num_packs: int, *, backward: bool) -> tu
     return forwards, backwards, min(ahead, len(forwards))
 
 
+def packs_in_flight(stage: int, stages: Stages, num_packs: int) -> int:
+    """Packs whose activations a stage keeps at most in a pass with backward; what its chunks keep counts as parts of packs."""
+    forwards, _, ahead = _orders(stage, stages, num_packs, backward=True)
+    return -(-min(ahead + 1, len(forwards)) // stages.num_chunks)
+
+
 def simulated_length(passes: Sequence[PassCosts], stages: Stages) -> float:
     """How long one replica takes for the passes of a step, in the units of the costs, from its first pack to its last."""
     make = _program if stages.num_chunks == 1 else _interleaved_program

@@ -23,6 +23,7 @@ from megatron_rmipo.data.batches.pipeline_bubble import (
     even_length,
     fastest_packs,
     idle_share,
+    packs_in_flight,
     simulated_length,
     stage_order,
 )
@@ -102,6 +103,9 @@ def test_uneven_stages_take_as_long_as_the_one_with_most_and_chunks_count_filler
     assert simulated_length([costs(4.0, 4.0)], uneven) == 3 + 3 + 6 + 6
     assert costs(4.0, 4.0).stage_work(uneven) == [18, 6]
     assert costs(4.0, 4.0, head=1.0).stage_work(uneven) == [18, 12]
+    assert [packs_in_flight(stage, Stages.even(4), 3) for stage in range(4)] == [3, 3, 2, 1]
+    # 3 behind twice, 4 for the other chunk, and the one at hand: 11 halves.
+    assert [packs_in_flight(stage, Stages.even(4, 2), 8) for stage in range(4)] == [6, 5, 4, 3]
     chunked = Stages.even(2, 2)
     three, four = (costs(*[4.0] * number, backward=False) for number in (3, 4))
     assert simulated_length([three], chunked) == simulated_length([four], chunked)
