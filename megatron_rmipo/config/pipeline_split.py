@@ -121,7 +121,8 @@ def split_problems(num_layers: int, parallel: ParallelConfig) -> Iterator[str]:
 def best_split(num_layers: int, head: float, parallel: ParallelConfig) -> Split | None:
     """The split of a model's layers over as many stages, and chunks of them, whose slowest stage takes least.
 
-    Of several that are as fast it is the one with the fewest flags. Where chunks are given by their layers, stages are alike.
+    Of several that are as fast it is the one with the fewest flags, then the most even one. Where
+    chunks are given by their layers, stages are alike.
 
     Args:
         num_layers: of the model.
@@ -131,8 +132,11 @@ def best_split(num_layers: int, head: float, parallel: ParallelConfig) -> Split 
     Returns:
         None where no flags split the layers over so many stages and chunks.
     """
-    found = list(_splits(num_layers, head, parallel))
-    return min(found, key=lambda split: (round(max(split.stage_costs), 9), len(split.flags.split("--"))), default=None)
+    return min(_splits(num_layers, head, parallel), key=_order, default=None)
+
+
+def _order(split: Split) -> tuple[float, int, float]:
+    return round(max(split.stage_costs), 9), len(split.flags.split("--")), sum(cost**2 for cost in split.stage_costs)
 
 
 def present_split(num_layers: int, head: float, parallel: ParallelConfig) -> Split:

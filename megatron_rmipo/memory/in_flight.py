@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from megatron_rmipo.data.batches.pipeline_bubble import Stages, Work, stage_order
 
 # A schedule repeats itself: more packs for each stage than these never wait for their backward.
 _STAGES_OF_PACKS = 4
@@ -30,20 +32,16 @@ def packs_in_flight(stage: int, stages: int, chunks: int, num_microbatches: int 
         return ((min(stages - stage, packs),),)
     # An interleaved schedule runs groups of one pack for each stage.
     packs = -(-packs // stages) * stages
-    order = [chunk for _ in range(packs // stages) for chunk in range(chunks) for _ in range(stages)]
-    warm_up = min(2 * (stages - stage - 1) + (chunks - 1) * stages, len(order))
-    return tuple(_fullest(order, warm_up, chunks))
+    return tuple(_fullest(stage_order(stage, Stages.even(stages, chunks), packs, backward=True), chunks))
 
 
-def _fullest(order: list[int], warm_up: int, chunks: int) -> Iterator[tuple[int, ...]]:
+def _fullest(order: Sequence[Work], chunks: int) -> Iterator[tuple[int, ...]]:
     """Of all moments after a forward those at which no other one has as many packs of every chunk."""
     held, moments = [0] * chunks, set()
-    for number, chunk in enumerate(order):
-        held[chunk] += 1
-        moments.add(tuple(held))
-        if number >= warm_up:
-            # Backwards go through the chunks from the last one.
-            held[chunks - 1 - order[number - warm_up]] -= 1
+    for is_backward, _, chunk in order:
+        held[chunk] += -1 if is_backward else 1
+        if not is_backward:
+            moments.add(tuple(held))
     for one in moments:
         if not any(other != one and all(more >= less for more, less in zip(other, one, strict=True)) for other in moments):
             yield one

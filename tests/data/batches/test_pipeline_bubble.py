@@ -83,16 +83,41 @@ def test_the_replica_that_takes_longest_sets_the_step() -> None:
     assert idle_share(slow.work + fast.work, longest, 2, 2) == pytest.approx(1 - 36 / (18 * 4))
 
 
+@pytest.mark.parametrize(("num_stages", "num_chunks", "groups"), [*itertools.product((2, 3, 4), (2, 3), (1, 2, 5))])
+def test_chunks_shorten_the_wait_of_equal_packs(num_stages: int, num_chunks: int, groups: int) -> None:
+    stages, num_packs = Stages.even(num_stages, num_chunks), num_stages * groups
+    for backward in (False, True):
+        one = costs(*[6.0] * num_packs, backward=backward)
+        length = simulated_length([one], stages)
+        # What Narayanan et al. (arXiv:2104.04473) give for it, as long as nobody waits for a neighbour's backward.
+        best = even_length([one], stages)
+        assert best * (1 - 1e-9) <= length <= simulated_length([one], Stages.even(num_stages)), (length, best)
+        if not backward:
+            assert length == pytest.approx(best)
+
+
+def test_uneven_stages_take_as_long_as_the_one_with_most_and_chunks_count_fillers() -> None:
+    # 3 of 4 layers on the first stage: F0 3, F1 6; the second F0 4, B0 6; B0 12, B1 24 on the first.
+    uneven = Stages(((0.75,), (0.25,)))
+    assert simulated_length([costs(4.0, 4.0)], uneven) == 3 + 3 + 6 + 6
+    assert costs(4.0, 4.0).stage_work(uneven) == [18, 6]
+    assert costs(4.0, 4.0, head=1.0).stage_work(uneven) == [18, 12]
+    chunked = Stages.even(2, 2)
+    three, four = (costs(*[4.0] * number, backward=False) for number in (3, 4))
+    assert simulated_length([three], chunked) == simulated_length([four], chunked)
+
+
 class Stage(torch.nn.Module):
     """As much of a model as Megatron's schedules ask for; what it does, it writes down."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: list[Work], chunk: int, num_chunks: int) -> None:
         super().__init__()
         self.config = TransformerConfig(
-            num_layers=STAGES,
+            num_layers=STAGES * num_chunks,
             hidden_size=1,
             num_attention_heads=1,
             pipeline_model_parallel_size=STAGES,
+            virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
             pipeline_dtype=torch.float32,
             variable_seq_lengths=True,
             moe_token_dispatcher_type="alltoall",
@@ -101,18 +126,19 @@ class Stage(torch.nn.Module):
         )
         self.model_type = ModelType.encoder_or_decoder
         self.weight = torch.nn.Parameter(torch.ones(1))
-        self.order: list[Work] = []
+        self.order, self.chunk = order, chunk
+        self.vp_stage = chunk if num_chunks > 1 else None
         self.received: Tensor | None = None
 
     def set_input_tensor(self, received: Any) -> None:
         self.received = received[0] if isinstance(received, list) else received
 
     def forward(self, pack: int) -> Tensor:
-        self.order.append((False, pack))
+        self.order.append((False, pack, self.chunk))
         received = torch.ones(2 + pack, 1, 1) if self.received is None else self.received
         output = self.weight * received
         if output.requires_grad:
-            output.register_hook(lambda grad: self.order.append((True, pack)))
+            output.register_hook(lambda grad: self.order.append((True, pack, self.chunk)))
         return output
 
 
@@ -124,25 +150,25 @@ def _forward_step(packs: Iterator[int], stage: Stage) -> tuple[Tensor, Any]:
     return stage(next(packs)), _loss
 
 
-def orders(nums_packs: tuple[int, ...]) -> list[tuple[list[Work], list[Work]]]:
-    """What this stage does in Megatron's own schedule, forward only and with backward, for each number of packs."""
+def orders(cases: list[tuple[int, int]]) -> list[tuple[list[Work], list[Work]]]:
+    """What this stage does in Megatron's own schedule, forward only and with backward, for each number of packs and chunks."""
     groups = initialize_runtime(1, STAGES, seed=1)
     assert groups.pp_size == STAGES
     found = []
-    for num_packs in nums_packs:
+    for num_packs, num_chunks in cases:
         both = []
         for forward_only in (True, False):
-            stage = Stage()
-            get_forward_backward_func()(
+            order: list[Work] = []
+            get_forward_backward_func(STAGES, num_chunks if num_chunks > 1 else None)(
                 forward_step_func=_forward_step,
-                data_iterator=iter(range(num_packs)),
-                model=[stage],
+                data_iterator=[iter(range(num_packs)) for _ in range(num_chunks)],
+                model=[Stage(order, chunk, num_chunks) for chunk in range(num_chunks)],
                 num_microbatches=num_packs,
                 seq_length=1,
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-            both.append(stage.order)
+            both.append(order)
         found.append((both[0], both[1]))
     shutdown_runtime()
     return found
@@ -150,8 +176,9 @@ def orders(nums_packs: tuple[int, ...]) -> list[tuple[list[Work], list[Work]]]:
 
 @pytest.mark.dist
 def test_the_order_is_that_of_megatrons_schedule() -> None:
-    nums_packs = (1, 2, 3, 4, 7)
-    for stage, found in enumerate(run_distributed(orders, STAGES, nums_packs)):
-        for num_packs, (forward_only, trained) in zip(nums_packs, found, strict=True):
-            assert forward_only == stage_order(stage, STAGES, num_packs, backward=False)
-            assert trained == stage_order(stage, STAGES, num_packs, backward=True)
+    cases = [(1, 1), (2, 1), (3, 1), (4, 1), (7, 1), (4, 2), (8, 2), (12, 3)]
+    for stage, found in enumerate(run_distributed(orders, STAGES, cases)):
+        for (num_packs, num_chunks), (forward_only, trained) in zip(cases, found, strict=True):
+            stages = Stages.even(STAGES, num_chunks)
+            assert forward_only == stage_order(stage, stages, num_packs, backward=False)
+            assert trained == stage_order(stage, stages, num_packs, backward=True)
