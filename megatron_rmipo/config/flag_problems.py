@@ -43,6 +43,7 @@ def config_problems(config: Config) -> Iterator[str]:
     yield from exclusive_problems(config)
     yield from parallel_problems(config)
     yield from recompute_problems(config)
+    yield from offload_problems(config)
     yield from memory_problems(config)
     yield from expert_problems(config.experts)
     yield from _data_flags(config.data)
@@ -102,6 +103,23 @@ def recompute_problems(config: Config) -> Iterator[str]:
             yield f"--recompute-modules {part} is part of moe, all of which is computed anew; name one of them"
 
 
+def offload_problems(config: Config) -> Iterator[str]:
+    """Faults of the flags of activations on the host."""
+    memory, modules = config.memory, config.memory.offload_modules
+    if not memory.fine_grained_activation_offloading:
+        for name in ("offload_modules", "min_offloaded_tensor_size"):
+            if getattr(memory, name) != getattr(MemoryConfig(), name):
+                yield f"{flag_of(name)} does nothing without --fine-grained-activation-offloading"
+        return
+    if not modules:
+        yield "--fine-grained-activation-offloading needs --offload-modules: whose inputs go to the host, e.g. core_attn"
+    elif "attn_proj" in modules and "core_attn" not in modules:
+        yield "--offload-modules attn_proj needs core_attn beside it, whose output is its input and is kept there, too"
+    if config.model.recompute_granularity == "full":
+        yield "--fine-grained-activation-offloading does nothing with --recompute-granularity full, which keeps none of them"
+    yield from _at_least(1, memory, "min_offloaded_tensor_size")
+
+
 def memory_problems(config: Config) -> Iterator[str]:
     """Faults of the flags of the optimizer's memory."""
     memory, unset = config.memory, MemoryConfig()
@@ -143,6 +161,8 @@ def bridge_problems(config: Config) -> Iterator[str]:
         yield "--reference-load: --bridge builds references from Hugging Face models alone; name one with --reference-hf"
     if config.checkpoint.save_hf_dtype is not None:
         yield "--save-hf-dtype: --bridge exports in the dtype that is computed in; leave it out"
+    if config.memory.fine_grained_activation_offloading:
+        yield "--fine-grained-activation-offloading is not for models of --bridge; leave it out"
     for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe", "hf_read"):
         if getattr(model, name) != getattr(ModelConfig(), name):
             yield f"{flag_of(name)} does nothing with --bridge: Megatron-Bridge says what a model is built of; leave it out"

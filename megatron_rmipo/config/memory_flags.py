@@ -35,6 +35,9 @@ class MemoryConfig:
             "MODULE",
         ),
     )
+    min_offloaded_tensor_size: int = option(
+        1024 * 1024, "With --fine-grained-activation-offloading: tensors of fewer numbers stay on the device."
+    )
     use_precision_aware_optimizer: bool = option(
         False,
         "Keep gradients and the optimizer's state in the dtypes below, and of fp32 weights only what bf16 weights lack of them. "

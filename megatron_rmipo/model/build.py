@@ -18,6 +18,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.hybrid import LAYERS_EACH, NO_HYBRID_MODEL, HybridPolicy, hybrid_config, hybrid_stack
+from megatron_rmipo.model.layers.activation_offloading import offload_by_row
 from megatron_rmipo.model.layers.experts import expert_layer, keep_experts_apart, let_go_of_graphs
 from megatron_rmipo.model.layers.latent import LatentSelfAttention
 from megatron_rmipo.model.layers.norms import RMSNorm
@@ -84,6 +85,7 @@ def build_policy(
     model.to(current_device())
     keep_experts_apart(model)
     let_go_of_graphs(model)
+    offload_by_row(model)
     return model
 
 
@@ -145,6 +147,9 @@ def build_model(arch: ModelArchitecture, config: Config, groups: ProcessGroups) 
         recompute_method=config.model.recompute_method,
         recompute_num_layers=config.model.recompute_num_layers,
         recompute_modules=config.memory.recompute_modules,
+        fine_grained_activation_offloading=config.memory.fine_grained_activation_offloading,
+        offload_modules=[*(config.memory.offload_modules or [])],
+        min_offloaded_tensor_size=config.memory.min_offloaded_tensor_size,
         experts=config.experts,
         parallel=config.parallel,
     )

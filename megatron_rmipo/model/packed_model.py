@@ -20,6 +20,7 @@ from torch.nn import Module, ModuleList
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.attention.context_parallel import join_scores
 from megatron_rmipo.model.attention.deal import held_triples, row_share
+from megatron_rmipo.model.layers.activation_offloading import begin_row
 from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
 from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
 
@@ -230,6 +231,7 @@ def score_row(
 
 def _hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, segments: Tensor, uncounted: Tensor | None) -> Tensor:
     """What the last layer of this stage gives, ``[L, 1, H]``, or ``[L / tp, 1, H]`` under sequence parallelism."""
+    begin_row(model)
     # Models without rotary embeddings have no such part.
     rotary = getattr(model, "rotary_pos_emb", None)
     hidden = model.decoder(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
 
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.schema import ModelConfig
+from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
 
 # Recipe of fp8 -> what the sides of its matrix products are multiples of, tokens among them; least compute capability. Blockwise
@@ -70,12 +70,22 @@ def fp8_width_problems(model: ModelConfig, arch: ModelArchitecture, tensor_model
         )
 
 
-def optimizer_memory_problems(memory: MemoryConfig) -> Iterator[str]:
-    """Flags of the optimizer's memory that this machine cannot do, or that would do nothing on it."""
+def memory_machine_problems(config: Config) -> Iterator[str]:
+    """Flags of memory that this machine cannot do, or that would do nothing on it."""
+    memory = config.memory
     if memory.optimizer_cpu_offload and not torch.cuda.is_available():
         yield "--optimizer-cpu-offload needs CUDA; without it the state is on the host already. Leave it out"
     elif memory.use_precision_aware_optimizer and torch.cuda.is_available() and not transformer_engine_available():
         yield f"--use-precision-aware-optimizer: {NO_TRANSFORMER_ENGINE}"
+    if not memory.fine_grained_activation_offloading:
+        return
+    if config.model.transformer_impl == "local":
+        yield "--fine-grained-activation-offloading needs Transformer Engine's layers; leave --transformer-impl local out"
+    elif not transformer_engine_available():
+        yield f"--fine-grained-activation-offloading: {NO_TRANSFORMER_ENGINE}"
+    elif os.environ.get("NVTE_CPU_OFFLOAD_V1") != "1":
+        # Megatron-LM's rule from Transformer Engine 2.10 on; those before do not read it.
+        yield "--fine-grained-activation-offloading needs NVTE_CPU_OFFLOAD_V1=1 in the environment, or weights would go, too"
 
 
 NO_TRANSFORMER_ENGINE = (

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_rmipo.data.batches.packing import PackedRow
 from megatron_rmipo.data.batches.padding import PaddedRows, Row
 from megatron_rmipo.memory.readings import PackOutOfMemory, is_out_of_memory
+from megatron_rmipo.model.layers.activation_offloading import begin_gradient_pass
 from megatron_rmipo.model.logprobs import ReferenceHead, vocab_parallel_logprobs
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.passes.interleaving import messages_in_order
@@ -63,6 +64,8 @@ def run_rows(
     """
     chunks = chunks_of(model)
     check_lengths(chunks, rows)
+    if backward:
+        begin_gradient_pass(unwrapped(chunks[0]))
     begun: list[tuple[int, bool]] = []  # forwards and backwards so far: number of the row, whether it is its backward
 
     def forward_step(

@@ -87,6 +87,7 @@ def install_cpu_runtime() -> bool:
     cuda.current_device = lambda: _CPU
     for name in ("synchronize", "empty_cache", "set_device", "_lazy_init", "reset_peak_memory_stats", "nvtx_range_pop"):
         setattr(cuda, name, _inert_function())
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _inert_function()
     # A context of a stream may be entered again, which one of contextlib's may not.
     for name in ("Stream", "Event", "stream"):
         setattr(cuda, name, _InertStream)
@@ -102,6 +103,7 @@ def install_cpu_runtime() -> bool:
     cuda.default_generators = (torch.default_generator,)
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = lambda self, stream: None
     module_class: Any = torch.nn.Module
     module_class.cuda = lambda self, *args, **kwargs: self
     _patch_megatron_random()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def _question(case: Case) -> str:
     return f"{case.model} {case.objective} {case.options}"
 
 
-def run_and_check(cases: list[Case], world_size: int, pairs: list[TokenizedPair], folder: Path) -> list[dict[str, Any]]:
+def run_and_check(
+    cases: list[Case], world_size: int, pairs: list[TokenizedPair], folder: Path, run: Callable[..., Any] = run_cases
+) -> list[dict[str, Any]]:
     """Run cases on so many ranks and compare each with the dense answer; what they gave."""
     problems, answers = {}, {}
     for name in {case.model: None for case in cases}:
@@ -128,7 +131,7 @@ def run_and_check(cases: list[Case], world_size: int, pairs: list[TokenizedPair]
     for case in cases:
         if _question(case) not in answers:
             answers[_question(case)] = problems[case.model].answer(build_objective(case.objective, case.options))
-    results = run_distributed(run_cases, world_size, cases, str(folder), collection(pairs))[0]
+    results = run_distributed(run, world_size, cases, str(folder), collection(pairs))[0]
     for case, result in zip(cases, results, strict=True):
         check(case, result, answers[_question(case)])
     return results

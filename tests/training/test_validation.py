@@ -7,6 +7,7 @@ import torch
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import Experts, LatentAttention, LongRopeScaling, ModelArchitecture, Rope
+from megatron_rmipo.model import transformer_engine
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -27,6 +28,7 @@ SPARSE = dataclasses.replace(
     ARCH, experts=Experts(num_experts=12, per_token=2, ffn_hidden_size=40, dense_layers=frozenset({0}), shared_ffn_hidden_size=80)
 )
 DISTRIBUTED = ("--use-distributed-optimizer",)
+OFFLOAD = ("--fine-grained-activation-offloading",)
 SELECTIVE = ("--recompute-granularity", "selective")
 PRECISE = (*DISTRIBUTED, "--bf16", "--use-precision-aware-optimizer")
 BASE = ("--data-path", "A", "--load-hf", "M")
@@ -133,6 +135,8 @@ def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> No
             6,
             ["4 does not divide the 6 ranks", "would work: 1, 2, 3, 6"],
         ),
+        ((*OFFLOAD, "--offload-modules", "qkv_linear"), 1, ["--fine-grained-activation-offloading: Transformer Engine is not"]),
+        (("--offload-modules", "core_attn"), 1, ["--offload-modules does nothing without --fine-grained-activation-offloading"]),
         (("--exp-avg-dtype", "bf16"), 1, ["--exp-avg-dtype does nothing without --use-precision-aware-optimizer"]),
         (("--use-precision-aware-optimizer",), 1, ["needs --use-distributed-optimizer and --bf16"]),
         (("--optimizer-offload-fraction", "0.5"), 1, ["--optimizer-offload-fraction does nothing without"]),
@@ -320,6 +324,17 @@ def test_what_the_host_keeps_of_the_optimizer_is_fp32(monkeypatch: pytest.Monkey
     assert "--optimizer-offload-fraction 0.0: must be greater than 0 and at most 1" in message
     # There is a GPU, but no FusedAdam for it.
     assert "--use-precision-aware-optimizer: Transformer Engine is not installed" in message
+
+
+def test_activations_go_to_the_host_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "needs --offload-modules" in refusal(*OFFLOAD)
+    assert "attn_proj needs core_attn beside it" in refusal(*OFFLOAD, "--offload-modules", "attn_proj")
+    assert "leave --transformer-impl local out" in refusal(*OFFLOAD, "--transformer-impl", "local")
+    monkeypatch.setattr(transformer_engine, "transformer_engine_available", lambda: True)
+    monkeypatch.delenv("NVTE_CPU_OFFLOAD_V1", raising=False)
+    assert "NVTE_CPU_OFFLOAD_V1=1" in refusal(*OFFLOAD, "--offload-modules", "core_attn")
+    monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", "1")
+    validate(config_of(*OFFLOAD, "--offload-modules", "core_attn", "attn_proj"), ARCH, 1)
 
 
 def test_modules_of_experts_are_recomputed_where_they_are() -> None:
