@@ -14,10 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import multiprocessing
-import os
-import socket
 import sys
 import tempfile
 import time
@@ -30,11 +26,11 @@ if not __package__:  # started as a file
 
 import dataclasses
 
-import torch
 import torch.distributed as dist
 
 from benchmarks.inputs import LLAMA_3_8B
 from benchmarks.measure import Spread
+from benchmarks.ranks import run_ranks
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
@@ -123,33 +119,14 @@ def measure_rank(options: argparse.Namespace, directory: Path) -> dict[str, Any]
     return found
 
 
-def _rank(rank: int, size: int, port: int, options: argparse.Namespace, directory: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    (directory / f"{rank}.json").write_text(json.dumps(measure_rank(options, directory)), encoding="utf-8")
-
-
 def measure_world(size: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row: the rank that comes off worst, over its share.
 
     Raises:
         SystemExit: a rank failed.
     """
-    with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench_checkpoint_") as name, socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port, directory = probe.getsockname()[1], Path(name)
-        probe.close()
-        context = multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=_rank, args=(rank, size, port, options, directory)) for rank in range(size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise SystemExit(f"--dp {size}: a rank failed; nothing measured")
-        found = [json.loads((directory / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
-    return make_row(found)
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench_checkpoint_") as name:
+        return make_row(run_ranks(measure_rank, size, options, Path(name)))
 
 
 def make_row(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
