@@ -30,11 +30,13 @@ class AttentionMemory:
         kept: what a layer keeps for the backward pass, by its window: masks as its kernel takes them; or scores, with copies of
             keys and values.
         piece: scores that are made outside of kernels at a time, in fp32; 0 in kernels.
+        gathered: keys and values of the whole row on each context-parallel rank, while a layer runs.
     """
 
     masks: float
     kept: Mapping[int | None, float]
     piece: float
+    gathered: float
 
     @property
     def makes_scores(self) -> bool:
@@ -60,11 +62,15 @@ def attention_memory(arch: ModelArchitecture, config: Config, pack: PackSize, *,
         fused: kernels as on a GPU.
     """
     windows = {kind.window for kind in arch.layer_kinds} or {None}
+    shares = Shares.of(arch, config)
+    gathers = shares.context > 1 and config.parallel.cp_comm_type == "all_gather"
+    sizes = 2 * shares.keys if arch.latent is None else (arch.query_size + arch.context_size) / shares.tensor
+    gathered = pack.num_tokens * sizes * shares.element_bytes if gathers else 0.0
     backend = attention_backend(arch, config, fused=fused)
     if backend != "sdpa":
         blocks = max(2, -(-pack.num_tokens // BLOCK_TOKENS)) if backend == "flex" else 0
         # Four tables of blocks by blocks.
-        return AttentionMemory(_FLEX_MASKS * 4 * _INT32_BYTES * blocks**2, dict.fromkeys(windows, 0.0), 0.0)
+        return AttentionMemory(_FLEX_MASKS * 4 * _INT32_BYTES * blocks**2, dict.fromkeys(windows, 0.0), 0.0, gathered)
     by_hand = arch.attention_softcap is not None or arch.attention_sinks
     # Nor has a CPU a kernel for values narrower than keys.
     makes_scores = by_hand or (arch.latent is not None and not fused)
@@ -72,15 +78,13 @@ def attention_memory(arch: ModelArchitecture, config: Config, pack: PackSize, *,
     masked = [piece.queries * piece.keys for some in pieces.values() for piece in some if piece.queries != piece.keys]
     count = sum(piece.number for some in pieces.values() for piece in some if piece.queries != piece.keys)
     masks = sum(masked) / max(len(masked), 1) * min(_SDPA_MASKS, count)
-    shares = Shares.of(arch, config)
     measure = _scores_bytes if makes_scores else _mask_bytes
-    kept = {
-        window: sum(one.number * measure(arch, shares, one) for one in some) / shares.context for window, some in pieces.items()
-    }
-    largest = max(
-        (shares.queries / arch.kv_channels * one.queries * one.keys for some in pieces.values() for one in some), default=0
-    )
-    return AttentionMemory(masks, kept, FP32_BYTES * largest / shares.context if makes_scores else 0.0)
+    # Where keys are gathered, all of it is computed anew; where heads are exchanged, masks are those of the whole row.
+    share = 0.0 if gathers else 1 / shares.context if makes_scores else 1.0
+    kept = {window: share * sum(one.number * measure(arch, shares, one) for one in some) for window, some in pieces.items()}
+    scores = [shares.queries / arch.kv_channels * one.queries * one.keys for some in pieces.values() for one in some]
+    piece = FP32_BYTES * max(scores, default=0.0) / shares.context if makes_scores else 0.0
+    return AttentionMemory(masks, kept, piece, gathered)
 
 
 def _pieces(pack: PackSize, window: int | None, *, by_hand: bool) -> Iterator[Segment]:

@@ -71,11 +71,12 @@ def _layer_memory(layer: Layer, attention: AttentionMemory, window: int | None, 
     scores, recomputed = attention.kept[window], layer.recomputes("core_attn")
     if backward:
         # By the time that attention runs backward, what the MLP kept is gone.
-        by_hand = 2 * attention.piece + (scores if recomputed else 0.0) - each * layer.mlp_kept()
-        running = max(each * backward_elements(layer), by_hand)
+        # Of gathered keys and values there are gradients, too.
+        core = 2 * attention.piece + (scores if recomputed else 0.0) + 2 * attention.gathered - each * layer.mlp_kept()
+        running = max(each * backward_elements(layer), core)
     else:
         # Scores, what becomes of them, and their softmax.
-        running = max(each * forward_elements(layer), each * scoring_elements(layer) + 3 * attention.piece)
+        running = max(each * forward_elements(layer), each * scoring_elements(layer) + 3 * attention.piece + attention.gathered)
     return _LayerMemory(
         kept=each * layer.kept() + (0.0 if recomputed else scores),
         anew=each * sum(part.elements for part in layer.parts()) + scores,

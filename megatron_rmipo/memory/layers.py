@@ -149,21 +149,23 @@ def _latent_parts(layer: Layer) -> Iterator[Part]:
 def _core_parts(layer: Layer) -> Iterator[Part]:
     """What goes into the core of attention beside queries, and what comes out."""
     arch, shares = layer.arch, layer.shares
-    context = arch.context_size / shares.tensor
-    if arch.latent is None:
-        keys_and_values = 2 * shares.keys
+    context, queries = arch.context_size / shares.tensor, arch.query_size / shares.tensor
+    keys, values = (shares.keys, shares.keys) if arch.latent is None else (queries, context)
+    exchanges = shares.context > 1 and layer.config.parallel.cp_comm_type == "a2a"
+    if arch.latent is not None:
+        yield Part(queries + keys + values, ("mla_up_proj",), "core_attn")
+    elif exchanges:
+        # Some heads of the whole row in the place of all heads of a rank's tokens.
+        yield Part(keys + values, offloaded_with="core_attn")
+    else:
         # The projection's output holds the values; where key/value heads are fewer than ranks, each gathers all of it.
         whole = shares.tensor if shares.tensor > arch.num_query_groups else 1
         yield Part((arch.query_size + 2 * arch.key_size) * whole / shares.tensor)
-        yield Part(shares.keys, offloaded_with="core_attn")
-    else:
-        keys_and_values = arch.query_size / shares.tensor + context
-        yield Part(arch.query_size / shares.tensor + keys_and_values, ("mla_up_proj",), "core_attn")
-    # A shared prompt's keys and values once more for the second response.
-    yield Part(context + (0 if layer.fused else keys_and_values), ("core_attn",))
-    if shares.context > 1:
-        gathered = layer.config.parallel.cp_comm_type == "all_gather"
-        yield Part(keys_and_values * (shares.context if gathered else 1) + (0 if gathered else 2 * context), ("core_attn",))
+        yield Part(keys, offloaded_with="core_attn")
+    # Gathered keys and values, and what is made of them, are computed anew.
+    if shares.context == 1 or exchanges:
+        # A shared prompt's keys and values once more for the second response.
+        yield Part(context + (0 if layer.fused else keys + values), ("core_attn",))
 
 
 def _query_key_norm_elements(layer: Layer) -> float:

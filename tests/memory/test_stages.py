@@ -87,9 +87,12 @@ def test_tied_embeddings_stand_on_the_first_and_on_the_last_stage() -> None:
 def test_context_parallelism_shares_tokens_and_not_weights() -> None:
     plain, shared = one(config()), one(config(context_parallel_size=4), world_size=4)
     assert shared.standing == plain.standing
-    # Keys and values of the whole row, of each layer, come on top of a quarter.
-    gathered = 32 * 8192 * 2 * 1024 * 2
-    assert shared.pack.activations == pytest.approx(plain.pack.activations / 4 + gathered)
+    # What attention gives is computed anew, from keys and values of the whole row that one layer gathers at a time.
+    given = 32 * 8192 * 4096 * 2
+    assert shared.pack.activations == (plain.pack.activations - given) / 4
+    exchanged = one(config(context_parallel_size=4, cp_comm_type="a2a"), world_size=4)
+    # Rotated keys and the projection's output are there no more, exchanged keys and values are.
+    assert exchanged.pack.activations == (plain.pack.activations + 32 * 8192 * 2 * (1024 - (4096 + 2 * 1024))) / 4
     assert shared.pack.head < plain.pack.head / 2
     # Their optimizer is sharded over all that hold the same weights.
     sharded = one(config(context_parallel_size=4, use_distributed_optimizer=True), world_size=8)
