@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from benchmarks.inputs import LLAMA_3_8B
 from benchmarks.measure import Spread
-from benchmarks.ranks import measure_ranks
+from benchmarks.ranks import run_ranks
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
@@ -126,7 +126,7 @@ def measure_world(size: int, options: argparse.Namespace) -> dict[str, Any]:
         SystemExit: a rank failed.
     """
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench_checkpoint_") as name:
-        return make_row(measure_ranks(measure_rank, size, options, Path(name)))
+        return make_row(run_ranks(measure_rank, size, options, Path(name)))
 
 
 def make_row(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.checkpoint_files import plan_weights, write_config, write_random_weights
 from benchmarks.measure import Spread
-from benchmarks.ranks import measure_ranks
+from benchmarks.ranks import run_ranks
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
@@ -94,7 +94,7 @@ def measure_world(size: int, options: argparse.Namespace) -> list[dict[str, Any]
         plan = plan_weights(model)
         write_random_weights(model, plan, 1e9, seed=1)
         num_bytes = sum(tensor.num_bytes for tensor in plan)
-        return make_rows(measure_ranks(measure_rank, size, options, Path(name)), num_bytes)
+        return make_rows(run_ranks(measure_rank, size, options, Path(name)), num_bytes)
 
 
 def make_rows(found: Sequence[dict[str, Any]], num_bytes: int) -> list[dict[str, Any]]:

@@ -27,13 +27,21 @@ class AttentionMemory:
 
     Attributes:
         masks: kept for the layers and packs to come.
-        kept: what a layer keeps for the backward pass beside its channels: masks as its kernel takes them, scores; by its window.
-        working: the most that a layer takes besides while it runs.
+        kept: what a layer keeps for the backward pass, by its window: masks as its kernel takes them; or scores, with copies of
+            keys and values.
+        piece: scores that are made outside of kernels at a time, in fp32; 0 in kernels.
+        gathered: keys and values of the whole row on each context-parallel rank, while a layer runs.
     """
 
     masks: float
     kept: Mapping[int | None, float]
-    working: float
+    piece: float
+    gathered: float
+
+    @property
+    def makes_scores(self) -> bool:
+        """Whether scores are made outside of kernels."""
+        return self.piece > 0
 
 
 def attention_backend(arch: ModelArchitecture, config: Config, *, fused: bool) -> str:
@@ -54,25 +62,29 @@ def attention_memory(arch: ModelArchitecture, config: Config, pack: PackSize, *,
         fused: kernels as on a GPU.
     """
     windows = {kind.window for kind in arch.layer_kinds} or {None}
+    shares = Shares.of(arch, config)
+    gathers = shares.context > 1 and config.parallel.cp_comm_type == "all_gather"
+    sizes = 2 * shares.keys if arch.latent is None else (arch.query_size + arch.context_size) / shares.tensor
+    gathered = pack.num_tokens * sizes * shares.element_bytes if gathers else 0.0
     backend = attention_backend(arch, config, fused=fused)
     if backend != "sdpa":
         blocks = max(2, -(-pack.num_tokens // BLOCK_TOKENS)) if backend == "flex" else 0
         # Four tables of blocks by blocks.
-        return AttentionMemory(_FLEX_MASKS * 4 * _INT32_BYTES * blocks**2, dict.fromkeys(windows, 0.0), 0.0)
+        return AttentionMemory(_FLEX_MASKS * 4 * _INT32_BYTES * blocks**2, dict.fromkeys(windows, 0.0), 0.0, gathered)
     by_hand = arch.attention_softcap is not None or arch.attention_sinks
+    # Nor has a CPU a kernel for values narrower than keys.
+    makes_scores = by_hand or (arch.latent is not None and not fused)
     pieces = {window: list(_pieces(pack, window, by_hand=by_hand)) for window in windows}
     masked = [piece.queries * piece.keys for some in pieces.values() for piece in some if piece.queries != piece.keys]
     count = sum(piece.number for some in pieces.values() for piece in some if piece.queries != piece.keys)
     masks = sum(masked) / max(len(masked), 1) * min(_SDPA_MASKS, count)
-    shares = Shares.of(arch, config)
-    measure = _scores_bytes if by_hand else _mask_bytes
-    kept = {
-        window: sum(one.number * measure(arch, shares, one) for one in some) / shares.context for window, some in pieces.items()
-    }
-    largest = max(
-        (shares.queries / arch.kv_channels * one.queries * one.keys for some in pieces.values() for one in some), default=0
-    )
-    return AttentionMemory(masks, kept, 3 * FP32_BYTES * largest / shares.context if by_hand else 0.0)
+    measure = _scores_bytes if makes_scores else _mask_bytes
+    # Where keys are gathered, all of it is computed anew; where heads are exchanged, masks are those of the whole row.
+    share = 0.0 if gathers else 1 / shares.context if makes_scores else 1.0
+    kept = {window: share * sum(one.number * measure(arch, shares, one) for one in some) for window, some in pieces.items()}
+    scores = [shares.queries / arch.kv_channels * one.queries * one.keys for some in pieces.values() for one in some]
+    piece = FP32_BYTES * max(scores, default=0.0) / shares.context if makes_scores else 0.0
+    return AttentionMemory(masks, kept, piece, gathered)
 
 
 def _pieces(pack: PackSize, window: int | None, *, by_hand: bool) -> Iterator[Segment]:
@@ -96,9 +108,12 @@ def _mask_bytes(arch: ModelArchitecture, shares: Shares, piece: Segment) -> floa
 def _scores_bytes(arch: ModelArchitecture, shares: Shares, piece: Segment) -> float:
     """What is kept of scores made outside of kernels."""
     scores = shares.queries / arch.kv_channels * piece.queries * piece.keys
+    if arch.latent is not None:
+        # The softmax, and all that goes into it, in fp32.
+        copies = (piece.queries + piece.keys) * shares.queries + piece.keys * arch.context_size / shares.tensor
+        return FP32_BYTES * (scores + copies)
     # The softmax in fp32; what it is in the dtype of the values; before a cap.
-    each = FP32_BYTES + (shares.element_bytes if shares.element_bytes != FP32_BYTES else 0)
-    each += FP32_BYTES if arch.attention_softcap is not None else 0
+    half = shares.element_bytes != FP32_BYTES
+    each = FP32_BYTES * (1 + (arch.attention_softcap is not None)) + half * shares.element_bytes
     # Keys and values stand once for each query head; a mask of its own says what is left out.
-    repeated = 2 * piece.keys * shares.queries * shares.element_bytes if shares.queries > shares.keys else 0.0
-    return scores * each + repeated + piece.queries * piece.keys
+    return scores * each + 2 * piece.keys * shares.queries * shares.element_bytes + piece.queries * piece.keys

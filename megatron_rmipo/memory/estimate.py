@@ -17,7 +17,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.attention import AttentionMemory, attention_memory
 from megatron_rmipo.memory.head import head_bytes
 from megatron_rmipo.memory.in_flight import packs_in_flight
-from megatron_rmipo.memory.layers import Layer, backward_elements, forward_elements
+from megatron_rmipo.memory.layers import Layer, backward_elements, forward_elements, scoring_elements
 from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.shares import Shares
 
@@ -27,7 +27,8 @@ class PackMemory:
     """Bytes that packs need on a rank.
 
     Attributes:
-        activations: kept from forward to backward, of all packs whose backward is to come.
+        activations: kept from forward to backward, of all packs whose backward is to come; and the hidden states of a resident
+            reference.
         masks: of attention, kept for layers and packs to come.
         layer: beside them while one layer runs: what is computed anew, gradients, temporaries.
         head: beside them while the output layer runs: scored hidden states, the logits of a chunk, gradients.
@@ -68,11 +69,18 @@ class _LayerMemory:
 def _layer_memory(layer: Layer, attention: AttentionMemory, window: int | None, tokens: float, *, backward: bool) -> _LayerMemory:
     each = tokens * layer.shares.element_bytes
     scores, recomputed = attention.kept[window], layer.recomputes("core_attn")
-    elements = backward_elements(layer) if backward else forward_elements(layer)
+    if backward:
+        # By the time that attention runs backward, what the MLP kept is gone.
+        # Of gathered keys and values there are gradients, too.
+        core = 2 * attention.piece + (scores if recomputed else 0.0) + 2 * attention.gathered - each * layer.mlp_kept()
+        running = max(each * backward_elements(layer), core)
+    else:
+        # Scores, what becomes of them, and their softmax.
+        running = max(each * forward_elements(layer), each * scoring_elements(layer) + 3 * attention.piece + attention.gathered)
     return _LayerMemory(
         kept=each * layer.kept() + (0.0 if recomputed else scores),
         anew=each * sum(part.elements for part in layer.parts()) + scores,
-        running=each * elements + attention.working + (scores if recomputed and backward else 0.0),
+        running=running,
         host=each * layer.offloaded(),
     )
 
@@ -109,14 +117,19 @@ def pack_memory(
     for chunk in stage_layers(arch.num_layers, parallel)[stage]:
         of_chunk = [(layer in sparse_layers, arch.kind_of(layer).window) for layer in chunk]
         for sparse, window in set(of_chunk) - kinds.keys():
-            layer = Layer(arch, config, fused, sparse)
+            layer = Layer(arch, config, fused, sparse, attention.makes_scores)
             kinds[sparse, window] = _layer_memory(layer, attention, window, tokens, backward=backward)
         chunks.append([kinds[kind] for kind in of_chunk])
     last = stage == stages - 1
-    head = head_bytes(arch, config, pack, backward=backward, mixed=mixed, fused=fused) if last else 0.0
-    running = max((one.running for one in kinds.values()), default=0.0)
+    # Under sequence parallelism hidden states are gathered into a buffer that stays.
+    buffer = tokens * arch.hidden_size * shares.element_bytes if shares.sequence > 1 else 0.0
+    head = buffer + head_bytes(arch, config, pack, backward=backward, mixed=mixed, fused=fused) if last else 0.0
+    running = buffer + max((one.running for one in kinds.values()), default=0.0)
+    # A reference's hidden states of all packs wait for the pass.
+    waiting = pack.num_scored / shares.context * arch.hidden_size * shares.element_bytes * (num_microbatches or 1)
+    beside = waiting if mixed and last else 0.0
     if not backward:
-        return PackMemory(0.0, attention.masks, running, head)
+        return PackMemory(beside, attention.masks, running, head)
     inputs = tokens * arch.hidden_size / shares.sequence * shares.element_bytes
     kept = [_kept_of_chunk(chunk, config.model, inputs) for chunk in chunks]
     if stages > 1:
@@ -129,7 +142,7 @@ def pack_memory(
     # The gradient of the embedding is a table; by then the first chunk of its pack keeps nothing more.
     table = shares.vocabulary * arch.hidden_size * shares.element_bytes - kept[0] if stage == 0 else 0.0
     return PackMemory(
-        sum(map(operator.mul, held, kept)),
+        beside + sum(map(operator.mul, held, kept)),
         attention.masks,
         max(running + max(_anew(chunk, config.model) for chunk in chunks), table),
         head,

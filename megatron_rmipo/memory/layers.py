@@ -40,12 +40,14 @@ class Layer:
         config: the flags.
         fused: norms, SwiGLU and attention in fused kernels, as on a GPU.
         sparse: it has experts in the place of the MLP.
+        makes_scores: its attention's scores are made outside of kernels.
     """
 
     arch: ModelArchitecture
     config: Config
     fused: bool
     sparse: bool
+    makes_scores: bool = False
 
     @functools.cached_property
     def shares(self) -> Shares:
@@ -59,11 +61,11 @@ class Layer:
 
     def kept(self) -> float:
         """Elements of a token that stay on the device until the backward pass."""
-        return sum(part.elements for part in self._parts_left() if not self._is_offloaded(part))
+        return self._on_device(self.parts())
 
     def offloaded(self) -> float:
         """Elements of a token that lie on the host until then."""
-        return sum(part.elements for part in self._parts_left() if self._is_offloaded(part))
+        return sum(part.elements for part in self.parts() if self._is_kept(part) and self._is_offloaded(part))
 
     def recomputed(self) -> float:
         """Elements of a token that selective recomputation makes anew at a time, at most: of the largest of its modules."""
@@ -76,8 +78,19 @@ class Layer:
     def parts(self) -> Iterator[Part]:
         """Whatever it keeps with nothing recomputed."""
         yield from _hidden_parts(self)
-        yield from _latent_attention_parts(self) if self.arch.latent else _attention_parts(self)
-        yield from _sparse_parts(self) if self.sparse else _dense_parts(self)
+        yield from _latent_parts(self) if self.arch.latent else _projection_parts(self)
+        # Where scores are kept, so are copies of what they are made of; both are counted by what attends to what.
+        if not self.makes_scores or self.recomputes("core_attn"):
+            yield from _core_parts(self)
+        yield Part(self.arch.context_size / self.shares.tensor, offloaded_with="attn_proj")
+        yield from self._mlp_parts()
+
+    def mlp_kept(self) -> float:
+        """Elements of a token that its MLP, or its experts, keep on the device."""
+        return self._on_device(self._mlp_parts())
+
+    def _mlp_parts(self) -> Iterator[Part]:
+        return _sparse_parts(self) if self.sparse else _dense_parts(self)
 
     def recomputes(self, module: str) -> bool:
         """Whether selective recomputation makes a module's work anew."""
@@ -89,8 +102,11 @@ class Layer:
             return frozenset()
         return frozenset(self.config.memory.recompute_modules or ["core_attn"])
 
-    def _parts_left(self) -> Iterator[Part]:
-        return (part for part in self.parts() if self._recompute_modules.isdisjoint(part.recomputed_with))
+    def _on_device(self, parts: Iterator[Part]) -> float:
+        return sum(part.elements for part in parts if self._is_kept(part) and not self._is_offloaded(part))
+
+    def _is_kept(self, part: Part) -> bool:
+        return self._recompute_modules.isdisjoint(part.recomputed_with)
 
     def _is_offloaded(self, part: Part) -> bool:
         memory = self.config.memory
@@ -113,43 +129,43 @@ def _hidden_parts(layer: Layer) -> Iterator[Part]:
         yield Part(2 * (hidden + inside))
 
 
-def _attention_parts(layer: Layer) -> Iterator[Part]:
-    arch, shares = layer.arch, layer.shares
-    queries, keys = shares.queries, shares.keys
-    # The projection's output holds the values; where key/value heads are fewer than ranks, each gathers all of it.
-    whole = shares.tensor if shares.tensor > arch.num_query_groups else 1
-    yield Part((arch.query_size + 2 * arch.key_size) * whole / shares.tensor)
-    yield Part(queries + keys, offloaded_with="core_attn")
-    # Their cosines and sines.
-    yield Part(4 * arch.kv_channels)
-    yield from _core_parts(layer, queries, 2 * keys)
+def _projection_parts(layer: Layer) -> Iterator[Part]:
+    """Queries; cosines and sines of queries and keys; their norms."""
+    yield Part(layer.shares.queries, offloaded_with="core_attn")
+    yield Part(4 * layer.arch.kv_channels)
     yield Part(_query_key_norm_elements(layer))
 
 
-def _core_parts(layer: Layer, context: float, keys_and_values: float) -> Iterator[Part]:
-    """What the core of attention gives, what goes on of it; the keys and values that it gathers."""
-    yield Part(context, offloaded_with="attn_proj")
-    # A shared prompt's keys and values once more for the second response.
-    yield Part(context + (0 if layer.fused else keys_and_values), ("core_attn",))
-    shares = layer.shares
-    if shares.context > 1:
-        gathered = layer.config.parallel.cp_comm_type == "all_gather"
-        yield Part(keys_and_values * (shares.context if gathered else 1) + (0 if gathered else 2 * context), ("core_attn",))
-
-
-def _latent_attention_parts(layer: Layer) -> Iterator[Part]:
-    arch, shares = layer.arch, layer.shares
-    latent = arch.latent
+def _latent_parts(layer: Layer) -> Iterator[Part]:
+    """Latents, before their norms and after, on every rank; cosines and sines."""
+    latent = layer.arch.latent
     assert latent is not None
-    queries, context = arch.query_size / shares.tensor, arch.context_size / shares.tensor
-    # What is made of the latent of keys and values holds the values; queries and keys are put together.
-    yield Part(arch.key_value_up_size / shares.tensor + 2 * queries, ("mla_up_proj",), "core_attn")
-    yield Part(4 * latent.qk_rope_head_dim)
-    yield from _core_parts(layer, context, queries + context)
-    # Latents, before their norms and after, on every rank.
     inside = 0.0 if layer.fused else (3 if layer.config.model.bf16 else 2) / 2 * layer.fp32
     for size in (latent.q_lora_rank or 0, latent.key_value_down_size):
         yield Part((2 + inside) * size)
+    yield Part(4 * latent.qk_rope_head_dim)
+
+
+def _core_parts(layer: Layer) -> Iterator[Part]:
+    """What goes into the core of attention beside queries, and what comes out."""
+    arch, shares = layer.arch, layer.shares
+    context, queries = arch.context_size / shares.tensor, arch.query_size / shares.tensor
+    keys, values = (shares.keys, shares.keys) if arch.latent is None else (queries, context)
+    exchanges = shares.context > 1 and layer.config.parallel.cp_comm_type == "a2a"
+    if arch.latent is not None:
+        yield Part(queries + keys + values, ("mla_up_proj",), "core_attn")
+    elif exchanges:
+        # Some heads of the whole row in the place of all heads of a rank's tokens.
+        yield Part(keys + values, offloaded_with="core_attn")
+    else:
+        # The projection's output holds the values; where key/value heads are fewer than ranks, each gathers all of it.
+        whole = shares.tensor if shares.tensor > arch.num_query_groups else 1
+        yield Part((arch.query_size + 2 * arch.key_size) * whole / shares.tensor)
+        yield Part(keys, offloaded_with="core_attn")
+    # Gathered keys and values, and what is made of them, are computed anew.
+    if shares.context == 1 or exchanges:
+        # A shared prompt's keys and values once more for the second response.
+        yield Part(context + (0 if layer.fused else keys + values), ("core_attn",))
 
 
 def _query_key_norm_elements(layer: Layer) -> float:
@@ -170,9 +186,11 @@ def _dense_parts(layer: Layer) -> Iterator[Part]:
 
 def _gated_width(layer: Layer) -> int:
     """Tensors of F channels that a gated MLP keeps: gate and up, and their product; in parts also what goes into it."""
-    if layer.fused:
-        return 3
-    return 5 if layer.arch.activation != "clamped_swiglu" else 8
+    if layer.arch.activation == "clamped_swiglu":
+        # Before it is clamped and after; it has no fused kernel.
+        return 7
+    # The one there is makes silu.
+    return 3 if layer.fused and layer.arch.activation == "silu" else 5
 
 
 def _sparse_parts(layer: Layer) -> Iterator[Part]:
@@ -209,6 +227,12 @@ def backward_elements(layer: Layer) -> float:
     """Elements per token that its backward needs beside what was kept: the MLP's gradients weigh most."""
     mlp = _running_elements(layer, copies=2, each=2) if layer.sparse else 2 * layer.arch.ffn_hidden_size / layer.shares.tensor
     return mlp + layer.arch.hidden_size / layer.shares.sequence + layer.recomputed()
+
+
+def scoring_elements(layer: Layer) -> float:
+    """Elements per token beside scores that are made outside of kernels, in a forward-only pass: hidden states, queries, keys."""
+    shares = layer.shares
+    return 4 * layer.arch.hidden_size / shares.sequence + 2 * shares.queries + 3 * shares.keys
 
 
 def forward_elements(layer: Layer) -> float:

@@ -12,7 +12,7 @@ from megatron_rmipo.data.batches.padding import PaddedRows, Row
 
 
 class Segment(NamedTuple):
-    """Tokens that attend to each other, and to a prefix: a prompt, or a response behind its prompt.
+    """Tokens that attend to each other, and to a prefix: a prompt with a response, or the other response behind that prompt.
 
     Attributes:
         queries: L, its own tokens.
@@ -59,6 +59,7 @@ class PackSize:
         """The segments, or those of the one pair that the pack is taken for."""
         if self.segments:
             return self.segments
+        # The first response goes on where its prompt ends.
         response = self.num_scored // 2
-        prompt = max(self.num_tokens - 2 * response, 0)
-        return (Segment(prompt, prompt), Segment(response, prompt + response, 2))
+        first = self.num_tokens - response
+        return (Segment(first, first), Segment(response, first))

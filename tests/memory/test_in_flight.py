@@ -1,15 +1,35 @@
-"""How many packs a stage keeps activations of."""
+"""Packs in flight against Megatron's own numbers, and by hand."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from megatron_rmipo.memory.in_flight import packs_in_flight
 
 
-def test_a_stage_keeps_a_pack_for_each_stage_behind_it_and_the_one_at_hand() -> None:
-    assert [packs_in_flight(stage, 4, 1, 3) for stage in range(4)] == [((3,),), ((3,),), ((2,),), ((1,),)]
-    assert packs_in_flight(0, 4, 1, None) == ((4,),)
+@pytest.mark.parametrize(
+    ("stages", "chunks", "packs"), [(2, 1, 5), (4, 1, 3), (4, 1, 9), (2, 2, 6), (3, 2, 3), (4, 3, 8), (4, 2, 4)]
+)
+def test_as_many_as_megatron_warms_up_with_and_one(stages: int, chunks: int, packs: int) -> None:
+    for stage in range(stages):
+        group: Any = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
+        place: Any = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None)
+        total, _, warm_up, _ = get_pp_rank_microbatches(packs, chunks, stages, p2p_communicator=place)
+        moments = packs_in_flight(stage, stages, chunks, packs)
+        assert max(map(sum, moments)) == min(warm_up + 1, total)
+        assert all(len(one) == chunks for one in moments)
 
 
-def test_chunks_keep_parts_of_packs() -> None:
-    # 3 behind twice, 4 for the other chunk, and the one at hand: 11 halves.
-    assert [max(map(sum, packs_in_flight(stage, 4, 2, 8))) for stage in range(4)] == [11, 9, 7, 5]
+def test_by_hand() -> None:
+    assert packs_in_flight(0, 1, 1, 7) == ((1,),)
+    assert [packs_in_flight(stage, 4, 1, None) for stage in range(4)] == [((4,),), ((3,),), ((2,),), ((1,),)]
+    # Two stages of two chunks: forwards of 0 0 1 1 and one more, then a backward for each, chunk 1's first.
+    assert packs_in_flight(0, 2, 2, 2) == ((2, 2),)
+    assert set(packs_in_flight(0, 2, 2, None)) == {(3, 2), (4, 1)}
+    assert set(packs_in_flight(1, 2, 2, None)) == {(2, 1), (3, 0)}
+    # No pass has more packs than it has.
+    assert packs_in_flight(0, 8, 1, 3) == ((3,),)

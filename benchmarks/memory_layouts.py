@@ -1,0 +1,244 @@
+"""Small models at the layouts whose estimated memory is held against what is allocated, and how that is counted.
+
+Standing memory is the bytes of all tensors that are there after an update and were not before the model; a pass's memory is the
+peak of torch's allocations during it, above what was allocated before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from benchmarks.inputs import Pairs, random_pairs
+from benchmarks.measure import peak_bytes
+from megatron_rmipo.config.memory_flags import MemoryConfig
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.store.collection import PairCollection
+from megatron_rmipo.families.architecture import Experts, LatentAttention, LayerKind, ModelArchitecture, Rope
+from megatron_rmipo.memory.pack import PackSize
+from megatron_rmipo.memory.stages import StageMemory, stage_memories
+from megatron_rmipo.model.attention.sdpa import _make_band_mask
+from megatron_rmipo.model.build import build_model
+from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.passes.layout import conditional_layout
+from megatron_rmipo.passes.step_passes import gradient_pass, prepare_batch
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
+from megatron_rmipo.training.setup import build_training_state
+
+_LLAMA = ModelArchitecture("llama", 4, 128, 344, 8, 4, 16, 1000, 4096, (Rope(1e4),), 1e-5)
+_SHARED: Mapping[str, Any] = {
+    "family": "glm4_moe",
+    "experts": Experts(8, 2, 96, dense_layers=frozenset({0}), shared_ffn_hidden_size=80),
+}
+_GPT_OSS: Mapping[str, Any] = {
+    "family": "gpt_oss",
+    "activation": "clamped_swiglu",
+    "activation_limit": 7.0,
+    "attention_sinks": True,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "experts": Experts(8, 2, 96, bias=True, router_bias=True),
+    "layer_kinds": (LayerKind(window=64), LayerKind()) * 2,
+}
+_LATENT: Mapping[str, Any] = {
+    "family": "deepseek_v2",
+    "num_query_groups": 8,
+    "kv_channels": 24,
+    "rotary_channels": 8,
+    "latent": LatentAttention(48, 32, 16, 8, 16),
+}
+# Prompt, chosen, rejected.
+_LENGTHS = ((101, 71, 53), (31, 123, 83), (150, 23, 47), (64, 90, 90))
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLayout:
+    """A model, flags and pairs.
+
+    Attributes:
+        name: of the layout.
+        ranks: that it takes.
+        parallel, model, memory: flags of these sections.
+        arch: what of the model is not the small Llama's.
+        lengths: of the pairs that every data-parallel rank has.
+        objective: whose gradient pass is measured.
+    """
+
+    name: str
+    ranks: int = 1
+    parallel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lengths: Sequence[tuple[int, int, int]] = _LENGTHS
+    objective: str = "simpo"
+
+    @property
+    def architecture(self) -> ModelArchitecture:
+        """The model."""
+        return dataclasses.replace(_LLAMA, **self.arch)
+
+    @property
+    def config(self) -> Config:
+        """The flags. Packs hold as many tokens as the first pair has, or all pairs where there are no pipeline stages."""
+        model = {"make_vocab_size_divisible_by": 8, "logprob_chunk_size": 256, **self.model}
+        whole = self.parallel.get("pipeline_model_parallel_size", 1) == 1
+        tokens = sum(map(sum, self.lengths)) if whole else max(map(sum, self.lengths))
+        return Config(
+            parallel=ParallelConfig(**self.parallel),
+            model=ModelConfig(**model),
+            memory=MemoryConfig(**self.memory),
+            data=DataConfig(tokens_per_microbatch=tokens + tokens % 2, min_microbatches_per_stage=0),
+            optimizer=OptimizerConfig(lr=1e-3),
+        )
+
+    def pairs(self) -> Pairs:
+        """Random tokens of the lengths, for each data-parallel rank the same."""
+        lengths = np.repeat(np.array(self.lengths), self.ranks, axis=0)
+        return random_pairs(lengths, _LLAMA.vocab_size, np.random.default_rng(3))
+
+
+_FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+_SELECTIVE = {"recompute_granularity": "selective"}
+_TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+# Pairs as large as each other, so that packs are.
+_EQUAL = ((100, 71, 73),) * 6
+LAYOUTS = (
+    MemoryLayout("one rank"),
+    MemoryLayout("one rank, bf16", model={"bf16": True}),
+    MemoryLayout("selective recomputation, a long pair", model=_SELECTIVE, lengths=((700, 411, 333),)),
+    MemoryLayout("full recomputation, odd packs", model=_FULL, lengths=((77, 31, 9), (5, 3, 2), (201, 77, 130))),
+    MemoryLayout("full recomputation, bf16", model=_FULL | {"bf16": True}),
+    MemoryLayout(
+        "tied embeddings, large vocabulary",
+        arch={"tied_embeddings": True, "vocab_size": 6000},
+        model={"logprob_chunk_size": 4096},
+    ),
+    MemoryLayout("gpt-oss: sinks, windows, clamped experts", arch=_GPT_OSS),
+    MemoryLayout("gpt-oss, bf16, a long pair", arch=_GPT_OSS, model={"bf16": True}, lengths=((600, 300, 333),)),
+    MemoryLayout(
+        "Gemma 2: soft caps", arch={"family": "gemma2", "attention_softcap": 50.0, "logit_softcap": 30.0, "post_norm": True}
+    ),
+    MemoryLayout("latent attention", arch=_LATENT),
+    MemoryLayout("latent attention, bf16", arch=_LATENT, model={"bf16": True}),
+    MemoryLayout("resident reference", objective="epsilon_dpo"),
+    MemoryLayout("TP 2, sequence parallel", 2, _TP2),
+    MemoryLayout("TP 2", 2, {"tensor_model_parallel_size": 2}),
+    MemoryLayout("PP 2", 2, {"pipeline_model_parallel_size": 2}, lengths=_EQUAL),
+    MemoryLayout(
+        "PP 2, full recomputation, bf16", 2, {"pipeline_model_parallel_size": 2}, _FULL | {"bf16": True}, lengths=_EQUAL
+    ),
+    MemoryLayout("DP 2, distributed optimizer, bf16", 2, {"use_distributed_optimizer": True}, {"bf16": True}),
+    MemoryLayout("EP 2, experts", 2, {"expert_model_parallel_size": 2}, arch=_SHARED),
+    MemoryLayout(
+        "EP 2, TP 2, sequence parallel, bf16",
+        2,
+        _TP2 | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {"bf16": True},
+        arch=_SHARED,
+    ),
+    MemoryLayout(
+        "PP 2, dense and expert layers",
+        2,
+        {"pipeline_model_parallel_size": 2},
+        arch={"family": "qwen3_moe", "experts": Experts(8, 2, 96, dense_layers=frozenset({0, 1}))},
+        lengths=_EQUAL,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What one rank was found to need.
+
+    Attributes:
+        stage: its pipeline stage.
+        standing: bytes after an update.
+        peak: bytes of the gradient pass beside them.
+        pack: the largest of its packs.
+        num_packs: of the pass.
+    """
+
+    stage: int
+    standing: int
+    peak: int
+    pack: PackSize
+    num_packs: int
+
+
+def count_layouts(layouts: Sequence[MemoryLayout]) -> list[Counted]:
+    """What this rank needs at each of the layouts, one after the other. All ranks of the world call it together."""
+    return [_count(layout) for layout in layouts]
+
+
+def _count(layout: MemoryLayout) -> Counted:
+    config, arch = layout.config, layout.architecture
+    groups = start(config)
+    before = _live_bytes()
+    model = build_model(arch, config, groups)
+    objective, reference = build_objective(layout.objective, {}), None
+    if objective.needs.perturbation is not None:
+        reference = build_model(arch, config, groups).requires_grad_(False).eval()
+    state = build_training_state(model, config, groups, train_iters=9)
+    lengths = conditional_layout(config, arch, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    pairs = layout.pairs()
+    batch = BatchBuilder(PairCollection([pairs]), lengths).build(np.arange(len(pairs)))  # type: ignore[list-item]
+    prepared = prepare_batch(state.model, batch, objective, objective.initial_state(), groups, reference)
+    state.model.zero_grad_buffer()
+    state.model.train()
+    _make_band_mask.cache_clear()
+    peak = peak_bytes(lambda: gradient_pass(state.model, batch, objective, prepared, groups))
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    _make_band_mask.cache_clear()
+    largest = max(batch.conditional, key=lambda row: row.num_tokens)
+    stage = groups.pp_rank
+    dist.barrier()
+    # Megatron's buffer for gathered tensors, which the pass has made, goes with the groups.
+    parallel_state.destroy_model_parallel()
+    return Counted(stage, _live_bytes() - before, peak, PackSize.of_row(largest), len(batch.conditional))
+
+
+def start(config: Config) -> ProcessGroups:
+    """The groups of a layout."""
+    parallel = config.parallel
+    return initialize_runtime(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+
+
+def _live_bytes() -> int:
+    """Bytes of all tensors there are."""
+    gc.collect()
+    storages = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+            storage = one.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def estimated(layout: MemoryLayout, counted: Counted) -> StageMemory:
+    """What the estimate says of the rank."""
+    mixed = build_objective(layout.objective, {}).needs.perturbation is not None
+    return stage_memories(
+        layout.architecture,
+        layout.config,
+        world_size=layout.ranks,
+        pack=counted.pack,
+        num_microbatches=counted.num_packs,
+        reference=layout.architecture if mixed else None,
+        fused=False,
+    )[counted.stage]
