@@ -14,6 +14,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.planning.fit import GIB, RankMemory, rank_memory
 from megatron_rmipo.planning.hardware import Cluster
 from megatron_rmipo.planning.layouts import layouts, pack_sizes, problems, with_packs
+from megatron_rmipo.planning.short_numbers import figure
 from megatron_rmipo.planning.sizes import Sizes
 from megatron_rmipo.planning.step_time import StepSeconds, step_seconds
 from megatron_rmipo.planning.workload import Workload, Workloads
@@ -230,7 +231,7 @@ def why_not(one: Estimate, best: Estimate) -> str:
     if slower < 0.005:
         return "as fast, with more parts"
     share = one.step.parts[name] / one.seconds
-    return f"{slower:.1%} slower: {seconds:+.2f} s of {_WORDS.get(name, name)}, {share:.0%} of its step"
+    return f"{slower:.1%} slower: +{figure(seconds)} s of {_WORDS.get(name, name)}, {share:.0%} of its step"
 
 
 _WORDS = {

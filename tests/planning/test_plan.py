@@ -23,6 +23,7 @@ from megatron_rmipo.planning.lengths import PairLengths
 from megatron_rmipo.planning.plan import Planner, make_plan, why_not
 from megatron_rmipo.planning.report import command, describe_plan, layout_flags
 from megatron_rmipo.planning.shapes import read_shape
+from megatron_rmipo.planning.short_numbers import figure
 from megatron_rmipo.planning.workload import Workloads
 
 # Shallow, so that a test is quick; as wide as Llama-3-8B.
@@ -186,7 +187,11 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--num-pairs 0" in capsys.readouterr().err
 
 
-def test_fp32_gradients_are_no_flag() -> None:
+def test_numbers_are_short() -> None:
+    assert [figure(number) for number in (1393.1, 71.92, 0.01234, 0.0)] == ["1,393", "71.9", "0.0123", "0"]
+
+
+def test_flags_at_their_defaults_are_left_out() -> None:
     assert layout_flags(Config()) == []
     config = Config(model=ModelConfig(share_prompts=False), training=TrainingConfig(global_batch_size=3))
     assert layout_flags(config) == ["--no-share-prompts", "--global-batch-size", "3"]
