@@ -184,8 +184,7 @@ def make_plan(planner: Planner, cluster: Cluster, *, num_others: int = 5) -> Pla
     """
     found = list(planner.candidates(cluster))
     if not found:
-        simplest = dataclasses.replace(planner.base)
-        lines = "\n".join(f"  - {line}" for line in problems(simplest, planner.arch, cluster.gpus))
+        lines = "\n".join(f"  - {line}" for line in problems(planner.base, planner.arch, cluster.gpus))
         raise ConfigError(f"the trainer takes no layout of this model on {cluster}:\n{lines}")
     fitting = planner.fastest([one for one in found if one.fits])
     if not fitting:
