@@ -36,7 +36,7 @@ PAGE, TEMPLATE, PUBLISHED = FOLDER.parent / "docs" / "scaling.md", FOLDER / "sca
 LENGTHS = "benchmarks/lengths/ultrafeedback.csv"
 NUM_PAIRS = 61135
 MODELS = ("llama3-8b", "llama3-70b", "qwen3-30b-a3b", "qwen3-235b-a22b")
-NODES = (1, 2, 4, 8, 16, 32, 64)
+NODES = (1, 4, 16, 64)
 # Pairs of a step: those of the paper on one node, and as many more as there are nodes.
 PAIRS_PER_NODE = 128
 # Whole plans that the page prints.

@@ -26,6 +26,8 @@ SLIME_FLAGS = {
     *("--calculate-per-token-loss", "--custom-loss-function-path", "--disable-compute-advantages-and-returns"),
     *("--micro-batch-size", "--recompute-loss-function", "--ref-load", "--use-kl-loss"),
 }
+# Of torchrun, in printed plans.
+TORCHRUN_FLAGS = {"--nnodes", "--node-rank", "--master-addr", "--master-port"}
 SHELLS = ("", "bash", "sh", "console")
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|bash|pip|source) ")
 # Where names in a document may be rooted.
@@ -152,7 +154,9 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_flags_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    known = FOREIGN_FLAGS | MEGATRON_LM_FLAGS | set(add_arguments(argparse.ArgumentParser())._option_string_actions)
+    known = (
+        FOREIGN_FLAGS | TORCHRUN_FLAGS | MEGATRON_LM_FLAGS | set(add_arguments(argparse.ArgumentParser())._option_string_actions)
+    )
     # Of two objectives, whose common options are flags of each.
     samples = {
         "megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo"],

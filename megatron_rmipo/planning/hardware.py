@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import torch
@@ -37,7 +38,7 @@ class Gpu:
     memory_rate: float
     nvlink_rate: float
 
-    @property
+    @functools.cached_property
     def peak(self) -> float:
         """FLOP/s at best in bfloat16, dense."""
         found = peak_flops(self.name, torch.bfloat16)

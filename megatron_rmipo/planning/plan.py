@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -14,6 +15,7 @@ from megatron_rmipo.memory.stages import StageMemory
 from megatron_rmipo.planning.fit import GIB, named_parts, rank_memory
 from megatron_rmipo.planning.hardware import Cluster
 from megatron_rmipo.planning.layouts import layouts, pack_sizes, problems, with_packs
+from megatron_rmipo.planning.short_numbers import figure
 from megatron_rmipo.planning.sizes import Sizes
 from megatron_rmipo.planning.step_time import StepSeconds, step_seconds
 from megatron_rmipo.planning.workload import Workload, Workloads
@@ -105,25 +107,39 @@ class Planner:
         return Estimate(config, cluster, sizes, memory, load, step)
 
     def candidates(self, cluster: Cluster) -> Iterator[Estimate]:
-        """Every layout with each size of packs that fits, without its time; where none does, with the smallest.
+        """Every layout that may be worth its time, without it; of one that fits in no way, the way that needs least.
 
-        Experts cross nodes only where they do not fit into one.
+        Larger packs, and more recomputation for their sake, are worth it where a step then has fewer packs. Experts cross nodes
+        only where they do not fit into one.
         """
         least = max(self.loads.largest_pair(self.base), self.base.data.seq_length)
-        within: set[tuple[Any, ...]] = set()
-        for config in layouts(self.base, self.arch, cluster, least):
-            sizes = Sizes.of(config.parallel, self.arch.num_layers, cluster.gpus)
-            same = (dataclasses.replace(config.parallel, expert_model_parallel_size=1), config.model)
+        within: set[ParallelConfig] = set()
+        by_layout = itertools.groupby(layouts(self.base, self.arch, cluster, least), key=lambda config: config.parallel)
+        for parallel, ways in by_layout:
+            sizes = Sizes.of(parallel, self.arch.num_layers, cluster.gpus)
+            same = dataclasses.replace(parallel, expert_model_parallel_size=1)
             if same in within and sizes.ep * sizes.etp > cluster.gpus_per_node:
                 continue
-            tokens = self.loads.of(with_packs(config, least), sizes.dp).tokens[-1]
-            for number, size in enumerate(pack_sizes(least, tokens, sizes.cp)):
-                found = self.estimate(with_packs(config, size), cluster, timed=False)
-                if found.fits or number == 0:
-                    yield found
+            found = list(self._ways(list(ways), least, sizes, cluster))
+            fitting = [one for one in found if one.fits]
+            if fitting:
+                within.add(same)
+            yield from fitting or [min(found, key=lambda one: one.memory.peak)]
+
+    def _ways(self, ways: Sequence[Config], least: int, sizes: Sizes, cluster: Cluster) -> Iterator[Estimate]:
+        """Of one layout, from the least recomputation on: the sizes of packs up to the first that does not fit."""
+        tokens = self.loads.of(with_packs(ways[0], least), sizes.dp).tokens[-1]
+        fewest = math.inf
+        for config in ways:
+            for size in pack_sizes(least, tokens, sizes.cp):
+                one = with_packs(config, size)
+                if self.loads.of(one, sizes.dp).num_packs >= fewest:
+                    continue
+                found = self.estimate(one, cluster, timed=False)
+                yield found
                 if not found.fits:
                     break
-                within.add(same)
+                fewest = found.load.num_packs
 
     def fastest(self, fitting: Sequence[Estimate]) -> list[Estimate]:
         """Those that may matter with their times, the fastest first; of the others it shows before stages are simulated."""
@@ -171,8 +187,7 @@ def make_plan(planner: Planner, cluster: Cluster, *, num_others: int = 5) -> Pla
     """
     found = list(planner.candidates(cluster))
     if not found:
-        simplest = dataclasses.replace(planner.base)
-        lines = "\n".join(f"  - {line}" for line in problems(simplest, planner.arch, cluster.gpus))
+        lines = "\n".join(f"  - {line}" for line in problems(planner.base, planner.arch, cluster.gpus))
         raise ConfigError(f"the trainer takes no layout of this model on {cluster}:\n{lines}")
     fitting = planner.fastest([one for one in found if one.fits])
     if not fitting:
@@ -180,8 +195,9 @@ def make_plan(planner: Planner, cluster: Cluster, *, num_others: int = 5) -> Pla
     best = min((one for one in fitting if one.seconds <= AS_GOOD * fitting[0].seconds), key=_complexity)
     fastest: dict[Sizes, Estimate] = {}
     for one in fitting:
-        fastest.setdefault(one.sizes, one)
-    others = [one for sizes, one in fastest.items() if sizes != best.sizes]
+        # In as many chunks as is best.
+        fastest.setdefault(dataclasses.replace(one.sizes, chunks=1), one)
+    others = [one for sizes, one in fastest.items() if sizes != dataclasses.replace(best.sizes, chunks=1)]
     some_fit = {one.sizes for one in found if one.fits}
     misfits = {one.sizes: one for one in found if not one.fits and one.sizes not in some_fit}
     too_large = sorted(misfits.values(), key=_complexity)
@@ -217,7 +233,7 @@ def why_not(one: Estimate, best: Estimate) -> str:
     if slower < 0.005:
         return "as fast, with more parts"
     share = one.step.parts[name] / one.seconds
-    return f"{slower:.1%} slower: {seconds:+.2f} s of {_WORDS.get(name, name)}, {share:.0%} of its step"
+    return f"{slower:.1%} slower: +{figure(seconds)} s of {_WORDS.get(name, name)}, {share:.0%} of its step"
 
 
 _WORDS = {

@@ -9,6 +9,7 @@ from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.planning.plan import Estimate, Plan, why_not
+from megatron_rmipo.planning.short_numbers import figure
 
 ESTIMATED = "Estimated from lengths, sizes and data sheets; nothing was run."
 # What the command of a run says by itself.
@@ -45,15 +46,15 @@ def describe_layout(one: Estimate, num_pairs: int, unit: str = "epoch") -> list[
     batch = one.load.num_pairs
     steps = -(-num_pairs // batch)
     hours = steps * one.seconds / 3600
-    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in one.step.parts.items() if seconds >= 0.005)
+    parts = ", ".join(f"{name} {figure(seconds)}" for name, seconds in one.step.parts.items() if seconds >= 0.002 * one.seconds)
     rate = one.load.num_tokens / one.seconds / one.cluster.gpus
     share = one.step.flops_per_gpu / one.cluster.gpu.peak
     return [
         f"layout   {one.name}",
         f"memory   {one.memory_line}",
-        f"step     {one.seconds:.2f} s of {batch} pairs in {one.load.num_packs} packs a rank: {parts}",
-        f"{unit:8} {steps} steps, {hours:.2f} h, {hours * one.cluster.gpus:.1f} GPU-hours; {rate:,.0f} tokens and "
-        f"{one.step.flops_per_gpu / 1e12:.0f} model TFLOP/s a GPU ({share:.0%} of its peak)",
+        f"step     {figure(one.seconds)} s of {batch} pairs in {one.load.num_packs} packs a rank: {parts}",
+        f"{unit:8} {steps} steps, {figure(hours)} h, {figure(hours * one.cluster.gpus)} GPU-hours; {figure(rate)} tokens and "
+        f"{figure(one.step.flops_per_gpu / 1e12)} model TFLOP/s a GPU ({share:.0%} of its peak)",
     ]
 
 
