@@ -36,7 +36,11 @@ ROOTS = ("", "megatron_rmipo", "megatron_rmipo/objectives", "megatron_rmipo/chec
 OUTPUTS = ("data/pairs", "work/", "runs/", ".venv", "DIR/", "iter_", "hf/", "/p")
 OUTPUT_FILES = {"config.yaml", "data/"}
 # Flags of programs that are not ours.
-FOREIGN_FLAGS = {"--no-build-isolation", "--nproc-per-node"}
+FOREIGN_FLAGS = {
+    *("--no-build-isolation", "--nproc-per-node", "--max-restarts"),
+    # Of sbatch, docker and what copies from object stores.
+    *("--nodes", "--file", "--tag", "--recursive"),
+}
 # Of Megatron-LM's parser, beside which ours stand; tests/plugin/adapters looks them up in it.
 MEGATRON_LM_FLAGS = {
     "--attention-dropout",

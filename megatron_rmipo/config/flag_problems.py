@@ -228,6 +228,8 @@ def _checkpoint_flags(checkpoint: CheckpointConfig, model: ModelConfig) -> Itera
         for name in ("finetune", "no_load_optim", "no_load_rng"):
             if getattr(checkpoint, name):
                 yield f"{flag_of(name)} does nothing without --load DIR"
+    if model.hf_read != ModelConfig().hf_read and not (model.load_hf or model.reference_hf):
+        yield f"--hf-read {model.hf_read} does nothing without --load-hf DIR or --reference-hf DIR"
     if checkpoint.save_hf_dtype and not checkpoint.save_hf:
         yield "--save-hf-dtype does nothing without --save-hf DIR"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_rmipo.errors import DataError, RmipoError
 from megatron_rmipo.runtime.agreement import describe_difference, digest_of
@@ -144,3 +145,17 @@ def test_long_values_are_cut() -> None:
     text = describe_difference({"a": "x" * 999}, {"a": ""}, "rank 0 (h)", "rank 1 (i)")
     assert len(text) < 500
     assert "but empty on rank 1 (i)" in text
+
+
+def test_ranks_that_are_started_anew_hear_nothing_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = dist.HashStore()  # as torchrun keeps one with --master-addr
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 2)]))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    heard = []
+    for restarts in ("0", "1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        store = Rendezvous().connect()
+        heard.append(store.check(["said"]))
+        store.set("said", "the first rank is at another place by now")
+    assert heard == [False] * 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ObjectiveConfig, TrainingConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -18,7 +18,7 @@ from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.training import resume
 from megatron_rmipo.training.data import RunData
 from megatron_rmipo.training.progress import Progress
-from megatron_rmipo.training.resume import StartingPoint, starting_point
+from megatron_rmipo.training.resume import StartingPoint, after_restarts, starting_point
 from tests.integration.data import write_pairs
 
 
@@ -193,3 +193,15 @@ def test_an_extended_run_oversteps_neither_steps_nor_pairs(lengths: list[dict[st
             assert data.run_length(training, progress) == (total_pairs, train_iters)
         assert progress.step == train_iters
     assert (progress.step, progress.consumed_pairs) == ends_at
+
+
+def test_ranks_that_are_started_anew_go_on_from_what_the_run_has_saved(tmp_path: Path) -> None:
+    save = str(tmp_path / "save")
+    begun = Config(checkpoint=CheckpointConfig(load="base", finetune=True, no_load_rng=True, save=save, save_interval=2))
+    assert after_restarts(begun, 1) == begun, "nothing is saved yet"
+    (tmp_path / "save" / "iter_0000002").mkdir(parents=True)
+    assert after_restarts(begun, 0) == begun, "the first start of another run is to be refused"
+    assert after_restarts(begun, 2).checkpoint == CheckpointConfig(load=save, save=save, save_interval=2)
+    goes_on = Config(checkpoint=CheckpointConfig(load=save, save=save, no_load_rng=True))
+    assert after_restarts(goes_on, 1) == goes_on
+    assert after_restarts(Config(checkpoint=CheckpointConfig(load="base")), 1).checkpoint.load == "base"

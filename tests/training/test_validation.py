@@ -81,6 +81,12 @@ def test_what_works_is_let_through(argv: tuple[str, ...], world_size: int) -> No
     validate(config_of(*argv), ARCH, world_size)
 
 
+def test_how_a_model_is_read_needs_a_model_that_is_read() -> None:
+    validate(config_of("--hf-read", "each"), ARCH, 1)
+    with pytest.raises(ConfigError, match="--hf-read each does nothing without --load-hf DIR or --reference-hf DIR"):
+        validate(parse_arguments(["--data-path", "A", "--load", "S", "--hf-read", "each"]), ARCH, 1)
+
+
 @pytest.mark.parametrize(
     ("argv", "world_size", "words"),
     [
