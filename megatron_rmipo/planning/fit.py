@@ -10,6 +10,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import pack_memory
 from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.stages import StageMemory, neediest, stage_memories
+from megatron_rmipo.planning.short_numbers import figure
 
 GIB = 2**30
 
@@ -55,5 +56,8 @@ def rank_memory(
 
 
 def named_parts(memory: StageMemory) -> str:
-    """The parts of a rank's memory worth naming, in GiB."""
-    return ", ".join(f"{name} {number / GIB:.1f}" for name, number in memory.parts().items() if number > 0.05 * GIB)
+    """The parts of a rank's peak worth naming, in GiB."""
+    parts = memory.parts()
+    # These two take turns.
+    del parts[min("log-prob chunks", "working", key=lambda name: parts[name])]
+    return ", ".join(f"{name} {figure(number / GIB)}" for name, number in parts.items() if number > 0.001 * memory.peak)

@@ -72,9 +72,8 @@ class Estimate:
     def memory_line(self) -> str:
         """What of its memory a rank needs."""
         stage = f" on stage {self.memory.stage}" if self.sizes.pp > 1 else ""
-        return (
-            f"{self.memory.peak / GIB:.1f} of {self.cluster.usable_bytes / GIB:.1f} GiB a rank{stage}: {named_parts(self.memory)}"
-        )
+        needed, usable = figure(self.memory.peak / GIB), figure(self.cluster.usable_bytes / GIB)
+        return f"{needed} of {usable} GiB a rank{stage}: {named_parts(self.memory)}"
 
 
 class Planner:
