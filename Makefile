@@ -85,6 +85,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_convert --csv "$(basename $(BENCH_CSV))_convert.csv"
 	$(BIN)/python -m benchmarks.bench_order --csv "$(basename $(BENCH_CSV))_order.csv"
 	$(BIN)/python -m benchmarks.bench_scale --csv "$(basename $(BENCH_CSV))_scale.csv"
+	$(BIN)/python -m benchmarks.bench_context --csv "$(basename $(BENCH_CSV))_context.csv"
 	$(BIN)/python -m benchmarks.bench_checkpoint --csv "$(basename $(BENCH_CSV))_checkpoint.csv"
 	$(BIN)/python -m benchmarks.bench_start --csv "$(basename $(BENCH_CSV))_start.csv"
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"

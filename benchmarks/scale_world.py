@@ -26,20 +26,21 @@ RANKS_OF_A_HOST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How many ranks share a layer, hold stages, and hold replicas."""
+    """How many ranks share a layer, hold stages, hold replicas, and share rows."""
 
     tp: int
     pp: int
     dp: int
+    cp: int = 1
 
     @property
     def ranks(self) -> int:
         """All of them."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @classmethod
     def of(cls, name: str) -> Layout:
-        """The layout that is called TPxPPxDP."""
+        """The layout that is called TPxPPxDP, or TPxPPxDPxCP."""
         return cls(*map(int, name.split("x")))
 
 
@@ -90,7 +91,9 @@ def pretended_world(layout: Layout, rank: int) -> Iterator[ProcessGroups]:
     install_cpu_runtime()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.ranks)
     try:
-        parallel_state.initialize_model_parallel(layout.tp, layout.pp, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            layout.tp, layout.pp, context_parallel_size=layout.cp, create_gloo_process_groups=False
+        )
         yield ProcessGroups.of_megatron()
     finally:
         shutdown_runtime()

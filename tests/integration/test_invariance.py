@@ -64,7 +64,7 @@ WORLDS = {
         Case("CP 2, sft, tied", cp=2, model="tied", objective="sft", tokens_per_microbatch=120),
         Case("CP 2 by heads, recomputation", cp=2, cp_comm_type="a2a", recompute="full", tokens_per_microbatch=200),
         Case("CP 2, a reference in memory", cp=2, objective="epsilon_dpo", options={"epsilon": 0.2}, tokens_per_microbatch=200),
-        Case("CP 2, EP 2", **SPARSE, cp=2, tokens_per_microbatch=120),
+        Case("CP 2, EP 2", **SPARSE, cp=2, recompute="full", tokens_per_microbatch=120),
         Case("TP 2, tied", model="tied", tp=2, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("TP 2, biased attention", model="biased attention", tp=2, sequence_parallel=True, tokens_per_microbatch=200),

@@ -361,6 +361,11 @@ def test_soft_caps_are_not_for_transformer_engine() -> None:
     refused = refusal("--attention-backend", "te", "--bf16", architecture=capped)
     assert "--attention-backend te caps no attention scores, and the model's are capped at 50; flex would" in refused
     assert "caps no attention scores" not in refusal("--attention-backend", "te", "--bf16")
+    flags = ("--attention-backend", "te", "--bf16", "--context-parallel-size", "2")
+    with_sinks = dataclasses.replace(ARCH, attention_sinks=True)
+    words = "--attention-backend te knows no sinks at --context-parallel-size 2"
+    assert words in refusal(*flags, world_size=2, architecture=with_sinks)
+    assert words not in refusal(*flags, world_size=2)
 
 
 def test_rotary_embeddings_that_depend_on_the_length_must_not() -> None:

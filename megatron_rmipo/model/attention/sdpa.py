@@ -22,6 +22,8 @@ from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 _MOST_QUERIES = 512
 # Entries of a piece's mask, where it needs one: kernels make numbers of each.
 _MOST_MASKED = 2**22
+# Entries of a mask that is kept for pieces of the same sizes.
+_MOST_KEPT = 2**20
 _Integers = npt.NDArray[np.int64]
 
 
@@ -108,10 +110,17 @@ def _band_mask(num_queries: int, num_keys: int, window: int | None, device: torc
         window = None
     if num_queries == num_keys and window is None:
         return None
-    return _make_band_mask(num_queries, num_keys, window, device)
+    if window is None and num_queries * num_keys > _MOST_KEPT:
+        # Of a long row each piece has another.
+        return _make_band_mask(num_queries, num_keys, window, device)
+    return _kept_band_mask(num_queries, num_keys, window, device)
 
 
 @functools.lru_cache(maxsize=64)
+def _kept_band_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    return _make_band_mask(num_queries, num_keys, window, device)
+
+
 def _make_band_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     offset = num_keys - num_queries
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
@@ -138,7 +147,7 @@ def _attend_by_hand(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = _make_band_mask(query.shape[1], key.shape[1], None, query.device)
+        mask = _kept_band_mask(query.shape[1], key.shape[1], None, query.device)
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is None:
         weights = scores.softmax(-1)
