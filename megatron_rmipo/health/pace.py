@@ -46,7 +46,7 @@ class Pace:
         self._hosts = hosts
 
     def compare(self, own_seconds: float, step_seconds: float) -> tuple[dict[str, float], dict[str, str]]:
-        """What a record says of one step. All ranks call it together: two numbers of each are gathered.
+        """What a record says of one step. All ranks call it together: two numbers of each are reduced.
 
         Args:
             own_seconds: of this rank's own work.
@@ -60,10 +60,12 @@ class Pace:
         groups = self._groups
         if groups.world_size == 1:
             return {}, {}
-        own = torch.tensor([own_seconds, groups.pp_rank], dtype=torch.float64, device=current_device())
-        found = own.new_empty(groups.world_size * 2)
-        dist.all_gather_into_tensor(found, own, group=groups.world)
-        straggler = slowest_rank([(seconds, int(stage)) for seconds, stage in found.view(-1, 2).tolist()])
+        found = torch.zeros((groups.world_size, 2), dtype=torch.float64)
+        found[groups.rank] = torch.tensor([own_seconds, groups.pp_rank], dtype=torch.float64)
+        # A sum of which every rank has one row: versions of torch call the gathering by other names.
+        found = found.to(current_device())
+        dist.all_reduce(found, group=groups.world)
+        straggler = slowest_rank([(seconds, int(stage)) for seconds, stage in found.tolist()])
         numbers = {SHARE: straggler.seconds / max(step_seconds, 1e-9), RANK: straggler.rank}
         return numbers, {HOST: self._hosts[straggler.rank]} if self._hosts is not None else {}
 

@@ -61,7 +61,7 @@ def test_a_run_names_the_rank_that_is_slow_and_says_what_each_did_last(tmp_path:
     for record in steps[1:]:
         assert (record[RANK], record[HOST] != "") == (1, True)
         # The other rank waits for most of the step.
-        assert 0.4 < record[SHARE] < 1.0
+        assert 0.2 < record[SHARE] < 1.0
         assert record[SHARE] * record["step_seconds"] > 0.3
     beats = read_beats(save / "logs" / FOLDER)
     assert [(beat.rank, beat.step, beat.doing) for beat in beats] == [(0, 3, "end"), (1, 3, "end")]
