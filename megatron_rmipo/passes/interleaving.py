@@ -23,11 +23,17 @@ def messages_in_order(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 class ShapesInOrder(P2PCommunicator):
-    """Megatron's, which sends shapes as it sends what has them.
+    """Megatron's, which sends shapes as it sends what has them, and waits for those that come alone.
 
     Of two stages each is before and behind the other. Megatron's own posts the shapes of both directions in the same order on
-    either, to the one before and from the one before first, so that one's activation is taken for the other's gradient.
+    either, to the one before and from the one before first, so that one's activation is taken for the other's gradient. It also
+    waits until its own shapes are taken: for ever where a stage gives and takes at once what its neighbour, with few packs, takes
+    and gives one after the other.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sent: list[Any] = []
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
@@ -43,8 +49,13 @@ class ShapesInOrder(P2PCommunicator):
             prev_pipeline_rank=self.prev_rank,
             next_pipeline_rank=self.next_rank,
         )
-        for request in requests.values():
+        # What has the shapes was taken since, and so they were.
+        for request in self._sent:
             request.wait()
+        self._sent = [request for name, request in requests.items() if name.startswith("send")]
+        for name, request in requests.items():
+            if name.startswith("recv"):
+                request.wait()
         return _as_list(from_prev), _as_list(from_next)
 
     @staticmethod

@@ -25,12 +25,16 @@ MODELS: dict[str, dict[str, Any]] = {
     # Without biases in the MLP: the two are apart.
     "biased attention": {"attention_bias": True},
     "mixtral": KINDS["mixtral"][1],
-    # Layers of one chunk each, and two for the first; heads of a key and a value for a tensor-parallel rank or less.
     "eight layers": {"num_hidden_layers": 8, "tie_word_embeddings": True},
     "seven layers": {"num_hidden_layers": 7},
-    "one key": {"num_key_value_heads": 1, "attention_bias": True},
+    # Which tensor-parallel ranks share; queries and keys are normed.
+    "one key": {"model_type": "qwen3", "num_key_value_heads": 1, "attention_bias": True, "head_dim": 12},
 }
 SPARSE: dict[str, Any] = {"model": "mixtral", "ep": 2}
+VPP_2 = {"num_layers_per_virtual_pipeline_stage": 2}
+VPP_4 = {"num_virtual_stages_per_pipeline_rank": 4}
+LAST_2 = {"decoder_last_pipeline_num_layers": 2}
+COUNTED = {"account_for_loss_in_pipeline_split": True}
 WORLDS = {
     1: [
         Case("one pair a pack", tokens_per_microbatch=48),
@@ -65,6 +69,14 @@ WORLDS = {
         Case("CP 2 by heads, recomputation", cp=2, cp_comm_type="a2a", recompute="full", tokens_per_microbatch=200),
         Case("CP 2, a reference in memory", cp=2, objective="epsilon_dpo", options={"epsilon": 0.2}, tokens_per_microbatch=200),
         Case("CP 2, EP 2", **SPARSE, cp=2, recompute="full", tokens_per_microbatch=120),
+        Case("PP 2 x VPP 2", model="eight layers", pp=2, split=VPP_2, tokens_per_microbatch=120),
+        Case("PP 2 x VPP 4, dpo", model="eight layers", pp=2, split=VPP_4, objective="dpo", tokens_per_microbatch=60),
+        Case("PP 2 x VPP 2, kto, recomputed", model="eight layers", pp=2, split=VPP_2, objective="kto", recompute="full"),
+        Case("PP 2 x VPP 2, sft", model="eight layers", pp=2, split=VPP_2, objective="sft", tokens_per_microbatch=48),
+        Case("PP 2 of 7 layers", model="seven layers", pp=2, split=LAST_2, tokens_per_microbatch=120),
+        Case("PP 2 of 7 layers, dpo", model="seven layers", pp=2, split=COUNTED, objective="dpo", tokens_per_microbatch=48),
+        Case("TP 2, one key", model="one key", tp=2, tokens_per_microbatch=200, vocab_multiple=1),
+        Case("TP 2, one key, dpo", model="one key", tp=2, sequence_parallel=True, objective="dpo", vocab_multiple=3),
         Case("TP 2, tied", model="tied", tp=2, tokens_per_microbatch=200),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case("TP 2, biased attention", model="biased attention", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
@@ -87,6 +99,11 @@ WORLDS = {
         Case("CP 2 x PP 2", cp=2, pp=2, tokens_per_microbatch=120),
         Case("CP 2 x DP 2, by heads", cp=2, cp_comm_type="a2a", overlap=True, tokens_per_microbatch=120),
         Case("CP 2 x EP 2 x DP 2, every pass", **SPARSE, cp=2, objective="rmipo:0.7,kto:2,beta_dpo:0.5"),
+        Case("PP 2 x VPP 2 x DP 2", model="eight layers", pp=2, split=VPP_2, tokens_per_microbatch=120, overlap=True),
+        Case(
+            "EP 2 x PP 2 x VPP 2", **SPARSE, pp=2, split={"num_layers_per_virtual_pipeline_stage": 1}, tokens_per_microbatch=120
+        ),
+        Case("TP 4, one key, three ranks of padding", model="one key", tp=4, objective="kto", vocab_multiple=128),
         Case("EP 2 x DP 2", **SPARSE, tokens_per_microbatch=120, overlap=True),
         Case("EP 2 x PP 2, four packs a stage", **SPARSE, pp=2, min_packs_per_stage=4),
         Case("EP 2 x TP 2, sequence parallel", **SPARSE, tp=2, sequence_parallel=True, tokens_per_microbatch=120),

@@ -105,6 +105,7 @@ def one_rank(hf: Path, folder: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_training_goes_on_at_other_pipelines(tmp_path: Path) -> None:
     hf = write_hf_model(tmp_path / "hf", "qwen3_moe", num_key_value_heads=1)
     run_distributed(one_rank, 1, hf, tmp_path)

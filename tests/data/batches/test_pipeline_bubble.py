@@ -26,6 +26,7 @@ from megatron_rmipo.data.batches.pipeline_bubble import (
     simulated_length,
     stage_order,
 )
+from megatron_rmipo.passes.interleaving import messages_in_order
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 
@@ -159,14 +160,17 @@ def orders(cases: list[tuple[int, int]]) -> list[tuple[list[Work], list[Work]]]:
         both = []
         for forward_only in (True, False):
             order: list[Work] = []
+            chunks = [Stage(order, chunk, num_chunks) for chunk in range(num_chunks)]
             get_forward_backward_func(STAGES, num_chunks if num_chunks > 1 else None)(
                 forward_step_func=_forward_step,
                 data_iterator=[iter(range(num_packs)) for _ in range(num_chunks)],
-                model=[Stage(order, chunk, num_chunks) for chunk in range(num_chunks)],
+                model=chunks,
                 num_microbatches=num_packs,
                 seq_length=1,
                 micro_batch_size=1,
                 forward_only=forward_only,
+                # Without, as many packs as stages would never end, though it is Megatron's own order.
+                **messages_in_order(chunks),
             )
             both.append(order)
         found.append((both[0], both[1]))
