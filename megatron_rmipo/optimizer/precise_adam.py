@@ -38,6 +38,7 @@ class PrecisionAwareAdam(torch.optim.AdamW):
         weight_decay: float = 0.0,
         *,
         adam_w_mode: bool = True,
+        capturable: bool = False,
         master_weights: bool = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
@@ -46,6 +47,7 @@ class PrecisionAwareAdam(torch.optim.AdamW):
         store_param_remainders: bool = False,
     ) -> None:
         assert adam_w_mode, "weight decay is decoupled"
+        assert not capturable, "there is no CUDA graph"
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.master_weights = master_weights
         self.store_param_remainders = store_param_remainders and master_weights and master_weight_dtype == torch.float32

@@ -81,6 +81,10 @@ def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     for part, own in zip(parts, pieces, strict=True):
         if isinstance(part, DistributedOptimizer):
             set_pieces(part, own)
+    keeping = [part for part in parts if getattr(getattr(part, "optimizer", None), "store_param_remainders", False)]
+    for chunk in keeping[0].model_chunks if keeping else []:
+        # Weights halfway between two of bf16 are rounded up with remainders; other ranks were given what the model had saved.
+        chunk.start_param_sync(force_sync=True)
 
 
 def _sharded_part(
