@@ -86,6 +86,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_order --csv "$(basename $(BENCH_CSV))_order.csv"
 	$(BIN)/python -m benchmarks.bench_scale --csv "$(basename $(BENCH_CSV))_scale.csv"
 	$(BIN)/python -m benchmarks.bench_checkpoint --csv "$(basename $(BENCH_CSV))_checkpoint.csv"
+	$(BIN)/python -m benchmarks.bench_memory --csv "$(basename $(BENCH_CSV))_memory.csv"
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"
 	$(BIN)/python -m benchmarks.bench_step --lengths hh --csv "$(BENCH_CSV)"
 
