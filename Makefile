@@ -88,6 +88,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_context --csv "$(basename $(BENCH_CSV))_context.csv"
 	$(BIN)/python -m benchmarks.bench_checkpoint --csv "$(basename $(BENCH_CSV))_checkpoint.csv"
 	$(BIN)/python -m benchmarks.bench_start --csv "$(basename $(BENCH_CSV))_start.csv"
+	$(BIN)/python -m benchmarks.bench_memory --csv "$(basename $(BENCH_CSV))_memory.csv"
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"
 	$(BIN)/python -m benchmarks.bench_step --lengths hh --csv "$(BENCH_CSV)"
 

@@ -11,7 +11,9 @@ import dataclasses
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_layout import UNCONDITIONAL_PACK_FACTOR
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.memory.estimate import pack_memory
+from megatron_rmipo.memory.pack import PackSize
+from megatron_rmipo.memory.standing import standing_memory
 
 FULL_LAYERS = 32
 # What is left to what is not counted: attention masks, the optimizer's temporaries, fragmentation.
@@ -24,7 +26,7 @@ def needed_bytes(arch: ModelArchitecture, config: Config, tokens: int) -> float:
     peaks = [
         pack_memory(arch, config, PackSize(size, size), backward=backward, fused=True).peak for backward, size in packs.items()
     ]
-    return standing_memory(arch, config, dp_size=1).total + max(peaks)
+    return standing_memory(arch, config, 1, 0).total + max(peaks)
 
 
 def layers_that_fit(arch: ModelArchitecture, config: Config, memory_bytes: float, tokens: int) -> int:

@@ -286,6 +286,17 @@ TABLES = {
             Figure("s", "seconds_p50"),
         ),
     ),
+    "memory": Table(
+        "results_memory.csv",
+        {"layout": "{layout}", "stage": "{stage}"},
+        (
+            Figure("standing MB", "standing_bytes", scale=1e-6),
+            Figure("estimated / standing", "standing_ratio", form=".3f"),
+            Figure("pass MB", "peak_bytes", scale=1e-6),
+            Figure("estimated / pass", "peak_ratio", form=".3f"),
+            Figure("both, estimated / allocated", "total_ratio", form=".3f"),
+        ),
+    ),
     "gpu": Table(
         "results_gpu.csv",
         {"method": "{method}", "lengths": "{lengths}", "layers": "{num_layers}", "pairs": "{num_pairs}"},

@@ -172,7 +172,8 @@ def _measures(
     if backward:
         yield from filter(accepted, _recomputation(config))
     yield from filter(accepted, _larger_groups(arch, config, world_size, packs=packs))
-    if optimizer == "unsaved":
+    if optimizer != "none":
+        # Whatever a checkpoint's state was kept in, they go on with it.
         yield from filter(accepted, _smaller_states(config))
     if optimizer == "saved":
         yield from (dataclasses.replace(one, flags=f"{one.flags} --no-load-optim") for one in shards if accepted(one))
@@ -211,13 +212,16 @@ def _larger_group(name: str, size: int) -> _Measure:
 def _smaller_states(config: Config) -> Iterator[_Measure]:
     """The optimizer's state in fewer digits, or on the host."""
     memory = config.memory
-    if not memory.use_precision_aware_optimizer:
+    precise = memory.use_precision_aware_optimizer
+    if not precise:
         yield _Measure(
             "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             memory={"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
         )
     if not memory.optimizer_cpu_offload:
-        yield _Measure("--optimizer-cpu-offload", memory={"optimizer_cpu_offload": True})
+        # It needs the other's code.
+        flags = "--optimizer-cpu-offload" if precise else "--use-precision-aware-optimizer --optimizer-cpu-offload"
+        yield _Measure(flags, memory={"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True})
 
 
 def _is_accepted(arch: ModelArchitecture, config: Config, world_size: int, measure: _Measure) -> bool:

@@ -100,7 +100,8 @@ def _optimizer_share(arch: ModelArchitecture, config: Config, world_size: int, d
 def _state_bytes(config: Config) -> tuple[int, int]:
     """Bytes of a weight of the optimizer's own, and of both moments."""
     memory, half = config.memory, config.model.bf16
-    if not memory.use_precision_aware_optimizer:
+    # An optimizer that is partly on the host keeps the other part in fp32, too.
+    if not memory.use_precision_aware_optimizer or memory.optimizer_cpu_offload:
         return FP32_BYTES if half else 0, 2 * FP32_BYTES
     # Of fp32 weights beside bf16 ones the sixteen digits alone that those lack.
     moments = _DTYPE_BYTES[memory.exp_avg_dtype] + _DTYPE_BYTES[memory.exp_avg_sq_dtype]

@@ -30,7 +30,9 @@ from benchmarks.report import read_rows
 from benchmarks.sides import build_state, minimum_flops, trainer_config
 from megatron_rmipo.data.batches.packing import pack_pairs
 from megatron_rmipo.families.architecture import ModelArchitecture, Rope
-from megatron_rmipo.memory.estimate import PackSize, pack_memory, standing_memory
+from megatron_rmipo.memory.estimate import pack_memory
+from megatron_rmipo.memory.pack import PackSize
+from megatron_rmipo.memory.standing import standing_memory
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
 from megatron_rmipo.model.packed_model import head_weight
 from megatron_rmipo.objectives.registry import build_objective
@@ -56,9 +58,9 @@ ARCH = ModelArchitecture(
 
 def test_layers_that_fit_are_those_that_the_estimate_says() -> None:
     config, tokens = trainer_config(bf16=True), 500
-    standing = standing_memory(dataclasses.replace(ARCH, num_layers=5), config, 1).total
+    standing = standing_memory(dataclasses.replace(ARCH, num_layers=5), config, 1, 0).total
     # bf16 weights, fp32 gradients, three fp32 numbers of the optimizer; a layer has 12 x (12 + 12 + 6 + 6) + 3 x 12 x 20 + 24.
-    assert standing == 18 * (5 * 1176 + 2 * 128 * 12)
+    assert standing == 18 * (5 * 1176 + 2 * 128 * 12 + 12)
     packs = [(PackSize(500, 500), True), (PackSize(1000, 1000), False)]
     arch = dataclasses.replace(ARCH, num_layers=5)
     peaks = [pack_memory(arch, config, size, backward=backward, fused=True).peak for size, backward in packs]

@@ -20,6 +20,7 @@ from benchmarks import (
     bench_flops,
     bench_gpu,
     bench_logprobs,
+    bench_memory,
     bench_order,
     bench_pipeline,
     bench_scale,
@@ -40,6 +41,7 @@ from benchmarks.report import read_rows, report
 from benchmarks.scale_world import Measured
 from tests.benchmarks import test_bench_start
 from tests.benchmarks.test_bench_checkpoint import FOUND
+from tests.benchmarks.test_bench_memory import LAYOUT, counted
 
 SPREAD = Spread(1.0, 2.0, 3.0)
 COST = Cost(SPREAD, SPREAD, flops=4.0, peak_bytes=5)
@@ -110,6 +112,11 @@ def write_start(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_start.main(["--ranks", "1", "--csv", str(path)]) == 0
 
 
+def write_memory(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench_memory, "measure", lambda _layouts: bench_memory.rows_of(LAYOUT, [counted(0, 1.0, 1.0)]))
+    assert bench_memory.main(["--csv", str(path)]) == 0
+
+
 def write_order(path: Path, patch: pytest.MonkeyPatch) -> None:
     parts = {
         "start_": ("cpu_seconds", "peak_megabytes"),
@@ -154,6 +161,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_scale.csv": write_scale,
     "results_checkpoint.csv": write_checkpoint,
     "results_start.csv": write_start,
+    "results_memory.csv": write_memory,
     "results_order.csv": write_order,
     "results_gpu.csv": write_gpu,
 }

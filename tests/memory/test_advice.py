@@ -194,20 +194,24 @@ def test_experts_are_spread_further_where_ranks_allow() -> None:
     assert not any("expert" in line for line in update_suggestions(sparse, flags, 8)), "neither 3 x 2 nor 6 x 2 divides 8"
 
 
-def test_later_resorts_come_last_and_a_saved_optimizer_bars_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_resorts_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("config_problems", "machine_problems", "layout_problems"):
         monkeypatch.setattr(advice, name, lambda *_: iter(()))
     flags = config(parallel={"use_distributed_optimizer": True})
     lines = update_suggestions(ARCH, flags, 2)
     precise = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
-    assert [line.partition(" (")[0] for line in lines] == [precise, "--optimizer-cpu-offload"]
+    assert [line.partition(" (")[0] for line in lines] == [
+        precise,
+        "--use-precision-aware-optimizer --optimizer-cpu-offload",
+    ]
     # Of 18 bytes a parameter 12 are the optimizer's, and 6 of these are left; or none.
     share = 8.03e9 / 2 / GIB
     for line, left in zip(lines, (12, 6), strict=True):
         assert [float(number) for number in re.findall(r"[\d.]+(?= of| GiB)", line)] == pytest.approx(
             [left * share, 18 * share], abs=0.02
         )
-    assert update_suggestions(ARCH, flags, 2, optimizer="saved") == []
+    assert update_suggestions(ARCH, flags, 2, optimizer="saved") == lines
+    assert update_suggestions(ARCH, flags, 2, optimizer="none") == []
 
 
 def test_context_parallelism_is_named_for_packs_alone() -> None:

@@ -122,7 +122,8 @@ def test_optimizer_states_in_fewer_digits_and_on_the_host() -> None:
     found = one(config(memory=small, **shares))
     assert (found.standing.optimizer, found.standing.gradients) == ((2 + 2 + 1) * PARAMETERS, 2 * PARAMETERS)
     for fraction in (1.0, 0.25):
-        away = one(config(memory={"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}, **shares))
+        flags = precise | {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
+        away = one(config(memory=flags, **shares))
         assert away.standing.optimizer == (1 - fraction) * 12 * PARAMETERS
         assert away.host.total == away.host.optimizer == fraction * 16 * PARAMETERS
     saving = dataclasses.replace(config(), checkpoint=CheckpointConfig(save="x", async_save=True))
