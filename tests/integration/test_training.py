@@ -223,12 +223,16 @@ def test_a_run_goes_on_at_another_layout(prefix: Path, tmp_path: Path) -> None:
     for until, layout in ((3, {"context_parallel_size": 2}), (4, {}), (5, {"context_parallel_size": 2, "cp_comm_type": "a2a"})):
         second = flags(prefix, parts, load=parts, exit_interval=until, **overlap, **layout, **distributed)
         assert run_distributed(run, 2, second) == [STOPPED, STOPPED]
-    staged_flags = {"pipeline_model_parallel_size": 2, "min_microbatches_per_stage": 2}
-    third = flags(prefix, parts, load=parts, **staged_flags, **distributed)
+    staged_flags = {
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": 2,
+        "min_microbatches_per_stage": 2,
+    }
+    third = flags(prefix, parts, load=parts, **staged_flags, **overlap, **distributed)
     assert run_distributed(run, 2, third) == [0, 0]
     staged = records(parts)[5:]
-    # Of six pairs, four packs in each pass: two for each stage.
-    assert [record["pipeline_bubble/even"] for record in staged] == pytest.approx([0.2])
+    # Of six pairs, four packs in each pass, two for each stage, through two chunks of each.
+    assert [record["pipeline_bubble/even"] for record in staged] == pytest.approx([1 / 9])
     assert all(0.05 < record[f"pipeline_bubble{kind}"] < 1 for record in staged for kind in ("", "/measured"))
     assert not any("pipeline_bubble" in record for record in records(parts)[:5])
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
