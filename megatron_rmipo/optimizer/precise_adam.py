@@ -46,7 +46,8 @@ class PrecisionAwareAdam(torch.optim.AdamW):
         use_decoupled_grad: bool = False,
         store_param_remainders: bool = False,
     ) -> None:
-        assert adam_w_mode and not capturable, "weight decay is decoupled, and there is no CUDA graph"
+        assert adam_w_mode, "weight decay is decoupled"
+        assert not capturable, "there is no CUDA graph"
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.master_weights = master_weights
         self.store_param_remainders = store_param_remainders and master_weights and master_weight_dtype == torch.float32

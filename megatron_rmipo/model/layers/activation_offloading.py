@@ -7,6 +7,7 @@ back to torch, which keeps what is pinned for the next of about that size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 
@@ -20,6 +21,8 @@ from megatron_rmipo.config.memory_flags import OffloadModule
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.transformer_engine import transformer_engine_layers
+
+_TAKES_STAGE = "pp_rank" in inspect.signature(PipelineOffloadManager.init_model_chunk_offload_handler).parameters
 
 
 class _HostTensors:
@@ -65,8 +68,13 @@ def begin_row(model: Module) -> None:
         return
     manager, config = PipelineOffloadManager.get_instance(), cast(TransformerConfig, model.config)
     if model.training and torch.is_grad_enabled():
-        size, stage = config.virtual_pipeline_model_parallel_size, getattr(model, "vp_stage", None)
-        manager.init_model_chunk_offload_handler(size, stage, config.min_offloaded_tensor_size)
+        manager.init_model_chunk_offload_handler(
+            # From megatron-core 0.19 on, for a share that differs by stage, which none does here.
+            **({"pp_rank": 0} if _TAKES_STAGE else {}),
+            vp_size=config.virtual_pipeline_model_parallel_size,
+            vp_stage=getattr(model, "vp_stage", None),
+            min_offloaded_tensor_size=config.min_offloaded_tensor_size,
+        )
     else:
         manager._cur_forward_chunk = None
 
