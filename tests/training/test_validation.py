@@ -8,6 +8,7 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import Experts, LatentAttention, LongRopeScaling, ModelArchitecture, Rope
 from megatron_rmipo.model import transformer_engine
+from megatron_rmipo.model.layers import activation_offloading
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.training.validation import refuse_profiling_beyond_the_end, validate
 
@@ -340,7 +341,10 @@ def test_activations_go_to_the_host_with_transformer_engine(monkeypatch: pytest.
     monkeypatch.delenv("NVTE_CPU_OFFLOAD_V1", raising=False)
     assert "NVTE_CPU_OFFLOAD_V1=1" in refusal(*OFFLOAD, "--offload-modules", "core_attn")
     monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", "1")
+    monkeypatch.setattr(activation_offloading, "IS_ANOTHER", False)
     validate(config_of(*OFFLOAD, "--offload-modules", "core_attn", "attn_proj"), ARCH, 1)
+    monkeypatch.setattr(activation_offloading, "IS_ANOTHER", True)
+    assert "is for megatron-core 0.16 so far" in refusal(*OFFLOAD, "--offload-modules", "core_attn")
 
 
 def test_modules_of_experts_are_recomputed_where_they_are() -> None:
