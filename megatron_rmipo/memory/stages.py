@@ -73,6 +73,7 @@ def stage_memories(
     *,
     world_size: int,
     pack: PackSize,
+    scored_before: PackSize | None = None,
     num_microbatches: int | None = None,
     reference: ModelArchitecture | None = None,
     fused: bool = True,
@@ -85,6 +86,7 @@ def stage_memories(
         config: the run's flags.
         world_size: all ranks; what tensor, pipeline and context parallelism leave of them is data-parallel.
         pack: a full pack, the whole row that context-parallel ranks share.
+        scored_before: a pack of a forward-only pass, where it is of another size: of responses alone.
         num_microbatches: packs of a gradient pass on a rank; None: enough that the pipeline is full.
         reference: the model that stands beside the policy, for objectives that mix its logits with the policy's.
         fused: kernels as on a GPU; False: as torch computes on the CPU.
@@ -97,14 +99,14 @@ def stage_memories(
             pack_memory(
                 arch,
                 config,
-                pack,
+                size,
                 backward=backward,
                 stage=stage,
                 num_microbatches=num_microbatches,
                 mixed=reference is not None,
                 fused=fused,
             )
-            for backward in ({False, trains})
+            for backward, size in ((False, scored_before or pack), (trains, pack))
         ]
         most = max(passes, key=lambda one: one.peak)
         memories.append(StageMemory(stage, standing, most, _host_memory(config, standing, most)))

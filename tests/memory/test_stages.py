@@ -57,6 +57,13 @@ def test_parts_add_up_to_the_peak() -> None:
     assert [scoring.parts()[name] for name in ("gradients", "optimizer", "activations")] == [0, 0, 0]
 
 
+def test_a_larger_pack_that_is_scored_before_may_need_most() -> None:
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    plain, before = (one(config(model=full), scored_before=size) for size in (None, PackSize(40 * 8192, 40 * 8192)))
+    assert before.peak > plain.peak
+    assert before.pack.activations == 0 < plain.pack.activations
+
+
 def test_a_resident_reference_stands_and_its_hidden_states_wait() -> None:
     plain, beside = (one(config(), num_microbatches=3, reference=reference) for reference in (None, LLAMA))
     assert beside.standing.reference == 2 * PARAMETERS
