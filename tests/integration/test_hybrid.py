@@ -36,6 +36,8 @@ WORLDS = {
             "PP 2, recomputation, biased attention", model="biased attention", pp=2, recompute="full", tokens_per_microbatch=120
         ),
         Case("TP 2, sequence parallel, experts", model="mixtral", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("PP 2 x VPP 2", model="mixtral", pp=2, split={"num_virtual_stages_per_pipeline_rank": 2}, tokens_per_microbatch=120),
+        Case("PP 2, one layer first", model="tied", pp=2, split={"decoder_first_pipeline_num_layers": 1}),
         Case("PP 2, experts", model="mixtral", pp=2, tokens_per_microbatch=120),
     ],
 }
