@@ -207,7 +207,7 @@ class CheckpointConfig:
     no_load_rng: bool = option(False, "Do not load the random generators' states.")
     no_verify_checkpoint: bool = option(False, "Do not compare a checkpoint's files with their digests before it is loaded.")
     no_save_optim: bool = option(False, "Do not save the optimizer's state; such a checkpoint cannot be resumed exactly.")
-    ckpt_format: Literal["torch_dist"] = option("torch_dist", "Format of checkpoints; any TP, PP and DP can load it.")
+    ckpt_format: Literal["torch_dist"] = option("torch_dist", "Format of checkpoints; any TP, PP, CP, EP and DP can load it.")
     keep_last: int | None = option(None, "Keep only this many of the newest checkpoints; unset: all.")
     save_hf: str | None = option(None, "Directory to write the final model to in Hugging Face form; all hosts see it.", "DIR")
     save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = option(

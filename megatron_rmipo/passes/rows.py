@@ -98,6 +98,8 @@ def run_rows(
         if not (begun and is_out_of_memory(error)):
             raise
         number, in_backward = begun[-1]
+        # What fills a group up is the first row once more.
+        number = number if number < len(rows) else 0
         raise PackOutOfMemory(name, rows, number, backward=backward, in_backward=in_backward, mixed=bool(references)) from error
     return outputs[: len(rows)]
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_rmipo.config.flag_problems import parallel_problems, recompute_problems
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.model.layers.recomputation import recompute_module_problems
 from megatron_rmipo.model.layout_problems import layout_problems
 from megatron_rmipo.planning.hardware import Cluster
 
@@ -40,7 +41,9 @@ def layouts(base: Config, arch: ModelArchitecture, cluster: Cluster, least: int)
         config = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **parallel))
         if not any(True for _ in problems(config, arch, cluster.gpus)):
             for recomputation in RECOMPUTATIONS:
-                yield dataclasses.replace(config, model=dataclasses.replace(base.model, **recomputation))
+                recomputing = dataclasses.replace(config, model=dataclasses.replace(base.model, **recomputation))
+                if not any(True for _ in recompute_module_problems(recomputing, arch)):
+                    yield recomputing
 
 
 def problems(config: Config, arch: ModelArchitecture, gpus: int) -> Iterator[str]:

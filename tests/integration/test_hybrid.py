@@ -31,6 +31,8 @@ WORLDS = {
     ],
     2: [
         Case("TP 2, sequence parallel", tp=2, sequence_parallel=True, tokens_per_microbatch=200),
+        Case("CP 2", cp=2, tokens_per_microbatch=120),
+        Case("CP 2, EP 2", model="mixtral", cp=2, ep=2, cp_comm_type="a2a", tokens_per_microbatch=120),
         Case("PP 2, tied", model="tied", pp=2, tokens_per_microbatch=120),
         Case(
             "PP 2, recomputation, biased attention", model="biased attention", pp=2, recompute="full", tokens_per_microbatch=120

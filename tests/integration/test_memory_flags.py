@@ -32,6 +32,8 @@ WORLDS = {
     ],
     2: [
         Case("PP 2, activations on the host", pp=2, memory=OFFLOADED, tokens_per_microbatch=120),
+        Case("CP 2, activations on the host", cp=2, memory=OFFLOADED, tokens_per_microbatch=120),
+        Case("CP 2, all recomputed", cp=2, memory={"recompute_modules": ["core_attn", "layernorm", "mlp"]}, **SELECTIVE),
         Case(
             "TP 2, sequence parallel, all recomputed",
             tp=2,
@@ -53,6 +55,7 @@ INSTANCES = [
     Case("DP 4, two instances", **TWICE),
     Case("DP 4, two instances, overlapped", overlap=True, **TWICE),
     Case("EP 2 x DP 2, two instances", **SPARSE, **TWICE),
+    Case("CP 2 x DP 2, two instances", cp=2, overlap=True, **TWICE),
 ]
 
 

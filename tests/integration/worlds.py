@@ -107,12 +107,12 @@ class Case:
         )
 
 
-def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, train_iters: int = 10) -> TrainingState:
-    """The policy with the Hugging Face weights, wrapped for training."""
-    arch = read_architecture(hf_dir)
-    policy = build_model(arch, case.config(), groups)
+def build_state(case: Case, hf_dir: Path, groups: ProcessGroups, config: Config | None = None) -> TrainingState:
+    """The policy with the Hugging Face weights, wrapped for training, by the case's configuration or another."""
+    arch, config = read_architecture(hf_dir), config or case.config()
+    policy = build_model(arch, config, groups)
     load_hf_weights(policy, hf_dir, arch, groups=groups)
-    return build_training_state(policy, case.config(), groups, train_iters=train_iters)
+    return build_training_state(policy, config, groups, train_iters=10)
 
 
 def build_batches(case: Case, pairs: PairCollection, policy: Policy, groups: ProcessGroups) -> BatchBuilder:
@@ -196,7 +196,8 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     state.optimizer.prepare_grads()
     norm = float(state.optimizer.get_grad_norm())
     if case.distributed_optimizer:
-        _gather_shares(state.model)
+        for chunk in state.model.chunks:
+            _gather_shares(chunk)
     gradients = gather_gradients(state.policy, state.policy.architecture, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
     if gradients is None:
@@ -210,9 +211,9 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     }
 
 
-def _gather_shares(model: DistributedDataParallel) -> None:
+def _gather_shares(chunk: DistributedDataParallel) -> None:
     """Each rank has reduced its share of the gradients; give all of them all."""
-    for same in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+    for same in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
         group = same.intra_distributed_optimizer_instance_group
         for bucket in same.buckets:
             share = bucket.grad_data.chunk(group.size())[group.rank()].clone()

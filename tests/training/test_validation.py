@@ -69,6 +69,8 @@ TWO_CHUNKS = (
         (("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "6"), 1),
         (("--recompute-granularity", "selective"), 1),
         (("--recompute-granularity", "selective", "--recompute-modules", "layernorm", "mlp"), 1),
+        ((*SELECTIVE, "--recompute-modules", "layernorm", "--context-parallel-size", "2"), 2),
+        ((*SELECTIVE, "--context-parallel-size", "2", "--cp-comm-type", "a2a"), 2),
         ((*PRECISE, "--main-grads-dtype", "bf16", "--exp-avg-dtype", "fp8", "--exp-avg-sq-dtype", "fp16"), 1),
         (("--split", "99,1", "--eval-interval", "5", "--eval-pairs", "10"), 1),
         (("--valid-data-path", "0.5", "A", "1.5", "B"), 1),
@@ -136,6 +138,16 @@ def test_how_a_model_is_read_needs_a_model_that_is_read() -> None:
         (("--recompute-modules", "mlp"), 1, ["--recompute-modules belong to --recompute-granularity selective"]),
         ((*SELECTIVE, "--recompute-modules", "moe"), 1, ["moe: this model has no experts", "core_attn layernorm mlp"]),
         ((*SELECTIVE, "--recompute-modules", "mla_up_proj"), 1, ["mla_up_proj: this model's attention has no latents"]),
+        (
+            (*SELECTIVE, "--context-parallel-size", "2"),
+            2,
+            ["--recompute-granularity selective alone is that of core_attn", "computed anew without it", "work: layernorm mlp"],
+        ),
+        (
+            (*SELECTIVE, "--recompute-modules", "core_attn", "--context-parallel-size", "2"),
+            2,
+            ["--recompute-modules core_attn: where keys", "computed anew without it; would work: layernorm mlp"],
+        ),
         (("--num-distributed-optimizer-instances", "2"), 2, ["needs --use-distributed-optimizer"]),
         (
             (*DISTRIBUTED, "--num-distributed-optimizer-instances", "4"),

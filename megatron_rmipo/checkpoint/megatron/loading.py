@@ -47,7 +47,7 @@ def load_checkpoint(
     iteration: Iteration | None = None,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Load the latest complete checkpoint, or the one asked for, written at any TP, PP and DP.
+    """Load the latest complete checkpoint, or the one asked for, written at any TP, PP, CP, EP and DP.
 
     From a converted model (``release``) or a checkpoint of another program the weights are taken, and the optimizer's master
     weights follow them. Random states are loaded where the layout is the one that wrote them.

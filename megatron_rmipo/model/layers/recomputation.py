@@ -18,11 +18,18 @@ def recompute_module_problems(config: Config, arch: ModelArchitecture) -> Iterat
     for name in config.memory.recompute_modules or []:
         if name in absent:
             yield f"--recompute-modules {name}: {absent[name]}; would work: {' '.join(works)}"
+    if config.model.recompute_granularity == "selective" and not config.memory.recompute_modules and "core_attn" in absent:
+        yield (
+            f"--recompute-granularity selective alone is that of core_attn: {absent['core_attn']}; leave it out, or add "
+            f"--recompute-modules, of which would work: {' '.join(works)}"
+        )
 
 
 def _absent(config: Config, arch: ModelArchitecture) -> Iterator[tuple[str, str]]:
     """Modules that nothing is computed by, or that cannot be computed anew, and why."""
     experts, model = arch.experts, config.model
+    if config.parallel.context_parallel_size > 1 and config.parallel.cp_comm_type == "all_gather":
+        yield "core_attn", "where keys and values are gathered (--cp-comm-type all_gather) attention is computed anew without it"
     if not arch.pre_norm:
         yield "layernorm", "this model has no norms before attention and MLP"
     elif transformer_engine_layers(model) and experts is None and arch.latent is None:

@@ -20,8 +20,8 @@ from tests.harness import run_distributed
 
 
 def load_both_ways(hf: Path) -> dict[str, Any]:
-    """At EP 2, four replicas of all else: whether both ways give the same; bytes of tensors that were read; what a fault says."""
-    groups = initialize_runtime(expert_model_parallel_size=2)
+    """At EP 2 x CP 2, four replicas of all else: whether both ways give the same; bytes that were read; what a fault says."""
+    groups = initialize_runtime(context_parallel_size=2, expert_model_parallel_size=2)
     arch = read_architecture(hf)
     fill_shard, read = weights.fill_shard, []
 
