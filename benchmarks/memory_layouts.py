@@ -26,7 +26,7 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.families.architecture import Experts, LatentAttention, LayerKind, ModelArchitecture, Rope
 from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.stages import StageMemory, stage_memories
-from megatron_rmipo.model.attention.sdpa import _make_band_mask
+from megatron_rmipo.model.attention.sdpa import _kept_band_mask
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.layout import conditional_layout
@@ -109,13 +109,18 @@ class MemoryLayout:
 
 _FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _SELECTIVE = {"recompute_granularity": "selective"}
+_MODULES = {"recompute_modules": ["core_attn", "layernorm", "mlp"]}
+_PRECISE = {"use_precision_aware_optimizer": True, "main_grads_dtype": "bf16", "exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"}
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+_PP2 = {"pipeline_model_parallel_size": 2}
+_CP2 = {"context_parallel_size": 2}
+_LONG = ((700, 411, 333),)
 # Pairs as large as each other, so that packs are.
 _EQUAL = ((100, 71, 73),) * 6
 LAYOUTS = (
     MemoryLayout("one rank"),
     MemoryLayout("one rank, bf16", model={"bf16": True}),
-    MemoryLayout("selective recomputation, a long pair", model=_SELECTIVE, lengths=((700, 411, 333),)),
+    MemoryLayout("selective recomputation, a long pair", model=_SELECTIVE, lengths=_LONG),
     MemoryLayout("full recomputation, odd packs", model=_FULL, lengths=((77, 31, 9), (5, 3, 2), (201, 77, 130))),
     MemoryLayout("full recomputation, bf16", model=_FULL | {"bf16": True}),
     MemoryLayout(
@@ -133,10 +138,8 @@ LAYOUTS = (
     MemoryLayout("resident reference", objective="epsilon_dpo"),
     MemoryLayout("TP 2, sequence parallel", 2, _TP2),
     MemoryLayout("TP 2", 2, {"tensor_model_parallel_size": 2}),
-    MemoryLayout("PP 2", 2, {"pipeline_model_parallel_size": 2}, lengths=_EQUAL),
-    MemoryLayout(
-        "PP 2, full recomputation, bf16", 2, {"pipeline_model_parallel_size": 2}, _FULL | {"bf16": True}, lengths=_EQUAL
-    ),
+    MemoryLayout("PP 2", 2, _PP2, lengths=_EQUAL),
+    MemoryLayout("PP 2, full recomputation, bf16", 2, _PP2, _FULL | {"bf16": True}, lengths=_EQUAL),
     MemoryLayout("DP 2, distributed optimizer, bf16", 2, {"use_distributed_optimizer": True}, {"bf16": True}),
     MemoryLayout("EP 2, experts", 2, {"expert_model_parallel_size": 2}, arch=_SHARED),
     MemoryLayout(
@@ -149,10 +152,18 @@ LAYOUTS = (
     MemoryLayout(
         "PP 2, dense and expert layers",
         2,
-        {"pipeline_model_parallel_size": 2},
+        _PP2,
         arch={"family": "qwen3_moe", "experts": Experts(8, 2, 96, dense_layers=frozenset({0, 1}))},
         lengths=_EQUAL,
     ),
+    MemoryLayout("CP 2", 2, _CP2),
+    MemoryLayout("CP 2, heads exchanged, bf16, a long pair", 2, _CP2 | {"cp_comm_type": "a2a"}, {"bf16": True}, lengths=_LONG),
+    MemoryLayout("CP 2, full recomputation, bf16, a long pair", 2, _CP2, _FULL | {"bf16": True}, lengths=_LONG),
+    MemoryLayout("PP 2, VPP 2", 2, _PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, lengths=_EQUAL),
+    MemoryLayout("PP 2, 3 and 1 layers, bf16", 2, _PP2 | {"decoder_last_pipeline_num_layers": 1}, {"bf16": True}, lengths=_EQUAL),
+    MemoryLayout("TP 2, one key/value head, sequence parallel", 2, _TP2, arch={"num_query_groups": 1}),
+    MemoryLayout("selective recomputation of attention, norms and MLP, bf16", 1, {}, _SELECTIVE | {"bf16": True}, _MODULES),
+    MemoryLayout("DP 2, precision-aware optimizer, fp8, fp16", 2, {"use_distributed_optimizer": True}, {"bf16": True}, _PRECISE),
 )
 
 
@@ -195,11 +206,11 @@ def _count(layout: MemoryLayout) -> Counted:
     prepared = prepare_batch(state.model, batch, objective, objective.initial_state(), groups, reference)
     state.model.zero_grad_buffer()
     state.model.train()
-    _make_band_mask.cache_clear()
+    _kept_band_mask.cache_clear()
     peak = peak_bytes(lambda: gradient_pass(state.model, batch, objective, prepared, groups))
     state.optimizer.step()
     state.optimizer.zero_grad()
-    _make_band_mask.cache_clear()
+    _kept_band_mask.cache_clear()
     largest = max(batch.conditional, key=lambda row: row.num_tokens)
     stage = groups.pp_rank
     dist.barrier()
@@ -214,6 +225,7 @@ def start(config: Config) -> ProcessGroups:
     return initialize_runtime(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )

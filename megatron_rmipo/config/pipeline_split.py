@@ -141,17 +141,21 @@ def _order(split: Split) -> tuple[float, int, float]:
 
 def present_split(num_layers: int, head: float, parallel: ParallelConfig) -> Split:
     """The split that the flags say, which must be one."""
-    sizes = [sum(map(len, chunks)) for chunks in stage_layers(num_layers, parallel)]
+    sizes = stage_slots(num_layers, parallel)
+    sizes[0] -= parallel.account_for_embedding_in_pipeline_split
+    sizes[-1] -= parallel.account_for_loss_in_pipeline_split
     return Split(parallel, tuple(size + head * (stage == len(sizes) - 1) for stage, size in enumerate(sizes)))
 
 
 def _splits(num_layers: int, head: float, parallel: ParallelConfig) -> Iterator[Split]:
     """Every way to split the layers over as many stages and chunks."""
     bare = _replace(parallel, dict.fromkeys(_ENDS) | dict.fromkeys(_ACCOUNTS, False))
-    sizes: Sequence[int | None] = [None, *range(1, num_layers)]
+    chunks, stages = parallel.num_virtual_stages_per_pipeline_rank or 1, parallel.pipeline_model_parallel_size
+    sizes: Sequence[int | None] = [None, *range(chunks, num_layers, chunks)]
+    pairs = (pair for pair in itertools.product(sizes, sizes) if _comes_out(num_layers, stages, [one for one in pair if one]))
     counted = itertools.product((False, True), repeat=2)
     choices: list[dict[str, Any]] = [dict(zip(_ACCOUNTS, pair, strict=True)) for pair in counted]
-    choices += [dict(zip(_ENDS, pair, strict=True)) for pair in itertools.product(sizes, sizes) if any(pair)]
+    choices += [dict(zip(_ENDS, pair, strict=True)) for pair in pairs if any(pair)]
     for choice in choices:
         flags = _replace(bare, choice)
         if not any(split_flag_problems(flags)) and _fault(num_layers, flags) is None:
@@ -163,13 +167,19 @@ def _num_counted(num_layers: int, parallel: ParallelConfig) -> int:
     return num_layers + parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
 
 
+def _comes_out(counted: int, stages: int, ends: Sequence[int]) -> bool:
+    """Whether what is left of the layers beside given ``ends`` is a whole number of them for each other stage."""
+    others, left = stages - len(ends), counted - sum(ends)
+    return left >= 0 and (left > 0) == (others > 0) and not (others and left % others)
+
+
 def _fault(num_layers: int, parallel: ParallelConfig) -> str | None:
     """Why layers cannot be split so, or None."""
     stages, counted = parallel.pipeline_model_parallel_size, _num_counted(num_layers, parallel)
     ends = [size for size in (getattr(parallel, name) for name in _ENDS) if size is not None]
     others, left = stages - len(ends), counted - sum(ends)
     layers = f"{num_layers} layers" + (f" with {counted - num_layers} more counted" if counted > num_layers else "")
-    if (left > 0) != (others > 0) or left < 0 or (others and left % others):
+    if not _comes_out(counted, stages, ends):
         rest = f", of which {left} are left for {others} stages," if ends else ""
         return f"the model's {layers}{rest} do not come out even over {stages} stages"
     slots = stage_slots(num_layers, parallel)

@@ -68,12 +68,13 @@ class Layer:
         return sum(part.elements for part in self.parts() if self._is_kept(part) and self._is_offloaded(part))
 
     def recomputed(self) -> float:
-        """Elements of a token that selective recomputation makes anew at a time, at most: of the largest of its modules."""
+        """Elements of a token that selective recomputation makes anew at a time, at most: norms, and the largest of other modules."""
         anew: dict[str, float] = {}
         for part in self.parts():
             for module in self._recompute_modules.intersection(part.recomputed_with):
                 anew[module] = anew.get(module, 0.0) + part.elements
-        return max(anew.values(), default=0.0)
+        # Norms are made anew before the module that they feed, and stay while it runs backward.
+        return anew.pop("layernorm", 0.0) + max(anew.values(), default=0.0)
 
     def parts(self) -> Iterator[Part]:
         """Whatever it keeps with nothing recomputed."""

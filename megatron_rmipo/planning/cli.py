@@ -28,6 +28,9 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The flags; those of the objective depend on which it is."""
     parser = argparse.ArgumentParser(
         prog="plan_layout.py",
+        # All flags of objectives would fill the screen above the word on what is wrong.
+        usage="plan_layout.py --hf-model DIR|FILE|NAME (--data PREFIX|FILE | --lengths P,C,R) --gpus N [flags, see --help]",
+        allow_abbrev=False,
         description="Find the layout with which a model trains fastest on some machines, by estimate; none of them is needed.",
     )
     parser.add_argument(
@@ -46,7 +49,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes")
     parser.add_argument("--nodes", type=int, help="nodes that they are in (default: 8 GPUs a node)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="kind of GPU (default: h100)")
+    parser.add_argument("--gpu", type=str.lower, choices=sorted(GPUS), help="kind of GPU (default: h100)")
     parser.add_argument("--gpu-memory-gb", type=float, help="GB of memory of a GPU (default: what its kind has)")
     parser.add_argument(
         "--interconnect",

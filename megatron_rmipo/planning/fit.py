@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_layout import UNCONDITIONAL_PACK_FACTOR
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.memory.estimate import pack_memory
 from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.stages import StageMemory, neediest, stage_memories
 from megatron_rmipo.planning.short_numbers import figure
@@ -37,21 +34,16 @@ def rank_memory(
         passes_before: responses alone are scored in packs of their own, which hold more tokens.
     """
     capacity = config.data.tokens_per_microbatch
+    alone = capacity * UNCONDITIONAL_PACK_FACTOR
     stages = stage_memories(
         arch,
         config,
         world_size=gpus,
         pack=PackSize(capacity, num_scored),
+        scored_before=PackSize(alone, alone) if passes_before else None,
         num_microbatches=num_packs,
         reference=arch if mixed else None,
     )
-    if passes_before:
-        alone = PackSize(capacity * UNCONDITIONAL_PACK_FACTOR, capacity * UNCONDITIONAL_PACK_FACTOR)
-        before = [pack_memory(arch, config, alone, backward=False, stage=one.stage, fused=True) for one in stages]
-        stages = tuple(
-            dataclasses.replace(one, pack=max(one.pack, pack, key=lambda found: found.peak))
-            for one, pack in zip(stages, before, strict=True)
-        )
     return neediest(stages)
 
 

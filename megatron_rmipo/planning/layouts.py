@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_rmipo.config.flag_problems import parallel_problems, recompute_problems
+from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.pipeline_split import best_split, stage_layers
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.layers.recomputation import recompute_module_problems
@@ -26,7 +29,7 @@ RECOMPUTATIONS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def layouts(base: Config, arch: ModelArchitecture, cluster: Cluster, least: int) -> Iterator[Config]:
+def layouts(base: Config, arch: ModelArchitecture, cluster: Cluster, least: int, head: float = 0.0) -> Iterator[Config]:
     """Every layout that the trainer takes, each with one recomputation and one size of packs.
 
     Powers of two and what the model's layers give; tensor parallelism stays within a node.
@@ -36,9 +39,10 @@ def layouts(base: Config, arch: ModelArchitecture, cluster: Cluster, least: int)
         arch: the model.
         cluster: the machines.
         least: tokens of the largest pair, which context-parallel ranks share.
+        head: what the output layer costs, as so many layers.
     """
-    for parallel in _parallel(base, arch, cluster, max(1, least // LEAST_TOKENS_OF_RANK)):
-        config = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **parallel))
+    for parallel in _parallel(base, arch, cluster, max(1, least // LEAST_TOKENS_OF_RANK), head):
+        config = dataclasses.replace(base, parallel=parallel)
         if not any(True for _ in problems(config, arch, cluster.gpus)):
             for recomputation in RECOMPUTATIONS:
                 recomputing = dataclasses.replace(config, model=dataclasses.replace(base.model, **recomputation))
@@ -73,9 +77,12 @@ def pack_sizes(least: int, most: float, context_ranks: int) -> list[int]:
     return [size for number, size in enumerate(sizes) if number == 0 or sizes[number - 1] < most][:MOST_PACK_SIZES]
 
 
-def _parallel(base: Config, arch: ModelArchitecture, cluster: Cluster, most_context: int) -> Iterator[dict[str, Any]]:
+def _parallel(
+    base: Config, arch: ModelArchitecture, cluster: Cluster, most_context: int, head: float
+) -> Iterator[ParallelConfig]:
     """Flags of parallelism, those that cannot work among them."""
     gpus = cluster.gpus
+    splits = functools.cache(lambda pipeline: list(_splits(base.parallel, arch.num_layers, pipeline, head)))
     for tensor in _powers(cluster.gpus_per_node):
         for pipeline in _divisors(gpus // tensor, arch.num_layers):
             for context in _powers(min(most_context, gpus // (tensor * pipeline))):
@@ -91,9 +98,9 @@ def _parallel(base: Config, arch: ModelArchitecture, cluster: Cluster, most_cont
                     "overlap_grad_reduce": shared,
                     "overlap_param_gather": shared,
                 }
-                for split in _splits(arch, pipeline):
+                for split in splits(pipeline):
                     for experts in _experts(arch, tensor, gpus // pipeline):
-                        yield {**common, **experts, **split}
+                        yield dataclasses.replace(split, **common, **experts)
 
 
 def _experts(arch: ModelArchitecture, tensor: int, ranks: int) -> Iterator[dict[str, Any]]:
@@ -105,30 +112,28 @@ def _experts(arch: ModelArchitecture, tensor: int, ranks: int) -> Iterator[dict[
         yield {"expert_model_parallel_size": size, "expert_tensor_parallel_size": 1 if tensor > 1 else None}
 
 
-def _splits(arch: ModelArchitecture, pipeline: int) -> Iterator[dict[str, Any]]:
-    """How layers are split over stages and their chunks: evenly, with the output layer or both tables in the place of a layer."""
+def _splits(base: ParallelConfig, num_layers: int, pipeline: int, head: float) -> Iterator[ParallelConfig]:
+    """How layers are split over stages and their chunks: so that the output layer is made up for, and as evenly as they go."""
+    one_chunk = dataclasses.replace(base, pipeline_model_parallel_size=pipeline)
     if pipeline == 1:
-        yield {"pipeline_model_parallel_size": 1}
+        yield one_chunk
         return
-    accounts: Sequence[tuple[bool, bool]] = ((False, False), (False, True), (True, True))
-    for embedding, loss in accounts:
-        counted = arch.num_layers + embedding + loss
-        if counted % pipeline:
-            continue
-        split: dict[str, Any] = {"pipeline_model_parallel_size": pipeline}
-        if embedding:
-            split["account_for_embedding_in_pipeline_split"] = True
-        if loss:
-            split["account_for_loss_in_pipeline_split"] = True
-        yield split
-        each = counted // pipeline
-        counts = [number for number in range(2, min(each, MOST_CHUNKS) + 1) if each % number == 0]
-        for chunks in {
-            counts[number * (len(counts) - 1) // (MOST_CHUNK_COUNTS - 1)] for number in range(MOST_CHUNK_COUNTS) if counts
-        }:
-            # A chunk that holds a table instead of a layer must hold a layer, too.
-            if not (loss and each == chunks):
-                yield {**split, "num_layers_per_virtual_pipeline_stage": each // chunks}
+    counts = range(2, min(num_layers // pipeline, MOST_CHUNKS) + 1)
+    chunked = [dataclasses.replace(one_chunk, num_virtual_stages_per_pipeline_rank=number) for number in counts]
+    found = [splits for parallel in chunked if (splits := _best_splits(parallel, num_layers, head))]
+    # The fewest chunks, the most, and some between.
+    places = {number * (len(found) - 1) // (MOST_CHUNK_COUNTS - 1) for number in range(MOST_CHUNK_COUNTS) if found}
+    yield from _best_splits(one_chunk, num_layers, head)
+    for place in sorted(places):
+        yield from found[place]
+
+
+def _best_splits(parallel: ParallelConfig, num_layers: int, head: float) -> list[ParallelConfig]:
+    """With the output layer made up for, and without, where the first stages have no room for it."""
+    found = [best_split(num_layers, cost, parallel) for cost in (head, 0.0)]
+    split = {one.parallel: None for one in found if one is not None}
+    # Without a layer a chunk is all wait.
+    return [one for one in split if all(all(chunks) for chunks in stage_layers(num_layers, one))]
 
 
 def _powers(most: int) -> list[int]:

@@ -60,6 +60,11 @@ class Estimate:
         return self.step.total
 
     @property
+    def shape(self) -> Sizes:
+        """Its ranks, in whatever chunks."""
+        return dataclasses.replace(self.sizes, chunks=1)
+
+    @property
     def name(self) -> str:
         """The layout in short."""
         model = self.config.model
@@ -87,7 +92,7 @@ class Planner:
 
     def __init__(self, arch: ModelArchitecture, base: Config, loads: Workloads) -> None:
         self.arch, self.base, self.loads = arch, base, loads
-        self._scored_share = loads.scored_share(base)
+        self._scored_share, self._head_share = loads.scored_share(base), loads.head_share(base)
 
     def estimate(self, config: Config, cluster: Cluster, *, timed: bool = True) -> Estimate:
         """What a layout that the model can have needs, and where it fits or ``timed`` says so how long a step takes."""
@@ -113,7 +118,8 @@ class Planner:
         """
         least = max(self.loads.largest_pair(self.base), self.base.data.seq_length)
         within: set[ParallelConfig] = set()
-        by_layout = itertools.groupby(layouts(self.base, self.arch, cluster, least), key=lambda config: config.parallel)
+        head = self._head_share * self.arch.num_layers
+        by_layout = itertools.groupby(layouts(self.base, self.arch, cluster, least, head), key=lambda config: config.parallel)
         for parallel, ways in by_layout:
             sizes = Sizes.of(parallel, self.arch.num_layers, cluster.gpus)
             same = dataclasses.replace(parallel, expert_model_parallel_size=1)
@@ -140,15 +146,26 @@ class Planner:
                     break
                 fewest = found.load.num_packs
 
-    def fastest(self, fitting: Sequence[Estimate]) -> list[Estimate]:
-        """Those that may matter with their times, the fastest first; of the others it shows before stages are simulated."""
+    def fastest(self, fitting: Sequence[Estimate], number: int) -> list[Estimate]:
+        """Layouts of the fastest shapes with their times, the fastest first; of others it shows before stages are simulated.
+
+        Args:
+            fitting: those that fit.
+            number: of shapes.
+        """
         bounds = [step_seconds(self.arch, one.config, one.cluster, one.load, simulated=False).total for one in fitting]
-        best, timed = math.inf, []
+        timed: list[Estimate] = []
+        of_shapes: dict[Sizes, float] = {}
         for bound, one in sorted(zip(bounds, fitting, strict=True), key=lambda pair: pair[0]):
-            if bound > MATTERS * best:
+            times = sorted(of_shapes.values())
+            if (
+                times
+                and bound > AS_GOOD * times[0]
+                and (bound > MATTERS * times[0] or bound > (times + [math.inf] * number)[number - 1])
+            ):
                 break
             timed.append(dataclasses.replace(one, step=step_seconds(self.arch, one.config, one.cluster, one.load)))
-            best = min(best, timed[-1].seconds)
+            of_shapes[one.shape] = min(timed[-1].seconds, of_shapes.get(one.shape, math.inf))
         return sorted(timed, key=lambda one: one.seconds)
 
     def fits_on(self, cluster: Cluster) -> bool:
@@ -188,15 +205,15 @@ def make_plan(planner: Planner, cluster: Cluster, *, num_others: int = 5) -> Pla
     if not found:
         lines = "\n".join(f"  - {line}" for line in problems(planner.base, planner.arch, cluster.gpus))
         raise ConfigError(f"the trainer takes no layout of this model on {cluster}:\n{lines}")
-    fitting = planner.fastest([one for one in found if one.fits])
+    fitting = planner.fastest([one for one in found if one.fits], num_others + 1)
     if not fitting:
         raise ConfigError(_fits_nowhere(planner, cluster, found))
     best = min((one for one in fitting if one.seconds <= AS_GOOD * fitting[0].seconds), key=_complexity)
     fastest: dict[Sizes, Estimate] = {}
     for one in fitting:
         # In as many chunks as is best.
-        fastest.setdefault(dataclasses.replace(one.sizes, chunks=1), one)
-    others = [one for sizes, one in fastest.items() if sizes != dataclasses.replace(best.sizes, chunks=1)]
+        fastest.setdefault(one.shape, one)
+    others = [one for shape, one in fastest.items() if shape != best.shape]
     some_fit = {one.sizes for one in found if one.fits}
     misfits = {one.sizes: one for one in found if not one.fits and one.sizes not in some_fit}
     too_large = sorted(misfits.values(), key=_complexity)

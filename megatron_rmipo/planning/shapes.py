@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from pathlib import Path
@@ -41,8 +42,9 @@ def read_shape(name: str) -> ModelArchitecture:
     if not path.exists() and name.lower() in _shapes():
         return architecture_of(_shapes()[name.lower()], _PATH)
     if not path.exists():
+        near = difflib.get_close_matches(name.lower(), _shapes(), n=1)
         raise ConversionError(
-            f"--hf-model {name}: there is no such directory or config.json, and no shape of that name; known are "
-            f"{', '.join(_shapes())}."
+            f"--hf-model {name}: there is no such directory or config.json, and no shape of that name"
+            f"{f'; did you mean {near[0]}?' if near else '.'} Known are {', '.join(_shapes())}."
         )
     return read_architecture(path)

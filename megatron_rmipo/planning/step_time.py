@@ -8,16 +8,15 @@ assumed where they stand. None of it was measured on a GPU by this project.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import numpy as np
 
-from megatron_rmipo.config.pipeline_split import stage_shares
+from megatron_rmipo.config.pipeline_split import stage_layers, stage_shares
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts, Stages, simulated_length
-from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
-from megatron_rmipo.families.tensors import layer_parameters
+from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts, Stages, least_length, simulated_length
+from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.standing import stage_parameters
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.planning.communication import handover_seconds, pack_seconds, replica_seconds
 from megatron_rmipo.planning.hardware import Cluster
@@ -67,32 +66,42 @@ def step_seconds(
         cluster: the machines.
         load: of a step on the costliest data-parallel rank.
         tensor_overlapped: tensor-parallel messages travel beside matrix products, as published runs have it and ours do not.
-        simulated: False leaves out how long stages wait, and is soon done.
+        simulated: False says of how long stages wait the least that it can be, and is soon done.
     """
     sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
+    dense, expert = shard_parameters(arch, config)
     parts: dict[str, float] = {}
     passes = []
     for one, tokens in zip(load.passes, load.tokens, strict=True):
-        seconds = _pass_seconds(arch, config, cluster, one, tokens, tensor_overlapped=tensor_overlapped)
+        seconds = _pass_seconds(arch, config, cluster, one, tokens, dense + expert, tensor_overlapped=tensor_overlapped)
         for name, of_packs in seconds.items():
             parts[name] = parts.get(name, 0.0) + float(of_packs.sum()) / sizes.pp
         layers = np.asarray(sum(of_packs for name, of_packs in seconds.items() if name != "output layer"))
         # What a backward takes beyond twice the forward is spread over both.
         factor = 1.0 + BACKWARD * one.backward
         passes.append(PassCosts(layers / factor, seconds["output layer"] / factor, one.backward))
-    if simulated:
-        stages = Stages(stage_shares(arch.num_layers, config.parallel))
-        parts["waiting"] = simulated_length(passes, stages) - sum(parts.values())
-    dense, expert = shard_parameters(arch, config, sizes)
+    stages = Stages(stage_shares(arch.num_layers, config.parallel))
+    length = simulated_length if simulated else least_length
+    parts["waiting"] = length(passes, stages) - sum(parts.values())
     parts.update(_update_seconds(config, cluster, sizes, passes[-1], dense, expert))
     total = sum(parts.values())
     return StepSeconds({name: each for name, each in parts.items() if each > 1e-4 * total}, load.flops / total / cluster.gpus)
 
 
 def _pass_seconds(
-    arch: ModelArchitecture, config: Config, cluster: Cluster, one: PassCosts, tokens: float, *, tensor_overlapped: bool
+    arch: ModelArchitecture,
+    config: Config,
+    cluster: Cluster,
+    one: PassCosts,
+    tokens: float,
+    shard: float,
+    *,
+    tensor_overlapped: bool,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each pack of a pass, forward and backward, all stages together, float64 ``[M]`` by name."""
+    """Seconds of each pack of a pass, forward and backward, all stages together, float64 ``[M]`` by name.
+
+    ``tokens`` are of all packs, ``shard`` the numbers in a rank's weights.
+    """
     sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
     # Tokens of each pack, about: the layers cost by them.
     of_packs = tokens * one.layers / max(float(one.layers.sum()), 1e-9)
@@ -107,8 +116,7 @@ def _pass_seconds(
     even = of_packs / max(mean, 1e-9)
     again = one.backward * recomputed_share(arch, config)
     exchanges = 1.0 + one.backward + again
-    dense, expert = shard_parameters(arch, config, sizes)
-    weights = WEIGHT_BYTES / 3.0 * (dense + expert) * sizes.pp / cluster.gpu.memory_rate
+    weights = WEIGHT_BYTES / 3.0 * shard * sizes.pp / cluster.gpu.memory_rate
     handover = handover_seconds(arch, config, cluster, mean) * sizes.pp * sizes.chunks * (1.0 + one.backward)
     return {
         "compute": forward * rounds + weights * rounds,
@@ -127,8 +135,9 @@ def recomputed_share(arch: ModelArchitecture, config: Config) -> float:
     if model.recompute_granularity != "full":
         return 0.0
     if model.recompute_method == "block":
-        stage = arch.num_layers / config.parallel.pipeline_model_parallel_size
-        return min(1.0, (model.recompute_num_layers or 1) / stage)
+        most = model.recompute_num_layers or 1
+        chunks = [chunk for stage in stage_layers(arch.num_layers, config.parallel) for chunk in stage]
+        return sum(min(most, len(chunk)) for chunk in chunks) / arch.num_layers
     return 1.0
 
 
@@ -154,19 +163,11 @@ def expert_flops(arch: ModelArchitecture) -> float:
     return 2.0 * 3 * arch.hidden_size * arch.experts.per_token * arch.experts.ffn_hidden_size * len(arch.expert_layers)
 
 
-def shard_parameters(arch: ModelArchitecture, config: Config, sizes: Sizes) -> tuple[float, float]:
+def shard_parameters(arch: ModelArchitecture, config: Config) -> tuple[float, float]:
     """Numbers in a rank's shard of the weights, mean over the stages: without experts, in experts."""
-    cut, whole, expert = _layer_numbers(arch)
-    vocabulary = padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, sizes.tp) * arch.hidden_size
-    dense = cut / sizes.tp + whole + (2 - arch.tied_embeddings) * vocabulary / sizes.tp
-    return dense / sizes.pp, expert / (sizes.ep * sizes.etp) / sizes.pp
-
-
-@functools.lru_cache(maxsize=8)
-def _layer_numbers(arch: ModelArchitecture) -> tuple[int, int, int]:
-    """Numbers in all layers that tensor parallelism cuts, that it does not, and that are experts'."""
-    counts = [layer_parameters(arch, layer) for layer in range(arch.num_layers)]
-    return sum(one.cut for one in counts), sum(one.whole for one in counts), sum(one.num_experts * one.expert for one in counts)
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    dense, expert = np.mean([stage_parameters(arch, config, stage) for stage in stages], axis=0)
+    return float(dense), float(expert)
 
 
 def _update_seconds(

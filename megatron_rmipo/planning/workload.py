@@ -10,7 +10,8 @@ import numpy as np
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
-from megatron_rmipo.data.batches.pipeline_bubble import PassCosts
+from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, Stages
+from megatron_rmipo.data.batches.spread import spread_evenly
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.objectives.base import LogpNeeds
@@ -58,6 +59,7 @@ class Workloads:
         self.arch, self.needs = arch, needs
         self.pairs = lengths.with_mismatched() if needs.mismatched else lengths
         self._found: dict[BatchLayout, Workload] = {}
+        self._shares: dict[tuple[int, bytes], list[list[int]]] = {}
 
     def layout(self, config: Config, dp_size: int) -> BatchLayout:
         """How batches are laid out with some flags."""
@@ -77,9 +79,17 @@ class Workloads:
         scored = lengths[:, 1:].sum() if layout.with_rejected else lengths[:, 1].sum()
         return float(scored / max(1, layout.gradient_tokens(lengths).sum()))
 
+    def head_share(self, config: Config) -> float:
+        """Work of the output layer over that of all layers, in the gradient pass of all pairs."""
+        sizes = self.layout(config, 1).gradient_sizes(self.pairs.lengths)
+        head = float(sizes.head_costs.sum())
+        return head / max(1.0, float(sizes.costs.sum()) - head)
+
     def of(self, config: Config, dp_size: int) -> Workload:
         """The first global batch under some flags."""
         layout = self.layout(config, dp_size)
+        # How many layers each stage holds changes no pack.
+        layout = dataclasses.replace(layout, stages=Stages.even(layout.num_stages, layout.stages.num_chunks))
         if layout not in self._found:
             self._found[layout] = self._cut(layout, config.training.global_batch_size)
         return self._found[layout]
@@ -87,7 +97,7 @@ class Workloads:
     def _cut(self, layout: BatchLayout, batch_size: int) -> Workload:
         indices = self.pairs.batch(batch_size)
         pairs: Any = self.pairs  # In the place of a collection, of which no pair is read here.
-        _, (passes,) = BatchBuilder(pairs, layout).pass_costs(indices, [0])
+        _, (passes,) = BatchBuilder(pairs, layout, self._spread).pass_costs(indices, [0])
         lengths = self.pairs.lengths_of(indices)
         gradient = layout.gradient_sizes(lengths)
         beside = [layout.unconditional_sizes(lengths)] if layout.has_unconditional_pass else []
@@ -101,6 +111,13 @@ class Workloads:
             num_pairs=len(indices),
             num_tokens=float(gradient.tokens.sum()),
         )
+
+    def _spread(self, costs: np.ndarray, num_shares: int) -> list[list[int]]:
+        """Over as many data-parallel ranks the same, whatever else a layout is."""
+        key = (num_shares, costs.tobytes())
+        if key not in self._shares:
+            self._shares[key] = spread_evenly(costs, num_shares)
+        return self._shares[key]
 
 
 def equal_sequences(arch: ModelArchitecture, length: int, packs: int, sequences: int = 1, *, replicas: int = 1) -> Workload:

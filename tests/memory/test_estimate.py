@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
+from megatron_rmipo.config.memory_flags import MemoryConfig, RecomputeModule
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
@@ -231,6 +232,17 @@ def test_activations_are_those_of_the_layers_added_up() -> None:
             one = pack_memory(LLAMA_3_8B, staged, pack, backward=backward, fused=True, stage=stage)
             assert (one.head > 0) == (stage == 3)
             assert one.layer > 0
+
+
+def test_norms_made_anew_stay_beside_the_module_that_they_feed() -> None:
+    def layer(*modules: RecomputeModule) -> float:
+        config = llama(bf16=True, recompute_granularity="selective")
+        config = dataclasses.replace(config, memory=MemoryConfig(recompute_modules=list(modules)))
+        return pack_memory(LLAMA_3_8B, config, PackSize(8192, 4096), backward=True, fused=True).layer
+
+    norms = 2 * 8192 * 2 * 4096
+    assert layer("layernorm", "mlp") - layer("mlp") == norms
+    assert layer("core_attn", "mlp", "layernorm") == layer("mlp", "layernorm")
 
 
 def test_the_head_grows_with_the_chunk_and_not_with_the_vocabulary() -> None:

@@ -29,7 +29,10 @@ def test_flags_win() -> None:
 @pytest.mark.parametrize(
     ("planning", "gpus", "words"),
     [
-        (PlanningConfig(nodes=3), 8, ["8 GPUs", "3 nodes", "--gpus 6"]),
+        (PlanningConfig(nodes=3), 8, ["8 GPUs", "3 nodes", "--gpus 6", "--nodes 4 with 2 GPUs"]),
+        (PlanningConfig(), 20, ["20 GPUs", "3 nodes", "--gpus 18", "--nodes 4 with 5 GPUs"]),
+        (PlanningConfig(nodes=9), 2, ["2 GPUs", "9 nodes", "--nodes 2 with 1 GPUs"]),
+        (PlanningConfig(gpu_memory_gb=2.0), 8, ["--gpu-memory-gb 2:", "2.5 GB"]),
         (PlanningConfig(interconnect="nvlink"), 8, ["--interconnect nvlink", "nvlink,ib400"]),
         (PlanningConfig(interconnect="nvlink,ib"), 8, ["--interconnect nvlink,ib:", "Gbit/s"]),
         (PlanningConfig(interconnect="copper,ib400"), 8, ["copper", "pcie5"]),

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
-from megatron_rmipo.planning import cli
+from megatron_rmipo.planning import cli, workload
 from megatron_rmipo.planning.hardware import Cluster, read_cluster
 from megatron_rmipo.planning.layouts import layouts, pack_sizes, problems
 from megatron_rmipo.planning.lengths import PairLengths
@@ -68,6 +69,37 @@ def test_long_rows_are_shared_by_context_parallel_ranks() -> None:
     # Where keys are gathered, attention alone is computed anew without a flag.
     shared = {one.model.recompute_granularity for one in long if one.parallel.context_parallel_size > 1}
     assert shared == {None, "full"}
+
+
+def test_the_output_layer_is_made_up_for_where_flags_can() -> None:
+    """Six layers over two stages, an output layer as dear as two: the last one holds two; or, for memory, even ones."""
+    found = {one.parallel for one in layouts(base(), DENSE, cluster(2), 1000, head=2.0)}
+    splits = {stage_shares(6, one) for one in found if one.pipeline_model_parallel_size == 2}
+    counts = {tuple(tuple(round(6 * share) for share in chunks) for chunks in stages) for stages in splits}
+    assert counts == {((3,), (3,)), ((4,), (2,)), ((1, 2), (2, 1)), ((2, 2), (1, 1)), ((1, 1, 1), (1, 1, 1))}
+
+
+def test_the_fastest_shapes_are_those_of_all_that_fit() -> None:
+    one = planner(DENSE)
+    fitting = [found for found in one.candidates(cluster(8)) if found.fits]
+    every = {}
+    for found in fitting:
+        seconds = one.estimate(found.config, found.cluster).seconds
+        every[found.shape] = min(seconds, every.get(found.shape, seconds))
+    for number in (1, 3):
+        fastest = one.fastest(fitting, number)
+        assert fastest[0].seconds == pytest.approx(min(every.values()))
+        times = dict(reversed([(found.shape, found.seconds) for found in fastest]))
+        assert sorted(times.values())[:number] == pytest.approx(sorted(every.values())[:number])
+    assert len(one.fastest(fitting, 1)) < len(fitting)
+
+
+def test_pairs_are_shared_out_once_for_each_number_of_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_out = []
+    spread = workload.spread_evenly
+    monkeypatch.setattr(workload, "spread_evenly", lambda costs, number: shared_out.append(number) or spread(costs, number))
+    list(planner(DENSE).candidates(cluster(8)))
+    assert sorted(shared_out) == [1, 2, 4, 8]
 
 
 def test_sizes_of_packs() -> None:

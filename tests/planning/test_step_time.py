@@ -98,7 +98,7 @@ def test_a_step_on_one_gpu_by_hand() -> None:
     found = step_seconds(DENSE, config_of(), cluster, load)
     cost = forward_cost_model(DENSE)
     flops = 3 * 3 * (cost.per_token * 1024 + cost.per_area * 1024 * 1025 / 2 + cost.per_scored_token * 1024)
-    numbers = sum(shard_parameters(DENSE, config_of(), Sizes.of(config_of().parallel, 32, 1)))
+    numbers = sum(shard_parameters(DENSE, config_of()))
     assert numbers == pytest.approx(8.03e9, rel=1e-3)
     computed = flops / (DENSE_SHARE * 989.4e12) + 3 * WEIGHT_BYTES * numbers / 3.35e12
     assert found.total == pytest.approx(computed + UPDATE_BYTES * numbers / 3.35e12)

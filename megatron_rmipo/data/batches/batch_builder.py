@@ -18,6 +18,9 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.errors import ConfigError
 
+# Costs of pairs and a number of shares -> the pairs of each share: :func:`megatron_rmipo.data.batches.spread.spread_evenly`.
+Spread = Callable[[np.ndarray, int], list[list[int]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class RankBatch:
@@ -72,11 +75,18 @@ class RankBatch:
 
 
 class BatchBuilder:
-    """Pair indices to a :class:`RankBatch`: cut by lengths alone, the same on every rank, then laid out for this one."""
+    """Pair indices to a :class:`RankBatch`: cut by lengths alone, the same on every rank, then laid out for this one.
 
-    def __init__(self, pairs: PairCollection, layout: BatchLayout) -> None:
+    Args:
+        pairs: the data set.
+        layout: how batches are cut and laid out.
+        spread: shares pairs out to data-parallel ranks; who builds many layouts hands over one that remembers its answers.
+    """
+
+    def __init__(self, pairs: PairCollection, layout: BatchLayout, spread: Spread = spread_evenly) -> None:
         self.pairs = pairs
         self.layout = layout
+        self._spread = spread
 
     def build(self, pair_indices: np.ndarray, mean_chosen_length: float | None = None) -> RankBatch:
         """Cut and lay out one global batch.
@@ -156,7 +166,7 @@ class BatchBuilder:
 
         Where ranks meet in layers, those of all ranks: each has to know how many packs the others run.
         """
-        shares = spread_evenly(costs, self.layout.dp_size)
+        shares = self._spread(costs, self.layout.dp_size)
         looked_at = range(len(shares)) if self.layout.equal_packs else ranks
         return [self._packs(one, shares, looked_at) for one in passes]
 

@@ -156,6 +156,17 @@ def simulated_length(passes: Sequence[PassCosts], stages: Stages) -> float:
     return _run([make(passes, stage, stages) for stage in range(stages.num_stages)])
 
 
+def least_length(passes: Sequence[PassCosts], stages: Stages) -> float:
+    """What :func:`simulated_length` is at least, without a simulation: a stage's work, and a pack's way to it and back."""
+    first, last = passes[0], passes[-1]
+    longest = way = 0.0
+    for stage in range(stages.num_stages):
+        longest = max(longest, way + sum(one.stage_work(stages)[stage] for one in passes))
+        way += float(first.on_chunk(stages, stage, 0).min())
+        way += BACKWARD * last.backward * float(last.on_chunk(stages, stage, 0).min())
+    return longest
+
+
 # What a stage does: each time a cost, and then what is handed over, all of it at one time.
 _Program = list[tuple[float, list[Message]]]
 

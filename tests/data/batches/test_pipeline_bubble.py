@@ -23,6 +23,7 @@ from megatron_rmipo.data.batches.pipeline_bubble import (
     even_length,
     fastest_packs,
     idle_share,
+    least_length,
     simulated_length,
     stage_order,
 )
@@ -75,6 +76,18 @@ def test_no_other_number_of_even_packs_is_faster(num_stages: int) -> None:
         }
         assert times[chosen] <= 1.01 * min(times.values())
     assert fastest_packs(0, Stages.even(num_stages)) == fastest_packs(PACK_TOKENS // 9, Stages.even(num_stages)) == 1
+
+
+@pytest.mark.parametrize("shares", [((0.4,), (0.3,), (0.3,)), ((0.2, 0.1), (0.2, 0.2), (0.1, 0.2)), ((0.1, 0.5), (0.2, 0.2))])
+def test_no_step_is_shorter_than_the_least(shares: tuple[tuple[float, ...], ...]) -> None:
+    random, stages = np.random.default_rng(4), Stages(shares)
+    for head in (0.0, 1.5):
+        passes = [costs(*random.uniform(1, 9, size), head=head, backward=size == 7) for size in (3, 7)]
+        least, length = least_length(passes, stages), simulated_length(passes, stages)
+        slowest = max(sum(one.stage_work(stages)[stage] for one in passes) for stage in range(len(shares)))
+        assert slowest <= least <= length
+    even = [costs(*[2.0] * 5)]
+    assert least_length(even, Stages.even(3)) == pytest.approx(simulated_length(even, Stages.even(3)))
 
 
 def test_the_replica_that_takes_longest_sets_the_step() -> None:
