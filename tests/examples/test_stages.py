@@ -58,7 +58,7 @@ def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None
     message = run_script(LLAMA, environment(tmp_path, **inputs), "--epochs", "3", expect=1)
     assert "other settings" in message
     # Another layout trains the same model.
-    layout = ["--context-parallel-size", "2", "--recompute-modules", "core_attn", "mlp", "--no-sequence-parallel", "--hf-read=each"]
+    layout = ["--context-parallel-size", "2", "--recompute-modules", "core_attn", "mlp", "--no-sequence-parallel"]
     run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"), *layout)
     message = run_script(LLAMA, environment(tmp_path, **inputs), *layout, "--seed", "5", expect=1)
     assert "  now:  --seed 5\n" in message
