@@ -84,19 +84,22 @@ preprocess() {
     stage "preprocess $1" "$WORK_DIR/data/$1.json" "$WORK_DIR/data/$1.*" python "$ROOT/tools/preprocess_preferences.py" "${arguments[@]}"
 }
 
-# what_trains FLAGS...: those on which the trained model depends, each with its values a setting in MADE_FROM. The others may change
-# between two starts of one training.
+# what_trains FLAGS...: those on which the trained model depends, each with its values a setting in MADE_FROM. The others, such as the
+# layout, may change between two starts of one training.
 what_trains() {
-    local settings=()
+    local settings=() name
     while (($#)); do
-        case ${1%%=*} in
-            --async-save | --check-links | --debug | --no-verify-checkpoint | --profile | --record-memory-history) ;;
-            --exit-interval | --log-interval | --save-interval | --keep-last | --eval-interval | --num-workers | --log-dir | \
-                --tensorboard-dir | --wandb-project | --wandb-exp-name | --distributed-timeout-minutes | --hf-read | --reference-cache | \
-                --profile-step-start | --profile-step-end | --tokens-per-microbatch | --min-microbatches-per-stage | \
-                --logprob-chunk-size | \
-                --recompute-granularity | --recompute-method | --recompute-num-layers)
-                if [[ $1 != *=* ]]; then shift; fi
+        name=${1%%=*}
+        case ${name/#--no-/--} in
+            --*-parallel-size | --*-pipeline-* | --cp-comm-type | --sequence-parallel | --use-distributed-optimizer | \
+                --num-distributed-optimizer-instances | --overlap-* | --distributed-* | --check-links | --hf-read | \
+                --tokens-per-microbatch | --min-microbatches-per-stage | --logprob-chunk-size | --recompute-* | \
+                --fine-grained-activation-offloading | --offload-modules | --min-offloaded-tensor-size | \
+                --exit-interval | --eval-interval | --save-interval | --async-save | --keep-last | --verify-checkpoint | \
+                --log-interval | --log-dir | --log-expert-load | --tensorboard-dir | --wandb-* | --debug | \
+                --profile | --profile-* | --record-memory-history | --num-workers | --reference-cache)
+                # With what follows it.
+                while (($# > 1)) && [[ $2 != --* ]]; do shift; done
                 ;;
             --config | --reference-hf | --reference-load)
                 # Known by its contents.
@@ -275,5 +278,7 @@ set_layout() {
         die "python is not on the PATH: run 'make venv', or activate the environment this project is installed in"
     fi
     # Says what is missing, or lies where nothing can read it.
-    python -m megatron_rmipo.entry "HF_MODEL=${HF_MODEL:-}" "DATA=${DATA:-}" "WORK_DIR=${WORK_DIR:-}" || exit
+    local name given=()
+    for name in HF_MODEL DATA VALID_DATA SFT_DATA CHAT_TEMPLATE WORK_DIR; do given+=("$name=${!name:-}"); done
+    python -m megatron_rmipo.entry "${given[@]}" || exit
 }

@@ -25,9 +25,7 @@ from megatron_rmipo.errors import ConfigError
 class ModelConfig:
     """Model: where its weights come from and how it is computed."""
 
-    load_hf: str | None = option(
-        None, "Hugging Face model to start from where --load holds no complete checkpoint; each rank reads its own slices.", "DIR"
-    )
+    load_hf: str | None = option(None, "Hugging Face model to start from where --load holds no complete checkpoint.", "DIR")
     hf_read: Literal["each", "broadcast"] = option(
         "broadcast",
         "Who reads the weights of --load-hf and --reference-hf: broadcast: of the ranks that hold the same slices each reads its "
@@ -38,7 +36,7 @@ class ModelConfig:
         "Build, load and export the models of --load-hf and --reference-hf through NVIDIA's Megatron-Bridge, which has to be "
         "installed, whether their family is known here or not; for dense families that are not. --load needs --load-hf beside "
         "it, the model that the run began with. Sizes for batches and memory are estimated. Tested with a stand-in of its "
-        "interface, never run with the package itself.",
+        "interface; the package itself was run on the CPU alone.",
     )
     reference_hf: str | None = option(
         None,

@@ -47,6 +47,9 @@ _ANSWERS = {
     "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1": "gradient_checkpointing",
     _SHARDING: "deepspeed deepspeed_config fsdp fsdp_config use_torch_fsdp2 zero_stage",
     "start ranks with torchrun, which tells each its number": "local_rank local_process_index",
+    "of torchrun, and stands before -m megatron_rmipo.train": (
+        "nproc_per_node nnodes node_rank max_restarts master_addr master_port rdzv_backend rdzv_endpoint rdzv_id standalone"
+    ),
     "use --distributed-timeout-minutes": "ddp_timeout",
     "use --distributed-backend": "ddp_backend",
     "all weights are trained, there is no LoRA": "use_peft use_lora lora_r lora_alpha lora_dropout lora_target_modules",

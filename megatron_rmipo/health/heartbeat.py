@@ -115,7 +115,7 @@ def forget_heartbeats(log_dir: Path) -> None:
 
 
 def read_beats(folder: Path) -> list[Beat]:
-    """The line of every rank whose host writes here, by rank."""
+    """The line of every rank whose host writes here, by rank; what cannot be read is left out."""
     return sorted(beat for path in folder.glob("*.txt") for beat in _beats_of(path))
 
 
@@ -149,11 +149,13 @@ def _lines(beats: list[Beat], what: str, now: float) -> list[str]:
 
 
 def _beats_of(path: Path) -> Iterator[Beat]:
-    host = path.stem.rpartition("-")[0]
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+    host, lines = path.stem.rpartition("-")[0], ""
+    with contextlib.suppress(OSError):
+        lines = path.read_text(encoding="ascii", errors="replace")
+    for line in lines.splitlines():
         words = line.strip("\0 ").split()
-        # A rank that has not come yet has no line, or zeros in its place.
-        if len(words) == 9:
+        # A rank that has not come yet has no line, or zeros in its place; one that writes at this moment may have half of one.
+        with contextlib.suppress(ValueError, IndexError):
             yield Beat(int(words[1]), host, int(words[3]), words[4], _seconds(words[6]), _seconds(words[8]))
 
 

@@ -88,7 +88,7 @@ def describe_slow(measured: Sequence[Measured], slow: Sequence[SlowLink]) -> lis
     """What is slow, in lines: ranks first, then the groups and links that show it."""
     hosts = {rank: host for one in measured for rank, host in zip(one.ranks, one.hosts, strict=True)}
     lines = [
-        f"rank {rank} on {hosts[rank]} is slow: both of its links in a group are, and its neighbours' others are not"
+        f"rank {rank} on {hosts[rank]} is slow: both of its links in a group are"
         for rank in slow_ranks(measured, slow)
     ]
     for one in slow[:_SHOWN_SLOW]:
@@ -135,21 +135,19 @@ def _sort(measured: Measured) -> tuple[str, str, bool]:
     return measured.kind, measured.what, measured.crosses_hosts
 
 
-def slow_links(
-    measured: Sequence[Measured], factor: float = SLOW_FACTOR, least_seconds: float = SLOW_BY_SECONDS
-) -> list[SlowLink]:
-    """What took more than ``factor`` times, and more than ``least_seconds`` longer than, the median of its kind; worst first."""
-    usual = usual_seconds(measured)
-    found = [
-        SlowLink(one, one.seconds / usual[_sort(one)])
-        for one in measured
-        if one.seconds > max(SLOW_FACTOR * usual[_sort(one)], usual[_sort(one)] + SLOW_BY_SECONDS)
-    ]
+def slow_links(measured: Sequence[Measured]) -> list[SlowLink]:
+    """What took ``SLOW_FACTOR`` times, and ``SLOW_BY_SECONDS`` longer than, the median of its kind; worst first."""
+    medians = usual_seconds(measured)
+    found = []
+    for one in measured:
+        usual = medians[_sort(one)]
+        if one.seconds > max(SLOW_FACTOR * usual, usual + SLOW_BY_SECONDS):
+            found.append(SlowLink(one, one.seconds / usual))
     return sorted(found, key=lambda slow: -slow.times_median)
 
 
 def slow_ranks(measured: Sequence[Measured], slow: Sequence[SlowLink]) -> list[int]:
-    """Ranks both of whose links in a group are slow, where a neighbour's other one is not: the slowness is theirs.
+    """Ranks both of whose links in a group are slow.
 
     A link between two ranks that have no other tells nothing of which it is.
     """

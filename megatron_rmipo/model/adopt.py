@@ -285,7 +285,7 @@ def _foreign(module: Any, method: str = "forward") -> str | None:
 def scoring_problems(config: Any) -> Iterator[str]:
     """What of a model's TransformerConfig keeps it from being scored exactly, a line each with the reason."""
     if config.context_parallel_size > 1:
-        yield f"context_parallel_size {config.context_parallel_size}: packed attention needs a row's tokens on one rank"
+        yield f"context_parallel_size {config.context_parallel_size}: rows of models that others built stay whole on a rank; 1"
     if config.mtp_num_layers:
         yield f"mtp_num_layers {config.mtp_num_layers}: multi-token prediction has a loss of its own, which is not built"
     if config.multi_latent_attention:

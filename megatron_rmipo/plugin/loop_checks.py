@@ -31,8 +31,9 @@ def check_loop(model: Module) -> None:
         )
     if config.context_parallel_size > 1:
         raise ConfigError(
-            f"the model's config has context_parallel_size {config.context_parallel_size}: rows are not cut over ranks. Use 1, "
-            "and tensor or pipeline parallelism for rows that are too long for one."
+            f"the model's config has context_parallel_size {config.context_parallel_size}: rows are not cut over ranks "
+            "in loops of others. Use 1, with tensor or pipeline parallelism for rows that are too long for one, or the trainer "
+            "of this package, which cuts them."
         )
     if isinstance(model, DistributedDataParallel):
         buffers = [*model.buffers, *model.expert_parallel_buffers]

@@ -37,6 +37,7 @@ def refusal(*argv: str) -> str:
         ("--deepspeed ds.json", ["--tensor-model-parallel-size", "--use-distributed-optimizer"]),
         ("--loss_type simpo", ["use --objective NAME"]),
         ("--use-megatron-fsdp", ["checkpoints and exports do not know its shards", "--use-distributed-optimizer"]),
+        ("--max-restarts 3", ["of torchrun", "before -m megatron_rmipo.train"]),
         ("--micro-batch-size 1", ["--tokens-per-microbatch"]),
         ("--num-layers 32", ["the architecture comes with the model"]),
         ("--tokenizer-type HuggingFaceTokenizer", ["the tokenizer comes with the model"]),

@@ -132,6 +132,7 @@ def test_a_model_directory_without_config_is_refused(tmp_path: Path) -> None:
         ({"NUM_NODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR"),
         ({"NUM_NODES": "2", "MASTER_ADDR": "first"}, "NODE_RANK"),
         ({"NODE_RANK": "1"}, "numbered from 0 to 0"),
+        ({"SFT_DATA": "gs://bucket/sft.jsonl"}, "SFT_DATA=gs://bucket/sft.jsonl: object stores"),
         ({"HF_MODEL": "meta-llama/Llama-3.2-1B"}, "hf download meta-llama/Llama-3.2-1B --local-dir models/Llama-3.2-1B"),
     ],
 )

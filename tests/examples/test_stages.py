@@ -58,7 +58,11 @@ def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None
     message = run_script(LLAMA, environment(tmp_path, **inputs), "--epochs", "3", expect=1)
     assert "other settings" in message
     # Another layout trains the same model.
-    run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"))
+    layout = ["--context-parallel-size", "2", "--recompute-modules", "core_attn", "mlp", "--no-sequence-parallel"]
+    run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"), *layout)
+    message = run_script(LLAMA, environment(tmp_path, **inputs), *layout, "--seed", "5", expect=1)
+    assert "  now:  --seed 5\n" in message
+    assert "core_attn" not in message
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_a_rank_that_loses_another_says_whom(tmp_path: Path, capsys: pytest.Capt
         other.enter(3, "gradient")
     other_file = next((tmp_path / FOLDER).glob("*.txt"))
     text = other_file.read_text().replace(" end ", " gradient ")
+    other_file.with_name("node7-8.txt").write_text(text.replace("step 3", "step x") + "rank 9 step")
+    other_file.with_name("node8-16.txt").mkdir()
     long_ago = time.strftime("alive %Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - 500))
     other_file.write_text(text[: text.index("alive")] + long_ago.ljust(len(text) - text.index("alive") - 1) + "\n")
     with pytest.raises(dist.DistStoreError), Heartbeat(tmp_path, Launch(0, 2, 0, 2)):

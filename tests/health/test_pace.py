@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,18 @@ def train_with_a_slow_rank(arguments: list[str]) -> int:
 def test_a_run_names_the_rank_that_is_slow_and_says_what_each_did_last(tmp_path: Path) -> None:
     save = tmp_path / "save"
     prefix = write_pairs(tmp_path / "data" / "pairs")
-    arguments = flags(prefix, save, split=None, train_iters=3, check_links=True, tensorboard_dir=tmp_path / "board")
+    arguments = flags(prefix, save, split=None, train_iters=6, check_links=True, tensorboard_dir=tmp_path / "board")
     assert run_distributed(train_with_a_slow_rank, 2, arguments) == [0, 0]
     lines = (save / "logs" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    assert len(steps) == 3
-    for record in steps[1:]:
-        assert (record[RANK], record[HOST] != "") == (1, True)
-        # The other rank waits for most of the step.
-        assert 0.2 < record[SHARE] < 1.0
-        assert record[SHARE] * record["step_seconds"] > 0.3
+    assert len(steps) == 6
+    # A busy host may hold the other one up in a step, not in most of them.
+    named = [record for record in steps if record[RANK] == 1]
+    assert len(named) > 3
+    assert all(record[HOST] != "" for record in named)
+    # The other rank waits for most of the step.
+    assert 0.2 < statistics.median(record[SHARE] for record in named) < 1.0
+    assert statistics.median(record[SHARE] * record["step_seconds"] for record in named) > 0.3
     beats = read_beats(save / "logs" / FOLDER)
-    assert [(beat.rank, beat.step, beat.doing) for beat in beats] == [(0, 3, "end"), (1, 3, "end")]
+    assert [(beat.rank, beat.step, beat.doing) for beat in beats] == [(0, 6, "end"), (1, 6, "end")]
     assert {one["kind"] for one in json.loads((save / "logs" / LINKS_FILE).read_text())} == {"dp", "world"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,11 +52,17 @@ def test_one_code_stands_for_all_ranks(
 
 
 def test_a_signal_ends_a_wait_for_other_nodes() -> None:
-    command = [sys.executable, "-m", "megatron_rmipo.launch", "--nnodes", "2", "--node-rank", "1", "--master-addr", "localhost"]
-    process = subprocess.Popen([*command, "--master-port", "1", "-m", "json.tool"], stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    # The first node, which hears of this one and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as first_node:
+        first_node.settimeout(120)
+        where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port"]
+        where.append(str(first_node.getsockname()[1]))
+        command = [sys.executable, "-m", "megatron_rmipo.launch", *where, "-m", "json.tool"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        connection, _ = first_node.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "ended by a signal before a rank was started\n")
 
 

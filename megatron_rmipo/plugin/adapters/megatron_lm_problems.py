@@ -48,7 +48,7 @@ def _loop_problems(args: Any) -> Iterator[str]:
     if args.virtual_pipeline_model_parallel_size is not None:
         yield "--num-layers-per-virtual-pipeline-stage, or virtual stages otherwise: one stage a rank is built; leave it out"
     if args.context_parallel_size > 1:
-        yield f"--context-parallel-size {args.context_parallel_size}: a packed row's tokens are needed on one rank; 1"
+        yield f"--context-parallel-size {args.context_parallel_size}: rows stay whole on a rank; 1 (our own trainer shares them)"
     if args.mtp_num_layers:
         yield f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction has a loss of its own, not built; leave it out"
     if args.overlap_moe_expert_parallel_comm:
