@@ -68,7 +68,7 @@ class Layer:
         return sum(part.elements for part in self.parts() if self._is_kept(part) and self._is_offloaded(part))
 
     def recomputed(self) -> float:
-        """Elements of a token that selective recomputation makes anew at a time, at most: norms, and the largest of other modules."""
+        """Elements of a token that selective recomputation makes anew at a time: norms, and the largest of other modules."""
         anew: dict[str, float] = {}
         for part in self.parts():
             for module in self._recompute_modules.intersection(part.recomputed_with):

@@ -111,8 +111,8 @@ def read_cluster(planning: PlanningConfig, gpus: int, nodes: int | None = None) 
     if gpus % nodes:
         more = next(number for number in range(min(nodes, gpus), gpus + 1) if gpus % number == 0)
         raise ConfigError(
-            f"{gpus} GPUs are not equally many on each of {nodes} nodes; --gpus {nodes * max(1, gpus // nodes)}, or --nodes {more} "
-            f"with {gpus // more} GPUs each, would work."
+            f"{gpus} GPUs are not equally many on each of {nodes} nodes; --gpus {nodes * max(1, gpus // nodes)}, or --nodes "
+            f"{more} with {gpus // more} GPUs each, would work."
         )
     gpu = GPUS[planning.gpu or DEFAULT_GPU]
     links = planning.interconnect or DEFAULT_LINKS
@@ -120,8 +120,8 @@ def read_cluster(planning: PlanningConfig, gpus: int, nodes: int | None = None) 
     cluster = Cluster(gpus, nodes, gpu, planning.gpu_memory_gb or gpu.memory_gb, links, within, between)
     if cluster.usable_bytes <= 0:
         raise ConfigError(
-            f"--gpu-memory-gb {cluster.memory_gb:g}: libraries alone take {LIBRARIES_BYTES / GIB:g} GB of it; give the memory of one "
-            "GPU, as 80."
+            f"--gpu-memory-gb {cluster.memory_gb:g}: libraries alone take {LIBRARIES_BYTES / GIB:g} GB of it; give the memory of "
+            "one GPU, as 80."
         )
     return cluster
 

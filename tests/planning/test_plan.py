@@ -14,6 +14,7 @@ from megatron_rmipo.config.pipeline_split import stage_shares
 from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
+from megatron_rmipo.data.batches.spread import spread_evenly
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
@@ -25,6 +26,7 @@ from megatron_rmipo.planning.plan import Planner, make_plan, why_not
 from megatron_rmipo.planning.report import command, describe_plan, layout_flags
 from megatron_rmipo.planning.shapes import read_shape
 from megatron_rmipo.planning.short_numbers import figure
+from megatron_rmipo.planning.sizes import Sizes
 from megatron_rmipo.planning.workload import Workloads
 
 # Shallow, so that a test is quick; as wide as Llama-3-8B.
@@ -82,7 +84,7 @@ def test_the_output_layer_is_made_up_for_where_flags_can() -> None:
 def test_the_fastest_shapes_are_those_of_all_that_fit() -> None:
     one = planner(DENSE)
     fitting = [found for found in one.candidates(cluster(8)) if found.fits]
-    every = {}
+    every: dict[Sizes, float] = {}
     for found in fitting:
         seconds = one.estimate(found.config, found.cluster).seconds
         every[found.shape] = min(seconds, every.get(found.shape, seconds))
@@ -95,9 +97,13 @@ def test_the_fastest_shapes_are_those_of_all_that_fit() -> None:
 
 
 def test_pairs_are_shared_out_once_for_each_number_of_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared_out = []
-    spread = workload.spread_evenly
-    monkeypatch.setattr(workload, "spread_evenly", lambda costs, number: shared_out.append(number) or spread(costs, number))
+    shared_out: list[int] = []
+
+    def spread(costs: np.ndarray, number: int) -> list[list[int]]:
+        shared_out.append(number)
+        return spread_evenly(costs, number)
+
+    monkeypatch.setattr(workload, "spread_evenly", spread)
     list(planner(DENSE).candidates(cluster(8)))
     assert sorted(shared_out) == [1, 2, 4, 8]
 
