@@ -40,6 +40,8 @@ FOREIGN_FLAGS = {
     *("--no-build-isolation", "--nproc-per-node", "--max-restarts"),
     # Of sbatch, docker and what copies from object stores.
     *("--nodes", "--file", "--tag", "--recursive"),
+    # Of Megatron's, told why they are not here.
+    *("--use-megatron-fsdp", "--use-torch-optimizer-for-cpu-offload"),
 }
 # Of Megatron-LM's parser, beside which ours stand; tests/plugin/adapters looks them up in it.
 MEGATRON_LM_FLAGS = {

@@ -87,10 +87,7 @@ def link_table(measured: Sequence[Measured]) -> list[str]:
 def describe_slow(measured: Sequence[Measured], slow: Sequence[SlowLink]) -> list[str]:
     """What is slow, in lines: ranks first, then the groups and links that show it."""
     hosts = {rank: host for one in measured for rank, host in zip(one.ranks, one.hosts, strict=True)}
-    lines = [
-        f"rank {rank} on {hosts[rank]} is slow: both of its links in a group are"
-        for rank in slow_ranks(measured, slow)
-    ]
+    lines = [f"rank {rank} on {hosts[rank]} is slow: both of its links in a group are" for rank in slow_ranks(measured, slow)]
     for one in slow[:_SHOWN_SLOW]:
         found = one.measured
         ranks = ", ".join(map(str, found.ranks[:_SHOWN_RANKS])) + (", ..." if len(found.ranks) > _SHOWN_RANKS else "")

@@ -12,6 +12,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 import megatron_rmipo
@@ -135,3 +136,8 @@ def _source_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def launched_at() -> float:
+    """When the process that started this one began, seconds since 1970; torchrun outlives the ranks that it starts anew."""
+    return float(psutil.Process(os.getppid()).create_time())

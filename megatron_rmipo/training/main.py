@@ -26,7 +26,7 @@ from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_first_rank
-from megatron_rmipo.runtime.environment import check_environment
+from megatron_rmipo.runtime.environment import check_environment, launched_at
 from megatron_rmipo.runtime.first_failure import tell_failure
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import tell_stop, warn
@@ -84,7 +84,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
     check_environment(wandb=config.logging.wandb_project is not None)
     look = rendezvous.look_once
-    config = after_restarts(config, rendezvous.launch.restarts, look=look)
+    config = after_restarts(config, rendezvous.launch.restarts, launched_at(), look=look)
     found = look_for_model("the model to start from", partial(find_model, config), look, maker=maker_of(config))
     plan = plan_run(config, found, rendezvous.launch.world_size, look=look)
     look("the output directories", partial(check_outputs, config, plan.source))

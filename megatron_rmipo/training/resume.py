@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.source import Look, ModelSource, holds_checkpoints, look_alone, saved_flags, saved_train_state
+from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path, iterations_of
+from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone, saved_flags, saved_train_state
 from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.batches.order_names import NEW_ORDER, check_order
@@ -44,15 +45,16 @@ class StartingPoint:
     warning: str = ""
 
 
-def after_restarts(config: Config, restarts: int, *, look: Look = look_alone) -> Config:
+def after_restarts(config: Config, restarts: int, launched: float, *, look: Look = look_alone) -> Config:
     """The configuration of a run whose ranks torchrun has started anew: it goes on from what it has saved.
 
-    The command line is still that of the first start, which began elsewhere. What lies in ``--save`` is the run's own: the first
-    start would have refused another's.
+    The command line is still that of the first start, which began elsewhere. What lies in ``--save`` is the run's own where
+    it was saved since torchrun began; a start that was refused for another run's is started anew, too, and is refused again.
 
     Args:
         config: as the command line says.
         restarts: how often the ranks were started anew.
+        launched: when that which starts them began, seconds since 1970.
         look: who looks at the directory.
     """
     flags = config.checkpoint
@@ -60,10 +62,14 @@ def after_restarts(config: Config, restarts: int, *, look: Look = look_alone) ->
         return config
     if flags.load is not None and not flags.finetune and Path(flags.load).resolve() == Path(flags.save).resolve():
         return config
-    if not look("checkpoints of the run that was started anew", partial(holds_checkpoints, Path(flags.save))):
+    if not look("checkpoints of the run that was started anew", partial(_has_saved_since, Path(flags.save), launched)):
         return config
     goes_on = dataclasses.replace(flags, load=flags.save, finetune=False, no_load_optim=False, no_load_rng=False)
     return dataclasses.replace(config, checkpoint=goes_on)
+
+
+def _has_saved_since(directory: Path, moment: float) -> bool:
+    return any(checkpoint_path(directory, number).stat().st_mtime >= moment for number in iterations_of(directory))
 
 
 def starting_point(

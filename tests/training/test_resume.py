@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,10 +200,13 @@ def test_an_extended_run_oversteps_neither_steps_nor_pairs(lengths: list[dict[st
 def test_ranks_that_are_started_anew_go_on_from_what_the_run_has_saved(tmp_path: Path) -> None:
     save = str(tmp_path / "save")
     begun = Config(checkpoint=CheckpointConfig(load="base", finetune=True, no_load_rng=True, save=save, save_interval=2))
-    assert after_restarts(begun, 1) == begun, "nothing is saved yet"
+    launched = time.time() - 60
+    assert after_restarts(begun, 1, launched) == begun, "nothing is saved yet"
     (tmp_path / "save" / "iter_0000002").mkdir(parents=True)
-    assert after_restarts(begun, 0) == begun, "the first start of another run is to be refused"
-    assert after_restarts(begun, 2).checkpoint == CheckpointConfig(load=save, save=save, save_interval=2)
+    assert after_restarts(begun, 0, launched) == begun, "the first start of another run is to be refused"
+    assert after_restarts(begun, 2, launched).checkpoint == CheckpointConfig(load=save, save=save, save_interval=2)
+    os.utime(tmp_path / "save" / "iter_0000002", (launched - 1, launched - 1))
+    assert after_restarts(begun, 2, launched) == begun, "another run's is to be refused again"
     goes_on = Config(checkpoint=CheckpointConfig(load=save, save=save, no_load_rng=True))
-    assert after_restarts(goes_on, 1) == goes_on
-    assert after_restarts(Config(checkpoint=CheckpointConfig(load="base")), 1).checkpoint.load == "base"
+    assert after_restarts(goes_on, 1, launched) == goes_on
+    assert after_restarts(Config(checkpoint=CheckpointConfig(load="base")), 1, launched).checkpoint.load == "base"
