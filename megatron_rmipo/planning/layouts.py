@@ -90,7 +90,7 @@ def _parallel(
                 if rest or replicas > base.training.global_batch_size:
                     continue
                 shared = replicas * context > 1
-                common = {
+                common: dict[str, Any] = {
                     "tensor_model_parallel_size": tensor,
                     "sequence_parallel": tensor > 1,
                     "context_parallel_size": context,
