@@ -68,6 +68,8 @@ def our_step(row: Row) -> StepSeconds:
             account_for_embedding_in_pipeline_split=odd,
             account_for_loss_in_pipeline_split=odd,
             context_parallel_size=context,
+            # Those runs hand keys on in a ring, and compute attention once.
+            cp_comm_type="p2p",
             expert_model_parallel_size=experts,
             expert_tensor_parallel_size=1 if experts > 1 else None,
             sequence_parallel=tensor > 1,

@@ -123,7 +123,8 @@ def _pass_seconds(
         "output layer": one.head / shards / rate * rounds,
         "recomputation": forward * again + one.backward * _modules_again(arch, config, one.layers, of_packs) / shards / rate,
         "tensor parallel": (0.0 if tensor_overlapped else messages.tensor * exchanges) * even,
-        "context parallel": messages.context * exchanges * even,
+        # A backward gathers keys once more, and scatters their gradients.
+        "context parallel": messages.context * (exchanges + one.backward * _gathers_keys(config)) * even,
         "expert parallel": messages.expert * exchanges * even,
         "pipeline parallel": handover * even,
     }
@@ -142,8 +143,16 @@ def recomputed_share(arch: ModelArchitecture, config: Config) -> float:
 
 
 def _modules_again(arch: ModelArchitecture, config: Config, layers: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """FLOPs of what selective recomputation computes anew in packs of some FLOPs and tokens; of norms and activations none."""
-    if config.model.recompute_granularity != "selective":
+    """FLOPs of modules that a backward computes anew in packs of some FLOPs and tokens; of norms and activations none.
+
+    They are those of selective recomputation, and attention where context-parallel ranks gather its keys.
+    """
+    modules = set[str]()
+    if config.model.recompute_granularity == "selective":
+        modules.update(config.memory.recompute_modules or ["core_attn"])
+    if _gathers_keys(config):
+        modules.add("core_attn")
+    if not modules:
         return np.zeros_like(layers)
     attention = layers - forward_cost_model(arch).per_token * tokens
     dense = 6.0 * arch.hidden_size * arch.ffn_hidden_size * len(arch.dense_layers) * tokens
@@ -152,8 +161,12 @@ def _modules_again(arch: ModelArchitecture, config: Config, layers: np.ndarray, 
     # Experts are slower than the rest.
     experts = expert_flops(arch) * tokens * DENSE_SHARE / EXPERT_SHARE
     again = {"core_attn": attention, "mlp": dense, "moe": experts + shared, "shared_experts": shared}
-    modules = set(config.memory.recompute_modules or ["core_attn"])
     return np.asarray(sum((flops for name, flops in again.items() if name in modules), start=np.zeros_like(layers)))
+
+
+def _gathers_keys(config: Config) -> bool:
+    """Whether context-parallel ranks gather the keys of others, which they do not keep for the backward."""
+    return config.parallel.context_parallel_size > 1 and config.parallel.cp_comm_type == "all_gather"
 
 
 def expert_flops(arch: ModelArchitecture) -> float:

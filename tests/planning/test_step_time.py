@@ -131,6 +131,17 @@ def test_what_selective_recomputation_computes_anew() -> None:
         assert seconds == pytest.approx(flops / (DENSE_SHARE * 989.4e12))
 
 
+def test_gathered_keys_have_attention_computed_anew() -> None:
+    cluster, load = read_cluster(PlanningConfig(), 2), equal_sequences(DENSE, 1024, packs=3)
+    attention = 3 * forward_cost_model(DENSE).per_area * 1024 * 1025 / 2
+    gathered, exchanged = (
+        step_seconds(DENSE, config_of(context_parallel_size=2, cp_comm_type=kind), cluster, load).parts
+        for kind in ("all_gather", "a2a")
+    )
+    assert gathered["recomputation"] == pytest.approx(attention / 2 / (DENSE_SHARE * 989.4e12))
+    assert "recomputation" not in exchanged
+
+
 def test_heads_exchanged_beside_keys_gathered() -> None:
     cluster = read_cluster(PlanningConfig(), 4)
     seconds = [
