@@ -63,7 +63,7 @@ def measure(cp_size: int, options: argparse.Namespace) -> dict[str, Any]:
             parallel=ParallelConfig(context_parallel_size=cp_size, cp_comm_type=options.cp_comm_type),
             model=ModelConfig(make_vocab_size_divisible_by=8, logprob_chunk_size=64),
         )
-        model = build_model(architecture(options), config, groups).train()
+        model = build_model(architecture(options), config, groups)[0].train()
         row = pair_row(options, 8 * cp_size)
         # Gradients of weights are there before, as in a run.
         for parameter in model.parameters():

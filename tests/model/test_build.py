@@ -32,7 +32,7 @@ ARCH = ModelArchitecture(
     layernorm_epsilon=1e-5,
 )
 ROPE = "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb"
-GROUPS: Any = SimpleNamespace(tp_size=1, pp_size=1)
+GROUPS: Any = SimpleNamespace(tp_size=1, pp_size=1, cp_size=1)
 
 
 @pytest.fixture

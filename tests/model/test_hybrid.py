@@ -47,8 +47,8 @@ MODELS = {
 
 
 def test_the_pattern_has_attention_and_mlp_of_each_layer_stage_by_stage() -> None:
-    assert layer_pattern(MODELS["dense first"], 1) == "*-*E*E"
-    assert layer_pattern(DENSE, 3) == "*-|*-|*-"
+    assert layer_pattern(MODELS["dense first"], [[range(3)]]) == "*-*E*E"
+    assert layer_pattern(DENSE, [[range(1)], [range(1, 2)], [range(2, 3)]]) == "*-|*-|*-"
 
 
 def test_the_class_is_refused_by_its_flag_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_the_class_is_refused_by_its_flag_where_there_is_none(monkeypatch: pytes
     problems = list(layout_problems.machine_problems(Config(model=ModelConfig(model_class="hybrid"))))
     assert len(problems) == 1
     assert problems[0].startswith("--model-class hybrid: the installed megatron-core has no HybridModel")
-    groups: Any = type("Groups", (), {"tp_size": 1, "pp_size": 1})
+    groups: Any = type("Groups", (), {"tp_size": 1, "pp_size": 1, "cp_size": 1})
     with pytest.raises(ConfigError, match=r"--model-class hybrid: .* has no HybridModel"):
         build_policy(DENSE, transformer_config(DENSE, groups), groups, model_class="hybrid")
 

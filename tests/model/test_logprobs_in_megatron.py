@@ -62,7 +62,7 @@ def build(setting: Setting, groups: ProcessGroups) -> DistributedDataParallel:
     config = transformer_config(ARCH, groups, **overrides)
     model = GPTModel(
         config,
-        _block_spec(ARCH, config, "sdpa"),
+        _block_spec(ARCH, config, "sdpa", None),
         vocab_size=ARCH.vocab_size,
         max_sequence_length=NUM_TOKENS,
         share_embeddings_and_output_weights=setting.tied,

@@ -62,7 +62,8 @@ def bytes_held(state: TrainingState) -> tuple[float, float]:
     ]
     if not state.optimizer.config.use_precision_aware_optimizer:
         held += [main for part in parts for group in part.shard_fp32_from_float16_groups for main in group]
-    gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in state.model.buffers)
+    buffers = [buffer.grad_data for chunk in state.model.chunks for buffer in chunk.buffers]
+    gradients = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
     return sum(tensor.numel() * tensor.element_size() for tensor in held) / count, gradients / count
 
 

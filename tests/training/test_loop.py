@@ -43,6 +43,7 @@ def run_with(reporter: Reporter, objective: Objective, groups: Any) -> Any:
         memory=SimpleNamespace(explaining=lambda *_: contextlib.nullcontext()),
         checkpoints=SimpleNamespace(look_after=lambda: None),
         stop=SimpleNamespace(requested=lambda: False),
+        heartbeat=SimpleNamespace(doing=lambda _what: None),
     )
 
 

@@ -49,14 +49,15 @@ def test_inputs_go_to_the_host_whatever_the_rows(module: str, tmp_path: Path, mo
     load_hf_weights(policy, hf, arch, groups=groups)
     rows = build_batches(Case("rows", tokens_per_microbatch=120), collection(make_pairs()), policy, groups).build(np.arange(8))
     least, most = NUMBERS[module]
+    (model,) = policy
     # More rows than in the first step, and less.
     for count in (1, 3, 2):
-        begin_gradient_pass(policy)
+        begin_gradient_pass(model)
         for row in rows.conditional[:count]:
             arguments = (row.token_ids, row.position_ids, row.segments, row.source, row.target)
             with torch.no_grad():
-                expected = policy(*arguments)
-            scores = policy(*arguments)
+                expected = model(*arguments)
+            scores = model(*arguments)
             assert torch.equal(scores, expected)
             assert least <= on_host() / (4 * row.token_ids.numel() * arch.num_layers * arch.hidden_size) <= most
             scores.sum().backward()

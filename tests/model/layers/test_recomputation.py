@@ -61,6 +61,7 @@ def kept_and_gradients(hf: Path, modules: list[str], groups: ProcessGroups) -> t
     policy = build_model(arch, config, groups)
     load_hf_weights(policy, hf, arch, groups=groups)
     row = build_batches(Case("row"), collection(make_pairs()), policy, groups).build(np.arange(4)).conditional[0]
+    (model,) = policy
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -68,12 +69,12 @@ def kept_and_gradients(hf: Path, modules: list[str], groups: ProcessGroups) -> t
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        scores = policy(row.token_ids, row.position_ids, row.segments, row.source, row.target)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+        scores = model(row.token_ids, row.position_ids, row.segments, row.source, row.target)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     # Now, when what a norm gave has been given back.
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
     scores.sum().backward()
-    gradients = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return sum(size for place, size in storages.items() if place not in weights), gradients
 
 
