@@ -13,12 +13,11 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.pack import PackSize, Segment
 from megatron_rmipo.memory.shares import FP32_BYTES, Shares
 from megatron_rmipo.model.attention.flex import BLOCK_TOKENS, LEAST_HEAD_SIZE
+from megatron_rmipo.model.attention.sdpa import MASKS_KEPT, MOST_KEPT, MOST_MASKED, MOST_QUERIES
 
 _INT32_BYTES = 4
-# Queries of a piece that sdpa's code makes scores, or a window's mask, for at a time.
-_PIECE = 512
-# Masks that sdpa's code keeps for layers and packs to come, and that flex keeps.
-_SDPA_MASKS, _FLEX_MASKS = 64, 32
+# Masks that flex keeps for layers and packs to come.
+_FLEX_MASKS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +74,9 @@ def attention_memory(arch: ModelArchitecture, config: Config, pack: PackSize, *,
     # Nor has a CPU a kernel for values narrower than keys.
     makes_scores = by_hand or (arch.latent is not None and not fused)
     pieces = {window: list(_pieces(pack, window, by_hand=by_hand)) for window in windows}
-    masked = [piece.queries * piece.keys for some in pieces.values() for piece in some if piece.queries != piece.keys]
-    count = sum(piece.number for some in pieces.values() for piece in some if piece.queries != piece.keys)
-    masks = sum(masked) / max(len(masked), 1) * min(_SDPA_MASKS, count)
+    masked = [one for window, some in pieces.items() for one in some if one.queries != one.keys and _mask_stays(one, window)]
+    size = sum(one.queries * one.keys for one in masked) / max(len(masked), 1)
+    masks = size * min(MASKS_KEPT, sum(one.number for one in masked))
     measure = _scores_bytes if makes_scores else _mask_bytes
     # Where keys are gathered, all of it is computed anew; where heads are exchanged, masks are those of the whole row.
     share = 0.0 if gathers else 1 / shares.context if makes_scores else 1.0
@@ -90,14 +89,21 @@ def attention_memory(arch: ModelArchitecture, config: Config, pack: PackSize, *,
 def _pieces(pack: PackSize, window: int | None, *, by_hand: bool) -> Iterator[Segment]:
     """What sdpa's code computes at a time: :func:`megatron_rmipo.model.attention.sdpa.attend_segments`."""
     for queries, keys, number in pack.all_segments:
-        if not by_hand and (window is None or keys <= window):
-            yield Segment(queries, keys, number)
-            continue
-        for first in range(0, queries, _PIECE):
-            end = min(first + _PIECE, queries)
+        step = max(1, queries)
+        if by_hand or (window is not None and keys > window):
+            step = MOST_QUERIES
+        elif keys > queries:
+            step = max(1, MOST_MASKED // keys)
+        for first in range(0, queries, step):
+            end = min(first + step, queries)
             last = keys - queries + end
             seen = 0 if window is None else max(keys - queries + first + 1 - window, 0)
             yield Segment(end - first, last - seen, number)
+
+
+def _mask_stays(piece: Segment, window: int | None) -> bool:
+    """Whether sdpa's code keeps a mask of a piece for others of its size."""
+    return piece.queries * piece.keys <= MOST_KEPT or (window is not None and piece.keys > window)
 
 
 def _mask_bytes(arch: ModelArchitecture, shares: Shares, piece: Segment) -> float:

@@ -19,11 +19,13 @@ from torch import Tensor
 from megatron_rmipo.model.attention.scores import PLAIN, ScoreRules
 
 # Of a piece where a window leaves most keys out, or scores are made outside of torch's kernels, which never hold them whole.
-_MOST_QUERIES = 512
+MOST_QUERIES = 512
 # Entries of a piece's mask, where it needs one: kernels make numbers of each.
-_MOST_MASKED = 2**22
+MOST_MASKED = 2**22
 # Entries of a mask that is kept for pieces of the same sizes.
-_MOST_KEPT = 2**20
+MOST_KEPT = 2**20
+# So many masks are kept for layers and packs to come.
+MASKS_KEPT = 64
 _Integers = npt.NDArray[np.int64]
 
 
@@ -76,9 +78,9 @@ def pieces_of(runs: _Integers, window: int | None, *, by_hand: bool) -> Iterator
         before = prefix_length + start - own_start
         step = length
         if by_hand or (window is not None and before + length > window):
-            step = _MOST_QUERIES
+            step = MOST_QUERIES
         elif before:
-            step = max(1, _MOST_MASKED // (before + length))
+            step = max(1, MOST_MASKED // (before + length))
         for first in range(0, length, step):
             end = min(first + step, length)
             # What the first query sees first, counted from where the prefix starts.
@@ -110,13 +112,13 @@ def _band_mask(num_queries: int, num_keys: int, window: int | None, device: torc
         window = None
     if num_queries == num_keys and window is None:
         return None
-    if window is None and num_queries * num_keys > _MOST_KEPT:
+    if window is None and num_queries * num_keys > MOST_KEPT:
         # Of a long row each piece has another.
         return _make_band_mask(num_queries, num_keys, window, device)
     return _kept_band_mask(num_queries, num_keys, window, device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=MASKS_KEPT)
 def _kept_band_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     return _make_band_mask(num_queries, num_keys, window, device)
 

@@ -93,10 +93,10 @@ def all_of_them(kinds: list[str]) -> None:
         compare("sdpa", RULES["plain"], kind, torch.float64, gradients=True, value_size=7)
         for name in ("plain", "a window", "a window longer than all"):
             compare("te", RULES[name], kind, torch.float64, gradients=True)
-        segment_by_segment._MOST_QUERIES, segment_by_segment._MOST_MASKED = 3, 50
+        segment_by_segment.MOST_QUERIES, segment_by_segment.MOST_MASKED = 3, 50
         compare("sdpa", RULES["all"], kind, torch.float64, gradients=True)
         compare("sdpa", RULES["plain"], kind, torch.float64, gradients=True)
-        segment_by_segment._MOST_QUERIES, segment_by_segment._MOST_MASKED = 512, 2**22
+        segment_by_segment.MOST_QUERIES, segment_by_segment.MOST_MASKED = 512, 2**22
     # FlexAttention's reference implementation, whose backward pass torch does not offer on the CPU but has.
     torch_flex._validate_device = lambda *args: None
     compiled = torch.compile(block_masks._attend_blocks, backend="aot_eager", fullgraph=True, dynamic=False)

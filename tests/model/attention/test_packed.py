@@ -105,7 +105,7 @@ def test_auto_takes_flex_where_there_is_a_gpu_and_heads_are_wide_enough(
 @pytest.mark.parametrize("most_queries", [512, 2])
 @pytest.mark.parametrize("name", RULES)
 def test_values_and_gradients_match_dense_attention(name: str, most_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_by_segment, "_MOST_QUERIES", most_queries)
+    monkeypatch.setattr(segment_by_segment, "MOST_QUERIES", most_queries)
     for segments, value_size in ((SEGMENTS, 16), (SEGMENTS, 7), (LONG_PREFIX, 16), (SEGMENTS * torch.tensor([1, 1, 0, 0]), 16)):
         attention = module("sdpa", RULES[name], torch.float64)
         compare_with_dense(attention, segments, torch.float64, 1e-10, value_size=value_size, gradients=True)
