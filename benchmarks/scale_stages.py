@@ -178,7 +178,7 @@ def measure_state(arch: ModelArchitecture, groups: ProcessGroups, folder: Path) 
     state, parts = _described(policy, groups)
     made = cost(lambda: _described(policy, groups))
     stored = {part.key: _stored(part) for part in parts}
-    compared = cost_with_traffic(lambda: match_model(dict(state), stored, folder, groups.world))
+    compared = cost_with_traffic(lambda: match_model([dict(state)], stored, folder, groups.world))
     return {
         "state of a rank's model described": dataclasses.replace(made, number=len(parts)),
         "keys of a load compared": dataclasses.replace(compared, number=len(parts)),
@@ -187,7 +187,7 @@ def measure_state(arch: ModelArchitecture, groups: ProcessGroups, folder: Path) 
 
 def _described(policy: Any, groups: ProcessGroups) -> tuple[dict[str, Any], list[ShardedTensor]]:
     """A model's sharded state, and the tensors that it is stored as."""
-    state: dict[str, Any] = policy.sharded_state_dict(metadata={"dp_cp_group": groups.dp, **CONTENT})
+    state: dict[str, Any] = policy.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp, **CONTENT})
     built = [item.build() if isinstance(item, ShardedTensorFactory) else item for item in state.values()]
     return state, [part for item in built for part in nested_values([item]) if isinstance(part, ShardedTensor)]
 

@@ -93,14 +93,21 @@ def _parallel(
                 common: dict[str, Any] = {
                     "tensor_model_parallel_size": tensor,
                     "sequence_parallel": tensor > 1,
-                    "context_parallel_size": context,
                     "use_distributed_optimizer": shared,
                     "overlap_grad_reduce": shared,
                     "overlap_param_gather": shared,
                 }
                 for split in splits(pipeline):
                     for experts in _experts(arch, tensor, gpus // pipeline):
-                        yield dataclasses.replace(split, **common, **experts)
+                        for shared_rows in _shared_rows(context):
+                            yield dataclasses.replace(split, **common, **experts, **shared_rows)
+
+
+def _shared_rows(context: int) -> Iterator[dict[str, Any]]:
+    """How so many ranks share rows; heads are exchanged where they can be dealt out."""
+    yield {"context_parallel_size": context}
+    if context > 1:
+        yield {"context_parallel_size": context, "cp_comm_type": "a2a"}
 
 
 def _experts(arch: ModelArchitecture, tensor: int, ranks: int) -> Iterator[dict[str, Any]]:

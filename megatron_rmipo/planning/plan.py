@@ -71,7 +71,8 @@ class Estimate:
         recomputation = {None: "", "selective": ", attention recomputed", "full": ", layers recomputed"}[
             model.recompute_granularity
         ]
-        return f"{self.sizes}, packs of {self.config.data.tokens_per_microbatch}{recomputation}"
+        exchanged = ", heads exchanged" if self.config.parallel.cp_comm_type == "a2a" else ""
+        return f"{self.sizes}{exchanged}, packs of {self.config.data.tokens_per_microbatch}{recomputation}"
 
     @property
     def memory_line(self) -> str:

@@ -68,9 +68,10 @@ def test_long_rows_are_shared_by_context_parallel_ranks() -> None:
     short, long = (list(layouts(base(), DENSE, cluster(), least)) for least in (1000, 9000))
     assert {one.parallel.context_parallel_size for one in short} == {1}
     assert {one.parallel.context_parallel_size for one in long} >= {1, 2, 4, 8}
-    # Where keys are gathered, attention alone is computed anew without a flag.
-    shared = {one.model.recompute_granularity for one in long if one.parallel.context_parallel_size > 1}
-    assert shared == {None, "full"}
+    for kind, recomputed in (("all_gather", {None, "full"}), ("a2a", {None, "selective", "full"})):
+        shared = [one for one in long if one.parallel.context_parallel_size > 1 and one.parallel.cp_comm_type == kind]
+        # Where keys are gathered, attention alone is computed anew without a flag.
+        assert {one.model.recompute_granularity for one in shared} == recomputed
 
 
 def test_the_output_layer_is_made_up_for_where_flags_can() -> None:
