@@ -95,7 +95,7 @@ STEP = 100
 # Of each rank, torch writes as many.
 FILES_OF_A_RANK = 2
 LOGGED_STEPS = 10_000
-OPTIMIZER_TENSORS = ("fp32_param", "exp_avg", "exp_avg_sq")
+OPTIMIZER_TENSORS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def make_checkpoint(directory: Path, num_ranks: int) -> Path:
