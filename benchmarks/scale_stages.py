@@ -249,7 +249,9 @@ def _pieces_of_rank(policy: Any, state: dict[str, Any], dp_rank: int, dp_size: i
         return dict.fromkeys(OPTIMIZER_TENSORS, torch.empty(held[parameter]["param"].size, device="meta"))
 
     optimizer: Any = SimpleNamespace(
-        gbuf_ranges=[{torch.bfloat16: [{"param_map": held}]}], _get_main_param_and_optimizer_states=states
+        gbuf_ranges=[{torch.bfloat16: [{"param_map": held}]}],
+        distributed_optimizer_instance_id=0,
+        _get_main_param_and_optimizer_states=states,
     )
     return [piece for some in pieces_of(optimizer, state).values() for piece in some]
 
