@@ -200,7 +200,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path: 
 def test_a_rank_that_stands_still_ends_the_others_within_the_timeout(place: str, tmp_path: Path) -> None:
     prefix, save = write_pairs(tmp_path / "data" / "pairs"), tmp_path / "run"
     arguments = flags(prefix, save, save_interval=2, train_iters=4, split=None, distributed_timeout_minutes=0.1)
-    codes, told = start(arguments, tmp_path, Blow(1, place, 2 if place == STEP else 1, number=signal.SIGSTOP), timeout=60)
+    codes, told = start(arguments, tmp_path, Blow(1, place, 2 if place == STEP else 1, number=signal.SIGSTOP), timeout=90)
     # The last step that both were in.
     assert max(losses(save)) == (1 if place == STEP else 2), told
     assert codes[0] == FAULT_OF_OURS, told
