@@ -9,8 +9,6 @@ is shown. Goals come from goals.csv, which every benchmark appends to.
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 if not __package__:  # Started as a file.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.generated_page import fill, write_or_compare
 from benchmarks.performance_tables import TABLES, Table
 from benchmarks.report import FOLDER, GOALS_FILE, read_rows
 
@@ -92,27 +91,13 @@ def render(folder: Path = FOLDER) -> str:
     for name, table in TABLES.items():
         shown[name] = show_table(table, read_rows(folder / table.file), environments)
     shown["environments"] = environments.table()
-    # Every marker must have its table, and every table its place.
-    text = TEMPLATE.read_text(encoding="utf-8")
-    assert sorted(re.findall(r"\{\{(\w+)\}\}", text)) == sorted(shown), "markers of the template"
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: shown[match[1]], text)
+    return fill(TEMPLATE, shown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.performance_page", allow_abbrev=False, description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is stale")
-    options = parser.parse_args(argv)
-    text = render()
-    if not options.check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{PAGE}: not what the entries say. Run: make performance", file=sys.stderr)
-    return 1
+    prog = "python -m benchmarks.performance_page"
+    return write_or_compare(PAGE, render, argv, prog=prog, stale="not what the entries say. Run: make performance")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The text stands in scaling_template.md; ``{{name}}`` in it is where a table or a
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 import shlex
@@ -19,6 +18,7 @@ from pathlib import Path
 if not __package__:  # Started as a file.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.generated_page import fill, write_or_compare
 from benchmarks.performance_page import markdown
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.planning_flags import PlanningConfig
@@ -137,26 +137,13 @@ def render() -> str:
     """The page."""
     shown = {"published": published_table(), "layouts": layouts_table()}
     shown |= {name: printed_plan(arguments) for name, arguments in PLANS.items()}
-    text = TEMPLATE.read_text(encoding="utf-8")
-    assert sorted(re.findall(r"\{\{(\w+)\}\}", text)) == sorted(shown), "markers of the template"
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: shown[match[1]], text)
+    return fill(TEMPLATE, shown)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling_page", allow_abbrev=False, description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is stale")
-    options = parser.parse_args(argv)
-    text = render()
-    if not options.check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{PAGE}: not what the planner says. Run: make scaling", file=sys.stderr)
-    return 1
+    prog = "python -m benchmarks.scaling_page"
+    return write_or_compare(PAGE, render, argv, prog=prog, stale="not what the planner says. Run: make scaling")
 
 
 if __name__ == "__main__":
