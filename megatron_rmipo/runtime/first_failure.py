@@ -20,11 +20,12 @@ _SILENT_SECONDS = 1.0
 
 
 def claim_first_failure(text: str) -> bool:
-    """Whether no other rank has failed before this one, as far as can be known; if so, ``text`` is left for the others."""
+    """Whether no other rank has failed before this one, as far as can be known; if so, its first ``text`` is left for them."""
     # Not connected, or the rank that keeps the store is gone.
     with contextlib.suppress(RuntimeError):
-        first: str = connecting_store().compare_set(_KEY, "", text).decode()
-        return first == text
+        store, own = connecting_store(), f"{dist.get_rank()} "
+        first: str = store.compare_set(_KEY, "", own + text).decode()
+        return first.startswith(own)
     return True
 
 
@@ -34,7 +35,7 @@ def first_failure() -> str | None:
         store = connecting_store()
         if store.check([_KEY]):
             text: str = store.get(_KEY).decode()
-            return text
+            return text.partition(" ")[2]
     return None
 
 
@@ -58,16 +59,18 @@ def tell_failure(error: RmipoError | RuntimeError, *, debug: bool) -> int:
         return FAULT_OF_OURS if cause is None else FAULT_OF_USER
     # A rank that loses this one, perhaps on another node, says so, too.
     own = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    claim_first_failure(f"{rank_label()}{own}")
-    first = first_failure()
+    is_first = claim_first_failure(f"{rank_label()}{own}")
     # A fault that all ranks meet alike is told once a node.
-    is_told = first is not None and first.endswith(own) and first != f"{rank_label()}{own}"
+    is_told = not is_first and (first_failure() or "").endswith(own)
+    if not is_first:
+        # The first one may still be telling, and torchrun ends it once this one has left.
+        time.sleep(_SILENT_SECONDS)
     if debug:
         traceback.print_exception(error)
     elif speaks_for_its_node() and not (is_told and launch_for_messages().local_rank != 0):
         print(f"{rank_label()}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    else:
-        # torchrun ends the ranks of a host once one has left: after the one that tells.
+    elif is_first:
+        # Not connected: one rank of the node tells.
         time.sleep(_SILENT_SECONDS)
     return FAULT_OF_USER
 

@@ -19,7 +19,7 @@ from megatron_rmipo.training import main as trainer
 from tests.harness import run_distributed
 
 
-def fail_in_turn() -> tuple[str | None, bool, bool, str | None]:
+def fail_in_turn() -> tuple[str | None, bool, bool, str | None, float]:
     initialize_runtime()
     rank = int(os.environ["RANK"])
     before = first_failure()
@@ -28,16 +28,21 @@ def fail_in_turn() -> tuple[str | None, bool, bool, str | None]:
         # The other one is given the time to be first.
         while first_failure() is None:
             time.sleep(0.01)
-    found = before, claim_first_failure(f"rank {rank}"), claim_first_failure(f"rank {rank}"), first_failure()
+    found = before, claim_first_failure(f"rank {rank}"), claim_first_failure("again"), first_failure()
+    start = time.monotonic()
+    tell_failure(DataError(f"pair {rank}"), debug=False)
+    waited = time.monotonic() - start
     # The first rank keeps the store.
     dist.barrier()
-    return found
+    return *found, waited
 
 
 @pytest.mark.dist
 def test_the_first_is_told_to_all() -> None:
     found = run_distributed(fail_in_turn, 2)
-    assert found == [(None, False, False, "rank 1"), (None, True, True, "rank 1")]
+    assert [told[:4] for told in found] == [(None, False, False, "rank 1"), (None, True, True, "rank 1")]
+    # torchrun ends the first one once another has left: that tells, and leaves, later.
+    assert found[0][4] >= first_failure_module._SILENT_SECONDS
 
 
 def test_without_other_ranks_everyone_is_first() -> None:
@@ -83,7 +88,7 @@ def test_a_fault_of_the_user_is_left_for_the_ranks_that_lose_this_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left: list[str] = []
-    monkeypatch.setattr(first_failure_module, "claim_first_failure", left.append)
+    monkeypatch.setattr(first_failure_module, "claim_first_failure", lambda text: left.append(text) is None)
     tell_failure(DataError("pair 3: no\nMake it anew."), debug=False)
     assert left == ["DataError: pair 3: no"]
     assert capsys.readouterr().err == "DataError: pair 3: no\nMake it anew.\n"
