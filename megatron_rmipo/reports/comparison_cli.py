@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.comparison import VIEWS, Table, compare_runs, read_run, write_csv
-from megatron_rmipo.reports.comparison_picture import draw_picture
+from megatron_rmipo.reports.pictures.comparison import draw_picture
 
 _DESCRIPTION = "Put several runs side by side, from their logs: tables on the screen and in --output, and a picture."
 

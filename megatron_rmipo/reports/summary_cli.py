@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
-from megatron_rmipo.reports.margin_picture import MarginRun, draw_margins
+from megatron_rmipo.reports.pictures.margins import MarginRun, draw_margins
 from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, PAIRS_FILE
 from megatron_rmipo.reports.summary import read_configuration, read_evaluations, read_pairs, summarize_run
 

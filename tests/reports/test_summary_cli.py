@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
-from megatron_rmipo.reports.margin_picture import density
+from megatron_rmipo.reports.pictures.margins import density
 from megatron_rmipo.reports.summary_cli import main
 from tests.reports.test_summary import margins, pair_lines, write_run
 

@@ -88,7 +88,12 @@ def test_a_fault_of_the_user_is_left_for_the_ranks_that_lose_this_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left: list[str] = []
-    monkeypatch.setattr(first_failure_module, "claim_first_failure", lambda text: left.append(text) is None)
+
+    def claim(text: str) -> bool:
+        left.append(text)
+        return True
+
+    monkeypatch.setattr(first_failure_module, "claim_first_failure", claim)
     tell_failure(DataError("pair 3: no\nMake it anew."), debug=False)
     assert left == ["DataError: pair 3: no"]
     assert capsys.readouterr().err == "DataError: pair 3: no\nMake it anew.\n"

@@ -1,0 +1,1 @@
+"""Pictures of runs, one style: what is drawn, from what; who asks for them is elsewhere."""
