@@ -84,6 +84,7 @@ COMMANDS = {
     "megatron-rmipo-plan-layout": "megatron_rmipo.entry:plan_layout",
     "megatron-rmipo-summarize-run": "megatron_rmipo.entry:summarize_run",
     "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",
+    "megatron-rmipo-plot-runs": "megatron_rmipo.entry:plot_runs",
 }
 
 setup(

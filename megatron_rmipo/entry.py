@@ -148,6 +148,7 @@ make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
 summarize_run = functools.partial(start, "megatron_rmipo.reports.summary_cli")
 stage_record = functools.partial(start, "megatron_rmipo.stage_record")
 compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
+plot_runs = functools.partial(start, "megatron_rmipo.reports.plots_cli")
 
 if __name__ == "__main__":
     sys.exit(start("megatron_rmipo.entry"))

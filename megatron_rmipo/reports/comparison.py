@@ -105,7 +105,7 @@ def read_run(directory: Path) -> RunResult | None:
     records = list(read_records(log_dir / METRICS_FILE))
     if sum(record.get("kind") == "eval" for record in records) < 2:
         return None
-    config = _read_config(log_dir / "config.yaml")
+    config = read_config(log_dir / "config.yaml")
     evaluations = read_evaluations(log_dir)
     steps = [record for record in records if record.get("kind") == "train"]
     before, after = evaluations[0], evaluations[-1]
@@ -131,7 +131,12 @@ def read_run(directory: Path) -> RunResult | None:
     return RunResult(values, describe_passes(objective_of(config).needs), errors)
 
 
-def _read_config(path: Path) -> Config:
+def read_config(path: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: the run's configuration is missing. Name the directory the run saved to (--save).")
     return parse_arguments(["--config", str(path)])
@@ -176,6 +181,12 @@ def chosen_share(pairs: Sequence[Record], lengths: np.ndarray | None = None) -> 
 
 def held_out_lengths(config: Config) -> np.ndarray | None:
     """Scored tokens of the held-out responses of a run, int ``[P, 2]``; None where the prepared data are no longer there."""
+    found = held_out_pairs(config)
+    return None if found is None else found[0].lengths_of(found[1])[:, 1:]
+
+
+def held_out_pairs(config: Config) -> tuple[PairCollection, np.ndarray] | None:
+    """The data with the held-out pairs of a run, their numbers in it ``[P]``; None where prepared data are no longer there."""
     data = config.data
     flags = data.valid_data_path or data.data_path
     blend = parse_blend(flags)
@@ -190,7 +201,7 @@ def held_out_lengths(config: Config) -> np.ndarray | None:
         share = parse_split(data.split)[1]
         parts, weights = [part.split(share)[1] for part in parts], None
     pairs = PairCollection.combine(parts, weights)
-    return pairs.lengths_of(np.arange(min(len(pairs), config.training.eval_pairs or len(pairs))))[:, 1:]
+    return pairs, np.arange(min(len(pairs), config.training.eval_pairs or len(pairs)))
 
 
 def describe_passes(needs: LogpNeeds) -> str:

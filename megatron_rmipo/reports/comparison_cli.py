@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.comparison import VIEWS, Table, compare_runs, read_run, write_csv
-from megatron_rmipo.reports.pictures.comparison import draw_picture
+from megatron_rmipo.reports.pictures.comparison import draw_comparison
+from megatron_rmipo.reports.pictures.style import save
 
 _DESCRIPTION = "Put several runs side by side, from their logs: tables on the screen and in --output, and a picture."
 
@@ -58,7 +59,7 @@ def _compare(directory: Path, tables: Sequence[Table], arguments: argparse.Names
         except OSError as error:
             raise ConfigError(f"--output {prefix}: cannot be written: {error.strerror}.") from error
     if arguments.picture is not None:
-        draw_picture(arguments.picture, results, arguments.view)
+        save(draw_comparison(results, arguments.view), arguments.picture)
 
 
 def _parse_tables(arguments: argparse.Namespace) -> list[Table]:

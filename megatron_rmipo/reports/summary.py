@@ -219,16 +219,42 @@ def read_pairs(log_dir: Path, evaluation: Record, name: str = PAIRS_FILE) -> lis
     return pairs if pairs and pairs[0].get("step", evaluation["step"]) == evaluation["step"] else []
 
 
-def read_kinds(rows: Path) -> list[str]:
-    """The field ``kind`` of every row of a jsonl file.
+def read_rows(rows: Path) -> list[Record]:
+    """The rows of a jsonl file.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line of it is no object.
+    """
+    try:
+        with rows.open(encoding="utf-8") as lines:
+            return [_record(line, f"--rows {rows}:{number}") for number, line in enumerate(lines, start=1)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--rows {rows}: cannot be read: {error}. Name the jsonl file the held-out pairs came from.") from error
+
+
+def read_kinds(rows: Path, field: str = "kind") -> list[str]:
+    """A field of every row of a jsonl file, as text.
 
     Raises:
         ConfigError: the file cannot be read, or a row has no such field.
     """
-    try:
-        return [json.loads(line)["kind"] for line in rows.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--rows {rows}: not a jsonl file whose rows have the field 'kind' ({error!r}).") from error
+    found = read_rows(rows)
+    for number, row in enumerate(found, start=1):
+        if field not in row:
+            raise ConfigError(f"--rows {rows}:{number}: the row has no field {field!r}; it has {', '.join(map(repr, row))}.")
+    return [str(row[field]) for row in found]
+
+
+def check_rows_are_of(rows: Path, num_rows: int, num_pairs: int) -> None:
+    """Refuse rows that are not those of the held-out pairs.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    if num_rows != num_pairs:
+        raise ConfigError(
+            f"--rows {rows}: {num_rows} rows, but {num_pairs} held-out pairs were evaluated. Name the file these alone came from."
+        )
 
 
 def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
@@ -252,8 +278,7 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
         parts.append(describe_claim(pairs))
         if rows is not None:
             kinds = read_kinds(rows)
-            if len(kinds) != len(pairs):
-                raise ConfigError(f"--rows {rows}: {len(kinds)} rows, but {len(pairs)} held-out pairs were evaluated.")
+            check_rows_are_of(rows, len(kinds), len(pairs))
             parts.append(table_by_kind(pairs, kinds))
     return "\n\n".join(filter(None, parts))
 

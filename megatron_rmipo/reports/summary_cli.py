@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
-from megatron_rmipo.reports.pictures.margins import MarginRun, draw_margins
-from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, PAIRS_FILE
-from megatron_rmipo.reports.summary import read_configuration, read_evaluations, read_pairs, summarize_run
+from megatron_rmipo.reports.pictures.figures import margin_run
+from megatron_rmipo.reports.pictures.margins import MarginRun, draw_schedule
+from megatron_rmipo.reports.pictures.runs import Run
+from megatron_rmipo.reports.pictures.style import save
+from megatron_rmipo.reports.summary import summarize_run
 
 _DESCRIPTION = (
     "Say what runs did to their held-out pairs: a table and a verdict each, from the logs. With --picture also draw the margins "
@@ -57,28 +57,11 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         print(f"The trained model, in Hugging Face form: {arguments.model}")
     if arguments.picture is not None:
-        draw_margins(arguments.picture, [_margin_run(log_dir) for log_dir in log_dirs])
+        save(draw_schedule([_margin_run(log_dir) for log_dir in log_dirs], with_gaps=True), arguments.picture)
 
 
 def _margin_run(log_dir: Path) -> MarginRun:
-    """What is drawn of a run.
-
-    Raises:
-        ConfigError: it is not one of rmipo, or what it said of each held-out pair is not there, or not finite.
-    """
-    config = read_configuration(log_dir)
-    if config.get("objective") != Rmipo.name:
-        raise ConfigError(
-            f"--picture: {log_dir} is a run of objective {config.get('objective')}; only {Rmipo.name} has margins to draw."
-        )
-    options = RmipoConfig(**{field.name: config[field.name] for field in dataclasses.fields(RmipoConfig) if field.name in config})
-    evaluations = read_evaluations(log_dir)
-    first, last = read_pairs(log_dir, evaluations[0], FIRST_PAIRS_FILE), read_pairs(log_dir, evaluations[-1])
-    if not last:
-        raise ConfigError(f"--picture: {log_dir / PAIRS_FILE} is missing, or of another evaluation than the last.")
-    if not any(pair.get("gamma") is not None and pair.get("logps/chosen") is not None for pair in last):
-        raise ConfigError(f"--picture: {log_dir / PAIRS_FILE} has no pair with a finite margin; the run has diverged.")
     run_dir = log_dir.resolve()
     run_dir = run_dir.parent if run_dir.name == "logs" else run_dir
     # Runs of the example scripts have one name in different folders.
-    return MarginRun(f"{'/'.join(run_dir.parts[-2:])} ({options.preset})", Rmipo(options), first, last)
+    return margin_run(Run("/".join(run_dir.parts[-2:]), log_dir))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,16 +52,36 @@ def compare_scores(row: Row) -> tuple[float, str]:
     Raises:
         RowFault: a score is no number.
     """
+    for chosen, rejected, high, low in _both_scores(row):
+        difference = number_of(high, chosen) - number_of(low, rejected)
+        if difference <= 0:
+            return difference, f"{chosen} is {high}, {rejected} {low}"
+    return 1.0, ""
+
+
+def score_difference(row: Row) -> float | None:
+    """The chosen answer's score less the rejected one's, by the first of :data:`SCORE_COLUMNS` that it or its ``metadata`` has.
+
+    Returns:
+        None where it has none.
+
+    Raises:
+        RowFault: a score is no number.
+    """
+    for chosen, rejected, high, low in _both_scores(row):
+        return number_of(high, chosen) - number_of(low, rejected)
+    return None
+
+
+def _both_scores(row: Row) -> Iterator[tuple[str, str, Any, Any]]:
+    """(column, column, score, score) of chosen and rejected answer, where a row has both; NaN is a score that is missing."""
     metadata = row.get("metadata")
     for holder in (row, metadata if isinstance(metadata, dict) else {}):
         for chosen, rejected in SCORE_COLUMNS:
             high = holder.get(chosen)
             if high is None or (low := holder.get(rejected)) is None or high != high or low != low:
                 continue
-            difference = number_of(high, chosen) - number_of(low, rejected)
-            if difference <= 0:
-                return difference, f"{chosen} is {high}, {rejected} {low}"
-    return 1.0, ""
+            yield chosen, rejected, high, low
 
 
 def pair_values(row: Row) -> dict[str, float]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.comparison import COLUMNS, RunResult
+from megatron_rmipo.reports.pictures.style import bar_style, new_figure, short_label, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # View -> (title of a panel, its columns).
 _PANELS = {
@@ -24,32 +27,19 @@ _PANELS = {
 }
 
 
-def draw_picture(path: Path, results: Mapping[str, RunResult | None], view: str) -> None:
-    """Write a bar chart of the runs that have results, a panel for each kind of number; a missing number has no bar.
+@styled
+def draw_comparison(results: Mapping[str, RunResult | None], view: str) -> Figure:
+    """A bar chart of the runs that have results, a panel for each kind of number; a missing number has no bar.
 
     A mean over held-out pairs has its standard error drawn.
 
     Args:
-        path: file to write; its extension says the format.
         results: run -> what is known of it.
         view: which numbers.
-
-    Raises:
-        ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            f"--picture {path}: the package matplotlib is missing. Install it with pip install 'megatron-rmipo[plots]', or leave "
-            "the flag out."
-        ) from error
     shown = {run: result for run, result in results.items() if result is not None}
     panels = _PANELS[view]
-    figure = Figure(figsize=(3.6 * len(panels), 1.8 + 0.4 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    figure, grid = new_figure(1, len(panels), (3.3 * len(panels), 1.8 + 0.4 * len(shown)), sharey=True)
     for axes, (title, columns) in zip(grid[0], panels, strict=True):
         height = 0.8 / len(columns)
         for number, column in enumerate(columns):
@@ -58,18 +48,14 @@ def draw_picture(path: Path, results: Mapping[str, RunResult | None], view: str)
             ]
             places = [row + (number - (len(columns) - 1) / 2) * height for row, _ in bars]
             errors = [list(shown.values())[row].errors.get(column) or 0.0 for row, _ in bars]
-            error_bars = {"xerr": errors, "ecolor": "black"} if any(errors) else {}
-            axes.barh(places, [value for _, value in bars], height, label=COLUMNS[column][0], **error_bars)
+            error_bars = {"xerr": errors, "ecolor": "black", "error_kw": {"elinewidth": 1.0}} if any(errors) else {}
+            axes.barh(places, [value for _, value in bars], height, label=COLUMNS[column][0], **bar_style(number), **error_bars)
         axes.set_title(title)
-        axes.grid(axis="x", alpha=0.3)
+        axes.grid(visible=False, axis="y")
         if len(columns) > 1:
             # Below, where no bar is.
-            axes.legend(fontsize="small", ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    grid[0][0].set_yticks(range(len(shown)), list(shown))
+            axes.legend(ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, -0.08), columnspacing=1.0, handlelength=1.6)
+    grid[0][0].set_yticks(range(len(shown)), [short_label(run) for run in shown])
     # The first run on top.
     grid[0][0].invert_yaxis()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--picture {path}: cannot be written: {error}") from error
+    return figure
