@@ -42,7 +42,7 @@ def test_what_is_no_address_of_a_store_passes() -> None:
     "tool",
     [
         *("preprocess_preferences", "inspect_pairs", "score_pairs", "convert_hf_to_megatron", "convert_megatron_to_hf"),
-        *("verify_conversion", "verify_checkpoint", "summarize_run", "compare_runs"),
+        *("verify_conversion", "verify_checkpoint", "summarize_run", "compare_runs", "report"),
     ],
 )
 def test_every_tool_says_it_before_it_imports_anything(tool: str) -> None:
