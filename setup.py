@@ -37,7 +37,7 @@ REQUIREMENTS = [
     "tensorboard>=2.15",
 ]
 
-PLOTS = ["matplotlib>=3.9"]  # tools/compare_runs.py, summarize_run.py, plot_runs.py and report.py draw with it
+PLOTS = ["matplotlib>=3.9"]  # tools/compare_runs.py, summarize_run.py and plot_runs.py draw with it
 
 DOCS = ["mkdocs-material>=9.6", "mkdocs>=1.6,<2"]
 
@@ -83,6 +83,7 @@ COMMANDS = {
     "megatron-rmipo-verify-conversion": "megatron_rmipo.entry:verify_conversion",
     "megatron-rmipo-plan-layout": "megatron_rmipo.entry:plan_layout",
     "megatron-rmipo-summarize-run": "megatron_rmipo.entry:summarize_run",
+    "megatron-rmipo-report": "megatron_rmipo.entry:report",
     "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",
     "megatron-rmipo-plot-runs": "megatron_rmipo.entry:plot_runs",
 }
@@ -97,7 +98,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rmipo", "megatron_rmipo.*"]),
-    package_data={"megatron_rmipo": ["py.typed", "planning/shapes.json"]},
+    package_data={"megatron_rmipo": ["py.typed", "planning/shapes.json", "reports/page/templates/*"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"{command} = {target}" for command, target in COMMANDS.items()]},

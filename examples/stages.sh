@@ -96,7 +96,7 @@ what_trains() {
                 --tokens-per-microbatch | --min-microbatches-per-stage | --logprob-chunk-size | --recompute-* | \
                 --fine-grained-activation-offloading | --offload-modules | --min-offloaded-tensor-size | \
                 --exit-interval | --eval-interval | --save-interval | --async-save | --keep-last | --verify-checkpoint | \
-                --log-interval | --log-dir | --log-expert-load | --tensorboard-dir | --wandb-* | --debug | \
+                --log-interval | --log-dir | --report | --log-expert-load | --tensorboard-dir | --wandb-* | --debug | \
                 --profile | --profile-* | --record-memory-history | --num-workers | --reference-cache)
                 # With what follows it.
                 while (($# > 1)) && [[ $2 != --* ]]; do shift; done
@@ -209,6 +209,8 @@ run_stages() {
         local rows=()
         if [[ -n "${EMBEDDED:-}" ]]; then rows=(--rows "$VALID_DATA"); fi
         run python "$ROOT/tools/summarize_run.py" --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf" "${rows[@]}"
+        # Last, so that the last line says where it is.
+        run python "$ROOT/tools/report.py" "$WORK_DIR/rmipo" --output "$WORK_DIR/report.html"
     fi
 }
 

@@ -146,6 +146,7 @@ convert_hf_to_megatron = functools.partial(start, "megatron_rmipo.checkpoint.hf_
 convert_megatron_to_hf = functools.partial(start, "megatron_rmipo.checkpoint.megatron_to_hf_cli")
 make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
 summarize_run = functools.partial(start, "megatron_rmipo.reports.summary_cli")
+report = functools.partial(start, "megatron_rmipo.reports.page.cli")
 stage_record = functools.partial(start, "megatron_rmipo.stage_record")
 compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
 plot_runs = functools.partial(start, "megatron_rmipo.reports.plots_cli")

@@ -30,10 +30,10 @@ MAY_IMPORT = {
     "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
-    "reports": {"errors", "command", "config", "runtime", "health", "objectives", "data", "memory"},
+    "reports": {"errors", "command", "torchrun", "config", "runtime", "health", "objectives", "data", "memory"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
-        *("health", "optimizer", "scoring", "reports", "planning"),
+        *("torchrun", "health", "optimizer", "scoring", "reports", "planning"),
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun", "remote_paths"},
@@ -56,7 +56,10 @@ INNER_ROOMS = {
         "shares": set(),
         "megatron": {"hf", "shares", "whole_directories", "raw_files"},
     },
-    "reports": {"pictures": {"held_out", "reporter", "summary", "comparison"}},
+    "reports": {
+        "pictures": {"held_out", "reporter", "summary", "comparison"},
+        "page": {"held_out", "summary", "reporter", "comparison", "timers"},
+    },
     "model": {"attention": set(), "layers": {"attention", "products", "transformer_engine"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }

@@ -38,13 +38,7 @@ def test_what_is_no_address_of_a_store_passes() -> None:
     refuse_remote_paths(flags_and_values(line.split()))
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        *("preprocess_preferences", "inspect_pairs", "score_pairs", "convert_hf_to_megatron", "convert_megatron_to_hf"),
-        *("verify_conversion", "verify_checkpoint", "summarize_run", "compare_runs", "plot_runs"),
-    ],
-)
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
 def test_every_tool_says_it_before_it_imports_anything(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--load", "s3://bucket/x"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

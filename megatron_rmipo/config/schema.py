@@ -219,6 +219,7 @@ class LoggingConfig:
 
     log_interval: int = option(1, "Steps between log lines and records of metrics.jsonl.")
     log_dir: str | None = option(None, "Directory of metrics.jsonl and config.yaml; unset: SAVE/logs, or runs/rmipo.", "DIR")
+    report: bool = option(True, "Write report.html beside metrics.jsonl when the run has ended: what it was, and how it went.")
     log_expert_load: bool = option(False, "Log every expert's share of its layer's tokens, too, not the imbalance alone.")
     tensorboard_dir: str | None = option(None, "Also write TensorBoard events to this directory.", "DIR")
     wandb_project: str | None = option(None, "Also log to this Weights & Biases project (needs the wandb extra).")

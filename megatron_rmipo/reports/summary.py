@@ -25,7 +25,7 @@ from megatron_rmipo.reports.held_out import (
 from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
 
 # What the table shows, where the objective has it: name in metrics.jsonl -> what a reader calls it.
-_ROWS = {
+METRIC_TITLES = {
     "rewards/accuracies": "preference accuracy",
     "rewards/margins": "reward margin, mean",
     "rewards/margins/p50": "reward margin, median",
@@ -101,7 +101,7 @@ def comparison_table(before: Record, after: Record, changes: Mapping[str, Figure
     """
     numbers = [evaluation.get(NUM_PAIRS) for evaluation in (before, after)]
     lines = [f"{f'held-out pairs ({_stands_on(*numbers)})':<36}{'before':>8}{'after':>18}{'change':>18}"]
-    for name, title in _ROWS.items():
+    for name, title in METRIC_TITLES.items():
         figures = [recorded(before, name), recorded(after, name)]
         if figures[0] is not None and figures[1] is not None:
             error = changes[name].error if name in changes else None
@@ -269,7 +269,7 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
     """
     evaluations = read_evaluations(log_dir)
     before, after = evaluations[0], evaluations[-1]
-    gamma_min, gamma_max = _margin_bounds(read_configuration(log_dir))
+    gamma_min, gamma_max = margin_bounds(read_configuration(log_dir))
     pairs = read_pairs(log_dir, after)
     changes = paired_changes(read_pairs(log_dir, before, FIRST_PAIRS_FILE), pairs)
     sentences = [describe_change(before, after, changes), describe_margins(after, gamma_min, gamma_max)]
@@ -299,6 +299,7 @@ def read_configuration(log_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _margin_bounds(config: Mapping[str, Any]) -> tuple[float, float]:
+def margin_bounds(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Least and most target margin of a run, zeros where it has none."""
     low, high = config.get("gamma_min"), config.get("gamma_max")
     return (0.0, 0.0) if low is None or high is None else (float(low), float(high))

@@ -46,6 +46,7 @@ from megatron_rmipo.training.observers import (
 from megatron_rmipo.training.outputs import RunCheckpoints, check_outputs, own_save_directory, save_hf, where_it_stands
 from megatron_rmipo.training.plan import RunPlan, plan_run
 from megatron_rmipo.training.resume import after_restarts
+from megatron_rmipo.training.run_report import keep_facts, keep_tokens, tell_report
 from megatron_rmipo.training.setup import TrainingState, load_training_state
 
 
@@ -138,10 +139,14 @@ def _train_by_plan(
     with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
         run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat)
         say_what_runs(run, source, plan.start, plan.data.context)
+        keep_facts(run, source)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
         heartbeat.doing("export")
         save_hf(config, source, state, run.progress, groups, stop)
+        heartbeat.doing("report")
+        keep_tokens(run)
+    tell_report(config, groups)
 
 
 def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: bool) -> RunPlan:

@@ -73,10 +73,10 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     say(f"length: {run.train_iters:,} steps of {config.training.global_batch_size:,} pairs, {epochs:.3g} epochs")
     optimizer = config.optimizer
     say(f"optimizer: {optimizer.optimizer}, lr {optimizer.lr:g} {optimizer.lr_decay_style}, clip grad {optimizer.clip_grad:g}")
-    say(f"layout: {_layout(run.groups, config.parallel)}")
+    say(f"layout: {describe_layout(run.groups, config.parallel)}")
     tell_pipeline(run)
     attention = choose_backend(config.model.attention_backend, source.arch.least_head_size)
-    say(f"precision: {_precision(config.model, config.memory)}; attention {attention}")
+    say(f"precision: {describe_precision(config.model, config.memory)}; attention {attention}")
     outputs = config.checkpoint
     every = f" every {outputs.save_interval} steps" if outputs.save_interval else " at the end"
     final = outputs.save_hf or "none (--save-hf)"
@@ -133,7 +133,8 @@ def _held_out(run: Run) -> str:
     return f"{count:,} held out" + (f", of which the first {evaluated:,} are evaluated" if evaluated < count else "")
 
 
-def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
+def describe_layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
+    """How many ranks, what they share, and by which means."""
     switches = {
         "sequence parallel": parallel.sequence_parallel,
         "distributed optimizer": parallel.use_distributed_optimizer,
@@ -150,7 +151,8 @@ def _layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
     return ", ".join([ranks, *(text for text, used in switches.items() if used)])
 
 
-def _precision(model: ModelConfig, memory: MemoryConfig) -> str:
+def describe_precision(model: ModelConfig, memory: MemoryConfig) -> str:
+    """What is computed in, and what weights, gradients and moments are kept in."""
     if not model.bf16:
         return "fp32"
     layers = f"fp8 ({model.fp8_format}) layers, bf16 elsewhere" if model.fp8_format else "bf16"

@@ -33,9 +33,10 @@ def test_stages_run_in_order_and_are_skipped_when_complete(tmp_path: Path) -> No
         "tools/convert_hf_to_megatron.py",
         "tools/preprocess_preferences.py",
         "tools/summarize_run.py",
+        "tools/report.py",
     ]
     output = run_script(LLAMA, variables)
-    assert [*map(program_of, calls(tmp_path))] == ["tools/summarize_run.py"]
+    assert [*map(program_of, calls(tmp_path))] == ["tools/summarize_run.py", "tools/report.py"]
     assert output.count("already there") == 7
 
 
@@ -45,7 +46,7 @@ def test_only_what_is_missing_is_made_again(tmp_path: Path) -> None:
     calls(tmp_path)
     (tmp_path / "work/data/valid.json").unlink()
     run_script(LLAMA, variables)
-    assert ["valid" in call for call in calls(tmp_path)] == [True, False]
+    assert ["valid" in call for call in calls(tmp_path)] == [True, False, False]
 
 
 def test_a_result_of_other_settings_is_not_used_silently(tmp_path: Path) -> None:
@@ -77,10 +78,10 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> 
     changed = ["--async-save", "--save-interval", "20", "--min-microbatches-per-stage", "3"]
     output = run_script(LLAMA, environment(tmp_path, **inputs, GPUS_PER_NODE="4"), *changed)
     assert "goes on from the latest checkpoint" in output
-    training, summary = calls(tmp_path)
+    training, summary, report = calls(tmp_path)
     assert f"--load {tmp_path}/work/rmipo --save" in training
     assert "--finetune" not in training
-    assert "summarize_run" in summary
+    assert ("summarize_run" in summary, "report" in report) == (True, True)
 
 
 def test_a_run_that_died_in_its_first_save_starts_anew(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_run_that_died_in_its_first_save_starts_anew(tmp_path: Path) -> None:
     half = tmp_path / "work/rmipo/iter_0000010.incomplete"
     half.mkdir(parents=True)
     run_script(LLAMA, variables)
-    assert "--finetune" in calls(tmp_path)[-2]
+    assert "--finetune" in calls(tmp_path)[-3]
     assert not half.exists()
 
 
