@@ -13,7 +13,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.pictures.figures import FIGURES, Drawing
 from megatron_rmipo.reports.pictures.runs import find_runs
 from megatron_rmipo.reports.pictures.style import FORMATS, save
-from megatron_rmipo.reports.pictures.training import X_AXES
+from megatron_rmipo.reports.pictures.training import SMOOTHING, X_AXES
 
 ALL = "all"
 _DESCRIPTION = (
@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--smoothing",
         type=float,
-        metavar="W",
-        help="training: how much a record counts of the one after it (default: 0.8; 0: all raw)",
+        metavar="SHARE",
+        help=f"training: the part of it that curves are averaged over (default: {SMOOTHING}; 0: none)",
     )
     add_debug_flag(parser)
     return parser
@@ -104,8 +104,8 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
     for name in ("category", "scores"):
         if name in given and "rows" not in given:
             raise ConfigError(f"{_FLAGS[name]} {given[name]}: a field of which rows? Name their file: --rows FILE.")
-    if not 0.0 <= given.get("smoothing", 0.0) < 1.0:
-        raise ConfigError(f"--smoothing {given['smoothing']:g}: at least 0 (all raw), below 1.")
+    if not 0.0 <= given.get("smoothing", 0.0) <= 1.0:
+        raise ConfigError(f"--smoothing {given['smoothing']:g}: a part of the training, 0 (none) to 1.")
     files = [word for word in arguments.runs if word.endswith(".json")]
     if files and not (arguments.figure == ALL or given.get("wins_by") == "judge"):
         raise ConfigError(f"--runs {files[0]}: the file of an evaluation is drawn by plot_runs.py wins --by judge.")

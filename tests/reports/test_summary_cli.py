@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import yaml
 from PIL import Image
 
 from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
-from megatron_rmipo.reports.pictures.margins import density
 from megatron_rmipo.reports.summary_cli import main
 from tests.reports.test_summary import margins, pair_lines, write_run
 
@@ -49,23 +47,12 @@ def test_the_margins_of_one_run_or_several_are_drawn(
     assert main(["--log-dir", *logs, "--picture", str(picture)]) == 0
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB"))
-    # Matplotlib's first colours: one a run, and no other run's.
-    shown = [bool((pixels == color).all(axis=-1).any()) for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44))]
+    # The style's first colours: one a run, and no other run's.
+    shown = [bool((pixels == color).all(axis=-1).any()) for color in ((0, 114, 178), (213, 94, 0), (0, 158, 115))]
     assert shown == [number < len(runs) for number in range(3)]
     text = capsys.readouterr().out
     assert all((f"== {directory}" in text) == (len(logs) > 1) for directory in logs)
     assert text.count("Target margins") == len(logs)
-
-
-def test_a_density_is_one_in_sum_and_high_where_the_values_are() -> None:
-    points = np.linspace(0.0, 2.0, 401)
-    values = np.array([0.5, 1.5, 1.5, 1.5])
-    heights = density(values, points)
-    assert heights.sum() * (points[1] - points[0]) == pytest.approx(1.0, abs=1e-6)
-    # A kernel's peak is 1 / (width sqrt(2 pi)), its width 0.03 of the range.
-    peak = 1.0 / (0.06 * math.sqrt(2.0 * math.pi))
-    assert heights[100] == pytest.approx(0.25 * peak, rel=1e-6)
-    assert heights[300] == pytest.approx(0.75 * peak, rel=1e-6)
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,13 +135,18 @@ def draw_sensitivity(grids: Sequence[Grid]) -> Figure:
     figure, panels = new_figure(len(measures), len(grids), (sum(widths), heights * len(measures)), width_ratios=widths)
     for row, measure in enumerate(measures):
         every = [value for grid in grids for run in grid.runs if measure in run.results for value in run.results[measure][:1]]
+        lines: list[Any] = []
         for column, grid in enumerate(grids):
             axes = panels[row][column]
             if len(grid.betas) > 1 and len(grid.margins) > 1:
                 _draw_map(figure, axes, grid, measure, (min(every), max(every)))
             else:
                 _draw_line(axes, grid, measure)
+                lines.append(axes)
             axes.set_title(grid.title)
+        spans = [axes.get_ylim() for axes in lines]
+        for axes in lines:
+            axes.set_ylim(min(low for low, _ in spans), max(high for _, high in spans))
     return figure
 
 
