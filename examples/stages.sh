@@ -10,8 +10,7 @@
 #                   preference data, of which the chosen responses count
 #   STEPS or EPOCHS length of the preference training (one epoch)
 #   EMBEDDED_FLAGS  of examples/embedded/make_inputs.py, for the embedded example
-#   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
-#                   without it
+#   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported model carries it
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them
 #   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP   the layout; WORK_DIR must be shared by the nodes
 #   MAX_RESTARTS    how often torchrun starts the ranks of a node anew where one has failed (0); the same on all nodes

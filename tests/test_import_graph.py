@@ -31,9 +31,10 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "health", "objectives", "data", "memory"},
+    "publishing": {"errors", "command", "config", "data", "reports"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
-        *("health", "optimizer", "scoring", "reports", "planning"),
+        *("health", "optimizer", "scoring", "reports", "planning", "publishing"),
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun", "remote_paths"},
