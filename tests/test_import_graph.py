@@ -32,6 +32,9 @@ MAY_IMPORT = {
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "config", "runtime", "health", "objectives", "data", "memory"},
     "publishing": {"errors", "command", "config", "data", "reports"},
+    "doctor": {"errors", "command", "runtime", "data", "model"},
+    "completion": {"command", "entry"},
+    "__main__": {"entry"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
         *("health", "optimizer", "scoring", "reports", "planning", "publishing"),
