@@ -72,6 +72,7 @@ EXTRAS = {
 }
 
 COMMANDS = {
+    "megatron-rmipo": "megatron_rmipo.entry:subcommand",
     "megatron-rmipo-train": "megatron_rmipo.entry:train",
     "megatron-rmipo-launch": "megatron_rmipo.entry:launch",
     "megatron-rmipo-preprocess": "megatron_rmipo.entry:preprocess_preferences",
@@ -86,6 +87,8 @@ COMMANDS = {
     "megatron-rmipo-report": "megatron_rmipo.entry:report",
     "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",
     "megatron-rmipo-plot-runs": "megatron_rmipo.entry:plot_runs",
+    "megatron-rmipo-push-to-hub": "megatron_rmipo.entry:push_to_hub",
+    "megatron-rmipo-doctor": "megatron_rmipo.entry:doctor",
 }
 
 setup(

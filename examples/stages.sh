@@ -10,8 +10,8 @@
 #                   preference data, of which the chosen responses count
 #   STEPS or EPOCHS length of the preference training (one epoch)
 #   EMBEDDED_FLAGS  of examples/embedded/make_inputs.py, for the embedded example
-#   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported tokenizer is the base model's,
-#                   without it
+#   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported model carries it
+#   PUSH_TO_HUB     OWNER/NAME: show what of the model would go there on the Hugging Face Hub; PUSH_YES=1 sends it (token: HF_TOKEN)
 #   WORK_DIR        where every result goes                  DRY_RUN=1   print the commands instead of running them
 #   GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP   the layout; WORK_DIR must be shared by the nodes
 #   MAX_RESTARTS    how often torchrun starts the ranks of a node anew where one has failed (0); the same on all nodes
@@ -209,6 +209,11 @@ run_stages() {
         local rows=()
         if [[ -n "${EMBEDDED:-}" ]]; then rows=(--rows "$VALID_DATA"); fi
         run python "$ROOT/tools/summarize_run.py" --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf" "${rows[@]}"
+        if [[ -n "${PUSH_TO_HUB:-}" ]]; then
+            local yes=()
+            if [[ -n "${PUSH_YES:-}" ]]; then yes=(--yes); fi
+            run python "$ROOT/tools/push_to_hub.py" "$WORK_DIR/hf" "$PUSH_TO_HUB" "${yes[@]}"
+        fi
         # Last, so that the last line says where it is.
         run python "$ROOT/tools/report.py" "$WORK_DIR/rmipo" --output "$WORK_DIR/report.html"
     fi

@@ -5,6 +5,7 @@ Understood by older Pythons, which are told that they are too old.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import os
@@ -150,6 +151,49 @@ report = functools.partial(start, "megatron_rmipo.reports.page.cli")
 stage_record = functools.partial(start, "megatron_rmipo.stage_record")
 compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
 plot_runs = functools.partial(start, "megatron_rmipo.reports.plots_cli")
+push_to_hub = functools.partial(start, "megatron_rmipo.publishing.push_cli")
+doctor = functools.partial(start, "megatron_rmipo.doctor.cli")
+completion = functools.partial(start, "megatron_rmipo.completion")
+
+# Subcommand of megatron-rmipo -> what it starts, and what that does. In the order in which people need them.
+SUBCOMMANDS = {
+    "doctor": (doctor, "say whether this machine is fit: versions, GPUs, kernels against their references, ranks"),
+    "preprocess": (preprocess_preferences, "preference data of any form -> token ids"),
+    "inspect-pairs": (inspect_pairs, "show prepared pairs as text"),
+    "plan-layout": (plan_layout, "which layout of a model on some machines fits and is fastest"),
+    "train": (train, "train as one rank; several are started by launch"),
+    "launch": (launch, "start ranks as torchrun does: launch --nproc-per-node 8 -m megatron_rmipo.train ..."),
+    "score-pairs": (score_pairs, "log-probs of prepared pairs under a reference"),
+    "summarize-run": (summarize_run, "what a run did to its held-out pairs"),
+    "report": (report, "what runs were and what they did, as a page of HTML"),
+    "plot-runs": (plot_runs, "the paper's pictures from any runs"),
+    "compare-runs": (compare_runs, "several runs beside each other"),
+    "hf-to-megatron": (convert_hf_to_megatron, "a Hugging Face model -> a Megatron checkpoint"),
+    "megatron-to-hf": (convert_megatron_to_hf, "a Megatron checkpoint -> a Hugging Face model"),
+    "verify-conversion": (verify_conversion, "whether a model computes the same in both forms"),
+    "verify-checkpoint": (verify_checkpoint, "whether the files of a checkpoint are what was written"),
+    "push-to-hub": (push_to_hub, "send an exported model to the Hugging Face Hub"),
+    "completion": (completion, "print shell completion: completion bash|zsh|fish"),
+}
+
+
+def subcommand() -> int:
+    """``megatron-rmipo NAME ...``: the command of that name, with the flags behind it."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in SUBCOMMANDS:
+        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+        command, _ = SUBCOMMANDS[name]
+        return command()
+    if name in ("-h", "--help"):
+        print("usage: megatron-rmipo COMMAND [--FLAG VALUE ...]\n")
+        print("\n".join(f"  {name:<18}{text}" for name, (_, text) in SUBCOMMANDS.items()))
+        print("\nmegatron-rmipo COMMAND --help has the flags of each.")
+        return DONE
+    nearest = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+    meant = f"did you mean {nearest[0]}?" if nearest else "see megatron-rmipo --help."
+    print(f"error: megatron-rmipo {name}: no such command; {meant}", file=sys.stderr)
+    return FAULT_OF_USER
+
 
 if __name__ == "__main__":
     sys.exit(start("megatron_rmipo.entry"))

@@ -31,9 +31,13 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
     "reports": {"errors", "command", "torchrun", "config", "runtime", "health", "objectives", "data", "memory"},
+    "publishing": {"errors", "command", "config", "data", "reports"},
+    "doctor": {"errors", "command", "runtime", "data", "model"},
+    "completion": {"command", "entry"},
+    "__main__": {"entry"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
-        *("torchrun", "health", "optimizer", "scoring", "reports", "planning"),
+        *("torchrun", "health", "optimizer", "scoring", "reports", "planning", "publishing"),
     },
     # What every command starts with, and what starts it on several ranks.
     "entry": {"errors", "command", "torchrun", "remote_paths"},

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
 from megatron_rmipo.checkpoint.megatron.directory import hf_assets_directory
 from megatron_rmipo.checkpoint.megatron.record import Iteration
@@ -151,15 +152,23 @@ class ThroughBridge:
         dtype: str | None,
         groups: ProcessGroups,
         stop: StopRequest | None,
+        beside: Beside = NOTHING_ELSE,
     ) -> None:
         """As :meth:`megatron_rmipo.checkpoint.makers.Maker.export`; asked to stop, it is before the export alone."""
         assert dtype is None, "refused with the flags"
         if stop is not None:
             stop.check("", groups.world)
-        _export(on_every_rank(groups.world, lambda: _open(hf_dir)), list(policy), save_dir, groups, "--save-hf")
+        _export(on_every_rank(groups.world, lambda: _open(hf_dir)), list(policy), save_dir, groups, "--save-hf", beside)
 
 
-def _export(bridge: Any, chunks: Sequence[torch.nn.Module], directory: Path, groups: ProcessGroups, flag: str) -> None:
+def _export(
+    bridge: Any,
+    chunks: Sequence[torch.nn.Module],
+    directory: Path,
+    groups: ProcessGroups,
+    flag: str,
+    beside: Beside = NOTHING_ELSE,
+) -> None:
     """Write a policy; the directory appears when it is whole. All ranks call it together."""
     with contextlib.ExitStack() as stack:
 
@@ -174,7 +183,12 @@ def _export(bridge: Any, chunks: Sequence[torch.nn.Module], directory: Path, gro
                 bridge.save_hf_pretrained(list(chunks), str(partial), show_progress=False)
 
         on_every_rank(groups.world, write)
-        on_first_rank(groups.world, stack.close)
+
+        def end() -> None:
+            beside.write(partial)
+            stack.close()
+
+        on_first_rank(groups.world, end)
 
 
 def build_bridged_policy(

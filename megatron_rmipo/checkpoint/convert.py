@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
+from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
 from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
@@ -139,8 +140,11 @@ def convert_megatron_to_hf(
         for rule, place in tensors_of(arch)
     }
     read = partial(_read_tensor, reader, locations)
+    card = assets / CARD_NAME
+    # A run writes its card beside the tokenizer; one in a directory that was named is of another model.
+    beside = Beside(card=card.read_text(encoding="utf-8") if assets_dir is None and card.is_file() else None)
     try:
-        write_hf_directory(Path(save_dir), assets, arch, read, dtypes, max_shard_bytes=max_shard_bytes)
+        write_hf_directory(Path(save_dir), assets, arch, read, dtypes, max_shard_bytes=max_shard_bytes, beside=beside)
     except OSError as error:
         raise ConversionError(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."

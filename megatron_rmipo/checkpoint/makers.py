@@ -9,6 +9,7 @@ import torch
 
 from megatron_rmipo.checkpoint.bridge import ThroughBridge
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
+from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.checkpoint.megatron.directory import hf_assets_directory
 from megatron_rmipo.checkpoint.megatron.record import Iteration
@@ -63,6 +64,7 @@ class Maker(Protocol):
         dtype: str | None,
         groups: ProcessGroups,
         stop: StopRequest | None,
+        beside: Beside = NOTHING_ELSE,
     ) -> None:
         """Write a model as a Hugging Face directory, which appears when it is whole. All ranks call it together.
 
@@ -74,6 +76,7 @@ class Maker(Protocol):
             dtype: what the flags say of the files' dtype; None where they say nothing.
             groups: the process groups of this rank.
             stop: looked at now and then; a signal ends the export. None where it is not to be ended.
+            beside: what else belongs to the model; of the first rank.
 
         Raises:
             ConversionError: on every rank: it cannot be written.
@@ -113,10 +116,11 @@ class KnownFamilies:
         dtype: str | None,
         groups: ProcessGroups,
         stop: StopRequest | None,
+        beside: Beside = NOTHING_ELSE,
     ) -> None:
         """In the dtype of the flags, or in that of the model it was made from."""
         stored = getattr(torch, dtype or arch.dtype)
-        export_hf(policy, arch, hf_dir, save_dir, dtype=stored, groups=groups, stop=stop)
+        export_hf(policy, arch, hf_dir, save_dir, dtype=stored, groups=groups, stop=stop, beside=beside)
 
 
 KNOWN_FAMILIES = KnownFamilies()

@@ -17,9 +17,13 @@ from megatron_rmipo.config.precedence import without_what_gives_way
 from megatron_rmipo.config.schema import Config, ObjectiveConfig
 from megatron_rmipo.config.unknown_flags import describe_unknown_key, flag_of
 from megatron_rmipo.config.values import ValueType, convert, field_types
-from megatron_rmipo.config.yaml_file import Given, read_yaml
+from megatron_rmipo.config.yaml_file import Given, commented_yaml, read_yaml
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.remote_paths import remote_path_problem
+from megatron_rmipo.torchrun import launch_for_messages
+
+# What the command line alone can say.
+_OF_THE_LINE = {"config": ValueType(str), "print_config": ValueType(bool)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +51,7 @@ def parse_config(
 
     Raises:
         ConfigError: an unknown flag or key (named with the nearest), a value of the wrong type, an option of another objective.
-        SystemExit: after ``--help``.
+        SystemExit: after ``--help`` and ``--print-config``.
     """
     tokens = normalize(argv)
     early = _Parser(add_help=False, allow_abbrev=False)
@@ -67,7 +71,20 @@ def parse_config(
     problems += [problem for value in (*given.values(), *line.values()) for problem in _remote_paths(value)]
     _refuse(problems)
     own = {key: Given(value, f"--objective {name}") for key, value in defaults_of(name).items()}
-    return _assemble({**own, **given, **{key: value for key, value in line.items() if key != "config"}}, name, objectives)
+    given = {**own, **given, **{key: value for key, value in line.items() if key not in _OF_THE_LINE}}
+    config = _assemble(given, name, objectives)
+    if "print_config" in line:
+        if launch_for_messages().rank == 0:
+            print(_with_sources(config, given, name), end="", flush=True)
+        raise SystemExit(0)
+    return config
+
+
+def _with_sources(config: Config, given: Mapping[str, Given], objective: str) -> str:
+    """The whole configuration as YAML, with where each value comes from."""
+    own = {key for section in _sections() for key in field_types(section)}
+    defaults = {key: "default" if key in own else f"default of --objective {objective}" for key in config.to_flat_dict()}
+    return commented_yaml(config.to_flat_dict(), defaults | {key: one.source for key, one in given.items()})
 
 
 def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:
@@ -174,7 +191,7 @@ def _options_class(name: str, objectives: Mapping[str, type], load_options: Call
 
 def _all_flags(objectives: Mapping[str, type]) -> dict[str, ValueType]:
     """The value type of every flag, by name, the objectives' options last."""
-    flags: dict[str, ValueType] = {"config": ValueType(str)}
+    flags: dict[str, ValueType] = dict(_OF_THE_LINE)
     for section in _sections():
         flags.update(field_types(section))
     own = set(flags)
@@ -205,6 +222,8 @@ def _build_parser(prog: str, objectives: Mapping[str, type], flags: Mapping[str,
     )
     general = parser.add_argument_group("General")
     general.add_argument("--config", metavar="FILE", help="YAML file of flag names and values, flat.")
+    text = "Print the whole configuration as YAML, with where each value comes from, and end; no model and no GPU is needed."
+    general.add_argument("--print-config", action="store_true", help=text)
     names = [name for name in objectives if name.isidentifier()]
     for section in _sections():
         _add_section(parser, section, list(field_types(section)), flags, names)

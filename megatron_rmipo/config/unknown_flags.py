@@ -71,7 +71,7 @@ _ANSWERS = {
     "use --wandb-exp-name": "run_name",
     "a run always trains, and evaluates where there are held-out pairs": "do_train do_eval do_predict",
     "a run that is to start anew is given another --save": "overwrite_output_dir",
-    "nothing is sent to the Hub; --save-hf writes the model": "push_to_hub hub_model_id hub_token",
+    "a run sends nothing; --save-hf writes the model, and tools/push_to_hub.py sends it": "push_to_hub hub_model_id hub_token",
     "code of a model's repository is never run": "trust_remote_code",
     _TOKENIZER: "tokenizer_name tokenizer_name_or_path tokenizer_type tokenizer_model vocab_file merge_file",
     # Megatron-LM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,18 @@ class Given:
 
     raw: object
     source: str
+
+
+def commented_yaml(values: Mapping[str, object], comments: Mapping[str, str]) -> str:
+    """A flat mapping as YAML that :func:`read_yaml` reads back, a line an entry, each with its comment, aligned."""
+    # A list on its line; a mapping of scalars alone would be one in braces with that.
+    styles = {key: None if isinstance(value, list) and value else False for key, value in values.items()}
+    lines = {
+        key: yaml.safe_dump({key: value}, default_flow_style=styles[key], width=10_000, allow_unicode=True).rstrip("\n")
+        for key, value in values.items()
+    }
+    column = min(60, max(map(len, lines.values()))) + 2
+    return "\n".join(f"{line:<{column}}# {comments[key]}" for key, line in lines.items()) + "\n"
 
 
 def read_yaml(path: Path) -> dict[str, Given]:

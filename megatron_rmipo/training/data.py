@@ -15,8 +15,10 @@ from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.fitting import check_pairs_fit, largest_pair
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.store.chat_form import ChatForm, carried_form
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint
+from megatron_rmipo.data.store.manifest import Manifest
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
@@ -57,6 +59,16 @@ class RunData:
     def collections(self) -> list[PairCollection]:
         """The collections that there are."""
         return [pairs for pairs in (self.train, self.held_out) if pairs is not None]
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """Those of its data sets, by prefix."""
+        return {store.prefix: store.manifest for pairs in self.collections for store in pairs.stores}
+
+    @property
+    def chat(self) -> tuple[ChatForm | None, list[str]]:
+        """As of :func:`megatron_rmipo.data.store.chat_form.carried_form`."""
+        return carried_form(self.manifests.items())
 
     def run_length(self, training: TrainingConfig, progress: Progress) -> tuple[int, int]:
         """(pairs of the run, optimizer steps of the run), by ``--train-iters`` or ``--epochs``.

@@ -43,7 +43,14 @@ from megatron_rmipo.training.observers import (
     say_what_runs,
     stage_clock,
 )
-from megatron_rmipo.training.outputs import RunCheckpoints, check_outputs, own_save_directory, save_hf, where_it_stands
+from megatron_rmipo.training.outputs import (
+    RunCheckpoints,
+    beside_weights,
+    check_outputs,
+    own_save_directory,
+    save_hf,
+    where_it_stands,
+)
 from megatron_rmipo.training.plan import RunPlan, plan_run
 from megatron_rmipo.training.resume import after_restarts
 from megatron_rmipo.training.run_report import keep_facts, keep_tokens, tell_report
@@ -140,10 +147,12 @@ def _train_by_plan(
         run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat)
         say_what_runs(run, source, plan.start, plan.data.context)
         keep_facts(run, source)
+        for note in plan.data.chat[1]:
+            reporter.warn(note)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
         heartbeat.doing("export")
-        save_hf(config, source, state, run.progress, groups, stop)
+        save_hf(config, source, state, run.progress, groups, stop, partial(beside_weights, plan, groups))
         heartbeat.doing("report")
         keep_tokens(run)
     tell_report(config, groups)
@@ -211,7 +220,7 @@ def _assemble(
         throughput=build_throughput(config, groups),
         profiler=build_profiler(config, groups, progress, reporter),
         memory=memory,
-        checkpoints=RunCheckpoints(config, plan.source, state, progress, groups, owner),
+        checkpoints=RunCheckpoints(config, plan.source, state, progress, groups, owner, partial(beside_weights, plan, groups)),
         stop=stop,
         clock=stage_clock(state.policy),
         pace=Pace(groups),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
-from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints
+from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints, saved_flags
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.publishing.model_card import model_card
+from megatron_rmipo.reports.reporter import METRICS_FILE
+from megatron_rmipo.reports.summary import read_records
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
+from megatron_rmipo.training.plan import RunPlan
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 
@@ -84,6 +90,7 @@ class RunCheckpoints:
         progress: of the run, as it is when it is saved.
         groups: the process groups of this rank.
         owner: on the first rank, the right to write there.
+        beside: on the first rank: what belongs to the model as it is besides its weights.
     """
 
     def __init__(
@@ -94,8 +101,10 @@ class RunCheckpoints:
         progress: Progress,
         groups: ProcessGroups,
         owner: DirectoryOwner | None,
+        beside: Callable[[], Beside],
     ) -> None:
         self._config, self._source, self._state, self._progress, self._owner = config, source, state, progress, owner
+        self._groups, self._beside = groups, beside
         self._saver = CheckpointSaver(groups, in_background=config.checkpoint.async_save)
 
     def __enter__(self) -> RunCheckpoints:
@@ -127,6 +136,7 @@ class RunCheckpoints:
             assets_dir=self._source.assets,
             keep_last=flags.keep_last,
             owner=self._owner,
+            beside=self._beside() if self._groups.rank == 0 else NOTHING_ELSE,
         )
 
     def look_after(self) -> None:
@@ -143,7 +153,13 @@ class RunCheckpoints:
 
 
 def save_hf(
-    config: Config, source: ModelSource, state: TrainingState, progress: Progress, groups: ProcessGroups, stop: StopRequest
+    config: Config,
+    source: ModelSource,
+    state: TrainingState,
+    progress: Progress,
+    groups: ProcessGroups,
+    stop: StopRequest,
+    beside: Callable[[], Beside],
 ) -> None:
     """Write the trained model as a Hugging Face directory, where ``--save-hf`` names one. All ranks call it together.
 
@@ -166,6 +182,7 @@ def save_hf(
                 dtype=config.checkpoint.save_hf_dtype,
                 groups=groups,
                 stop=stop if is_kept else None,
+                beside=beside() if groups.rank == 0 else NOTHING_ELSE,
             )
         except RunStopped:
             stopped = True
@@ -177,6 +194,23 @@ def save_hf(
         text = on_first_rank(groups.world, end)
     if text:
         raise RunStopped(text)
+
+
+def beside_weights(plan: RunPlan, groups: ProcessGroups) -> Beside:
+    """What belongs to the model of a run as it is now; a matter of the first rank, which reads metrics.jsonl for it."""
+    config, progress = plan.config, plan.start.progress
+    metrics = config.log_directory / METRICS_FILE
+    evaluations = [record for record in read_records(metrics) if record.get("kind") == "eval"] if metrics.is_file() else []
+    card = model_card(
+        config,
+        Path(config.model.load_hf or saved_flags(plan.source).get("load_hf") or plan.source.directory),
+        plan.data.manifests,
+        evaluations,
+        step=progress.step,
+        consumed_pairs=progress.consumed_pairs,
+        layout=f"TP {groups.tp_size} x PP {groups.pp_size} x CP {groups.cp_size} x DP {groups.dp_size}",
+    )
+    return Beside(plan.data.chat[0], card)
 
 
 def where_it_stands(config: Config, progress: Progress) -> str:

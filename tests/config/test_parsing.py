@@ -254,3 +254,32 @@ def test_values_are_never_rounded_and_bools_are_no_numbers() -> None:
             convert(raw, kinds["log_interval"])
     with pytest.raises(ValueError, match="a number"):
         convert(math.inf, field_types(FlatOptions)["beta"])
+
+
+def test_the_whole_configuration_is_printed_with_its_sources_and_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: dpo\n\nbeta: 0.2\nwandb_exp_name: 'a # b'\n")
+    argv = ["--config", str(path), "--lr", "1e-6", "--data-path", "0.3", "a", "0.7", "b"]
+    with pytest.raises(SystemExit) as end:
+        parse_arguments([*argv, "--print-config"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    lines = {line.partition(":")[0]: line for line in printed.splitlines()}
+    sources = {
+        "beta": f"{path}:3: beta",
+        "lr": "--lr",
+        "seed": "default",
+        "label_smoothing": "default of --objective dpo",
+        "data_path": "--data-path",
+    }
+    assert {name: lines[name].rpartition("# ")[2] for name in sources} == sources
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert parse_arguments(["--config", str(again)]) == parse_arguments(argv)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit):
+        parse_arguments([*argv, "--print-config"])
+    assert capsys.readouterr().out == ""

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.data.store.manifest import Manifest
 from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from tests.parity.replay import read_pairs
 
 FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "rmipo"
 MODEL = FIXTURE / "model"
+# Not the template of the model's tokenizer.
+CHAT = ChatForm("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", None, 2)
 NONE: Mapping[str, Sequence[float]] = {}
 
 
@@ -48,5 +51,7 @@ def write_pairs(
             chosen, rejected = (pair.rejected, pair.chosen) if swap_first and number == 0 else (pair.chosen, pair.rejected)
             beside = [column[number] for column in values.values()]
             writer.add(TokenizedPair(pair.prompt, chosen, rejected if with_rejected else rejected[:0]), beside)
-        writer.finalize(Manifest(tokenizer=load_tokenizer(str(MODEL)).info, has_rejected=with_rejected))
+        writer.finalize(
+            Manifest(tokenizer=load_tokenizer(str(MODEL)).info, has_rejected=with_rejected, template_name="own.jinja", chat=CHAT)
+        )
     return prefix

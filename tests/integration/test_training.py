@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rmipo.checkpoint import makers
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
@@ -32,7 +33,7 @@ from megatron_rmipo.training import main as trainer
 from tests.checkpoint.models import flip_bit, write_hf_model
 from tests.data.tokenizers import save_byte_bpe
 from tests.harness import free_port, run_distributed
-from tests.integration.data import MODEL, write_pairs, write_unpaired
+from tests.integration.data import CHAT, MODEL, write_pairs, write_unpaired
 
 STEPS = 6
 
@@ -122,6 +123,15 @@ def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
     assert {path.name for path in save.iterdir()} >= {"iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt"}
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
     assert (save / "logs" / "config.yaml").is_file()
+    for directory in (save / "iter_0000006" / "hf", exported):
+        assert AutoTokenizer.from_pretrained(directory).chat_template == CHAT.template
+        _, front, card = (directory / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(front)["tags"][-2:] == ["rmipo", "arxiv:2604.24804"]
+        assert "| steps | 6 |" in card
+        assert str(tmp_path) not in card, "a path of this machine"
+    evaluations = records(save, "eval")
+    assert f"| preference accuracy | {evaluations[0]['rewards/accuracies']:.3f}" in card
+    assert "at steps 0 and 6, 8 held-out pairs" in card
     before, after = weights(MODEL), weights(exported)
     assert before.keys() == after.keys()
     assert all(before[name].shape == after[name].shape for name in before)

@@ -21,6 +21,7 @@ _ASSET_PATTERNS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates",
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
+from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.gathering import GatheredTensors, sharing_group
 from megatron_rmipo.checkpoint.hf.mappings import TensorId, canonical_names
 from megatron_rmipo.checkpoint.hf.output_files import write_index
@@ -141,6 +142,7 @@ def export_hf(
     groups: ProcessGroups,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     stop: StopRequest | None = None,
+    beside: Beside = NOTHING_ELSE,
 ) -> None:
     """Write a model as a Hugging Face directory. All ranks call it together.
 
@@ -157,6 +159,7 @@ def export_hf(
         groups: the process groups of this rank.
         max_shard_bytes: size at which another file is begun, which happens at the borders of pipeline stages, too.
         stop: looked at before each tensor, on each rank by itself; a signal on any rank ends the export.
+        beside: what else belongs to the model; of the first rank.
 
     Raises:
         ConversionError: on every rank: one could not write or does not see the directory, or none holds a tensor of the model.
@@ -172,7 +175,7 @@ def export_hf(
             with _told_of(save_dir):
                 check_output_directory(save_dir, "--save-hf")
                 partial = stack.enter_context(new_directory(save_dir))
-                begin_hf_directory(save_dir, partial, Path(assets_dir), files)
+                begin_hf_directory(save_dir, partial, Path(assets_dir), files, beside)
                 return partial
 
         def end() -> None:

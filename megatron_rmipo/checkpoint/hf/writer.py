@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
+from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.output_files import FilePlan, FileWriter, TensorPlan, plan_files, write_index
 from megatron_rmipo.checkpoint.hf.shards import source_rows
@@ -87,7 +88,9 @@ def plan_model_files(
     return [ModelFile(plan, tuple(its)) for plan, its in zip(files, parts, strict=True)]
 
 
-def begin_hf_directory(save_dir: Path, partial: Path, assets_dir: Path, files: Sequence[ModelFile]) -> None:
+def begin_hf_directory(
+    save_dir: Path, partial: Path, assets_dir: Path, files: Sequence[ModelFile], beside: Beside = NOTHING_ELSE
+) -> None:
     """Put what is no weight into a directory that is to hold them.
 
     Args:
@@ -95,6 +98,7 @@ def begin_hf_directory(save_dir: Path, partial: Path, assets_dir: Path, files: S
         partial: the directory, empty.
         assets_dir: holds config.json and the tokenizer.
         files: of the weights, for which there must be space.
+        beside: what else belongs to the model.
 
     Raises:
         ConversionError: there is no config.json.
@@ -104,6 +108,7 @@ def begin_hf_directory(save_dir: Path, partial: Path, assets_dir: Path, files: S
     copy_hf_assets(assets_dir, partial)
     # One dtype is told in the config; the embedding speaks for a checkpoint that mixes several.
     set_config_dtype(partial / "config.json", files[0].plan.tensors[0].dtype)
+    beside.write(partial)
 
 
 def write_part(writer: FileWriter, part: Part, tensor: MegatronTensor, arch: ModelArchitecture) -> int:
@@ -126,6 +131,7 @@ def write_hf_directory(
     dtypes: Mapping[str, torch.dtype],
     *,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+    beside: Beside = NOTHING_ELSE,
 ) -> None:
     """Write safetensors shards, their index, config and tokenizer, in one process; the directory appears when all of it is there.
 
@@ -136,6 +142,7 @@ def write_hf_directory(
         read: gives a tensor of the model; each is un-merged before the next is asked for.
         dtypes: dtype to store each Megatron name in.
         max_shard_bytes: size at which another file is begun.
+        beside: what else belongs to the model.
 
     Raises:
         ConversionError: ``save_dir`` holds something, or there is no config.json.
@@ -144,7 +151,7 @@ def write_hf_directory(
     check_output_directory(save_dir, "--save-hf")
     files = plan_model_files(arch, dtypes, max_shard_bytes, {})
     with new_directory(save_dir) as directory:
-        begin_hf_directory(save_dir, directory, assets_dir, files)
+        begin_hf_directory(save_dir, directory, assets_dir, files, beside)
         for file in files:
             with FileWriter(directory, file.plan) as writer:
                 for part in file.parts:

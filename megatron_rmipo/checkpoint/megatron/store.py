@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets
+from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.megatron.commit import (
     abandon_checkpoint,
     begin_checkpoint,
@@ -94,6 +95,7 @@ class CheckpointSaver:
         assets_dir: Path | None,
         keep_last: int | None = None,
         owner: DirectoryOwner | None = None,
+        beside: Beside = NOTHING_ELSE,
     ) -> Path:
         """Write a checkpoint and make it the latest. What is still being written is waited for first.
 
@@ -108,6 +110,7 @@ class CheckpointSaver:
             assets_dir: directory of the model's Hugging Face config and tokenizer, copied in; None leaves them out.
             keep_last: afterwards remove all but this many of the newest iterations; None keeps all.
             owner: on the first rank, the right to write there; None leaves it to the caller that nobody else does.
+            beside: of the first rank: what else belongs to the model, put beside ``assets_dir``.
 
         Returns:
             The checkpoint's path.
@@ -131,7 +134,7 @@ class CheckpointSaver:
         state[RANDOM_KEY] = random_object(groups, random_state())
         record = CheckpointRecord(iteration, train_state, config, layout_of(groups), optimizer_kind(optimizer))
         num_bytes = bytes_to_write(state, groups)
-        under_way = self._under_way = _Save(directory, record, assets_dir, keep_last, owner)
+        under_way = self._under_way = _Save(directory, record, assets_dir, keep_last, owner, beside)
         with self._telling():
             under_way.partial = on_first_rank(groups.world, lambda: under_way.begin(num_bytes))
             with under_way.writes:
@@ -236,7 +239,7 @@ class _Save:
     """A checkpoint that is being written.
 
     Attributes:
-        directory, record, assets_dir, keep_last, owner: as :meth:`CheckpointSaver.save` takes them.
+        directory, record, assets_dir, keep_last, owner, beside: as :meth:`CheckpointSaver.save` takes them.
         writes: of this rank.
         partial: where it is written; None before that is made.
         background: what writes it, where that is not the rank itself.
@@ -247,6 +250,7 @@ class _Save:
     assets_dir: Path | None
     keep_last: int | None
     owner: DirectoryOwner | None
+    beside: Beside
     writes: HashedWrites = dataclasses.field(default_factory=HashedWrites)
     partial: Path | None = None
     background: BackgroundWrite | None = None
@@ -265,6 +269,7 @@ class _Save:
         assert isinstance(iteration, int)
         if self.assets_dir is not None:
             copy_hf_assets(Path(self.assets_dir), self.partial / ASSETS_NAME)
+            self.beside.write(self.partial / ASSETS_NAME)
         if self.owner is not None:
             self.owner.check()
         commit_checkpoint(self.partial, self.record, digests)

@@ -12,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 
+from megatron_rmipo.data.encoding.carried import chat_form
 from megatron_rmipo.data.encoding.chat import load_template
 from megatron_rmipo.data.encoding.encode import LengthPolicy, PairEncoder
 from megatron_rmipo.data.encoding.tokenize import BOS_POLICIES, PreferenceTokenizer, load_tokenizer
@@ -102,6 +103,7 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         template_name=template.name,
         template_hash=template.digest,
         template_date=template.date_written,
+        chat=chat_form(template, tokenizer, official=policy.overlong == "official"),
         bos=template.bos,
         seq_length=policy.seq_length,
         overlong=policy.overlong,

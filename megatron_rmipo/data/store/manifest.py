@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.errors import DataError
 
 MANIFEST_VERSION = 1
@@ -54,6 +55,8 @@ class Manifest:
         template_hash: sha256 of the template's text.
         template_date: the date that a template was told which asks for it, empty for others; manifests without the field hold
             data of templates that were told none.
+        chat: the form of conversations, for the model that is trained on them; None for texts that were rendered before, and in
+            manifests without the field.
         bos: the ``--bos`` of these data; manifests without the field hold data with BOS, as ``always``.
         seq_length: most tokens of a prompt with its longer response.
         overlong: what was done with longer pairs.
@@ -82,6 +85,7 @@ class Manifest:
     template_name: str = ""
     template_hash: str = ""
     template_date: str = ""
+    chat: ChatForm | None = None
     bos: str = "always"
     seq_length: int = 0
     overlong: str = ""
@@ -135,6 +139,7 @@ class Manifest:
             raise DataError(f"{path}: version {found!r}, this code reads {MANIFEST_VERSION}. Preprocess the data again.")
         try:
             fields["tokenizer"] = TokenizerInfo(**fields["tokenizer"])
+            fields["chat"] = ChatForm(**fields["chat"]) if fields.get("chat") is not None else None
             fields["file_digests"] = {kind: FileDigest(**its) for kind, its in fields.get("file_digests", {}).items()}
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:

@@ -1,0 +1,131 @@
+"""The model card of a trained model: what it was made from, how, and what that did to held-out pairs.
+
+Form: the Hugging Face Hub's model cards, Markdown behind YAML that the Hub reads (``base_model``, ``datasets``, ``tags`` and the
+like). Paths of the machine that trained are left out: what they end in names them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import megatron_rmipo
+from megatron_rmipo.config.schema import Config
+from megatron_rmipo.data.store.manifest import Manifest
+from megatron_rmipo.reports.held_out import Record, recorded
+
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_CACHED = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+)")
+_PACKAGES = ("megatron-core", "torch", "transformers")
+_ARXIV_OF_RMIPO = "2604.24804"
+# Name in an evaluation's record -> what a reader calls it.
+_FIGURES = {
+    "rewards/accuracies": "preference accuracy",
+    "rewards/margins": "reward margin",
+    "rewards/chosen": "reward of chosen responses",
+    "rewards/rejected": "reward of rejected responses",
+    "nll/chosen": "negative log-likelihood of chosen responses",
+    "loss": "loss",
+}
+_TRAINING = (
+    *("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "seed", "bf16"),
+)
+
+
+def model_card(
+    config: Config,
+    base: Path,
+    data: Mapping[str, Manifest],
+    evaluations: Sequence[Record],
+    *,
+    step: int,
+    consumed_pairs: int,
+    layout: str,
+) -> str:
+    """The card of a run's model.
+
+    Args:
+        config: the run's.
+        base: directory of the model it started from.
+        data: prefix -> manifest of the data it was trained and evaluated on.
+        evaluations: on held-out pairs, in order; with fewer than two there is no table of them.
+        step, consumed_pairs: how far it is.
+        layout: the ranks, in words.
+    """
+    name = Path(config.checkpoint.save_hf or config.checkpoint.save or "model").name
+    objective = config.objective.objective
+    flags = config.to_flat_dict()
+    settings = {"steps": step, "pairs": consumed_pairs, **{key: flags[key] for key in _TRAINING if flags.get(key) is not None}}
+    parts = [
+        _front_matter(base, data.values(), objective),
+        f"# {name}",
+        f"{hub_name(base) or base.name}, trained on preferences with `{objective}` by megatron_rmipo on Megatron-Core.",
+        "## Data",
+        _table(("data set", "from", "rows", "tokens", "chat template"), [_data_row(*one) for one in data.items()]),
+        "## Objective",
+        _table(("option", "value"), [("objective", objective), *config.objective.options.items()]),
+        "## Training",
+        _table(("setting", "value"), [*settings.items(), ("layout", layout)]),
+        *_held_out(evaluations),
+        "## Versions",
+        _table(("package", "version"), [("megatron_rmipo", megatron_rmipo.__version__), *map(_version, _PACKAGES)]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def hub_name(path: Path | str) -> str | None:
+    """``owner/name`` of what lies in the Hub's cache, or is named so and is no path here; None for anything else."""
+    cached = _CACHED.search(str(path))
+    if cached is not None:
+        return f"{cached[1]}/{cached[2]}"
+    text = str(path)
+    return text if _ON_THE_HUB.fullmatch(text) and not text.startswith(".") and not Path(text).exists() else None
+
+
+def _front_matter(base: Path, manifests: Iterable[Manifest], objective: str) -> str:
+    names = [hub_name(source["name"]) for manifest in manifests for source in manifest.sources if source.get("bytes") is None]
+    datasets = list(dict.fromkeys(name for name in names if name is not None))
+    tags = ["megatron-rmipo", "megatron-core", "preference-optimization", objective]
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base_name := hub_name(base):
+        fields |= {"base_model": base_name, "base_model_relation": "finetune"}
+    if datasets:
+        fields["datasets"] = datasets
+    fields["tags"] = tags + ([f"arxiv:{_ARXIV_OF_RMIPO}"] if objective == "rmipo" else [])
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _data_row(prefix: str, manifest: Manifest) -> tuple[object, ...]:
+    # A name on the Hub stays whole, a path is private.
+    names = [hub_name(source["name"]) or Path(source["name"]).name for source in manifest.sources]
+    template = "the base model's" if manifest.template_name == "tokenizer" else manifest.template_name
+    return Path(prefix).name, ", ".join(names), f"{manifest.num_pairs:,}", f"{manifest.num_tokens:,}", template
+
+
+def _held_out(evaluations: Sequence[Record]) -> list[str]:
+    if len(evaluations) < 2:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for name, title in _FIGURES.items():
+        before, after = recorded(first, name), recorded(last, name)
+        if before is not None and after is not None:
+            rows.append((title, before.text(), after.text()))
+    pairs = f", {last['num_pairs']} held-out pairs" if "num_pairs" in last else ""
+    note = f"Means with their standard errors at steps {first['step']} and {last['step']}{pairs}. No judge was asked."
+    return ["## Held-out pairs", _table(("", "before", "after"), rows), note]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _version(name: str) -> tuple[str, str]:
+    return name, importlib.metadata.version(name)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
+from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.publishing.model_card import hub_name, model_card
+
+SNAPSHOT = Path("/home/me/.cache/huggingface/hub/models--meta-llama--Llama-3-8B/snapshots/0a1b")
+
+
+def test_the_card_says_what_the_hub_and_its_readers_ask_for(tmp_path: Path) -> None:
+    tokenizer = TokenizerInfo("f", 100, 1, 2)
+    sources = [{"name": "HuggingFaceH4/ultrafeedback_binarized", "bytes": None}, {"name": "/secret/a|b.jsonl", "bytes": 7}]
+    data = {"/secret/data/uf": Manifest(tokenizer, template_name="llama3", sources=sources, num_pairs=61135, num_tokens=7)}
+    before = {"step": 0, "num_pairs": 256, "rewards/accuracies": 0.5, "rewards/accuracies/se": 0.031}
+    after = {"step": 477, "num_pairs": 256, "rewards/accuracies": 0.75, "rewards/accuracies/se": 0.027}
+    config = parse_arguments(["--objective", "simpo", "--beta", "2.5", "--save-hf", "/secret/work/mine", "--bf16"])
+    card = model_card(config, SNAPSHOT, data, [before, after], step=477, consumed_pairs=61056, layout="TP 4")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "meta-llama/Llama-3-8B",
+        "base_model_relation": "finetune",
+        "datasets": ["HuggingFaceH4/ultrafeedback_binarized"],
+        "tags": ["megatron-rmipo", "megatron-core", "preference-optimization", "simpo"],
+    }
+    assert "secret" not in card, "a path of the machine"
+    rows = ("# mine", "| beta | 2.5 |", "| steps | 477 |", "| bf16 | True |", "a\\|b.jsonl | 61,135 | 7 | llama3 |")
+    figures = (
+        "| preference accuracy | 0.500 +- 0.031 | 0.750 +- 0.027 |",
+        "steps 0 and 477, 256 held-out pairs",
+        "TP 4",
+        "| torch |",
+    )
+    assert [row for row in (*rows, *figures) if row not in text] == []
+    alone = model_card(config, tmp_path, {}, [after], step=1, consumed_pairs=1, layout="")
+    assert "Held-out" not in alone
+    assert "base_model" not in alone
+
+
+def test_names_on_the_hub(tmp_path: Path) -> None:
+    assert hub_name(SNAPSHOT) == "meta-llama/Llama-3-8B"
+    assert hub_name("owner/name.v1") == "owner/name.v1"
+    assert hub_name(tmp_path) is None
+    assert hub_name("./name") is None
