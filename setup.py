@@ -83,6 +83,9 @@ COMMANDS = {
     "megatron-rmipo-verify-conversion": "megatron_rmipo.entry:verify_conversion",
     "megatron-rmipo-plan-layout": "megatron_rmipo.entry:plan_layout",
     "megatron-rmipo-summarize-run": "megatron_rmipo.entry:summarize_run",
+    "megatron-rmipo-generate-answers": "megatron_rmipo.entry:generate_answers",
+    "megatron-rmipo-judge-pairwise": "megatron_rmipo.entry:judge_pairwise",
+    "megatron-rmipo-compare-evaluations": "megatron_rmipo.entry:compare_evaluations",
     "megatron-rmipo-compare-runs": "megatron_rmipo.entry:compare_runs",
 }
 

@@ -147,6 +147,9 @@ convert_megatron_to_hf = functools.partial(start, "megatron_rmipo.checkpoint.meg
 make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
 summarize_run = functools.partial(start, "megatron_rmipo.reports.summary_cli")
 stage_record = functools.partial(start, "megatron_rmipo.stage_record")
+generate_answers = functools.partial(start, "megatron_rmipo.generation.cli")
+judge_pairwise = functools.partial(start, "megatron_rmipo.judging.cli")
+compare_evaluations = functools.partial(start, "megatron_rmipo.judging.compare_cli")
 compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
 
 if __name__ == "__main__":
