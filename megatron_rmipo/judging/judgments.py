@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import queue
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_rmipo.command import progress_bar
@@ -99,59 +100,67 @@ def judge_all(
         ConfigError: the endpoint refuses, or the cost is reached; what was answered is kept.
         JudgeError: some were not answered; all others are kept.
     """
-    waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-    for task in prompts.items():
-        waiting.put(task)
-    done: queue.SimpleQueue[tuple[str, Reply | Exception]] = queue.SimpleQueue()
-    stop = threading.Event()
-    # Daemons: a command that was interrupted does not wait for answers under way.
-    for _ in range(min(concurrency, len(prompts))):
-        threading.Thread(target=_work, args=(endpoint, waiting, done, stop), daemon=True).start()
     failures: list[JudgeError] = []
     in_a_row = 0
-    cost = spent(kept.records.values(), prices)
     total = len(kept.records) + len(prompts)
-    try:
-        with progress_bar("judgments", total, " judgments", shown=True, num_done=len(kept.records)) as bar:
-            for _ in prompts:
-                name, reply = done.get()
-                if isinstance(reply, JudgeError):
-                    failures.append(reply)
-                    in_a_row += 1
-                    # Each of those at work has failed: the endpoint is down, and the others would wait for nothing.
-                    if in_a_row > concurrency:
-                        break
-                    continue
-                if isinstance(reply, Exception):
-                    raise reply
-                in_a_row = 0
-                record = _record(reply, prompts[name])
-                kept.add(name, record)
-                bar.update()
-                cost += spent([record], prices)
-                if max_cost is not None and cost >= max_cost and len(kept.records) < total:
-                    raise ConfigError(
-                        f"--max-cost {max_cost:g}: {cost:.4g} is spent, after {len(kept.records)} of {total} judgments. They are "
-                        "kept: start again with a higher --max-cost to go on."
-                    )
-    finally:
-        stop.set()
+    _check_cost(kept, total, prices, max_cost)
+    with progress_bar("judgments", total, " judgments", shown=True, num_done=len(kept.records)) as bar:
+        for name, reply in _replies(prompts, endpoint, concurrency):
+            if isinstance(reply, JudgeError):
+                failures.append(reply)
+                in_a_row += 1
+                # Each of those at work has failed: the endpoint is down, and the others would wait for nothing.
+                if in_a_row > concurrency:
+                    break
+                continue
+            in_a_row = 0
+            kept.add(name, _record(reply, prompts[name]))
+            bar.update()
+            _check_cost(kept, total, prices, max_cost)
     if failures:
         num_missing = total - len(kept.records)
         raise JudgeError(f"{num_missing} of {total} judgments were not made; start again to go on with them. {failures[-1]}.")
 
 
+def _check_cost(kept: KeptRecords, total: int, prices: Prices, max_cost: float | None) -> None:
+    cost = spent(kept.records.values(), prices)
+    if max_cost is not None and cost >= max_cost and len(kept.records) < total:
+        raise ConfigError(
+            f"--max-cost {max_cost:g}: {cost:.4g} is spent, after {len(kept.records)} of {total} judgments. They are kept: start again "
+            "with a higher --max-cost to go on."
+        )
+
+
+def _replies(prompts: dict[str, str], endpoint: Endpoint, concurrency: int) -> Iterator[tuple[str, Reply | JudgeError]]:
+    """What the judge says to each, as it comes; the next is asked when the one before was taken note of."""
+    waiting: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, Reply | Exception]] = queue.SimpleQueue()
+    # Daemons: a command that was interrupted does not wait for answers under way.
+    for _ in range(concurrency):
+        threading.Thread(target=_work, args=(endpoint, waiting, done), daemon=True).start()
+    # No more are handed out than are asked at once, so that a limit on the cost is passed by those alone.
+    tasks = iter(prompts.items())
+    for task in itertools.islice(tasks, concurrency):
+        waiting.put(task)
+    try:
+        for _ in prompts:
+            name, reply = done.get()
+            if isinstance(reply, Exception) and not isinstance(reply, JudgeError):
+                raise reply
+            yield name, reply
+            waiting.put(next(tasks, None))
+    finally:
+        for _ in range(concurrency):
+            waiting.put(None)
+
+
 def _work(
     endpoint: Endpoint,
-    waiting: queue.SimpleQueue[tuple[str, str]],
+    waiting: queue.SimpleQueue[tuple[str, str] | None],
     done: queue.SimpleQueue[tuple[str, Reply | Exception]],
-    stop: threading.Event,
 ) -> None:
-    while not stop.is_set():
-        try:
-            name, prompt = waiting.get_nowait()
-        except queue.Empty:
-            return
+    while (task := waiting.get()) is not None:
+        name, prompt = task
         try:
             done.put((name, endpoint.ask(prompt)))
         except Exception as error:  # raised where the answers are counted
