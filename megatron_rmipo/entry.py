@@ -26,7 +26,7 @@ OLDEST_PYTHON = (3, 11)
 NEEDED = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "psutil", "numpy", "yaml")
 
 
-def start(module: str, *, on_ranks: bool = False) -> int:
+def start(module: str, *, on_ranks: bool = False, address_flags: tuple[str, ...] = ()) -> int:
     """Import a command and run its ``main``.
 
     Warnings of other packages are off the screen unless ``--debug``, -W or PYTHONWARNINGS ask for them.
@@ -34,6 +34,7 @@ def start(module: str, *, on_ranks: bool = False) -> int:
     Args:
         module: has ``main() -> int``.
         on_ranks: it runs on several ranks. A signal ends it at once, even within a collective, until it handles signals itself.
+        address_flags: those whose values are addresses, which in the place of a path are refused.
 
     Returns:
         The exit code, see docs/training.md.
@@ -49,7 +50,7 @@ def start(module: str, *, on_ranks: bool = False) -> int:
     else:
         # As Ctrl-C: what is half done is removed.
         signal.signal(signal.SIGTERM, _as_interrupt)
-    code = _run(module)
+    code = _run(module, address_flags)
     return _leave_end(code) if on_ranks else code
 
 
@@ -59,10 +60,10 @@ def _as_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _run(module: str) -> int:
+def _run(module: str, address_flags: tuple[str, ...]) -> int:
     try:
         check_installation()
-        refuse_remote_paths(flags_and_values(sys.argv[1:]))
+        refuse_remote_paths((flag, value) for flag, value in flags_and_values(sys.argv[1:]) if flag not in address_flags)
         code: int = importlib.import_module(module).main()
         return code
     except KeyboardInterrupt:
@@ -149,6 +150,9 @@ make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
 summarize_run = functools.partial(start, "megatron_rmipo.reports.summary_cli")
 report = functools.partial(start, "megatron_rmipo.reports.page.cli")
 stage_record = functools.partial(start, "megatron_rmipo.stage_record")
+generate_answers = functools.partial(start, "megatron_rmipo.generation.cli")
+judge_pairwise = functools.partial(start, "megatron_rmipo.judging.cli", address_flags=("--base-url",))
+compare_evaluations = functools.partial(start, "megatron_rmipo.judging.compare_cli")
 compare_runs = functools.partial(start, "megatron_rmipo.reports.comparison_cli")
 plot_runs = functools.partial(start, "megatron_rmipo.reports.plots_cli")
 push_to_hub = functools.partial(start, "megatron_rmipo.publishing.push_cli")
@@ -165,6 +169,9 @@ SUBCOMMANDS = {
     "launch": (launch, "start ranks as torchrun does: launch --nproc-per-node 8 -m megatron_rmipo.train ..."),
     "score-pairs": (score_pairs, "log-probs of prepared pairs under a reference"),
     "summarize-run": (summarize_run, "what a run did to its held-out pairs"),
+    "generate-answers": (generate_answers, "a model's answers to the prompts of a benchmark"),
+    "judge-pairwise": (judge_pairwise, "which of two models answers better, by a judge behind an endpoint"),
+    "compare-evaluations": (compare_evaluations, "evaluations of several models side by side"),
     "report": (report, "what runs were and what they did, as a page of HTML"),
     "plot-runs": (plot_runs, "the paper's pictures from any runs"),
     "compare-runs": (compare_runs, "several runs beside each other"),

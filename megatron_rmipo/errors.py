@@ -33,3 +33,7 @@ class DirectoryTakenError(CheckpointError):
 
 class OutOfMemoryError(RmipoError):
     """A device, or the host without one, has no memory left for what a run asks of it. The first line stands for itself."""
+
+
+class JudgeError(RmipoError):
+    """The endpoint of a judge does not answer as it should, however often it is asked."""
