@@ -69,6 +69,7 @@ _FIELDS: dict[type, Sequence[str]] = {
     CheckpointConfig: ("load", "no_verify_checkpoint"),
     ModelConfig: (
         "load_hf",
+        "base_hf",
         "hf_read",
         "bridge",
         "reference_cache",
