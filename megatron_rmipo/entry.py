@@ -136,6 +136,7 @@ def main() -> int:
 
 train = functools.partial(start, "megatron_rmipo.training.main", on_ranks=True)
 score_pairs = functools.partial(start, "megatron_rmipo.scoring.score_cli", on_ranks=True)
+evaluate_pairs = functools.partial(start, "megatron_rmipo.evaluation.cli", on_ranks=True)
 verify_conversion = functools.partial(start, "megatron_rmipo.checkpoint.verify_cli", on_ranks=True)
 launch = functools.partial(start, "megatron_rmipo.runtime.launcher")
 preprocess_preferences = functools.partial(start, "megatron_rmipo.data.preparing.preprocess_cli")

@@ -30,6 +30,9 @@ MAY_IMPORT = {
     "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
+    "evaluation": {
+        *("errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint", "scoring"),
+    },
     "reports": {"errors", "command", "config", "runtime", "health", "objectives", "data", "memory"},
     "training": {
         *("errors", "command", "config", "runtime", "objectives", "data", "families", "model", "memory", "passes", "checkpoint"),
