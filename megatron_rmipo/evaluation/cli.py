@@ -65,7 +65,9 @@ class EvaluationConfig:
         "Most tokens of a prompt with one of its answers; raw rows that are longer are left out, and counted; unset: what "
         "the model takes.",
     )
-    subset_column: str | None = option(None, "Column of raw rows that names their subset; unset: subset, domain or category.")
+    subset_column: str | None = option(
+        None, "Column of raw rows that names their subset; unset: subset, domain, category or kind."
+    )
     cache: str | None = option(
         None,
         "Directory where log-probs are kept, to be found again; unset: beside prepared data; of raw sets they are not kept.",

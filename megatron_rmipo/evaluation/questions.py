@@ -14,7 +14,7 @@ from megatron_rmipo.data.reading.rows import RowFault, shown
 
 Kind = Literal["pair", "best_of", "ties", "styles"]
 # Columns that may say which part of a set a row belongs to; the first that a row has counts.
-SUBSET_COLUMNS = ("subset", "domain", "category")
+SUBSET_COLUMNS = ("subset", "domain", "category", "kind")
 NUM_STYLES = 3
 
 

@@ -101,12 +101,12 @@ def evaluate(config: Config, plan: EvaluationPlan, told: Mapping[str, object], r
     check_environment(wandb=False)
     look, world_size = rendezvous.look_once, rendezvous.launch.world_size
     source = look_for_model("the model", functools.partial(find_model, config), look, maker=maker_of(config))
+    limit = min(plan.seq_length or source.arch.longest_sequence, source.arch.longest_sequence)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=limit))
     reference = None
     if config.model.reference_hf is not None or config.model.reference_load is not None:
         needs = LogpNeeds(reference=True)
         reference = choose_reference(config, source, needs, world_size, resumes=False, recorded=None, look=look)
-    limit = min(plan.seq_length or source.arch.longest_sequence, source.arch.longest_sequence)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=limit))
     refuse_impossible_layout(config, source.arch, world_size)
     stores = {one.name: _open_prepared(one, source) for one in plan.sources if one.is_prepared}
     facts = functools.partial(read_facts, config, source, list(stores.values()))

@@ -184,6 +184,8 @@ def prepare_set(source: SetSource, folder: Path, reading: Reading) -> Evaluation
             asked.append((number, question_of(load_payload(row.payload), reading.subset_column)))
         except RowFault as fault:
             left_out.add(row, fault.reason, fault.message)
+    if not asked:
+        raise DataError(left_out.told(f"{told}: no row can be used"))
     folder.mkdir(parents=True)
     _write_rows(folder / _ROWS, asked)
     rejects = _tokenize(folder, reading, told, [rows[number] for number, question in asked for _ in question.rows])
