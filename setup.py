@@ -78,6 +78,7 @@ COMMANDS = {
     "megatron-rmipo-preprocess": "megatron_rmipo.entry:preprocess_preferences",
     "megatron-rmipo-inspect-pairs": "megatron_rmipo.entry:inspect_pairs",
     "megatron-rmipo-score-pairs": "megatron_rmipo.entry:score_pairs",
+    "megatron-rmipo-evaluate-pairs": "megatron_rmipo.entry:evaluate_pairs",
     "megatron-rmipo-hf-to-megatron": "megatron_rmipo.entry:convert_hf_to_megatron",
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.entry:convert_megatron_to_hf",
     "megatron-rmipo-verify-checkpoint": "megatron_rmipo.entry:verify_checkpoint",

@@ -138,6 +138,7 @@ def main() -> int:
 
 train = functools.partial(start, "megatron_rmipo.training.main", on_ranks=True)
 score_pairs = functools.partial(start, "megatron_rmipo.scoring.score_cli", on_ranks=True)
+evaluate_pairs = functools.partial(start, "megatron_rmipo.evaluation.cli", on_ranks=True)
 verify_conversion = functools.partial(start, "megatron_rmipo.checkpoint.verify_cli", on_ranks=True)
 launch = functools.partial(start, "megatron_rmipo.runtime.launcher")
 preprocess_preferences = functools.partial(start, "megatron_rmipo.data.preparing.preprocess_cli")
@@ -169,6 +170,7 @@ SUBCOMMANDS = {
     "launch": (launch, "start ranks as torchrun does: launch --nproc-per-node 8 -m megatron_rmipo.train ..."),
     "score-pairs": (score_pairs, "log-probs of prepared pairs under a reference"),
     "summarize-run": (summarize_run, "what a run did to its held-out pairs"),
+    "evaluate-pairs": (evaluate_pairs, "how often a model's log-probs prefer the better of two answers"),
     "generate-answers": (generate_answers, "a model's answers to the prompts of a benchmark"),
     "judge-pairwise": (judge_pairwise, "which of two models answers better, by a judge behind an endpoint"),
     "compare-evaluations": (compare_evaluations, "evaluations of several models side by side"),

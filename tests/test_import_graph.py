@@ -33,6 +33,9 @@ MAY_IMPORT = {
     "plugin": {"errors", "config", "runtime", "objectives", "data", "model", "passes"},
     "checkpoint": {"errors", "torchrun", "command", "config", "runtime", "data", "families", "model", "optimizer"},
     "scoring": {"errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint"},
+    "evaluation": {
+        *("errors", "command", "config", "runtime", "objectives", "data", "model", "memory", "passes", "checkpoint", "scoring"),
+    },
     "reports": {"errors", "command", "torchrun", "config", "runtime", "health", "objectives", "data", "memory"},
     "publishing": {"errors", "command", "config", "data", "reports"},
     "doctor": {"errors", "command", "runtime", "data", "model"},

@@ -76,6 +76,10 @@ class ThroughBridge:
 
     hf_dir: Path
 
+    def config_of(self, hf_dir: Path) -> Path:
+        """Its own: adapters are not taken."""
+        return hf_dir
+
     def read(self, hf_dir: Path) -> ModelArchitecture:
         """The sizes of a model, as its provider has them.
 

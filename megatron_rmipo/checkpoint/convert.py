@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rmipo.checkpoint.hf.adapter import model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
@@ -52,11 +53,12 @@ from megatron_rmipo.runtime.messages import warn
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = None) -> Path:
+def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = None, base: Path | None = None) -> Path:
     """Write a Hugging Face model as a ``torch_dist`` checkpoint, ``save_dir/release``.
 
     Args:
-        hf_dir: config.json, safetensors, tokenizer.
+        hf_dir: config.json, safetensors, tokenizer; or an adapter, which is merged.
+        base: the base model of an adapter; None: the directory that it names.
         save_dir: missing or empty.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None keeps what the files hold.
 
@@ -66,15 +68,17 @@ def convert_hf_to_megatron(hf_dir: Path, save_dir: Path, *, dtype: str | None = 
     Raises:
         ConversionError: the model is not supported, its files are damaged, ``save_dir`` holds something, or the disk is full.
     """
-    arch = read_architecture(hf_dir)
-    files = open_weights(hf_dir, arch)
+    refuse_idle_base(base, hf_dir)
+    config_dir = model_directory(hf_dir, base)
+    arch = read_architecture(config_dir)
+    files = open_weights(hf_dir, arch, base)
     save_dir = Path(save_dir)
     check_output_directory(save_dir, "--save", ignoring=(INCOMPLETE_SUFFIX, REMOVED_SUFFIX, OWNER_NAME))
     entries = _entries(files, arch, _DTYPES[dtype] if dtype else None)
     try:
         check_space(save_dir, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
         with DirectoryOwner(save_dir):
-            return _write_release(save_dir, hf_dir, entries, arch)
+            return _write_release(save_dir, config_dir, entries, arch)
     except OSError as error:
         raise ConversionError(
             f"--save {save_dir} cannot be written: {error}. Free some space or name another directory."

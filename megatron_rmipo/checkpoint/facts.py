@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rmipo.checkpoint.megatron.directory import METADATA_NAME
 from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME
-from megatron_rmipo.checkpoint.source import ModelSource
+from megatron_rmipo.checkpoint.source import ModelSource, weight_files
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.store.file_digests import sample_digest
 from megatron_rmipo.data.store.fingerprint import content_facts
@@ -52,7 +52,7 @@ def read_facts(config: Config, source: ModelSource, stores: Sequence[PairStore])
 def weight_facts(source: ModelSource) -> dict[str, Any]:
     """Which weights lie there, as this host sees them: the checkpoint, what it says of itself, samples of its files."""
     if source.hf_weights is not None:
-        files = sorted(source.hf_weights.glob("*.safetensors"))
+        files = [path for directory in source.weight_directories for path in weight_files(directory)]
         return {f"content of {path}": sample_digest(path, _SAMPLES) for path in files}
     path = source.checkpoint_path
     found = {f"the checkpoint found in {source.checkpoint}": path.name}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from megatron_rmipo.checkpoint.bridge import ThroughBridge
+from megatron_rmipo.checkpoint.hf.adapter import model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
@@ -25,6 +27,13 @@ from megatron_rmipo.runtime.signals import StopRequest
 
 class Maker(Protocol):
     """What makes models of Hugging Face directories, and such directories of models."""
+
+    def config_of(self, hf_dir: Path) -> Path:
+        """The directory of its config and tokenizer: another one where it holds an adapter alone. No communication.
+
+        Raises:
+            ConversionError: it is not there.
+        """
 
     def read(self, hf_dir: Path) -> ModelArchitecture:
         """What the config of a directory says. No communication.
@@ -84,16 +93,27 @@ class Maker(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True)
 class KnownFamilies:
-    """The :class:`Maker` of families that are known here."""
+    """The :class:`Maker` of families that are known here.
+
+    Attributes:
+        base: the base model of adapters; None: the directory that an adapter names.
+    """
+
+    base: Path | None = None
+
+    def config_of(self, hf_dir: Path) -> Path:
+        """An adapter's base model's."""
+        return model_directory(hf_dir, self.base)
 
     def read(self, hf_dir: Path) -> ModelArchitecture:
         """By what its family says."""
-        return read_architecture(hf_dir)
+        return read_architecture(self.config_of(hf_dir))
 
     def check_weights(self, hf_dir: Path, arch: ModelArchitecture) -> None:
         """Exactly the tensors of its family's table."""
-        open_weights(hf_dir, arch)
+        open_weights(hf_dir, arch, self.base)
 
     def assets_of(self, directory: Path, iteration: Iteration) -> Path:
         """The checkpoint's own."""
@@ -103,7 +123,7 @@ class KnownFamilies:
         """Of Megatron-Core's layers; each rank reads no more than its slices of the weights."""
         model = build_model(arch, config, groups)
         if weights:
-            load_hf_weights(model, hf_dir, arch, groups=groups, read=config.model.hf_read)
+            load_hf_weights(model, hf_dir, arch, groups=groups, read=config.model.hf_read, base=self.base)
         return model
 
     def export(
@@ -131,9 +151,12 @@ def maker_of(config: Config) -> Maker:
 
     Raises:
         ConfigError: ``--bridge`` is given, and with it flags that do nothing for such a model.
+        ConversionError: ``--base-hf`` is given, and nothing holds an adapter.
     """
-    if config.model.bridge is None:
-        return KNOWN_FAMILIES
+    model = config.model
+    if model.bridge is None:
+        refuse_idle_base(model.base_hf, model.load_hf, model.reference_hf)
+        return KNOWN_FAMILIES if model.base_hf is None else KnownFamilies(Path(model.base_hf))
     refuse(list(bridge_problems(config)))
-    assert config.model.load_hf is not None, "refused with the flags"
-    return ThroughBridge(Path(config.model.load_hf))
+    assert model.load_hf is not None, "refused with the flags"
+    return ThroughBridge(Path(model.load_hf))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rmipo.checkpoint.hf.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from megatron_rmipo.checkpoint.hf.adapter import is_adapter
 from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
@@ -44,7 +46,7 @@ class ModelSource:
     Attributes:
         arch: the model.
         assets: directory of its Hugging Face config and tokenizer.
-        hf_weights: directory of safetensors, or None where a checkpoint is loaded.
+        hf_weights: directory of safetensors, or of an adapter, or None where a checkpoint is loaded.
         checkpoint: directory of Megatron checkpoints, or None.
         iteration: which of them; None without any.
         checked: whether its files were compared with their digests; they are not read for it again.
@@ -80,6 +82,11 @@ class ModelSource:
     def place(self) -> tuple[str, Iteration | None]:
         """The directory that was named, and which of its checkpoints; None for a Hugging Face model. For :func:`source_at`."""
         return str(self.directory), self.iteration
+
+    @property
+    def weight_directories(self) -> list[Path]:
+        """Where files of its Hugging Face weights lie: of an adapter its base model's come first."""
+        return list(dict.fromkeys([self.assets, self.hf_weights])) if self.hf_weights is not None else []
 
     @property
     def directory(self) -> Path:
@@ -134,7 +141,7 @@ def source_at(directory: Path, iteration: Iteration | None, *, maker: Maker = KN
         RmipoError: there is no config that says what it is.
     """
     if iteration is None:
-        return ModelSource(maker.read(directory), directory, directory, None, maker=maker)
+        return ModelSource(maker.read(directory), maker.config_of(directory), directory, None, maker=maker)
     assets = maker.assets_of(directory, iteration)
     return ModelSource(maker.read(assets), assets, None, directory, iteration, maker=maker)
 
@@ -169,7 +176,8 @@ def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
 
     All ranks call it together.
     """
-    return source.maker.build(source.assets, source.arch, config, groups, weights=source.hf_weights is not None)
+    directory = source.hf_weights or source.assets
+    return source.maker.build(directory, source.arch, config, groups, weights=source.hf_weights is not None)
 
 
 def load_model(source: ModelSource, config: Config, groups: ProcessGroups) -> Policy:
@@ -206,6 +214,12 @@ def _record_of_run(source: ModelSource) -> CheckpointRecord | None:
     return None if record is None or record.iteration == "release" else record
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that say what the weights of a Hugging Face directory, or the changes of an adapter, are."""
+    files = sorted(directory.glob("*.safetensors"))
+    return [*files, directory / ADAPTER_CONFIG] if is_adapter(directory) else files
+
+
 def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     """sha256 over the architecture and the contents of every weight file. All ranks call it together and share the reading.
 
@@ -216,9 +230,11 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
         CheckpointError: a file of the checkpoint is damaged.
     """
     if source.hf_weights is not None:
-        directory, pattern = source.hf_weights, "*.safetensors"
-        sizes = {path.name: path.stat().st_size for path in directory.glob(pattern)}
-        digests: Mapping[str, str | None] = gather_digests(directory, sizes, groups.world)
+        found: dict[str, str | None] = {}
+        for directory in source.weight_directories:
+            sizes = {path.name: path.stat().st_size for path in weight_files(directory)}
+            found |= gather_digests(directory, sizes, groups.world)
+        digests: Mapping[str, str | None] = found
         names = sorted(digests)
     else:
         digests = _checkpoint_digests(source, groups)

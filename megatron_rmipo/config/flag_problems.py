@@ -163,6 +163,8 @@ def bridge_problems(config: Config) -> Iterator[str]:
         yield "--save-hf-dtype: --bridge exports in the dtype that is computed in; leave it out"
     if config.memory.fine_grained_activation_offloading:
         yield "--fine-grained-activation-offloading is not for models of --bridge; leave it out"
+    if model.base_hf is not None:
+        yield "--base-hf: --bridge builds from models alone; merge the adapter with PEFT, and leave it out"
     for name in ("transformer_impl", "model_class", "fp8_format", "fp8_recipe", "hf_read"):
         if getattr(model, name) != getattr(ModelConfig(), name):
             yield f"{flag_of(name)} does nothing with --bridge: Megatron-Bridge says what a model is built of; leave it out"

@@ -87,30 +87,60 @@ def _with_sources(config: Config, given: Mapping[str, Given], objective: str) ->
     return commented_yaml(config.to_flat_dict(), defaults | {key: one.source for key, one in given.items()})
 
 
-def parse_fields(argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str) -> dict[type, Any]:
+def parse_fields(
+    argv: Sequence[str],
+    fields: Mapping[type, Sequence[str]],
+    prog: str,
+    description: str,
+    objectives: Mapping[str, type] | None = None,
+    load_options: Callable[[str], type] | None = None,
+) -> dict[type, Any]:
     """Read some of a run's flags, for a command that shares them with the trainer.
 
     Args:
         argv: the arguments, without the program's name.
         fields: section of the configuration -> names of those of its fields that are flags here.
         prog, description: for ``--help``.
+        objectives, load_options: as of :func:`parse_config`, for a command with a flag ``--objective`` of its own, which need not
+            be given.
 
     Returns:
-        Each section with the given values, defaults elsewhere.
+        Each section with the given values, defaults elsewhere; :class:`ObjectiveConfig` where an objective is named.
 
     Raises:
-        ConfigError: an unknown flag (named with the nearest), or a value of the wrong type.
+        ConfigError: an unknown flag (named with the nearest), a value of the wrong type, or an option of another objective.
         SystemExit: after ``--help``.
     """
     kinds = {section: {name: field_types(section)[name] for name in names} for section, names in fields.items()}
     flags = {name: kind for section in kinds.values() for name, kind in section.items()}
+    name, known = None, dict(objectives or {})
+    if load_options is not None:
+        name = _objective_named(argv)
+        known |= {} if name is None else {name: _options_class(name, known, load_options)}
+    helps = _option_helps(known)
+    options = {key: kind for key, kind in _all_flags(known).items() if key in helps}
     parser = _new_parser(prog, f"{prog} [--FLAG VALUE ...]", description, epilog="The flags are those of the trainer.")
     for section, names in fields.items():
-        _add_section(parser, section, names, flags, ())
-    given, problems = read_line(parser, normalize(argv), flags)
+        _add_section(parser, section, names, flags, list(known))
+    if options:
+        _add_options(parser, helps, options)
+    given, problems = read_line(parser, normalize(argv), {**flags, **options})
     sections = {section: section(**_converted(given, section_kinds, problems)) for section, section_kinds in kinds.items()}
+    chosen = {key: given[key] for key in options if key in given}
+    if name is None:
+        problems += [f"{one.source} does nothing without --objective NAME" for one in chosen.values()]
+    else:
+        resolved = _objective_options(chosen, name, known, problems)
+        sections[ObjectiveConfig] = ObjectiveConfig(objective=name, options=resolved)
     _refuse(problems)
     return sections
+
+
+def _objective_named(argv: Sequence[str]) -> str | None:
+    early = _Parser(add_help=False, allow_abbrev=False)
+    early.add_argument("--objective")
+    name: str | None = early.parse_known_args(normalize(argv))[0].objective
+    return name
 
 
 def _remote_paths(given: Given) -> Iterator[str]:
@@ -144,9 +174,7 @@ def add_objective_flags(
             raise ConfigError(f"{flag_of(key)}: an option of the objective is a flag of this program; give it another name.")
     _add_section(parser, ObjectiveConfig, ["objective", "pair_weight"], flags, list(objectives))
     parser.set_defaults(objective=name, pair_weight=False)
-    group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
-    for key, text in _option_helps(objectives).items():
-        _add_flag(group, key, flags[key], text, None)
+    _add_options(parser, _option_helps(objectives), flags)
 
 
 def read_objective_flags(
@@ -227,10 +255,14 @@ def _build_parser(prog: str, objectives: Mapping[str, type], flags: Mapping[str,
     names = [name for name in objectives if name.isidentifier()]
     for section in _sections():
         _add_section(parser, section, list(field_types(section)), flags, names)
-    group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
-    for key, text in _option_helps(objectives).items():
-        _add_flag(group, key, flags[key], text, None)
+    _add_options(parser, _option_helps(objectives), flags)
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, helps: Mapping[str, str], flags: Mapping[str, ValueType]) -> None:
+    group = parser.add_argument_group("Options of the objectives (unset: the objective's own default)")
+    for key, text in helps.items():
+        _add_flag(group, key, flags[key], text, None)
 
 
 def _new_parser(prog: str, usage: str, description: str, epilog: str) -> argparse.ArgumentParser:

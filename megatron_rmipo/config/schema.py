@@ -25,7 +25,14 @@ from megatron_rmipo.errors import ConfigError
 class ModelConfig:
     """Model: where its weights come from and how it is computed."""
 
-    load_hf: str | None = option(None, "Hugging Face model to start from where --load holds no complete checkpoint.", "DIR")
+    load_hf: str | None = option(
+        None,
+        "Hugging Face model to start from where --load holds no complete checkpoint; or a PEFT LoRA adapter, which is merged.",
+        "DIR",
+    )
+    base_hf: str | None = option(
+        None, "Base model of an adapter in --load-hf or --reference-hf; unset: the directory that the adapter names.", "DIR"
+    )
     hf_read: Literal["each", "broadcast"] = option(
         "broadcast",
         "Who reads the weights of --load-hf and --reference-hf: broadcast: of the ranks that hold the same slices each reads its "

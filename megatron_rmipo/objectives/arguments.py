@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from megatron_rmipo.config.parsing import add_objective_flags, parse_config, read_objective_flags
-from megatron_rmipo.config.schema import Config
+from megatron_rmipo.config.parsing import add_objective_flags, parse_config, parse_fields, read_objective_flags
+from megatron_rmipo.config.schema import Config, ObjectiveConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.pair_weight import PairWeighted
@@ -54,6 +55,22 @@ def objective_of_arguments(values: Mapping[str, object]) -> Objective:
         ConfigError: an option of another objective, or one whose value is not taken.
     """
     return objective_of(Config(objective=read_objective_flags(values, _known_options(), _options_of)))
+
+
+def parse_fields_and_objective(
+    argv: Sequence[str], fields: Mapping[type, Sequence[str]], prog: str, description: str
+) -> tuple[dict[type, Any], Objective | None]:
+    """Read some of a run's flags and, where ``--objective`` names one, an objective with its options.
+
+    Args:
+        argv, fields, prog, description: as of :func:`megatron_rmipo.config.parsing.parse_fields`.
+
+    Raises:
+        ConfigError, SystemExit: as there.
+    """
+    sections = parse_fields(argv, fields, prog, description, _known_options(), _options_of)
+    named = sections.get(ObjectiveConfig)
+    return sections, None if named is None else objective_of(Config(objective=named))
 
 
 def _known_options() -> dict[str, type]:

@@ -16,8 +16,10 @@ import numpy.typing as npt
 import torch
 
 from megatron_rmipo.command import progress_bar
-from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
+from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.data.batches.padding import Row
+from megatron_rmipo.data.store.alone import ResponsesAlone
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -48,17 +50,20 @@ _WRITES_PER_FLUSH = 16
 _OPEN_TRIES = 10
 
 
+Rows = PairStore | MismatchedStore | ResponsesAlone
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoreTask:
     """The scores of one data set.
 
     Attributes:
-        rows: the data set, or its prompts with the responses of other rows.
+        rows: the data set, its prompts with the responses of other rows, or its responses alone.
         key: what the scores depend on.
         directory: where they are kept.
     """
 
-    rows: PairStore | MismatchedStore
+    rows: Rows
     key: ScoreKey
     directory: Path
 
@@ -92,19 +97,22 @@ class MissingScores:
     num_needed: int
 
 
-def plan_scores(
-    rows: Sequence[PairStore | MismatchedStore], *, reference: str, bf16: bool, cache: str | None, groups: ProcessGroups
-) -> list[ScoreTask]:
+def plan_scores(rows: Sequence[Rows], *, reference: str, bf16: bool, cache: str | None, groups: ProcessGroups) -> list[ScoreTask]:
     """What the scores of each data set under a reference of the given fingerprint depend on, and where they lie."""
     prefixes = sorted({one.prefix for one in rows})
     fingerprints = on_first_rank(groups.world, lambda: {prefix: data_fingerprint(prefix, cache) for prefix in prefixes})
     dtype = "bfloat16" if bf16 else "float32"
     tasks = []
     for one in rows:
-        kind: Kind = "mismatched" if isinstance(one, MismatchedStore) else "matched"
-        key = ScoreKey(fingerprints[one.prefix], one.manifest.tokenizer.fingerprint, reference, dtype, kind)
+        key = ScoreKey(fingerprints[one.prefix], one.manifest.tokenizer.fingerprint, reference, dtype, _kind_of(one))
         tasks.append(ScoreTask(one, key, score_directory(one.prefix, cache, key)))
     return tasks
+
+
+def _kind_of(rows: Rows) -> Kind:
+    if isinstance(rows, ResponsesAlone):
+        return rows.kind
+    return "mismatched" if isinstance(rows, MismatchedStore) else "matched"
 
 
 def find_missing(
@@ -169,7 +177,11 @@ def score_rows(
         OutOfMemoryError: on the rank whose memory ran out, alone.
     """
     task, total = missing.task, missing.num_needed
+    alone = isinstance(task.rows, ResponsesAlone)
     rows: Any = task.rows
+    if isinstance(task.rows, ResponsesAlone):
+        rows = task.rows.store
+        layout = dataclasses.replace(layout, unconditional="bos", bos_token_id=task.rows.context_token_id)
     builder = BatchBuilder(PairCollection([rows]), layout)
     title = f"{task.key.kind} log-probs of {rows.prefix}"
     num_done = total - len(missing.rows)
@@ -185,7 +197,7 @@ def score_rows(
                 raise RunStopped(f"{title}: {kept}; start again to go on with the rest.")
             batch = builder.build(block)
             with memory.explaining(f"log-probs of {rows.prefix}", builder, batch, trains=False):
-                scores = _score_block(model, batch, groups)
+                scores = _score_block(model, batch.unconditional if alone else batch.conditional, batch.num_pairs, groups)
             refuse_not_finite(task.directory, block, scores)
             keeper.write(block, scores)
             if (number + 1) % _WRITES_PER_FLUSH == 0:
@@ -196,9 +208,9 @@ def score_rows(
 
 
 @torch.no_grad()
-def _score_block(model: Policy, batch: RankBatch, groups: ProcessGroups) -> np.ndarray:
+def _score_block(model: Policy, rows: Sequence[Row], num_pairs: int, groups: ProcessGroups) -> np.ndarray:
     model.eval()
-    scores: np.ndarray = scores_everywhere(model, batch.conditional, batch.num_pairs, groups)[:, :, 0].numpy()
+    scores: np.ndarray = scores_everywhere(model, rows, num_pairs, groups)[:, :, 0].numpy()
     return scores
 
 

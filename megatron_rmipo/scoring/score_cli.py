@@ -15,24 +15,20 @@ from megatron_rmipo.checkpoint.facts import read_facts, told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.settle import settle_source
 from megatron_rmipo.checkpoint.source import (
-    ModelSource,
-    check_tokenizer,
     find_model,
     load_model,
     look_for_model,
     weights_fingerprint,
 )
 from megatron_rmipo.command import DONE, STOPPED
-from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.parsing import parse_fields
-from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ExpertsConfig, LoggingConfig, ModelConfig
+from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.batches.fitting import check_pairs_fit, largest_pair
-from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.mismatch import MismatchedStore
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
-from megatron_rmipo.errors import ConfigError, DataError, RmipoError
+from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.model.layout_problems import refuse_impossible_layout
 from megatron_rmipo.passes.layout import conditional_layout
@@ -42,6 +38,8 @@ from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.messages import tell_stop
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
+from megatron_rmipo.scoring.model_flags import MODEL_FLAGS, config_of
+from megatron_rmipo.scoring.readable import check_store
 from megatron_rmipo.scoring.score import find_missing, plan_scores, score_rows
 
 _DESCRIPTION = (
@@ -66,46 +64,8 @@ class ScoringConfig:
 
 _FIELDS: dict[type, Sequence[str]] = {
     ScoringConfig: ("pairs", "mismatched"),
-    CheckpointConfig: ("load", "no_verify_checkpoint"),
-    ModelConfig: (
-        "load_hf",
-        "hf_read",
-        "bridge",
-        "reference_cache",
-        "transformer_impl",
-        "model_class",
-        "attention_backend",
-        "bf16",
-        "make_vocab_size_divisible_by",
-        "share_prompts",
-        "logprob_chunk_size",
-    ),
-    ExpertsConfig: (
-        "moe_router_dtype",
-        "moe_token_dispatcher_type",
-        "moe_flex_dispatcher_backend",
-        "moe_grouped_gemm",
-        "moe_permute_fusion",
-    ),
-    DataConfig: ("tokens_per_microbatch", "min_microbatches_per_stage"),
-    ParallelConfig: (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "cp_comm_type",
-        "num_layers_per_virtual_pipeline_stage",
-        "num_virtual_stages_per_pipeline_rank",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "sequence_parallel",
-        "distributed_backend",
-        "distributed_timeout_minutes",
-    ),
-    LoggingConfig: ("debug",),
+    **MODEL_FLAGS,
+    ModelConfig: (*MODEL_FLAGS[ModelConfig], "reference_cache"),
 }
 
 
@@ -132,7 +92,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     look = rendezvous.look_once
     source = look_for_model("the model", functools.partial(find_model, config), look, maker=maker_of(config))
     stores = [PairStore(prefix) for prefix in scoring.pairs]
-    longest = max(_check_store(store, source) for store in stores)
+    longest = max(check_store(store, "--pairs", source) for store in stores)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=longest))
     refuse_impossible_layout(config, source.arch, rendezvous.launch.world_size)
     rows: list[Any] = [*stores, *map(MismatchedStore, stores if scoring.mismatched else [])]
@@ -179,33 +139,13 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     return [f"{'wrote' if task.directory in written else 'found'} {task.directory / SCORES_FILE}" for task in tasks]
 
 
-def _check_store(store: PairStore, source: ModelSource) -> int:
-    """Tokens of the longest row, which the model can take."""
-    check_tokenizer(store, "--pairs", source, load_tokenizer(str(source.assets)).info.fingerprint)
-    if not store.manifest.has_rejected:
-        raise DataError(f"--pairs {store.prefix}: supervised data, which no objective compares with a reference.")
-    if store.longest > source.arch.longest_sequence:
-        raise DataError(
-            f"--pairs {store.prefix}: pair {store.longest_row()} is {store.longest} tokens long, longer than the model's "
-            f"{source.arch.length_limit}. Prepare the data with --seq-length {source.arch.longest_sequence}."
-        )
-    return store.longest
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool on this rank; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with Rendezvous() as rendezvous:
             sections = parse_fields(arguments, _FIELDS, "score_pairs.py", _DESCRIPTION)
-            config = Config(
-                checkpoint=sections[CheckpointConfig],
-                model=sections[ModelConfig],
-                experts=sections[ExpertsConfig],
-                data=sections[DataConfig],
-                parallel=sections[ParallelConfig],
-                logging=sections[LoggingConfig],
-            )
+            config = config_of(sections)
             lines = score(config, sections[ScoringConfig], rendezvous)
     except (RmipoError, RuntimeError) as error:
         return tell_failure(error, debug="--debug" in arguments)

@@ -14,13 +14,18 @@ from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import megatron_shape, source_shapes, stored_tensors, tensors_of
 
 
-def open_weights(hf_dir: Path, arch: ModelArchitecture) -> WeightFiles:
-    """Open a Hugging Face checkpoint and check that it holds exactly the tensors of ``arch``.
+def open_weights(hf_dir: Path, arch: ModelArchitecture, base: Path | None = None) -> WeightFiles:
+    """Open a Hugging Face checkpoint, or an adapter of one, and check that it holds exactly the tensors of ``arch``.
+
+    Args:
+        hf_dir: the directory.
+        arch: the model.
+        base: as of :class:`WeightFiles`.
 
     Raises:
         ConversionError: weights are missing, truncated or of other shapes, or a tensor is not mapped or not used.
     """
-    files = WeightFiles(hf_dir)
+    files = WeightFiles(hf_dir, base)
     _split_joined(files, arch)
     check_keys(files.tensors, arch, str(hf_dir))
     for name, (_, shape) in stored_tensors(arch).items():

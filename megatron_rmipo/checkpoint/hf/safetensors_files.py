@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_rmipo.checkpoint.hf.adapter import Adapter, LowRankChange, is_adapter, model_directory, read_adapter
 from megatron_rmipo.checkpoint.raw_files import read_into
 from megatron_rmipo.errors import ConversionError
 
@@ -44,18 +45,21 @@ class StoredTensor:
 
 
 class WeightFiles:
-    """The weights of a Hugging Face directory, one file or many with an index.
+    """The weights of a Hugging Face directory, one file or many with an index; of an adapter the base model's as it changes them.
 
     Args:
-        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names; or an adapter.
+        base: the base model of an adapter; None: the directory that it names.
 
     Raises:
-        ConversionError: no weights, a file the index names is missing or truncated, or index and files disagree.
+        ConversionError: no weights, a file the index names is missing or truncated, index and files disagree, or an adapter
+            cannot be merged.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: Path, base: Path | None = None) -> None:
+        self.directory = model_directory(Path(directory), base)
         self.tensors: dict[str, StoredTensor] = {}
+        self._changes: dict[str, LowRankChange] = {}
         weight_map = _read_index(self.directory)
         for path in _weight_paths(self.directory, weight_map):
             for name, stored in _read_header(path).items():
@@ -65,6 +69,26 @@ class WeightFiles:
             raise ConversionError(
                 f"{self.directory / INDEX_NAME}: {len(lost)} tensors are not in the files it names for them, "
                 f"the first is {lost[0]} in {weight_map[lost[0]]}. Download the checkpoint again."
+            )
+        if is_adapter(Path(directory)):
+            self._take(read_adapter(Path(directory)))
+
+    def _take(self, adapter: Adapter) -> None:
+        """Read what an adapter changes as it makes it."""
+        for name, change in adapter.changes.items():
+            self._refuse_other_shape(name, change.shape, adapter.path)
+            self._changes[name] = change
+        stored = _read_header(adapter.path)
+        for name, saved in adapter.whole.items():
+            self._refuse_other_shape(name, stored[saved].shape, adapter.path)
+            self.tensors[name] = dataclasses.replace(stored[saved], is_part=True)
+
+    def _refuse_other_shape(self, name: str, shape: tuple[int, ...], path: Path) -> None:
+        if name not in self or self.tensors[name].shape != shape:
+            held = f"has shape {list(self.tensors[name].shape)}" if name in self else "is none of its tensors"
+            raise ConversionError(
+                f"{path}: it changes {name} {list(shape)}, which {held} in the model in {self.directory}. Name the model that it "
+                "was trained on with --base-hf DIR; what else it holds (tied embeddings apart, for one) merge with PEFT."
             )
 
     def __contains__(self, name: str) -> bool:
@@ -81,11 +105,14 @@ class WeightFiles:
 
     def split(self, joined: str, parts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         """Take the parts of a tensor, by name and shape, which fill it one after another, for tensors in its place."""
-        stored = self.tensors.pop(joined)
+        stored, change, row = self.tensors.pop(joined), self._changes.pop(joined, None), 0
         position = stored.position
         for name, shape in parts:
             self.tensors[name] = StoredTensor(stored.path, position, shape, stored.dtype, is_part=True)
             position += math.prod(shape) * stored.dtype.itemsize
+            if change is not None:
+                self._changes[name] = change.part(row, row + shape[0])
+                row += shape[0]
         assert position - stored.position == math.prod(stored.shape) * stored.dtype.itemsize
 
     def read(self, name: str, start: int, rows: Tensor, columns: slice = slice(None)) -> None:
@@ -100,6 +127,16 @@ class WeightFiles:
         Raises:
             ConversionError: the file cannot be read.
         """
+        change = self._changes.get(name)
+        if change is None:
+            self._read_stored(name, start, rows, columns)
+            return
+        # Summed in fp32 and rounded once, whatever the dtype of the files.
+        merged = torch.empty(rows.shape, dtype=torch.float32)
+        self._read_stored(name, start, merged, columns)
+        rows.copy_(merged.add_(change.of_rows(start, start + rows.shape[0], columns)))
+
+    def _read_stored(self, name: str, start: int, rows: Tensor, columns: slice) -> None:
         stored = self.tensors[name]
         whole = rows.shape[1:] == stored.shape[1:]
         direct = whole and rows.is_cpu and rows.dtype == stored.dtype and rows.is_contiguous()

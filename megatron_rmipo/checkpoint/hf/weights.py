@@ -49,18 +49,25 @@ _REFUSED = "--save-hf {} cannot be written: {}. Free some space or name another 
 
 
 def load_hf_weights(
-    model: Chunks, hf_dir: Path, arch: ModelArchitecture, *, groups: ProcessGroups, read: Literal["each", "broadcast"] = "each"
+    model: Chunks,
+    hf_dir: Path,
+    arch: ModelArchitecture,
+    *,
+    groups: ProcessGroups,
+    read: Literal["each", "broadcast"] = "each",
+    base: Path | None = None,
 ) -> None:
     """Load a Hugging Face checkpoint into this rank's part of a model, reading no more than its slices.
 
     Args:
         model: a GPTModel, wrapped or not, by local or Transformer Engine spec, or its chunks; its parameters, and the biases of
             its routers, are overwritten, in their own dtype. Rows of vocabulary padding become zeros.
-        hf_dir: the Hugging Face directory.
+        hf_dir: the Hugging Face directory, or that of an adapter.
         arch: what :func:`megatron_rmipo.families.hf_config.read_architecture` read from it.
         groups: say which part this rank holds.
         read: ``each`` rank reads its slices, without communication; ``broadcast``: ranks that hold the same slices share the
             reading out and send each other what they read. All ranks call that together.
+        base: the base model of an adapter; None: the directory that it names.
 
     Raises:
         ConversionError: weights are missing, truncated or of other shapes, a tensor is not mapped or not used, or the model's
@@ -71,7 +78,7 @@ def load_hf_weights(
         held = local_tensors(model, arch, groups)
         for (name, _), tensor in held.items():
             _check_shape(tensor, rules[name], arch, sharing_group(rules[name], groups).size())
-        return open_weights(hf_dir, arch), held
+        return open_weights(hf_dir, arch, base), held
 
     def fill(key: TensorId, tensor: Tensor) -> None:
         rule = rules[key[0]]

@@ -3,7 +3,8 @@
 ``PREFIX.reference/matched-KEY/``, or the same in a directory of the user's choice, holds ``scores.npy`` (fp32 ``[P, 2]``, sums
 over the chosen and the rejected response of each row; 0 where a row has no such response) and ``progress.json``, which says what
 they depend on. KEY is a hash of that, so what was computed for other data, another tokenizer or another reference is never taken
-for it. ``mismatched-KEY`` holds the same for the pairs of :mod:`megatron_rmipo.data.store.mismatch`.
+for it. ``mismatched-KEY`` holds the same for the pairs of :mod:`megatron_rmipo.data.store.mismatch`, ``alone-KEY`` and
+``alone-after-ID-KEY`` for responses without their prompts.
 
 Which rows are scored, ``scores.npy`` says itself. It begins as one hole, which costs no space and reads as zeros: a row whose
 eight bytes are zero is not scored, and a 0 that is a score is written as -0.0. Nor is a row scored that holds a number that is
@@ -25,7 +26,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,8 @@ from megatron_rmipo.errors import DataError
 SCORES_FILE, PROGRESS_FILE = "scores.npy", "progress.json"
 _ELSEWHERE = "name another directory with --reference-cache"
 Scores = npt.NDArray[np.float32]
-Kind = Literal["matched", "mismatched"]
+# ``matched``, ``mismatched``, or that of responses alone.
+Kind = str
 _ROW_BYTES = 8
 _ROWS_READ = 1 << 18  # together: 2 MB; a multiple of 8
 # Counted up when the rule of what is scored changes (which rows are matched, how long they may be).
@@ -62,7 +64,8 @@ class ScoreKey:
         tokenizer: fingerprint of the tokenizer that made the data.
         reference: fingerprint of the reference's weights and architecture.
         dtype: what they were computed in: ``float32`` or ``bfloat16``.
-        kind: ``matched`` (each prompt with its own responses) or ``mismatched``.
+        kind: ``matched`` (each prompt with its own responses), ``mismatched``, or that of
+            :class:`megatron_rmipo.data.store.alone.ResponsesAlone`.
     """
 
     data: str
