@@ -5,10 +5,10 @@
 #   HF_MODEL=/models/Meta-Llama-3-8B-Instruct DATA=ultrafeedback.jsonl bash examples/ablations.sh
 #
 # With neither HF_MODEL nor DATA it runs on the small embedded example: 17 trainings, each about a minute on one CPU core, and two
-# or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, STEPS, EPOCHS ...) and examples/stages.sh, and
-# PRESET, of the rmipo rows (per_token).
+# or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, ROWS, SEEDS, STEPS ...) and examples/stages.sh, and
+# PRESET, of the rmipo rows (per_token). A row of ROWS is rmipo with the flags of its line, where they do not say --objective.
 # Printed at the end, and written to WORK_DIR/ablations.md and .csv: a line a run, with accuracy, margin and loss on the held-out pairs
-# and how the target margin gamma is spread over them. docs/comparison.md explains the tables.
+# before and after, and how the target margin gamma is spread over them. docs/comparison.md explains the tables.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/grid.sh
@@ -44,7 +44,7 @@ declare -A FLAGS=(
     [bounds-1.0-1.2]="--gamma-min 1.0 --gamma-max 1.2"
 )
 # In the order they are trained.
-ROWS=(
+GRID_ROWS=(
     rmipo none gm mi ed gm-mi gm-ed mi-ed cosine bounds-0-2 bounds-0.5-1.4 bounds-1.0-1.2
     rmipo-sums simpo-sums simper-sums dpo alpha_dpo-sums
 )
@@ -53,16 +53,18 @@ declare -A OBJECTIVE=([simpo-sums]=simpo [simper-sums]=simper [dpo]=dpo [alpha_d
 # The objectives that need the model as it was before; a row that goes on from its own checkpoint has no other way to find it.
 WITH_REFERENCE=" dpo alpha_dpo "
 
-check_only "${ROWS[@]}"
+add_own_rows
+check_only "${GRID_ROWS[@]}"
 prepare_start
-for row in "${ROWS[@]}"; do
-    objective=${OBJECTIVE[$row]:-rmipo}
-    read -ra flags <<<"${FLAGS[$row]}"
+for row in "${GRID_ROWS[@]}"; do
+    flags_of "$row" "${OBJECTIVE[$row]:-rmipo}"
     if [[ "$objective" == rmipo && -n "${PRESET:-}" ]]; then flags+=(--preset "$PRESET"); fi
     if [[ "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
-    train_row "$row" --objective "$objective" --lr "$LR" "${flags[@]}" "$@"
+    train_row "$row" --lr "$LR" "${flags[@]}" "$@"
 done
 
+own=()
+if ((${#OWN_ROWS[@]})); then own=(--table "Rows of your own, beside rmipo" rmipo "${OWN_ROWS[@]}"); fi
 # A run that stands in several tables was trained once. Label=run.
 show_tables --view margins \
     --table "Table 3: components (GM tuned bounds, MI mutual information, ED exponential decay)" \
@@ -71,4 +73,5 @@ show_tables --view margins \
     "dpo=dpo" "simpo=simpo-sums" "alpha_dpo=alpha_dpo-sums" "simper=simper-sums" "rmipo=rmipo-sums" \
     --table "Table 7: schedules" "exponential=rmipo" "linear=gm-mi" "cosine=cosine" "none=gm" \
     --table "Table 8: bounds" \
-    "[0, 2]=bounds-0-2" "[0.3, 1.6]=rmipo" "[0.5, 1.4]=bounds-0.5-1.4" "[1.0, 1.2]=bounds-1.0-1.2"
+    "[0, 2]=bounds-0-2" "[0.3, 1.6]=rmipo" "[0.5, 1.4]=bounds-0.5-1.4" "[1.0, 1.2]=bounds-1.0-1.2" \
+    "${own[@]}"

@@ -2,13 +2,16 @@
 # Every objective on the same model, the same pairs and as many steps, with the paper's hyperparameters.
 #
 #   bash examples/compare_objectives.sh [flags of the trainer, for every objective]
-#   ONLY="rmipo dpo" LR_dpo=1e-4 bash examples/compare_objectives.sh
+#   ONLY="rmipo dpo" LR_dpo=1e-4 SEEDS=3 bash examples/compare_objectives.sh
+#   ONLY="rmipo my_objectives:Mine" bash examples/compare_objectives.sh
+#   ROWS=rows.txt bash examples/compare_objectives.sh     # with lines such as: dpo-0.5 --objective dpo --beta 0.5
 #
 # With neither HF_MODEL nor DATA it runs on the small embedded example: a training each, about a minute on one CPU core, and two
-# or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, STEPS, EPOCHS ...) and examples/stages.sh, and
-# LR_name, the learning rate of the objective of that name; without it LR, one for all: learning rates are NOT tuned here, which favours
-# the objectives that it suits. Printed at the end, and written to WORK_DIR/comparison.md, .csv and .png (needs matplotlib): accuracy,
-# change of log-probabilities, speed, memory. docs/comparison.md explains them.
+# or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, ROWS, SEEDS, STEPS ...) and examples/stages.sh, and
+# LR_name, the learning rate of the row of that name (what is neither letter nor digit is _ in it); without it LR, one for all: learning
+# rates are NOT tuned here, which favours the objectives that it suits. A row of ROWS without --objective is the objective of its name.
+# Printed at the end, and written to WORK_DIR/comparison.md, .csv and .png (needs matplotlib): accuracy before and after, change of
+# log-probabilities, speed, memory. docs/comparison.md explains them.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/grid.sh
@@ -29,7 +32,7 @@ choose_grid comparison
 #   beta_dpo     beta 0.1; alpha 0.6 of 0.4 0.6 0.8 1; rho 0.2 of 0 ... 0.5
 #   epsilon_dpo  beta 0.01; epsilon 0.01 of 0.005 0.01 0.02
 #   the others   are not in the table: our defaults
-ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsilon_dpo infopo orpo alpha_po amapo gamma_po
+GRID_ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsilon_dpo infopo orpo alpha_po amapo gamma_po
     robust apo_zero apo_down nca_pair bco_pair exo_pair sppo_hard aot_pair sft)
 # Objective -> flags, where the default is another value than the one above.
 declare -A FLAGS=([alpha_dpo]="--gamma-beta-ratio 0.2")
@@ -37,13 +40,14 @@ declare -A FLAGS=([alpha_dpo]="--gamma-beta-ratio 0.2")
 WITH_REFERENCE=" dpo ipo hinge kto alpha_dpo beta_dpo epsilon_dpo infopo robust apo_zero apo_down nca_pair bco_pair exo_pair"
 WITH_REFERENCE+=" sppo_hard aot_pair "
 
-check_only "${ROWS[@]}"
+add_own_rows
+check_only "${GRID_ROWS[@]}"
 prepare_start
-for row in "${ROWS[@]}"; do
-    read -ra flags <<<"${FLAGS[$row]:-}"
-    if [[ "$WITH_REFERENCE" == *" $row "* ]]; then flags+=(--reference-load "$START"); fi
-    rate="LR_$row"
-    train_row "$row" --objective "$row" --lr "${!rate:-$LR}" "${flags[@]}" "$@"
+for row in "${GRID_ROWS[@]}"; do
+    flags_of "$row" "$row"
+    if [[ "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
+    rate="LR_${row//[^A-Za-z0-9]/_}"
+    train_row "$row" --lr "${!rate:-$LR}" "${flags[@]}" "$@"
 done
 
-show_tables --view objectives --picture "$WORK_DIR/comparison.png" --table "Objectives" "${ROWS[@]}"
+show_tables --view objectives --picture "$WORK_DIR/comparison.png" --table "Objectives" "${GRID_ROWS[@]}"

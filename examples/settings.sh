@@ -108,5 +108,5 @@ use_embedded_example() {
     SFT_LR=${SFT_LR:-2e-3}
     LR=${LR:-3e-4}
     LOG_INTERVAL=${LOG_INTERVAL:-5}
-    EVAL_INTERVAL=${EVAL_INTERVAL:-20}
+    EVAL_INTERVAL=${EVAL_INTERVAL:-32}
 }

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sft-rows", type=int, default=8192, help="supervised examples (default: %(default)s)")
     parser.add_argument("--train-pairs", type=int, default=2048, help="preference pairs to train on (default: %(default)s)")
-    parser.add_argument("--heldout-pairs", type=int, default=256, help="preference pairs held out (default: %(default)s)")
+    parser.add_argument("--heldout-pairs", type=int, default=512, help="preference pairs held out (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for name in ("sft_rows", "train_pairs", "heldout_pairs"):
         if getattr(arguments, name) < 1:

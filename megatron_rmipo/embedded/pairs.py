@@ -5,18 +5,33 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from megatron_rmipo.embedded.sentences import Topic, answer_sentences, ask, boilerplate_sentences, near_topic, random_topic
+from megatron_rmipo.embedded.sentences import (
+    NUM_PHRASINGS,
+    Topic,
+    answer_sentences,
+    ask,
+    boilerplate_sentences,
+    near_topic,
+    phrased_answer,
+    random_topic,
+    topic_of_another_detail,
+)
 
-# Kind of a preference pair -> its share.
-#   boilerplate   a good answer against fluent boilerplate: clear to a reader, hard for a reward that is a log-probability
-#   other_prompt  a good answer against a good answer to another prompt: clear
-#   hedged        the same two, both opened by the same boilerplate
-#   partial       a good answer against one that stops halfway and goes on with boilerplate: ambiguous
-#   near          a good answer against the answer to a prompt that differs in one word: ambiguous
-KIND_SHARES = {"boilerplate": 0.4, "other_prompt": 0.15, "hedged": 0.1, "partial": 0.15, "near": 0.2}
+# Kind of a preference pair -> its share. The first four differ in style: clear to a reader, hard for a reward that is a
+# log-probability until training has moved it. The last three differ in what they say, with no style or length to go by.
+#   boilerplate  a good answer against fluent boilerplate, which a supervised model finds more likely
+#   partial      against one that stops halfway and goes on with boilerplate
+#   short        against its first sentence alone: the rejected response is shorter, and part of the chosen one
+#   echo         against one that repeats the prompt and then errs in one word: the rejected one is longer, and easy to predict
+#   near         against the answer to a prompt that differs in one word
+#   hedged       the same two, both opened by the same boilerplate
+#   detail       against the same answer with another place, person, day or number, one word of twenty
+KIND_SHARES = {"boilerplate": 0.15, "partial": 0.15, "short": 0.1, "echo": 0.1, "near": 0.25, "hedged": 0.1, "detail": 0.15}
+# So many of the pairs trained on have their responses the wrong way round; those held out have none.
+LABEL_NOISE = 0.1
 
-# What supervised examples answer with -> share. Boilerplate is frequent, so a model trained on them finds it likely.
-SUPERVISED_SHARES = {"answer": 0.4, "boilerplate": 0.35, "hedged": 0.1, "partial": 0.15}
+# What supervised examples answer with -> share. All of it is likely to a model trained on them, what is rejected later as well.
+SUPERVISED_SHARES = {"answer": 0.4, "boilerplate": 0.2, "partial": 0.15, "echo": 0.1, "short": 0.15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,44 +45,50 @@ class Row:
 
 
 def preference_row(topic: Topic, kind: str, rng: random.Random) -> Row:
-    """A pair of the given kind (a key of :data:`KIND_SHARES`) for a topic."""
-    chosen = answer_sentences(topic, rng)
-    other = answer_sentences(_other_topic(topic, rng), rng)
-    if kind == "boilerplate":
-        rejected = boilerplate_sentences(rng, 2)
-    elif kind == "other_prompt":
-        rejected = other
-    elif kind == "hedged":
-        opening = boilerplate_sentences(rng, 1)
-        chosen, rejected = opening + chosen, opening + other
-    elif kind == "partial":
-        rejected = chosen[:1] + boilerplate_sentences(rng, 1)
-    else:
-        rejected = answer_sentences(near_topic(topic, rng), rng)
-    return Row(ask(topic), " ".join(chosen), " ".join(rejected), kind)
+    """A pair of the given kind (a key of :data:`KIND_SHARES`) for a topic, its responses the right way round."""
+    phrasing = rng.randrange(NUM_PHRASINGS)
+    chosen = phrased_answer(topic, phrasing)
+    near = answer_sentences(near_topic(topic, rng), rng)
+    detail = phrased_answer(topic_of_another_detail(topic, rng), phrasing)
+    boilerplate = boilerplate_sentences(rng, 2)
+    opening = boilerplate[:1] if kind == "hedged" else []
+    rejected = {
+        "boilerplate": boilerplate,
+        "partial": chosen[:1] + boilerplate[:1],
+        "short": chosen[:1],
+        "echo": [ask(topic), *near],
+        "near": near,
+        "hedged": near,
+        "detail": detail,
+    }[kind]
+    return Row(ask(topic), " ".join(opening + chosen), " ".join(opening + rejected), kind)
 
 
 def supervised_row(topic: Topic, kind: str, rng: random.Random) -> Row:
     """An example of the given kind (a key of :data:`SUPERVISED_SHARES`); its rejected response is filler, not trained on."""
-    if kind == "boilerplate":
-        chosen, rejected = boilerplate_sentences(rng, 2), boilerplate_sentences(rng, 3)
-    else:
-        chosen, rejected = answer_sentences(topic, rng), boilerplate_sentences(rng, 2)
-        if kind == "hedged":
-            chosen = boilerplate_sentences(rng, 1) + chosen
-        elif kind == "partial":
-            chosen = chosen[:1] + boilerplate_sentences(rng, 1)
-    return Row(ask(topic), " ".join(chosen), " ".join(rejected), kind)
+    answer, boilerplate = answer_sentences(topic, rng), boilerplate_sentences(rng, 2)
+    chosen = {
+        "answer": answer,
+        "boilerplate": boilerplate,
+        "partial": answer[:1] + boilerplate[:1],
+        "echo": [ask(topic), *answer],
+        "short": answer[:1],
+    }[kind]
+    return Row(ask(topic), " ".join(chosen), " ".join(boilerplate_sentences(rng, 3)), kind)
 
 
 def make_rows(num_supervised: int, num_train: int, num_held_out: int, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
     """(supervised, preference train, preference held-out) rows. No held-out prompt stands in either training set.
+
+    Of the preference pairs trained on, :data:`LABEL_NOISE` are the wrong way round; all held-out ones are right.
 
     Each set has its own generator, so that the size of one does not change the rows of another.
     """
     held_out = _preferences(num_held_out, random.Random(f"{seed} held-out"), set())
     taken = {row.prompt for row in held_out}
     train = _preferences(num_train, random.Random(f"{seed} train"), taken)
+    rng = random.Random(f"{seed} labels")
+    train = [_mislabeled(row, rng) for row in train]
     rng = random.Random(f"{seed} supervised")
     kinds = rng.choices(list(SUPERVISED_SHARES), list(SUPERVISED_SHARES.values()), k=num_supervised)
     supervised = [supervised_row(_new_topic(rng, taken), kind, rng) for kind in kinds]
@@ -87,14 +108,11 @@ def _preferences(count: int, rng: random.Random, taken: set[str]) -> list[Row]:
     return [preference_row(_new_topic(rng, taken), kind, rng) for kind in kinds]
 
 
+def _mislabeled(row: Row, rng: random.Random) -> Row:
+    return row if rng.random() >= LABEL_NOISE else dataclasses.replace(row, chosen=row.rejected, rejected=row.chosen)
+
+
 def _new_topic(rng: random.Random, taken: set[str]) -> Topic:
     while ask(topic := random_topic(rng)) in taken:
         pass
     return topic
-
-
-def _other_topic(topic: Topic, rng: random.Random) -> Topic:
-    """A topic with another verb and another object."""
-    while (other := random_topic(rng)).verb == topic.verb or other.object == topic.object:
-        pass
-    return other

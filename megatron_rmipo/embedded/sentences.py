@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Mapping
+from typing import Any
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -84,35 +86,35 @@ class Topic:
     number: str
 
 
-NUM_FORMS = 6
+# Field of a topic -> the words it may have.
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    **{"verb": tuple(TOOLS), "adjective": ADJECTIVES, "object": OBJECTS},
+    **{"place": PLACES, "name": NAMES, "day": DAYS, "number": NUMBERS},
+}
+# Form -> the fields that the second sentence of its answers takes up.
+_DETAILS = (("place",), ("day",), ("name", "day"), ("name", "place"), ("number", "place"), ("number", "day"))
+NUM_FORMS = len(_DETAILS)
+NUM_PHRASINGS = 3
 
 
 def random_topic(rng: random.Random) -> Topic:
     """A topic drawn uniformly."""
-    return Topic(
-        form=rng.randrange(NUM_FORMS),
-        verb=rng.choice(list(TOOLS)),
-        adjective=rng.choice(ADJECTIVES),
-        object=rng.choice(OBJECTS),
-        place=rng.choice(PLACES),
-        name=rng.choice(NAMES),
-        day=rng.choice(DAYS),
-        number=rng.choice(NUMBERS),
-    )
+    return Topic(rng.randrange(NUM_FORMS), **{field: rng.choice(words) for field, words in _WORDS.items()})
 
 
 def near_topic(topic: Topic, rng: random.Random) -> Topic:
     """A topic asked in the same form that differs in one thing: the verb, the object or the adjective."""
-    which = rng.randrange(3)
-    if which == 0:
-        return dataclasses.replace(topic, verb=_another(topic.verb, tuple(TOOLS), rng))
-    if which == 1:
-        return dataclasses.replace(topic, object=_another(topic.object, OBJECTS, rng))
-    return dataclasses.replace(topic, adjective=_another(topic.adjective, ADJECTIVES, rng))
+    return _with_another(topic, rng.choice(("verb", "object", "adjective")), rng)
 
 
-def _another(word: str, words: tuple[str, ...], rng: random.Random) -> str:
-    return rng.choice([other for other in words if other != word])
+def topic_of_another_detail(topic: Topic, rng: random.Random) -> Topic:
+    """A topic that differs in a place, a person, a day or a number, one that its prompt and its answer name."""
+    return _with_another(topic, rng.choice(_DETAILS[topic.form]), rng)
+
+
+def _with_another(topic: Topic, field: str, rng: random.Random) -> Topic:
+    changed: dict[str, Any] = {field: rng.choice([word for word in _WORDS[field] if word != getattr(topic, field)])}
+    return dataclasses.replace(topic, **changed)
 
 
 def ask(topic: Topic) -> str:
@@ -130,15 +132,18 @@ def ask(topic: Topic) -> str:
 
 def answer_sentences(topic: Topic, rng: random.Random) -> list[str]:
     """A good answer, two sentences. It takes up only what the prompt says, and the verb's tool."""
+    return phrased_answer(topic, rng.randrange(NUM_PHRASINGS))
+
+
+def phrased_answer(topic: Topic, phrasing: int) -> list[str]:
+    """The good answer whose first sentence has the given one of its :data:`NUM_PHRASINGS` phrasings."""
     t = topic
     tool = TOOLS[t.verb]
-    first = rng.choice(
-        (
-            f"To {t.verb} the {t.adjective} {t.object}, use {tool} and work slowly.",
-            f"You can {t.verb} the {t.adjective} {t.object} with {tool}.",
-            f"Take {tool}, look at the {t.adjective} {t.object}, and {t.verb} it step by step.",
-        )
-    )
+    first = (
+        f"To {t.verb} the {t.adjective} {t.object}, use {tool} and work slowly.",
+        f"You can {t.verb} the {t.adjective} {t.object} with {tool}.",
+        f"Take {tool}, look at the {t.adjective} {t.object}, and {t.verb} it step by step.",
+    )[phrasing]
     second = (
         f"The {t.place} is a fine spot for the {t.object}.",
         f"Start early, and the {t.object} will be done before {t.day}.",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -18,79 +17,80 @@ from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.objectives.base import LogpNeeds
-from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, Record, mean_change, plus_minus, recorded, share_of
+from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, Record, mean_change, recorded, share_of, standard_error
 from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE
 from megatron_rmipo.reports.summary import read_evaluations, read_pairs, read_records
 
 MISSING = "-"
-# Column -> (title, format). ``passes`` is text, the others are numbers or missing.
-COLUMNS = {
-    "held_out_pairs": ("n", ".0f"),
-    "accuracy": ("accuracy", ".3f"),
-    "accuracy_mean": ("by mean", ".3f"),
-    "accuracy_sum": ("by sum", ".3f"),
-    "margin": ("margin", ".3f"),
-    "gamma_p5": ("gamma p5", ".3f"),
-    "gamma_p50": ("gamma p50", ".3f"),
-    "gamma_p95": ("gamma p95", ".3f"),
-    "loss": ("loss", ".4f"),
-    "chosen_change": ("chosen", "+.3f"),
-    "rejected_change": ("rejected", "+.3f"),
-    "pairs_per_second": ("pairs/s", ".1f"),
-    "memory_gib": ("GiB", ".2f"),
-    "passes": ("extra passes", ""),
-    "pairs": ("pairs", ".0f"),
-}
-# Columns that are means over the held-out pairs; the csv file has the standard error of each as COLUMN_se.
-_MEANS = ("accuracy", "accuracy_mean", "accuracy_sum", "margin", "loss", "chosen_change", "rejected_change")
-# What the printed table shows; the csv file has every column.
-VIEWS = {
-    "margins": ("held_out_pairs", "accuracy", "margin", "gamma_p5", "gamma_p50", "gamma_p95", "loss"),
-    "objectives": (
-        *("held_out_pairs", "accuracy", "accuracy_mean", "accuracy_sum", "margin", "chosen_change", "rejected_change"),
-        *("pairs_per_second", "memory_gib", "passes"),
-    ),
-}
-_STANDS_ON = " n: held-out pairs; +-: standard error, where the run recorded it. A difference within two of them may be chance."
-LEGEND = {
-    "margins": f"On the held-out pairs after the last step: accuracy and margin by the objective's own reward.{_STANDS_ON}",
-    "objectives": (
-        "On the held-out pairs after the last step. accuracy, margin: by the objective's own reward, each in its own unit. by "
-        "mean, by sum: share of pairs whose chosen response has the higher log-probability, per token or in sum. chosen, "
-        "rejected: its change per token since the first evaluation. GiB: peak memory of the first rank." + _STANDS_ON
-    ),
-}
+# Figures that are means over the held-out pairs, known before training and after it. Each has columns of its own name (after), of
+# that name with _BEFORE, and with _CHANGE.
+EVALUATED = ("accuracy", "accuracy_mean", "accuracy_sum", "margin", "loss")
+BEFORE, CHANGE = "_before", "_change"
+# Where the record of an evaluation has them; the shares by log-probability come from the pairs.
+_RECORDED = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss": "loss"}
+_PERCENTILES = ("p5", "p50", "p95")
+# A further seed of a run stands beside it, in NAME.seed-N.
+_SEED = re.compile(r"(.+)\.seed-[0-9]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What is shown of one run.
+    """What is shown of a run, or of the runs of several seeds.
 
     Attributes:
-        values: column -> number; None where the objective has no such metric.
+        values: column -> number, of several seeds the mean; None where the objective has no such metric.
         passes: what the objective costs beyond the gradient pass, in words.
-        errors: column -> standard error, of the means over held-out pairs; None where it is not known.
+        errors: column -> standard error over the held-out pairs, of the means over them; None where it is not known. Of several
+            seeds it is their mean: all saw the same pairs.
+        seed_errors: column -> standard error over the seeds; empty for a single run.
+        num_seeds: runs that it stands for.
     """
 
     values: Mapping[str, float | None]
     passes: str
     errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    seed_errors: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    num_seeds: int = 1
 
-    def cell(self, column: str) -> str:
-        """The column's value as it is shown."""
-        value = self.values.get(column)
-        if column == "passes":
-            return self.passes
-        form = COLUMNS[column][1]
-        return MISSING if value is None else format(value, form) + plus_minus(self.errors.get(column), form)
+    def error(self, column: str) -> float | None:
+        """The error that is shown: over the seeds where there are several, else over the held-out pairs."""
+        return (self.seed_errors if self.num_seeds > 1 else self.errors).get(column)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of (label, run), a run being a folder of the runs."""
+def name_without_seed(name: str) -> str:
+    """Of which row a run's folder is a seed: ``dpo.seed-1235`` -> ``dpo``."""
+    found = _SEED.fullmatch(name)
+    return found[1] if found else name
 
-    title: str
-    rows: Sequence[tuple[str, str]]
+
+def read_row(runs: Path, name: str) -> RunResult | None:
+    """The results of the run ``runs/name`` and of its further seeds ``runs/name.seed-N``; those not yet complete are left out.
+
+    Raises:
+        RmipoError: records or a configuration are damaged.
+    """
+    further = sorted(path for path in runs.glob("*.seed-*") if name_without_seed(path.name) == name)
+    found = [result for path in (runs / name, *further) if (result := read_run(path)) is not None]
+    return mean_of_seeds(found) if found else None
+
+
+def mean_of_seeds(results: Sequence[RunResult]) -> RunResult:
+    """The means over the runs of several seeds, with their standard errors; a single run as it is."""
+    if len(results) == 1:
+        return results[0]
+
+    def mean(columns: Sequence[Mapping[str, float | None]], column: str) -> float | None:
+        found = [value for each in columns if (value := each.get(column)) is not None]
+        return statistics.fmean(found) if len(found) == len(columns) else None
+
+    values = {column: mean([result.values for result in results], column) for column in results[0].values}
+    errors = {column: mean([result.errors for result in results], column) for column in results[0].errors}
+    seed_errors = {
+        column: standard_error([result.values[column] or 0.0 for result in results])
+        for column, value in values.items()
+        if value is not None
+    }
+    return RunResult(values, results[0].passes, errors, seed_errors, len(results))
 
 
 def read_run(directory: Path) -> RunResult | None:
@@ -109,23 +109,19 @@ def read_run(directory: Path) -> RunResult | None:
     evaluations = read_evaluations(log_dir)
     steps = [record for record in records if record.get("kind") == "train"]
     before, after = evaluations[0], evaluations[-1]
-    pairs = read_pairs(log_dir, after)
-    lengths = held_out_lengths(config)
+    first, last = read_pairs(log_dir, before, FIRST_PAIRS_FILE), read_pairs(log_dir, after)
     figures = {
-        "accuracy": recorded(after, "rewards/accuracies"),
-        "accuracy_mean": chosen_share(pairs),
-        "accuracy_sum": chosen_share(pairs, lengths) if lengths is not None else None,
-        "margin": recorded(after, "rewards/margins"),
-        "loss": recorded(after, "loss"),
-        **_changes(before, after, read_pairs(log_dir, before, FIRST_PAIRS_FILE), pairs),
+        **_recorded_figures(before, after, first, last),
+        **_shares(first, last, held_out_lengths(config)),
+        **_logp_changes(before, after, first, last),
     }
     values = {
         **{column: figure.value if figure is not None else None for column, figure in figures.items()},
-        **{f"gamma_{percentile}": after.get(f"gamma/{percentile}") for percentile in ("p5", "p50", "p95")},
+        **{f"gamma_{percentile}": after.get(f"gamma/{percentile}") for percentile in _PERCENTILES},
         "pairs_per_second": _over(steps, "pairs_per_second", statistics.median),
         "memory_gib": _over(steps, "memory_gib", max),
         "pairs": after.get("consumed_pairs"),
-        "held_out_pairs": after.get(NUM_PAIRS, len(pairs) or None),
+        "held_out_pairs": after.get(NUM_PAIRS, len(last) or None),
     }
     errors = {column: figure.error if figure is not None else None for column, figure in figures.items()}
     return RunResult(values, describe_passes(objective_of(config).needs), errors)
@@ -142,15 +138,42 @@ def read_config(path: Path) -> Config:
     return parse_arguments(["--config", str(path)])
 
 
-def _changes(before: Record, after: Record, first: Sequence[Record], last: Sequence[Record]) -> dict[str, Figure | None]:
-    """How the log-probs changed between two evaluations; the error is of the differences pair by pair, where both are there."""
-    changes: dict[str, Figure | None] = {}
+def _recorded_figures(before: Record, after: Record, first: Sequence[Record], last: Sequence[Record]) -> dict[str, Figure | None]:
+    """What the evaluations themselves recorded, before, after, and the change."""
+    figures: dict[str, Figure | None] = {}
+    for column, name in _RECORDED.items():
+        start, end = recorded(before, name), recorded(after, name)
+        figures |= {column: end, column + BEFORE: start, column + CHANGE: _change(start, end, mean_change(first, last, name))}
+    return figures
+
+
+def _shares(first: Sequence[Record], last: Sequence[Record], lengths: np.ndarray | None) -> dict[str, Figure | None]:
+    """The shares of pairs told apart by log-probability per token and in sum, before, after, and the change."""
+    figures: dict[str, Figure | None] = {}
+    for column in ("accuracy_mean", "accuracy_sum"):
+        if column == "accuracy_sum":
+            told = [told_apart(pairs, lengths) if lengths is not None else [] for pairs in (first, last)]
+        else:
+            told = [told_apart(pairs) for pairs in (first, last)]
+        start, end = (share_of([value for value in values if value is not None]) for values in told)
+        first_told, last_told = ([{"told": value} for value in values] for values in told)
+        paired = mean_change(first_told, last_told, "told")
+        figures |= {column: end, column + BEFORE: start, column + CHANGE: _change(start, end, paired)}
+    return figures
+
+
+def _change(start: Figure | None, end: Figure | None, paired: Figure | None) -> Figure | None:
+    """From one evaluation to the other; the error is of the differences pair by pair, where both are there."""
+    if start is None or end is None:
+        return None
+    return Figure(end.value - start.value, end.num_pairs, paired.error if paired is not None else None)
+
+
+def _logp_changes(before: Record, after: Record, first: Sequence[Record], last: Sequence[Record]) -> dict[str, Figure | None]:
+    changes = {}
     for kind in ("chosen", "rejected"):
         name = f"logps/{kind}"
-        start, end = before.get(name), after.get(name)
-        paired = mean_change(first, last, name)
-        error = paired.error if paired is not None else None
-        changes[f"{kind}_change"] = None if start is None or end is None else Figure(end - start, after.get(NUM_PAIRS), error)
+        changes[kind + CHANGE] = _change(recorded(before, name), recorded(after, name), mean_change(first, last, name))
     return changes
 
 
@@ -159,24 +182,24 @@ def _over(records: Sequence[Record], name: str, reduce: Callable[[list[float]], 
     return reduce(found) if found else None
 
 
-def chosen_share(pairs: Sequence[Record], lengths: np.ndarray | None = None) -> Figure | None:
-    """Share of held-out pairs whose chosen response has the higher log-probability.
+def told_apart(pairs: Sequence[Record], lengths: np.ndarray | None = None) -> list[float | None]:
+    """Of each held-out pair whether its chosen response has the higher log-probability, 1 or 0.
 
     Args:
-        pairs: records with ``logps/chosen`` and ``logps/rejected``, means per token; a pair that lacks one does not count.
+        pairs: records with ``logps/chosen`` and ``logps/rejected``, means per token.
         lengths: int ``[P, 2]``, tokens of the chosen and the rejected responses: compare sums instead of means.
 
     Returns:
-        The share; None where no pair has both, or where the lengths are those of other pairs.
+        None for a pair that lacks one of the two; empty where the lengths are those of other pairs.
     """
     if lengths is not None and len(lengths) != len(pairs):
-        return None
-    scored = [
-        (pair["logps/chosen"], pair["logps/rejected"], *(lengths[number] if lengths is not None else (1, 1)))
-        for number, pair in enumerate(pairs)
-        if pair.get("logps/chosen") is not None and pair.get("logps/rejected") is not None
-    ]
-    return share_of([float(a * tokens_a > b * tokens_b) for a, b, tokens_a, tokens_b in scored])
+        return []
+    told: list[float | None] = []
+    for number, pair in enumerate(pairs):
+        chosen, rejected = pair.get("logps/chosen"), pair.get("logps/rejected")
+        tokens = lengths[number] if lengths is not None else (1, 1)
+        told.append(None if chosen is None or rejected is None else float(chosen * tokens[0] > rejected * tokens[1]))
+    return told
 
 
 def held_out_lengths(config: Config) -> np.ndarray | None:
@@ -218,63 +241,3 @@ def describe_passes(needs: LogpNeeds) -> str:
     if needs.batch:
         parts.append("whole batch before")
     return " + ".join(parts) or MISSING
-
-
-def format_table(table: Table, results: Mapping[str, RunResult | None], columns: Sequence[str]) -> str:
-    """A Markdown table, padded so that it reads as text too; a run without results has ``-`` in every column."""
-    cells = [["", *(COLUMNS[column][0] for column in columns)]]
-    for label, run in table.rows:
-        result = results[run]
-        cells.append([label, *(MISSING if result is None else result.cell(column) for column in columns)])
-    # Two at least: the rule of a column of numbers is a dash and a colon.
-    widths = [max(2, *(len(row[number]) for row in cells)) for number in range(len(cells[0]))]
-    # Text to the left, numbers to the right.
-    left = [True, *(column == "passes" for column in columns)]
-    rule = ["-" * width if on_left else "-" * (width - 1) + ":" for width, on_left in zip(widths, left, strict=True)]
-    lines = []
-    for row in [cells[0], rule, *cells[1:]]:
-        padded = (
-            cell.ljust(width) if on_left else cell.rjust(width) for cell, width, on_left in zip(row, widths, left, strict=True)
-        )
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join([f"### {table.title}", "", *lines])
-
-
-def describe_differences(results: Mapping[str, RunResult | None]) -> str:
-    """Warnings where runs were trained, or evaluated, on different numbers of pairs, as after an interruption; else empty."""
-    texts = []
-    for column, verb in (("pairs", "trained"), ("held_out_pairs", "evaluated")):
-        counts: dict[float, list[str]] = {}
-        for name, result in results.items():
-            if result is not None and result.values.get(column) is not None:
-                counts.setdefault(result.values[column] or 0, []).append(name)
-        if len(counts) > 1:
-            groups = "; ".join(f"{count:.0f}: {', '.join(names)}" for count, names in sorted(counts.items()))
-            texts.append(f"Not comparable: these runs were {verb} on different numbers of pairs ({groups}).")
-    return "\n\n".join(texts)
-
-
-def compare_runs(tables: Sequence[Table], results: Mapping[str, RunResult | None], view: str) -> str:
-    """The tables of a view as Markdown, without those of which no run has results.
-
-    Raises:
-        ConfigError: no run has results.
-    """
-    shown = [table for table in tables if any(results[run] is not None for _, run in table.rows)]
-    if not shown:
-        raise ConfigError("none of the runs has come to its last evaluation; train them first.")
-    parts = [format_table(table, results, VIEWS[view]) for table in shown]
-    return "\n\n".join([*parts, LEGEND[view], *filter(None, [describe_differences(results)])])
-
-
-def write_csv(file: TextIO, tables: Sequence[Table], results: Mapping[str, RunResult | None]) -> None:
-    """Every row of every table with every column, numbers in full; an empty field where there is none."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["table", "row", "run", *COLUMNS, *(f"{column}_se" for column in _MEANS)])
-    for table in tables:
-        for label, run in table.rows:
-            result = results[run]
-            if result is not None:
-                values = [result.passes if column == "passes" else result.values.get(column) for column in COLUMNS]
-                errors = [result.errors.get(column) for column in _MEANS]
-                writer.writerow([table.title, label, run, *values, *errors])

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.reports.comparison import VIEWS, Table, compare_runs, read_run, write_csv
+from megatron_rmipo.reports.comparison import name_without_seed, read_row
+from megatron_rmipo.reports.comparison_tables import VIEWS, Table, compare_runs, write_csv
 from megatron_rmipo.reports.pictures.comparison import draw_comparison
 from megatron_rmipo.reports.pictures.style import save
 
-_DESCRIPTION = "Put several runs side by side, from their logs: tables on the screen and in --output, and a picture."
+_DESCRIPTION = (
+    "Put several runs side by side, from their logs: tables on the screen and in --output, and a picture. Folders RUN.seed-N are "
+    "further seeds of the row RUN: shown are the means, with standard errors over the seeds."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(directory: Path, tables: Sequence[Table], arguments: argparse.Namespace) -> None:
     names = dict.fromkeys(run for table in tables for _, run in table.rows)
-    results = {name: read_run(directory / name) for name in names}
+    results = {name: read_row(directory, name) for name in names}
     text = compare_runs(tables, results, arguments.view)
     print(text)
     if arguments.output is not None:
@@ -64,7 +68,7 @@ def _compare(directory: Path, tables: Sequence[Table], arguments: argparse.Names
 
 def _parse_tables(arguments: argparse.Namespace) -> list[Table]:
     if arguments.table is None:
-        found = sorted(path.name for path in arguments.runs.glob("*") if (path / "logs").is_dir())
+        found = sorted({name_without_seed(path.name) for path in arguments.runs.glob("*") if (path / "logs").is_dir()})
         if not found:
             raise ConfigError(f"--runs {arguments.runs}: no folder in it is a run (has logs).")
         return [Table(arguments.runs.name, [(name, name) for name in found])]

@@ -7,18 +7,21 @@ import random
 
 import pytest
 
-from megatron_rmipo.embedded.pairs import KIND_SHARES, SUPERVISED_SHARES, Row, make_rows, preference_row
+from megatron_rmipo.embedded.pairs import KIND_SHARES, LABEL_NOISE, SUPERVISED_SHARES, Row, make_rows, preference_row
 from megatron_rmipo.embedded.sentences import (
     ADJECTIVES,
     BOILERPLATE,
     NUM_FORMS,
+    NUM_PHRASINGS,
     OBJECTS,
     TOOLS,
     Topic,
     answer_sentences,
     ask,
     near_topic,
+    phrased_answer,
     random_topic,
+    topic_of_another_detail,
 )
 
 
@@ -71,28 +74,63 @@ def test_an_answer_takes_up_the_prompt_and_adds_the_verbs_tool() -> None:
 def test_kinds_are_what_they_are_called(form: int) -> None:
     rng = random.Random(form)
     topic = Topic(form, "repair", "rusty", "lantern", "garage", "Clara", "Friday", "three")
-    content = {"repair", "rusty", "lantern"}
-    boilerplate = preference_row(topic, "boilerplate", rng)
-    assert set(sentences(boilerplate.rejected)) <= set(BOILERPLATE)
-    assert content <= set(boilerplate.chosen.replace("lanterns", "lantern").replace(",", "").replace(".", "").split())
-    other = preference_row(topic, "other_prompt", rng)
-    assert not any(word in other.rejected for word in ("repair", "lantern"))
-    hedged = preference_row(topic, "hedged", rng)
+    rows = {kind: preference_row(topic, kind, rng) for kind in KIND_SHARES}
+    for kind, row in rows.items():
+        assert (row.prompt, row.kind) == (ask(topic), kind)
+        assert {"repair", "rusty", "lantern"} <= words(row.chosen)
+    assert set(sentences(rows["boilerplate"].rejected)) <= set(BOILERPLATE)
+    assert sentences(rows["partial"].chosen)[0] == sentences(rows["partial"].rejected)[0]
+    assert sentences(rows["partial"].rejected)[1] in BOILERPLATE
+    assert rows["short"].rejected == sentences(rows["short"].chosen)[0]
+    assert rows["echo"].rejected.startswith(rows["echo"].prompt + " ")
+    hedged = rows["hedged"]
     assert sentences(hedged.chosen)[0] == sentences(hedged.rejected)[0]
     assert sentences(hedged.chosen)[0] in BOILERPLATE
-    partial = preference_row(topic, "partial", rng)
-    assert sentences(partial.chosen)[0] == sentences(partial.rejected)[0]
-    assert sentences(partial.rejected)[1] in BOILERPLATE
+    # What is wrong in these is in the answer, which is one to another prompt.
+    right = answers_to(topic)
+    for kind, wrong in {
+        "echo": rows["echo"].rejected.removeprefix(rows["echo"].prompt + " "),
+        "near": rows["near"].rejected,
+        "hedged": " ".join(sentences(hedged.rejected)[1:]),
+        "detail": rows["detail"].rejected,
+    }.items():
+        assert wrong not in right, kind
+        assert len(sentences(wrong)) == 2, kind
+    assert rows["near"].chosen in right
 
 
-def test_an_answer_to_another_prompt_has_another_verb_and_another_object() -> None:
+def words(text: str) -> set[str]:
+    return set(text.replace("lanterns", "lantern").replace(",", "").replace(".", "").split())
+
+
+def answers_to(topic: Topic) -> set[str]:
+    return {" ".join(phrased_answer(topic, phrasing)) for phrasing in range(NUM_PHRASINGS)}
+
+
+def test_a_wrong_detail_is_one_word_that_the_prompt_contradicts() -> None:
     rng = random.Random(6)
     for _ in range(400):
         topic = random_topic(rng)
-        other = preference_row(topic, "other_prompt", rng).rejected
-        words = set(other.replace(",", "").replace(".", "").split())
-        assert TOOLS[topic.verb] not in other
-        assert not words & {topic.object, f"{topic.object}s"}
+        row = preference_row(topic, "detail", rng)
+        pairs = list(zip(row.chosen.split(), row.rejected.split(), strict=True))
+        (changed,) = [(right, wrong) for right, wrong in pairs if right != wrong]
+        right, wrong = (word.strip(".,") for word in changed)
+        assert right in words(row.prompt.replace("?", ""))
+        assert wrong not in words(row.prompt.replace("?", ""))
+        other = topic_of_another_detail(topic, rng)
+        assert ask(other) != ask(topic)
+
+
+def test_one_label_in_ten_is_wrong_in_training_and_none_is_held_out() -> None:
+    _, train, held_out = make_rows(1, 1500, 300, seed=2)
+
+    def is_wrong(row: Row) -> bool:
+        # Only a rejected response of these kinds has boilerplate.
+        return any(sentence in BOILERPLATE for sentence in sentences(row.chosen))
+
+    told = [row for row in train if row.kind in ("boilerplate", "partial")]
+    assert sum(map(is_wrong, told)) / len(told) == pytest.approx(LABEL_NOISE, abs=0.03)
+    assert not any(is_wrong(row) for row in held_out if row.kind in ("boilerplate", "partial"))
 
 
 def test_a_near_topic_differs_in_one_word_and_its_answer_is_wrong_for_the_prompt() -> None:

@@ -122,8 +122,7 @@ def test_the_margins_of_the_ablations_are_those_of_the_paper(tmp_path: Path) -> 
 def test_every_table_shows_rows_that_are_trained(tmp_path: Path) -> None:
     for script, grid in GRIDS.items():
         output = dry_run(script, tmp_path)
-        (command,) = [words for words in commands(output) if words[0] == "python" and "compare_runs" in words[1]]
-        arguments = build_parser().parse_args(command[2:])
+        arguments = build_parser().parse_args(compared(output)[2:])
         assert arguments.runs == tmp_path / "work" / grid
         assert arguments.output == tmp_path / "work" / grid
         named = {row.rpartition("=")[2] for _, *table in arguments.table for row in table}
@@ -154,6 +153,73 @@ def test_rows_lengths_and_learning_rates_can_be_chosen(tmp_path: Path) -> None:
     assert "no row cosin" in message
     assert "cosine" in message
     assert "set one of them" in run_script(ABLATIONS, environment(tmp_path, STEPS="7", EPOCHS="1"), expect=1)
+    assert calls(tmp_path) == []
+
+
+def test_rows_of_ones_own_are_trained_and_shown_beside_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    lines_of_file = ["# name, flags", "", "dpo-0.5 --objective dpo --beta 0.5  # why", "  wide --gamma-max 3"]
+    file.write_text("\n".join([*lines_of_file, "ipo.2 --objective=ipo --reference-load START"]))
+    own = ["dpo-0.5", "wide", "ipo.2"]
+    lines = rows(dry_run(ABLATIONS, tmp_path, ROWS=str(file), ONLY="rmipo dpo-0.5 wide ipo.2", PRESET="paper"), "ablations")
+    assert list(lines) == ["rmipo", *own]
+    configs = {row: parse_arguments(line) for row, line in lines.items()}
+    found = [(config.objective.objective, config.objective.options.get("preset")) for config in configs.values()]
+    assert found == [("rmipo", "paper"), ("dpo", None), ("rmipo", "paper"), ("ipo", None)]
+    start = str(tmp_path / "work/sft")
+    assert [config.model.reference_load for config in configs.values()] == [None, start, None, start]
+    assert (configs["dpo-0.5"].objective.options["beta"], configs["wide"].objective.options["gamma_max"]) == (0.5, 3.0)
+    assert compared(dry_run(ABLATIONS, tmp_path, ROWS=str(file)))[-5:] == ["Rows of your own, beside rmipo", "rmipo", *own]
+    # In the comparison a row without --objective is that of its name, and an objective of one's own need not be in the file.
+    file.write_text("dpo-0.5 --objective dpo --beta 0.5\nmine:Loss --lr 1e-5\n")
+    output = dry_run(COMPARISON, tmp_path, ROWS=str(file), ONLY="dpo-0.5 mine:Loss pkg.own:Other", LR_pkg_own_Other="5e-5")
+    lines = rows(output, "comparison")
+    assert [(line[line.index("--objective") + 1], line[line.index("--lr") + 1]) for line in lines.values()] == [
+        ("dpo", "3e-4"),
+        ("mine:Loss", "3e-4"),
+        ("pkg.own:Other", "5e-5"),
+    ]
+    assert lines["mine:Loss"][-2:] == ["--lr", "1e-5"]
+    assert compared(output)[-4:] == ["sft", "dpo-0.5", "mine:Loss", "pkg.own:Other"]
+
+
+def compared(output: str) -> list[str]:
+    """The command that shows the tables."""
+    (command,) = [words for words in commands(output) if words[0] == "python" and "compare_runs" in words[1]]
+    return command
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("rmipo --beta 3", "line 2: there is a row rmipo already"),
+        ("a/b --beta 3", "line 2: a/b cannot be the name of a row"),
+        ("x.seed-2 --beta 3", "line 2: x.seed-2 cannot be the name of a row"),
+        ("x beta=3", "line 2: x is followed by beta=3; a line is a name and flags"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(line: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text(f"# mine\n{line}\n")
+    message = run_script(ABLATIONS, environment(tmp_path, ROWS=str(tmp_path / "rows.txt")), expect=1)
+    assert told in message
+    assert calls(tmp_path) == []
+
+
+def test_each_row_is_trained_with_each_seed(tmp_path: Path) -> None:
+    configs = parsed(rows(dry_run(COMPARISON, tmp_path, ONLY="rmipo dpo", SEEDS="3"), "comparison"))
+    assert {row: config.training.seed for row, config in configs.items()} == {
+        f"{name}{folder}": 1234 + number
+        for name in ("rmipo", "dpo")
+        for number, folder in enumerate(("", ".seed-1235", ".seed-1236"))
+    }
+    assert len({config.checkpoint.save_hf for config in configs.values()}) == 6
+    # The same pairs, the same start, the same place in the tables.
+    output = dry_run(COMPARISON, tmp_path, "--seed", "5", ONLY="rmipo", SEEDS="2")
+    assert [config.training.seed for config in parsed(rows(output, "comparison")).values()] == [5, 6]
+    assert "seed-6 " not in output.partition("== tables")[2]
+    for seeds in ("0", "two"):
+        assert f"SEEDS={seeds}" in run_script(COMPARISON, environment(tmp_path, SEEDS=seeds), expect=1)
+    assert "ROWS=absent" in run_script(COMPARISON, environment(tmp_path, ROWS="absent"), expect=1)
     assert calls(tmp_path) == []
 
 

@@ -1,6 +1,7 @@
 """Runs side by side: every shown number against one worked by hand from records written here."""
 
 import csv
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,9 +14,8 @@ from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
 from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.objectives.base import LogpNeeds
-from megatron_rmipo.reports.comparison import chosen_share, describe_passes, read_run
+from megatron_rmipo.reports.comparison import describe_passes, read_row, read_run, told_apart
 from megatron_rmipo.reports.comparison_cli import main
-from megatron_rmipo.reports.held_out import Figure
 
 BEFORE = {"rewards/accuracies": 0.4, "rewards/margins": 0.1, "logps/chosen": -0.5, "logps/rejected": -0.5, "loss": 1.0}
 AFTER = {
@@ -72,20 +72,30 @@ def shown(output: str) -> dict[str, list[str]]:
     return {cells(line)[0]: cells(line)[1:] for line in output.splitlines() if line.startswith("|")}
 
 
+def parts(output: str) -> list[dict[str, list[str]]]:
+    """The rows of the first part of every table, and of the second part."""
+    found: list[dict[str, list[str]]] = [{}, {}]
+    blocks = [block for block in output.split("\n\n") if block.startswith("|")]
+    for number, block in enumerate(blocks):
+        found[number % 2] |= shown(block)
+    return found
+
+
 def test_every_number_of_a_run(tmp_path: Path) -> None:
     held_out = write_held_out(tmp_path / "valid", LENGTHS)
     result = read_run(write_run(tmp_path / "run", BEFORE, {**AFTER, **GAMMA}, "--valid-data-path", str(held_out)))
     assert result is not None
     assert result.values == pytest.approx(
         {
-            "accuracy": 0.9,
-            "accuracy_mean": 2 / 3,
-            "accuracy_sum": 1 / 3,
-            "margin": 2.5,
+            **{"accuracy_before": 0.4, "accuracy": 0.9, "accuracy_change": 0.5},
+            # Before, no pair was right: means of -1, -1.25 and -1.5 against -1, -1 and -0.5.
+            **{"accuracy_mean_before": 0.0, "accuracy_mean": 2 / 3, "accuracy_mean_change": 2 / 3},
+            **{"accuracy_sum_before": 0.0, "accuracy_sum": 1 / 3, "accuracy_sum_change": 1 / 3},
+            **{"margin_before": 0.1, "margin": 2.5, "margin_change": 2.4},
             "gamma_p5": 0.3,
             "gamma_p50": 0.4,
             "gamma_p95": 1.5,
-            "loss": 0.25,
+            **{"loss_before": 1.0, "loss": 0.25, "loss_change": -0.75},
             "chosen_change": -0.25,
             "rejected_change": -1.5,
             "pairs_per_second": 30.0,
@@ -96,6 +106,8 @@ def test_every_number_of_a_run(tmp_path: Path) -> None:
     )
     # sqrt(2/3 * 1/3 / 3); differences of 0, -0.25 and -0.5 have a standard deviation of 0.25.
     errors = {"accuracy": 0.02, "accuracy_mean": 0.27217, "accuracy_sum": 0.27217, "margin": 0.125, "chosen_change": 0.144338}
+    # Two of three pairs, and one of three, have become right.
+    errors |= {"accuracy_mean_change": 1 / 3, "accuracy_sum_change": 1 / 3}
     assert {name: error for name, error in result.errors.items() if error is not None} == pytest.approx(errors, abs=1e-5)
     assert result.passes == "log p(y)"
 
@@ -116,16 +128,15 @@ def test_without_the_prepared_data_only_the_sums_are_missing(tmp_path: Path) -> 
     assert result.values["accuracy_sum"] is None
     assert result.values["accuracy_mean"] == pytest.approx(2 / 3)
     # Nor are lengths of other pairs taken for these.
-    assert chosen_share([{"logps/chosen": -1.0, "logps/rejected": -2.0}], np.array([[1, 1], [1, 1]])) is None
+    assert told_apart([{"logps/chosen": -1.0, "logps/rejected": -2.0}], np.array([[1, 1], [1, 1]])) == []
 
 
 def test_pairs_without_one_of_the_values_do_not_count() -> None:
     pairs = [{"logps/chosen": -1.0, "logps/rejected": -2.0}, {"logps/chosen": None, "logps/rejected": -9.0}]
-    assert chosen_share(pairs) == Figure(1.0, 1, None)
     # Equal is not higher.
-    assert chosen_share([{"logps/chosen": -1.0, "logps/rejected": -1.0}]) == Figure(0.0, 1, None)
-    assert chosen_share([{"logps/chosen": -1.0}]) is None
-    assert chosen_share([]) is None
+    equal = {"logps/chosen": -1.0, "logps/rejected": -1.0}
+    assert told_apart([*pairs, equal, {"logps/chosen": -1.0}]) == [1.0, None, 0.0, None]
+    assert told_apart([]) == []
 
 
 @pytest.mark.parametrize(
@@ -152,11 +163,13 @@ def test_tables_name_each_run_as_often_as_it_is_asked_for(tmp_path: Path, capsys
     output.parent.mkdir()
     assert main(["--runs", str(runs), "--view", "margins", *tables, "--output", str(output)]) == 0
     text = capsys.readouterr().out
-    rows = shown(text)
-    means = ["3", "0.900 +- 0.020", "2.500 +- 0.125"]
-    assert rows["exp"] == rows["[0, 2]"] == [*means, "0.300", "0.400", "1.500", "0.2500"]
-    assert rows["none"] == [*means, "-", "-", "-", "0.2500"]
-    assert rows["late"] == ["-"] * 7
+    first, second = parts(text)
+    means = ["3", "0.400", "0.900 +- 0.020", "+0.500", "0.100", "2.500 +- 0.125", "+2.400"]
+    assert first["exp"] == first["[0, 2]"] == first["none"] == means
+    loss = ["1.0000", "0.2500", "-0.7500"]
+    assert second["exp"] == second["[0, 2]"] == ["0.300", "0.400", "1.500", *loss]
+    assert second["none"] == ["-", "-", "-", *loss]
+    assert first["late"] == ["-"] * 7
     # A column of one digit has a rule that Markdown knows.
     assert set(cells(text.splitlines()[3])[1:]) <= {"-" * width + ":" for width in range(1, 20)}
     # A table without a single result is none.
@@ -179,11 +192,49 @@ def test_objectives_are_compared_by_what_all_have(tmp_path: Path, capsys: pytest
     supervised = {"logps/chosen": -0.5, "loss": 0.5}, {"logps/chosen": -0.25, "loss": 0.25}
     write_run(tmp_path / "runs/sft", *supervised, "--objective", "sft", *held_out, pairs=[(-1.0, None)] * 3)
     assert main(["--runs", str(tmp_path / "runs")]) == 0
-    rows = shown(capsys.readouterr().out)
-    shares, cost = ["0.667 +- 0.272", "0.333 +- 0.272"], ["30.0", "0.75"]
-    changes = ["2.500 +- 0.125", "-0.250 +- 0.144", "-1.500"]
-    assert rows["rmipo"] == ["3", "0.900 +- 0.020", *shares, *changes, *cost, "log p(y)"]
-    assert rows["sft"] == ["3", "-", "-", "-", "-", "+0.250 +- 0.144", "-", *cost, "-"]
+    shares, rest = parts(capsys.readouterr().out)
+    by_logp = ["0.000", "0.667 +- 0.272", "+0.667 +- 0.333", "0.000", "0.333 +- 0.272", "+0.333 +- 0.333"]
+    assert shares["rmipo"] == ["3", "0.400", "0.900 +- 0.020", "+0.500", *by_logp]
+    assert shares["sft"] == ["3", *["-"] * 9]
+    cost = ["30.0", "0.75"]
+    margins = ["0.100", "2.500 +- 0.125", "+2.400"]
+    assert rest["rmipo"] == [*margins, "-0.250 +- 0.144", "-1.500", *cost, "log p(y)"]
+    assert rest["sft"] == ["-", "-", "-", "+0.250 +- 0.144", "-", *cost, "-"]
+
+
+def test_further_seeds_of_a_row_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    seeds = {"a": 0.9, "a.seed-1235": 0.7, "a.seed-1236": 0.8}
+    for name, accuracy in seeds.items():
+        write_run(runs / name, BEFORE, {**AFTER, "rewards/accuracies": accuracy})
+    write_run(runs / "a.seed-x", BEFORE, AFTER)
+    write_run(runs / "b", BEFORE, AFTER)
+    # Not yet evaluated at its end.
+    unfinished = write_run(runs / "b.seed-9", BEFORE, AFTER) / "logs/metrics.jsonl"
+    unfinished.write_text(json.dumps({"kind": "eval", "step": 0}) + "\n")
+    result = read_row(runs, "a")
+    assert result is not None
+    assert result.num_seeds == 3
+    # The standard deviation of 0.9, 0.7, 0.8 is 0.1.
+    assert (result.values["accuracy"], result.error("accuracy")) == pytest.approx((0.8, 0.1 / 3**0.5))
+    assert result.errors["accuracy"] == pytest.approx(0.02)
+    picture = tmp_path / "p.svg"
+    flags = ["--output", str(tmp_path / "t"), *(["--picture", str(picture)] if importlib.util.find_spec("matplotlib") else [])]
+    assert main(["--runs", str(runs), "--view", "margins", *flags]) == 0
+    first, _ = parts(capsys.readouterr().out)
+    assert first["a"][:5] == ["3", "3", "0.400", "0.800 +- 0.058", "+0.400 +- 0.058"]
+    assert first["b"][:4] == ["1", "3", "0.400", "0.900 +- 0.020"]
+    assert {"a", "a.seed-x", "b"} <= set(first)
+    assert not {"a.seed-1235", "b.seed-9"} & set(first)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        record = next(row for row in csv.DictReader(file) if row["run"] == "a")
+    assert (record["seeds"], float(record["accuracy_se"]), float(record["accuracy_se_seeds"])) == (
+        "3",
+        pytest.approx(0.02),
+        pytest.approx(0.1 / 3**0.5),
+    )
+    if picture.exists():
+        assert "over the seeds of a row (up to 3)" in picture.read_text()
 
 
 def test_different_lengths_of_training_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,8 +261,9 @@ def test_a_picture_shows_the_runs_there_are(tmp_path: Path) -> None:
         arguments = ["--runs", str(tmp_path / "runs"), "--view", view, "--table", "T", "rmipo", "sft", "later"]
         assert main([*arguments, "--picture", str(file)]) == 0
         drawn = file.read_text()
-        assert ">sft</text>" in drawn
-        assert ">held-out accuracy</text>" in drawn
+        for text in ("sft", "held-out accuracy", "change of accuracy", "before"):
+            assert f">{text}</text>" in drawn
+        assert ">n = 3 held-out pairs; error bars: standard error over the held-out pairs</text>" in drawn
         assert ">later</text>" not in drawn
 
 
@@ -224,7 +276,7 @@ def test_without_matplotlib_the_tables_are_still_shown(
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["--runs", str(tmp_path / "runs"), "--picture", str(tmp_path / "p.png")]) == 1
     captured = capsys.readouterr()
-    assert shown(captured.out)["a"][1] == "0.900 +- 0.020"
+    assert parts(captured.out)[0]["a"][2] == "0.900 +- 0.020"
     assert "megatron-rmipo[plots]" in captured.err
 
 
