@@ -1,4 +1,4 @@
-# make demo | test | test-fast | check | test-gpu | bench | bench-trl | bench-gpu | performance | scaling | clean
+# make demo | test | test-fast | check | test-gpu | docs | bench | bench-trl | bench-gpu | performance | scaling | clean
 #
 # PYTHON=python3.12   another interpreter, with an environment of its own (.venv-3.12)
 # TORCH=torch==2.13.0 the torch to install first; PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL say where pip may find a CPU build
@@ -36,7 +36,7 @@ TORCH ?= $(if $(filter 3.11,$(PY_VERSION)),torch==2.13.0,torch)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help venv demo test test-fast test-gpu check bench bench-trl bench-gpu performance scaling clean
+.PHONY: help venv demo test test-fast test-gpu check docs bench bench-trl bench-gpu performance scaling clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -73,6 +73,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'examples/*.sh' 'examples/*.sbatch' 'containers/*.sh' 'tools/*.sh' 'benchmarks/*.sh')
+
+# The site, in site/; a warning is an error, and nothing is fetched.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	@mkdir -p "$(dir $(BENCH_CSV))"
@@ -113,5 +117,5 @@ scaling: $(STAMP)
 
 # Not work/ and runs/: what somebody trained is theirs to remove.
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . \( -path ./work -o -path ./runs \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import runpy
 import shlex
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +22,9 @@ PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
 # Those that show nothing to run.
-WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith("docs/objectives/")} | {"docs/plugin/log_probs.md"}
+WITHOUT_COMMANDS = {name for name in DOCUMENTS if name.startswith(("docs/objectives/", "docs/explanation/"))} | {
+    *("docs/plugin/log_probs.md", "docs/reference/families.md", "docs/reference/run_directory.md", "docs/reference/tools.md")
+}
 # Of slime, whose losses ours may be.
 SLIME_FLAGS = {
     *("--calculate-per-token-loss", "--custom-loss-function-path", "--disable-compute-advantages-and-returns"),
@@ -33,8 +37,8 @@ COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|
 # Where names in a document may be rooted.
 ROOTS = ("", "megatron_rmipo", "megatron_rmipo/objectives", "megatron_rmipo/checkpoint", "benchmarks", "docs", "tools")
 # Names that stand for the reader's own, or for what a run makes.
-OUTPUTS = ("data/pairs", "work/", "runs/", ".venv", "DIR/", "iter_", "hf/", "/p")
-OUTPUT_FILES = {"config.yaml", "data/"}
+OUTPUTS = ("data/pairs", "SAVE/", "PREFIX", "work/", "runs/", ".venv", "DIR/", "iter_", "hf/", "/p")
+OUTPUT_FILES = {"config.yaml", "data/", "heartbeats/", "out_of_memory/"}
 # Flags of programs that are not ours.
 FOREIGN_FLAGS = {
     *("--no-build-isolation", "--nproc-per-node", "--max-restarts"),
@@ -71,6 +75,8 @@ MEGATRON_LM_FLAGS = {
 }
 # Scripts in which our flags stand beside another program's.
 PLUGIN_SCRIPTS = "examples/plugins/"
+# Programs that are files, each with a parser of its own.
+PROGRAMS = ("tools/", "examples/embedded/", "examples/plugins/own_loop.py")
 
 
 class ParsedError(Exception):
@@ -97,9 +103,20 @@ def program(words: list[str]) -> tuple[str, list[str]]:
         # The launcher starts another program, as torchrun does.
         if word == "-m" and words[number + 1].startswith(("megatron_rmipo", "benchmarks")) and "launch" not in words[number + 1]:
             return words[number + 1], words[number + 2 :]
-        if word.startswith("tools/"):
+        if word.startswith(PROGRAMS):
             return word, words[number + 1 :]
     return "", []
+
+
+def main_of(name: str) -> Callable[[list[str]], object]:
+    """Where a program starts that is a module, or a file of ours: the command that it hands over to, or its own."""
+    if not name.endswith(".py"):
+        module = importlib.import_module(name)
+        return module.main if hasattr(module, "main") else importlib.import_module(f"{name}.__main__").main
+    commands = re.findall(r"^from megatron_rmipo.entry import (\w+)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+    if commands:
+        return main_of(getattr(entry, commands[0]).args[0])
+    return runpy.run_path(str(ROOT / name))["main"]
 
 
 def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -> set[str]:
@@ -124,15 +141,17 @@ def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         # This one shares the trainer's parser, which tells unknown flags by itself.
         patch.setattr("megatron_rmipo.scoring.score_cli.score", stop)
-        module = name
-        if name.startswith("tools/"):
-            (command,) = re.findall(r"^from megatron_rmipo.entry import (\w+)$", (ROOT / name).read_text(), re.MULTILINE)
-            (module,) = getattr(entry, command).args
-        elif not hasattr(importlib.import_module(name), "main"):
-            module = f"{name}.__main__"
         with pytest.raises(ParsedError):
-            importlib.import_module(module).main(arguments)
+            main_of(name)(arguments)
     return known
+
+
+@pytest.fixture(autouse=True)
+def _mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's file mine.py, as a tutorial has it written."""
+    (block,) = [body for language, body in blocks(DOCUMENTS["docs/tutorials/your_objective.md"]) if language == "python"]
+    (tmp_path / "mine.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -163,15 +182,15 @@ def test_flags_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     known = (
         FOREIGN_FLAGS | TORCHRUN_FLAGS | MEGATRON_LM_FLAGS | set(add_arguments(argparse.ArgumentParser())._option_string_actions)
     )
-    # Of two objectives, whose common options are flags of each.
+    # Of two objectives, whose common options are flags of each, and of the tutorial's own.
     samples = {
-        "megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo"],
+        "megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo,mine:Capped"],
         "benchmarks.bench_step": [],
         "benchmarks.bench_pipeline": [],
     }
     for words in (words for text in DOCUMENTS.values() for words in commands_of(text)):
         target, arguments = program(words)
-        if target.startswith("tools/"):
+        if target.endswith(".py"):
             samples.setdefault(target, arguments)
     for target, arguments in samples.items():
         known |= parse_as(monkeypatch, target, arguments)
