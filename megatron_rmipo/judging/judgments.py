@@ -126,8 +126,8 @@ def _check_cost(kept: KeptRecords, total: int, prices: Prices, max_cost: float |
     cost = spent(kept.records.values(), prices)
     if max_cost is not None and cost >= max_cost and len(kept.records) < total:
         raise ConfigError(
-            f"--max-cost {max_cost:g}: {cost:.4g} is spent, after {len(kept.records)} of {total} judgments. They are kept: start again "
-            "with a higher --max-cost to go on."
+            f"--max-cost {max_cost:g}: {cost:.4g} is spent, after {len(kept.records)} of {total} judgments. They are kept: start "
+            "again with a higher --max-cost to go on."
         )
 
 
