@@ -74,7 +74,11 @@ def running(says: Callable[[str], str] = prefer_longer, faults: list[Fault] | No
         def log_message(self, *_arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("localhost", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Quiet where a client is gone before its answer."""
+
+    server = Server(("localhost", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     judge.url = f"http://localhost:{server.server_address[1]}/v1"
