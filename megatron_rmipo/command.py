@@ -18,6 +18,8 @@ FAULT_OF_OURS = 70
 STOPPED = 75
 # What a shell makes of Ctrl-C: a signal came before there was anything to keep.
 INTERRUPTED = 130
+# Of a log file that shows how far something is.
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 def add_debug_flag(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +51,26 @@ def run_command(action: Callable[[], None], *, debug: bool = False, interrupted:
     return DONE
 
 
-def progress_bar(title: str, total: int, unit: str, *, shown: bool, num_done: int = 0) -> tqdm[Any]:
-    """A bar on stderr, in bytes (``B``) or what else is counted, ``num_done`` of which were done before."""
-    # A log file gets a line now and then instead of one that is redrawn.
-    interval = 0.5 if sys.stderr.isatty() else 30.0
+def progress_bar(title: str, total: int, unit: str, *, shown: bool, num_done: int = 0, stays: bool = True) -> tqdm[Any]:
+    """A bar on stderr with rate and time left; in a log file a line now and then, none of what is soon done.
+
+    Args:
+        title: what is done.
+        total: how much of it, in bytes (``B``) or what else is counted.
+        unit: what is counted.
+        shown: by one rank.
+        num_done: how much was done before.
+        stays: whether it is left on the terminal once it is full.
+    """
+    on_terminal = sys.stderr.isatty()
     return tqdm(
-        desc=title, initial=num_done, total=total, unit=unit, unit_scale=unit == "B", disable=not shown, mininterval=interval
+        desc=title,
+        initial=num_done,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=not shown,
+        mininterval=0.5 if on_terminal else _SECONDS_BETWEEN_LINES,
+        delay=0.5 if on_terminal else _SECONDS_BETWEEN_LINES,
+        leave=stays or not on_terminal,
     )

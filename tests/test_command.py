@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import time
 from typing import NoReturn
 
 import pytest
 
-from megatron_rmipo.command import run_command
+from megatron_rmipo import command
+from megatron_rmipo.command import progress_bar, run_command
 from megatron_rmipo.errors import DataError
 
 
@@ -26,3 +28,22 @@ def test_an_interrupt_is_said_and_other_faults_are_not_hidden(capsys: pytest.Cap
     for fault in (BrokenPipeError(), ValueError()):
         with pytest.raises(type(fault)):
             run_command(lambda fault=fault: fail(fault))  # type: ignore[misc]
+
+
+def test_a_log_file_gets_a_line_now_and_then_and_none_of_what_is_soon_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*, seconds: float, shown: bool = True) -> str:
+        monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", seconds)
+        with progress_bar("evaluation", 7, "pair", shown=shown) as bar:
+            for _ in range(7):
+                time.sleep(0.01)
+                bar.update(1)
+        return capsys.readouterr().err
+
+    assert run(seconds=30.0) == ""
+    assert run(seconds=0.0, shown=False) == ""
+    told = run(seconds=0.005)
+    assert "evaluation: 100%" in told
+    assert "pair/s" in told
+    assert "<" in told, "no time left"

@@ -23,13 +23,13 @@ _LENGTH = "use --seq-length, here and in tools/preprocess_preferences.py, which 
 _ANSWERS = {
     # Hugging Face: the run
     "use --load-hf DIR": "model_name_or_path model_name model",
-    "use --reference-hf DIR": "ref_model_name_or_path ref_model",
+    "use --reference-hf DIR, or --reference-load DIR for a checkpoint": "ref_model_name_or_path ref_model ref_load",
     "use --save DIR for checkpoints and --save-hf DIR for the Hugging Face model": "output_dir",
     "use --load DIR": "resume_from_checkpoint",
-    "use --objective NAME; python -m megatron_rmipo.objectives lists them": "loss_type rl_algorithm",
+    "use --objective NAME; python -m megatron_rmipo.objectives lists them": "loss_type rl_algorithm rlhf_type",
     "write weights behind the names: --objective dpo:0.8,sft:0.2": "loss_weights",
     "use --lr": "learning_rate",
-    "use --epochs": "num_train_epochs num_epochs",
+    "use --epochs": "num_train_epochs num_epochs max_epochs",
     "use --train-iters": "max_steps",
     "use --lr-warmup-fraction": "warmup_ratio",
     "use --lr-warmup-iters": "warmup_steps",
@@ -52,8 +52,10 @@ _ANSWERS = {
     ),
     "use --distributed-timeout-minutes": "ddp_timeout",
     "use --distributed-backend": "ddp_backend",
-    "all weights are trained, there is no LoRA": "use_peft use_lora lora_r lora_alpha lora_dropout lora_target_modules",
-    "the reference's log-probs are computed once and kept, always": "precompute_ref_log_probs",
+    "all weights are trained, there is no LoRA": (
+        "use_peft use_lora lora_r lora_alpha lora_dropout lora_target_modules lora_rank train_type tuner_type"
+    ),
+    "the reference's log-probs are computed once and kept, always": "precompute_ref_log_probs precompute_ref_batch_size",
     # Hugging Face: data, evaluation, logging
     _PREPARED: "dataset_name dataset dataset_mixer train_file dataset_config mock_data data_cache_path train_data_path",
     "name the split to tools/preprocess_preferences.py, which prepares the data": "dataset_train_split dataset_split",
@@ -98,7 +100,9 @@ _ANSWERS = {
     "use --epochs or --train-iters": "train_samples",
     "use --lr-warmup-iters or --lr-warmup-fraction": "lr_warmup_samples",
     "the decay ends with the run": "lr_decay_iters lr_decay_samples",
-    "there is no dropout": "attention_dropout hidden_dropout",
+    "there is no dropout": "attention_dropout hidden_dropout disable_dropout",
+    "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+    "longer pairs are dealt with by --overlong of tools/preprocess_preferences.py": "truncation_mode",
     "use --load DIR --finetune": "pretrained_checkpoint",
     "use --recompute-granularity selective": "recompute_activations",
     "SIGTERM and SIGINT save and end a run, always": "exit_signal_handler",

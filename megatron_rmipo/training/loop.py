@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.order import PairOrder
@@ -142,18 +143,21 @@ def evaluate(run: Run) -> bool:
     mean_chosen_length = run.held_out.pairs.mean_chosen_length(run.num_held_out)
     batch_size = run.config.training.global_batch_size
     parts = []
-    for first in range(0, run.num_held_out, batch_size):
-        if run.stop.requested():
-            return False
-        # It may take long, and a checkpoint counts once it is looked after.
-        run.checkpoints.look_after()
-        indices = np.arange(first, min(first + batch_size, run.num_held_out))
-        batch = run.held_out.build(indices, mean_chosen_length=mean_chosen_length)
-        with run.memory.explaining(f"evaluation at step {run.progress.step}", run.held_out, batch, run.state.optimizer):
-            metrics = evaluate_batch(run.state, batch, run.objective, run.groups)
-        # One rank tells of them; the others need not keep what may be millions of pairs.
-        if run.groups.rank == 0:
-            parts.append(metrics)
+    title = f"evaluation at step {run.progress.step}"
+    with progress_bar(title, run.num_held_out, "pair", shown=run.groups.rank == 0, stays=False) as bar:
+        for first in range(0, run.num_held_out, batch_size):
+            if run.stop.requested():
+                return False
+            # It may take long, and a checkpoint counts once it is looked after.
+            run.checkpoints.look_after()
+            indices = np.arange(first, min(first + batch_size, run.num_held_out))
+            batch = run.held_out.build(indices, mean_chosen_length=mean_chosen_length)
+            with run.memory.explaining(title, run.held_out, batch, run.state.optimizer):
+                metrics = evaluate_batch(run.state, batch, run.objective, run.groups)
+            # One rank tells of them; the others need not keep what may be millions of pairs.
+            if run.groups.rank == 0:
+                parts.append(metrics)
+            bar.update(len(indices))
     on_first_rank(run.groups.world, partial(_log_evaluation, run, parts))
     return True
 

@@ -16,6 +16,7 @@ from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.output_files import FilePlan, FileWriter, TensorPlan, plan_files, write_index
 from megatron_rmipo.checkpoint.hf.shards import source_rows
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space, new_directory
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Place, Rule
 from megatron_rmipo.families.tensors import stored_shapes, tensors_of
@@ -152,9 +153,11 @@ def write_hf_directory(
     files = plan_model_files(arch, dtypes, max_shard_bytes, {})
     with new_directory(save_dir) as directory:
         begin_hf_directory(save_dir, directory, assets_dir, files, beside)
-        for file in files:
-            with FileWriter(directory, file.plan) as writer:
-                for part in file.parts:
-                    write_part(writer, part, read(part.rule, part.place), arch)
-                writer.finish()
+        num_bytes = sum(tensor.num_bytes for file in files for tensor in file.plan.tensors)
+        with progress_bar(f"writing {save_dir}", num_bytes, "B", shown=True) as bar:
+            for file in files:
+                with FileWriter(directory, file.plan) as writer:
+                    for part in file.parts:
+                        bar.update(write_part(writer, part, read(part.rule, part.place), arch))
+                    writer.finish()
         write_index(directory, [file.plan for file in files])

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord
 from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.checkpoint.whole_directories import SEEN_WITHIN_SECONDS, is_seen
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.errors import CheckpointError
 from megatron_rmipo.runtime.agreement import gather_faults, on_each_rank_alone
 
@@ -23,8 +24,13 @@ _NUM_THREADS = min(4, os.cpu_count() or 1)
 
 def check_digests(path: Path, record: CheckpointRecord) -> list[str]:
     """Names of a checkpoint's files whose contents are not what was written, in one process. Nothing is checked in format 1."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = dict(zip(record.digests, pool.map(lambda name: _digest_or_none(path / name), record.digests), strict=True))
+    sizes = [record.files.get(name, 0) for name in record.digests]
+    found = {}
+    with ThreadPoolExecutor(_NUM_THREADS) as pool, progress_bar(f"checking {path}", sum(sizes), "B", shown=True) as bar:
+        digests = pool.map(lambda name: _digest_or_none(path / name), record.digests)
+        for name, size, digest in zip(record.digests, sizes, digests, strict=True):
+            found[name] = digest
+            bar.update(size)
     return [name for name, digest in record.digests.items() if found[name] != digest]
 
 

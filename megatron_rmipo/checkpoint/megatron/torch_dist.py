@@ -36,6 +36,7 @@ from megatron_rmipo.checkpoint.megatron import common_state
 from megatron_rmipo.checkpoint.megatron.directory import COMMON_KEY, COMMON_NAME, read_metadata
 from megatron_rmipo.checkpoint.megatron.keys import LAYERS
 from megatron_rmipo.checkpoint.raw_files import open_output, read_into
+from megatron_rmipo.command import progress_bar
 from megatron_rmipo.errors import CheckpointError
 
 # Files written at a time. A third of the work is torch.save's checksum, and one processor leaves a fast disk idle with it.
@@ -87,8 +88,12 @@ def write_torch_dist(directory: Path, entries: Sequence[Entry], objects: Sequenc
             _save(common, stream)
     files = list(_files_of(entries).values())
     paths = [directory / f"__0_{number}.distcp" for number in range(len(files))]
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        written = list(pool.map(_write_file, paths, files, [stored, *([{}] * (len(files) - 1))]))
+    sizes = [sum(math.prod(piece.shape) * entry.dtype.itemsize for entry, piece in its) for its in files]
+    written = []
+    with ThreadPoolExecutor(_NUM_THREADS) as pool, progress_bar(f"writing {directory}", sum(sizes), "B", shown=True) as bar:
+        for size, done in zip(sizes, pool.map(_write_file, paths, files, [stored, *([{}] * (len(files) - 1))]), strict=True):
+            written.append(done)
+            bar.update(size)
     described: dict[str, Any] = {entry.key: _describe(entry) for entry in entries}
     described.update({key: BytesStorageMetadata() for key in stored})
     writer.finish(Metadata(state_dict_metadata=described), [storage for storage, _ in written])
