@@ -151,10 +151,10 @@ def _train_by_plan(
             reporter.warn(note)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
+        # Of the weights that the last evaluation saw.
+        keep_tokens(run)
         heartbeat.doing("export")
         save_hf(config, source, state, run.progress, groups, stop, partial(beside_weights, plan, groups))
-        heartbeat.doing("report")
-        keep_tokens(run)
     tell_report(config, groups)
 
 

@@ -78,6 +78,7 @@ def keep_tokens(run: Run) -> None:
     if run.held_out is None or not run.config.logging.report:
         return
     log_dir = run.config.log_directory
+    run.heartbeat.doing("log-probs of single tokens")
     chosen = on_first_rank(run.groups.world, partial(choose_pairs, log_dir, run.progress.step))
     if not chosen:
         return

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, mean_of, recorded
@@ -16,10 +17,9 @@ from megatron_rmipo.reports.page.run_files import EVALUATIONS_FOLDER, HeldOut, P
 from megatron_rmipo.reports.summary import METRIC_TITLES, paired_changes, read_kinds
 
 Cell = str | float | int | None
-# What differs from run to run by itself, and says nothing of what was trained.
-_PLACES = {
-    *("save", "save_hf", "load", "load_hf", "log_dir", "tensorboard_dir", "reference_cache", "wandb_exp_name", "wandb_project"),
-}
+# What says nothing of what was trained: how ranks share the work, and where files are, which differs from run to run by itself.
+_LAYOUT = {field.name for field in dataclasses.fields(ParallelConfig)}
+_PLACES = {"save", "save_hf", "log_dir", "tensorboard_dir", "reference_cache", "wandb_exp_name", "wandb_project"}
 # What a table by kind shows.
 _BY_KIND = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "gamma": "gamma"}
 # Rows that kinds are read from are a few thousand; files of a whole corpus are left alone.
@@ -91,9 +91,7 @@ def held_out_table(name: str, held_out: HeldOut) -> Table:
     note = f"n = {count:,} pairs. " if count else ""
     note += "\u00b1: standard error; a difference within two of them may be chance."
     columns = ["", steps[1]] if only else ["", *steps, "change"]
-    return Table(
-        evaluation_title(name), columns, rows, f"{note}\u00b1: standard error; a difference within two of them may be chance."
-    )
+    return Table(evaluation_title(name), columns, rows, note)
 
 
 def side_by_side(name: str, runs: Sequence[PageRun]) -> Table:
@@ -150,7 +148,11 @@ def _kinds_of(run: PageRun, count: int) -> list[str] | None:
 def changed_settings(run: PageRun) -> Table:
     """The flags that are not as they are by default, for this objective."""
     usual = defaults_for(run.config)
-    rows = [[name, _setting(value), _setting(usual.get(name))] for name, value in run.config.items() if value != usual.get(name)]
+    rows = [
+        [name, _setting(value), _setting(usual[name]) if name in usual else None]
+        for name, value in run.config.items()
+        if value != usual.get(name)
+    ]
     return Table("", ["flag", "this run", "default"], rows)
 
 
@@ -160,11 +162,11 @@ def all_settings(run: PageRun) -> Table:
 
 
 def different_settings(runs: Sequence[PageRun]) -> Table:
-    """The flags that the runs differ in; what only says where their files are comes last."""
+    """The flags that the runs differ in; what trains another model comes first."""
     names = list(dict.fromkeys(name for run in runs for name in run.config))
     differing = [name for name in names if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
-    ordered = sorted(differing, key=lambda name: name in _PLACES)
-    rows = [[name, *(_setting(run.config.get(name)) for run in runs)] for name in ordered]
+    ordered = sorted(differing, key=lambda name: (name in _PLACES, name in _LAYOUT))
+    rows = [[name, *(_setting(run.config[name]) if name in run.config else None for run in runs)] for name in ordered]
     return Table("", ["flag", *(run.name for run in runs)], rows)
 
 
