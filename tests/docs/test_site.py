@@ -31,7 +31,7 @@ def test_the_trainers_flags_are_all_there_once() -> None:
     shown = re.findall(r"^\| `--(?:\[no-\])?([a-z][a-z0-9-]*)", text, re.MULTILINE)
     sections = [type(section) for section in vars(Config()).values()]
     options = {option for objective in OBJECTIVES.values() for option in field_types(objective.Config)}
-    expected = ["config", *(name for section in sections for name in field_types(section))]
+    expected = ["config", "print_config", *(name for section in sections for name in field_types(section))]
     assert shown == [name.replace("_", "-") for name in expected]
     assert not options & {name.replace("-", "_") for name in shown}
     assert re.search(r"^\| `--lr FLOAT` \| `6e-07` \| Peak learning rate; ", text, re.MULTILINE)
