@@ -140,8 +140,9 @@ def parse_as(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -
             parse_arguments(arguments)
             return known
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        # This one shares the trainer's parser, which tells unknown flags by itself.
+        # These share the trainer's parser, which tells unknown flags by itself.
         patch.setattr("megatron_rmipo.scoring.score_cli.score", stop)
+        patch.setattr("megatron_rmipo.evaluation.cli.evaluate", stop)
         with pytest.raises(ParsedError):
             main_of(name)(arguments)
     return known

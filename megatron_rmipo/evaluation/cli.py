@@ -13,6 +13,7 @@ from typing import Any
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.options import described, option
 from megatron_rmipo.config.schema import ModelConfig
+from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.config.values import field_types
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.evaluation.comparing import Comparison, compare
@@ -105,9 +106,9 @@ def plan_of(flags: EvaluationConfig, model: ModelConfig, objective: Objective | 
         raise ConfigError("--bootstrap-samples must be at least 1, and --bootstrap-seed at least 0.")
     if flags.seq_length is not None and flags.seq_length < 3:
         raise ConfigError(f"--seq-length {flags.seq_length}: a pair needs at least 3 tokens.")
-    for flag, value in (("--chat-template", flags.chat_template), ("--subset-column", flags.subset_column)):
-        if value is not None and all(source.is_prepared for source in sources):
-            raise ConfigError(f"{flag} {value} does nothing: every set of --data is prepared. Leave it out.")
+    for name in ("chat_template", "seq_length", "subset_column") if all(source.is_prepared for source in sources) else ():
+        if (value := getattr(flags, name)) is not None:
+            raise ConfigError(f"{flag_of(name)} {value} does nothing: every set of --data is prepared. Leave it out.")
     has_reference = model.reference_hf is not None or model.reference_load is not None
     if model.reference_hf is not None and model.reference_load is not None:
         raise ConfigError("--reference-hf and --reference-load both name the reference. Leave one out.")

@@ -96,6 +96,38 @@ def evaluate(config: Config, plan: EvaluationPlan, told: Mapping[str, object], r
         RmipoError: a fault the user can mend.
         RunStopped: a signal ended it; what was kept stays.
     """
+    found = _meet(config, plan, told, rendezvous)
+    source, reference = found.source, found.reference
+    with contextlib.ExitStack() as stack:
+        values = on_first_rank(found.groups.world, lambda: _prepare(plan, found, stack))
+        sets = [_open(EvaluationSet.from_json(one), source, plan, found.stores) for one in values]
+        results = _rank(found, plan, sets)
+    shutdown_runtime()
+    if results is None:
+        return None
+    return Evaluated(_place_of(source), "" if reference is None else _place_of(reference.source), results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the flags name, as all ranks found it.
+
+    Attributes:
+        config: the flags, with the most tokens of a row.
+        source, reference: the model and its reference, None without one.
+        stores: prepared sets, by name.
+        groups: the process groups of this rank.
+    """
+
+    config: Config
+    source: ModelSource
+    reference: ReferenceChoice | None
+    stores: dict[str, PairStore]
+    groups: ProcessGroups
+
+
+def _meet(config: Config, plan: EvaluationPlan, told: Mapping[str, object], rendezvous: Rendezvous) -> _Found:
+    """Look for all that is named, compare it with what the other ranks found, and connect them."""
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(told, rendezvous.launch.local_rank))
     check_environment(wandb=False)
@@ -121,14 +153,7 @@ def evaluate(config: Config, plan: EvaluationPlan, told: Mapping[str, object], r
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         rendezvous=rendezvous,
     )
-    with contextlib.ExitStack() as stack:
-        prepared = on_first_rank(groups.world, lambda: _prepare(plan, source, limit, stores, stack))
-        sets = [_open(EvaluationSet.from_json(one), source, plan, stores) for one in prepared]
-        results = _rank(config, plan, source, reference, sets, groups)
-    shutdown_runtime()
-    if results is None:
-        return None
-    return Evaluated(_place_of(source), "" if reference is None else _place_of(reference.source), results)
+    return _Found(config, source, reference, stores, groups)
 
 
 def _place_of(source: ModelSource | None) -> str:
@@ -145,9 +170,7 @@ def _open_prepared(one: SetSource, source: ModelSource) -> PairStore:
     return store
 
 
-def _prepare(
-    plan: EvaluationPlan, source: ModelSource, limit: int, stores: dict[str, PairStore], stack: contextlib.ExitStack
-) -> list[dict[str, object]]:
+def _prepare(plan: EvaluationPlan, found: _Found, stack: contextlib.ExitStack) -> list[dict[str, object]]:
     """The sets as plain values, raw ones written to a folder that the stack removes. On the first rank."""
     cache = Path(plan.cache) if plan.cache is not None else None
     try:
@@ -156,14 +179,15 @@ def _prepare(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sets-", dir=cache)))
     except OSError as error:
         raise ConfigError(f"--cache {cache} cannot be written: {error}. Name another directory.") from error
-    name = str(source.assets)
+    name, limit = str(found.source.assets), found.config.data.seq_length
     reading = Reading(load_tokenizer(name), name, plan.chat_template, limit, plan.subset_column)
-    return [
-        (
-            prepared_set(one, len(stores[one.name])) if one.name in stores else prepare_set(one, folder / one.name, reading)
-        ).to_json()
-        for one in plan.sources
-    ]
+
+    def prepare(one: SetSource) -> EvaluationSet:
+        if one.name in found.stores:
+            return prepared_set(one, len(found.stores[one.name]))
+        return prepare_set(one, folder / one.name, reading)
+
+    return [prepare(one).to_json() for one in plan.sources]
 
 
 def _open(asked: EvaluationSet, source: ModelSource, plan: EvaluationPlan, stores: dict[str, PairStore]) -> OpenSet:
@@ -176,17 +200,10 @@ def _open(asked: EvaluationSet, source: ModelSource, plan: EvaluationPlan, store
     return OpenSet(asked, store, find_context_token(tokenizer, [store.manifest]).token_id)
 
 
-def _rank(
-    config: Config,
-    plan: EvaluationPlan,
-    source: ModelSource,
-    reference: ReferenceChoice | None,
-    sets: Sequence[OpenSet],
-    groups: ProcessGroups,
-) -> list[SetResults] | None:
+def _rank(found: _Found, plan: EvaluationPlan, sets: Sequence[OpenSet]) -> list[SetResults] | None:
     """Score and rank. All ranks call it together; what comes of it is the first rank's."""
-    wanted = plan.wanted
-    config, layout = _with_room(config, source, sets, groups)
+    wanted, source, reference, groups = plan.wanted, found.source, found.reference, found.groups
+    config, layout = _with_room(found.config, source, sets, groups)
     memory = MemoryReport(config, source.arch, groups, None, lambda: _largest(sets, layout), latest_checkpoint=lambda: None)
     scoring = Scoring(layout, groups, memory, StopRequest(groups), config.model.bf16, plan.cache)
     verify = not config.checkpoint.no_verify_checkpoint
@@ -201,7 +218,7 @@ def _rank(
         theirs = identify_reference(reference, groups)
         rows = [rows for its in by_reference for rows in its]
         of_reference = scoring.score(rows, theirs, lambda: load_reference(config, reference, theirs, groups))
-    found: list[SetResults] = []
+    results: list[SetResults] = []
 
     def compute() -> None:
         own, others = iter(policy), iter(of_reference)
@@ -210,10 +227,10 @@ def _rank(
             tasks = [next(own) for _ in mine], [next(others) for _ in its]
             scored = collect(one, wanted, *tasks)
             scores, are_logits = score_by(ranked, scored, one.context_token_id)
-            found.append(SetResults(one.asked, scored.policy.lengths, scores, are_logits))
+            results.append(SetResults(one.asked, scored.policy.lengths, scores, are_logits))
 
     on_first_rank(groups.world, compute)
-    return found or None
+    return results or None
 
 
 def _with_room(config: Config, source: ModelSource, sets: Sequence[OpenSet], groups: ProcessGroups) -> tuple[Config, BatchLayout]:

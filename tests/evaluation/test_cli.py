@@ -49,7 +49,7 @@ class Dense:
         before = self.tokenizer.encode(text, add_special_tokens=False)
         if prompt is None:
             before = [self.tokenizer.bos_token_id] if from_bos else []
-        own = self.tokenizer.encode(f"{answer}<|eot_id|>", add_special_tokens=False)
+        own = self.tokenizer.encode(f"{answer.strip()}<|eot_id|>", add_special_tokens=False)
         ids = torch.tensor([before + own])
         logps = self.model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         scored = logps[max(len(before) - 1, 0) :]
@@ -88,14 +88,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flags_of(folder: Path, *sets: str) -> list[str]:
-    return ["--load-hf", str(folder / "model"), "--cache", str(folder / "cache"), "--data", *sets]
+def flags_of(folder: Path, cache: str, *sets: str) -> list[str]:
+    return ["--load-hf", str(folder / "model"), "--cache", str(folder / cache), "--data", *sets]
 
 
 @pytest.mark.dist
 def test_every_criterion_is_what_transformers_computes_in_float64(folder: Path) -> None:
     sets = [f"rb={folder / 'rb.jsonl'}", f"rb2={folder / 'rb2.jsonl'}", f"rm={folder / 'rm.json'}", f"bar={folder / 'llmbar'}"]
-    command = [*flags_of(folder, *sets), "--reference-hf", str(folder / "other"), "--objective", "dpo", "--beta", "0.3"]
+    command = [
+        *flags_of(folder, "two-ranks", *sets),
+        "--reference-hf",
+        str(folder / "other"),
+        "--objective",
+        "dpo",
+        "--beta",
+        "0.3",
+    ]
     files = ["--output", str(folder / "two" / "results.json"), "--pairs", str(folder / "pairs.jsonl")]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--tokens-per-microbatch", "150"]
     ((code, output),), ((other_code, other_output),) = run_distributed(run_all, 2, [[*command, *files, *layout]])
@@ -140,7 +148,7 @@ def test_every_criterion_is_what_transformers_computes_in_float64(folder: Path) 
 @pytest.mark.dist
 def test_adapters_kept_scores_other_objectives_and_comparisons(folder: Path) -> None:
     adapter, merged = make_adapter(folder / "adapter", folder / "model")
-    sets = flags_of(folder, f"rb={folder / 'rb.jsonl'}")
+    sets = flags_of(folder, "cache", f"rb={folder / 'rb.jsonl'}")
     first, again, kto = (folder / name for name in ("first.jsonl", "again.jsonl", "kto.jsonl"))
     mine = ["--load-hf", str(adapter), *sets[2:], "--objective", "rmipo", "--preset", "official"]
     reference = ["--reference-hf", str(folder / "model"), "--by", "reward", "--objective", "kto", "--beta", "0.7"]
