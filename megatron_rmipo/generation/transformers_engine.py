@@ -67,7 +67,8 @@ class TransformersEngine:
         self.batch_size = batch_size or _BATCH_SIZE
         self._end_ids = sorted(end_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        disable_progress_bar()  # type: ignore[no-untyped-call] # a line a tensor, in a log file
+        # A line a tensor, in a log file.
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype], local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
