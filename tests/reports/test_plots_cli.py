@@ -20,7 +20,6 @@ def test_all_draws_what_the_runs_allow_and_says_what_they_lack(tmp_path: Path, c
         str(pictures),
         "--format",
         "svg",
-        "pdf",
     ]
     assert main(arguments) == 0
     drawn = {f"{name}.svg" for name in ("gaps", "wins", "training", "schedule")}

@@ -12,7 +12,7 @@ Column = npt.NDArray[np.float64]
 
 # How wide a value is, as a part of the axis.
 _BANDWIDTH = 0.03
-_POINTS = 400
+_POINTS = 200
 
 
 def density(values: Column, points: Column) -> Column:

@@ -11,11 +11,8 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.pictures.wins import DEVIATIONS, WinRate
 
 JUDGED = "judge_pairwise"
-# What a column of a table is, by how its name begins.
-_WINS, _TIES = "win", "tie"
-_COUNTS = ("n", "pairs", "prompts", "comparisons", "judged")
-# The standard error of the column before it.
-_ERROR = "+-"
+# Columns of a judge's table: the rate with ties as half of a win, its standard error beside it, and how often there was what.
+_RATE, _ERROR, _COUNTS = "win rate", "+-", ("wins", "ties", "losses")
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -34,50 +31,42 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def judged_wins(label: str, paths: Sequence[Path]) -> list[WinRate]:
-    """The win rates among some evaluations, a bar for each row of a table that has a column of wins.
+    """The win rates among some evaluations, a bar for each row of a table that has them.
 
     Args:
-        label: what their model is called; empty for its own name.
+        label: what their model is called; empty for its own name. The name of the file is added where several were judged.
         paths: of evaluations of any kind; those without a judge say nothing.
+
+    Raises:
+        ConfigError: one cannot be read, or is no evaluation.
     """
-    found: dict[tuple[str, str], WinRate] = {}
-    for path in paths:
-        evaluation = read_evaluation(path)
-        if evaluation["kind"] != JUDGED:
-            continue
-        name = label or Path(str(evaluation.get("model") or path.stem)).name
-        for table in evaluation["tables"]:
-            for rate in _rates_of(name, table):
-                found.setdefault((rate.label, rate.category), rate)
-    return list(found.values())
-
-
-def _rates_of(label: str, table: Mapping[str, Any]) -> list[WinRate]:
-    columns = [str(column) for column in table["columns"]]
-    wins, ties = _place(columns, _WINS), _place(columns, _TIES)
-    if wins is None:
-        return []
-    count = next((place for place, column in enumerate(columns) if column.casefold() in _COUNTS), None)
-    scale = 0.01 if "%" in columns[wins] else 1.0
+    evaluations = {path: read_evaluation(path) for path in paths}
+    judged = {path: evaluation for path, evaluation in evaluations.items() if evaluation["kind"] == JUDGED}
     rates = []
-    for row in table["rows"]:
-        if not isinstance(row[wins], (int, float)):
-            continue
-        share = scale * row[wins]
-        error = row[wins + 1] if columns[wins + 1 : wins + 2] == [_ERROR] else None
-        beyond = None if error is None else DEVIATIONS * scale * error
-        rates.append(
-            WinRate(
-                label,
-                " ".join(cell for cell in row if isinstance(cell, str)) or str(table.get("title", "")),
-                share,
-                0.0 if ties is None or row[ties] is None else scale * row[ties],
-                None if beyond is None else (max(0.0, share - beyond), min(1.0, share + beyond)),
-                None if count is None else row[count],
-            )
-        )
+    for path, evaluation in judged.items():
+        name = label or Path(str(evaluation.get("model") or path.stem)).name
+        name += f" ({path.stem})" if len(judged) > 1 else ""
+        for table in evaluation["tables"]:
+            if _RATE in table.get("columns", ()):
+                rates += _rates_of(name, table)
     return rates
 
 
-def _place(columns: Sequence[str], begins: str) -> int | None:
-    return next((place for place, column in enumerate(columns) if column.casefold().startswith(begins)), None)
+def _rates_of(label: str, table: Mapping[str, Any]) -> list[WinRate]:
+    columns: list[str] = table["columns"]
+    place = columns.index(_RATE)
+    has_error = columns[place + 1 : place + 2] == [_ERROR]
+    rates = []
+    for row in table["rows"]:
+        rate = row[place]
+        # Of questions that got no verdict.
+        if rate is None:
+            continue
+        counts = [row[columns.index(name)] for name in _COUNTS] if set(_COUNTS) <= set(columns) else None
+        total = sum(counts) if counts else None
+        ties = counts[1] / total if counts and total else 0.0
+        beyond = DEVIATIONS * row[place + 1] if has_error and row[place + 1] is not None else None
+        interval = None if beyond is None else (max(0.0, rate - beyond), min(1.0, rate + beyond))
+        category = " ".join(cell for cell in row if isinstance(cell, str)) or "all"
+        rates.append(WinRate(label, category, rate - ties / 2.0, ties, interval, total))
+    return rates

@@ -104,7 +104,7 @@ def _grid_run(run: Run) -> GridRun:
         before = recorded(evaluations[0], "rewards/accuracies") if len(evaluations) > 1 else None
         results["held-out accuracy"] = (after.value, after.error, before.value if before is not None else None)
     for rate in judged_wins(run.label, run.evaluation_files)[:1]:
-        results["judge's win rate"] = (rate.wins, None, None)
+        results["judge's win rate"] = (rate.rate, None, None)
     return GridRun(run.label, str(run.config.get("objective")), options, results)
 
 
@@ -159,8 +159,8 @@ def plot_wins(drawing: Drawing) -> Plotted:
         rates += [rate for label, path in drawing.judged for rate in judged_wins(label, [path])]
         if not rates:
             raise ConfigError(
-                f"--by judge: no evaluation of the kind {JUDGED} in {EVALUATIONS}/*.json of the runs, nor named itself. "
-                "tools/judge_pairwise.py makes one."
+                f"--by judge: no evaluation of the kind {JUDGED} in {EVALUATIONS}/*.json of the runs, nor named by itself. Name "
+                "its file: --runs LABEL=FILE.json."
             )
         return draw_wins(rates, "wins as a judge sees them"), []
     runs, left_out = _of_each(drawing.runs, lambda run: _gap_run(drawing, run))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What dpmi the schedule is drawn for, in nats; pairs beyond are drawn at its edge.
 _DPMI_RANGE = (-1.0, 5.0)
-_POINTS = 400
+_POINTS = 200
 # Of the gaps; far ones would press the curves together.
 _SHOWN = 0.95
 

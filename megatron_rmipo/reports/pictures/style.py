@@ -27,10 +27,13 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 # The cycles have no common length: a line shares its colour, its dashes or its marker with another one, never all of them.
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
+# Straight lines: an SVG of dots is ten times as large.
+HATCHES = ("", "///", "--", "xx", "||", "++")
 REFERENCE_COLOR = "#7f7f7f"
 # Of what stands behind: records before they are smoothed, an evaluation before training, pairs behind their means.
 PALE = 0.35
+# How much of its colour a bar has.
+_LIGHT = 0.55
 # A longer name of a run loses its middle.
 _LONGEST_LABEL = 34
 _INCHES_PER_LETTER = 0.075
@@ -111,9 +114,11 @@ def marker_style(number: int) -> dict[str, Any]:
 
 
 def bar_style(number: int) -> dict[str, Any]:
-    """Colour and hatch of the bars of this number; the colour is pale, so that hatch, error and label are seen on it."""
+    """Colour and hatch of the bars of this number; the colour is light, so that hatch, error and label are seen on it."""
     color = COLORS[number % len(COLORS)]
-    return {"facecolor": (color, 0.55), "edgecolor": color, "hatch": HATCHES[number % len(HATCHES)], "linewidth": 0.8}
+    # Mixed with white here: a transparent colour behind a hatch is an opaque one in an SVG, and hides it.
+    light = "#" + "".join(f"{round(255 - _LIGHT * (255 - int(color[at : at + 2], 16))):02X}" for at in (1, 3, 5))
+    return {"facecolor": light, "edgecolor": color, "hatch": HATCHES[number % len(HATCHES)], "linewidth": 0.8}
 
 
 def short_label(label: str) -> str:

@@ -24,9 +24,9 @@ class WinRate:
         label: whose wins, a row of the picture.
         category: of what they were counted, a bar of the row.
         wins, ties: shares of 0 to 1.
-        interval: (low, high) of ``wins``, at 95 %; None where it is not known.
+        interval: (low, high) of the rate, at 95 %; None where it is not known.
         num_pairs: on how many comparisons they stand; None where that is not known.
-        before: ``wins`` before training; None where that is not known.
+        before: the rate before training; None where that is not known.
     """
 
     label: str
@@ -37,19 +37,29 @@ class WinRate:
     num_pairs: int | None = None
     before: float | None = None
 
+    @property
+    def rate(self) -> float:
+        """The win rate: a tie is half of a win."""
+        return self.wins + self.ties / 2.0
+
 
 def count_wins(label: str, category: str, gaps: Sequence[float], first: Sequence[float] = ()) -> WinRate:
-    """The share of pairs whose chosen response is the more likely one.
+    """How often the chosen response is the more likely one.
 
     Args:
         label, category: of the result.
         gaps: of each pair, chosen less rejected; a tie is 0. At least one.
         first: the same before training; may be empty.
     """
-    wins = sum(gap > 0 for gap in gaps)
-    before = sum(gap > 0 for gap in first) / len(first) if len(first) else None
-    ties = sum(gap == 0 for gap in gaps) / len(gaps)
-    return WinRate(label, category, wins / len(gaps), ties, wilson_interval(wins, len(gaps)), len(gaps), before)
+    total = len(gaps)
+    wins, ties = _wins_and_ties(gaps)
+    wins_before, ties_before = _wins_and_ties(first)
+    before = (wins_before + ties_before / 2.0) / len(first) if len(first) else None
+    return WinRate(label, category, wins / total, ties / total, wilson_interval(wins + ties / 2.0, total), total, before)
+
+
+def _wins_and_ties(gaps: Sequence[float]) -> tuple[int, int]:
+    return sum(gap > 0 for gap in gaps), sum(gap == 0 for gap in gaps)
 
 
 def wilson_interval(wins: float, total: int) -> tuple[float, float]:
@@ -65,7 +75,7 @@ def wilson_interval(wins: float, total: int) -> tuple[float, float]:
 
 @styled
 def draw_wins(rates: Sequence[WinRate], title: str) -> Figure:
-    """Bars of win rates with their intervals, ties behind them, a diamond where the rate was before training.
+    """Bars of wins, ties behind them, with the interval of the rate; a diamond where the rate was before training.
 
     Args:
         rates: at least one; a label has each category once at most.
@@ -83,7 +93,7 @@ def draw_wins(rates: Sequence[WinRate], title: str) -> Figure:
         number = categories.index(rate.category)
         place = labels.index(rate.label) + (number - (len(categories) - 1) / 2) * height
         _draw_bar(axes, rate, place, 0.92 * height, number)
-    axes.axvline(50.0, color=REFERENCE_COLOR, linewidth=0.8, linestyle="--", zorder=0.5)
+    axes.axvline(50.0, color=REFERENCE_COLOR, linewidth=0.8, linestyle="--", zorder=2.5)
     axes.set(title=title, xlabel="wins, %", xlim=(0.0, 100.0))
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()  # the first one on top
@@ -92,7 +102,7 @@ def draw_wins(rates: Sequence[WinRate], title: str) -> Figure:
         Patch(label=category, **bar_style(number)) for number, category in enumerate(categories) if len(categories) > 1
     ]
     if any(rate.ties for rate in rates):
-        handles.append(Patch(label="ties", **_TIES))
+        handles.append(Patch(label="ties, half of a win each", **_TIES))
     if any(rate.before is not None for rate in rates):
         handles.append(Line2D([], [], label="before training", **_BEFORE))
     if any(rate.interval is not None for rate in rates):
@@ -123,8 +133,8 @@ def _draw_bar(axes: Any, rate: WinRate, place: float, height: float, number: int
         axes.plot([100.0 * rate.before], [place], **_BEFORE)
     if rate.interval is not None:
         low, high = rate.interval
-        beyond = [[100.0 * max(0.0, rate.wins - low)], [100.0 * max(0.0, high - rate.wins)]]
-        axes.errorbar([100.0 * rate.wins], [place], xerr=beyond, color="black", elinewidth=1.0, capsize=2.0, zorder=3)
-    text = f"{100.0 * rate.wins:.1f}" + ("" if rate.num_pairs is None else f"  (n = {rate.num_pairs})")
+        beyond = [[100.0 * max(0.0, rate.rate - low)], [100.0 * max(0.0, high - rate.rate)]]
+        axes.errorbar([100.0 * rate.rate], [place], xerr=beyond, color="black", elinewidth=1.0, capsize=2.0, zorder=3)
+    text = f"{100.0 * rate.rate:.1f}" + ("" if rate.num_pairs is None else f"  (n = {rate.num_pairs})")
     # Beside the panel, where no interval is.
     axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)

@@ -50,10 +50,10 @@ def test_wins_are_counted_by_category(tmp_path: Path) -> None:
     runs = runs_of(write_run(tmp_path / "a"))
     figure, _ = plot_wins(Drawing(runs, rows=rows))
     (axes,) = figure.axes
-    # clear: 3 of 4 after, 3 before; near: 1 of 3 and a tie after, none before.
-    assert [text.get_text() for text in axes.texts] == ["75.0  (n = 4)", "33.3  (n = 3)"]
+    # clear: 3 of 4 after, 3 before; near: 1 of 3 and a tie after, a tie before.
+    assert [text.get_text() for text in axes.texts] == ["75.0  (n = 4)", "50.0  (n = 3)"]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([75.0, 100 / 3, 100 / 3])
-    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"] == [75.0, 0.0]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"] == pytest.approx([75.0, 50 / 3])
     with pytest.raises(ConfigError, match="no evaluation of the kind judge_pairwise"):
         plot_wins(Drawing(runs, wins_by="judge"))
 

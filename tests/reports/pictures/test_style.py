@@ -1,11 +1,13 @@
 """What every picture has in common: the style, the bytes, and what is said without matplotlib."""
 
+import re
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,6 +26,9 @@ from megatron_rmipo.reports.pictures.style import (
     short_label,
     styled,
 )
+
+# Of red, green and blue in what is seen in grey.
+GREY = (0.299, 0.587, 0.114)
 
 
 @styled
@@ -45,6 +50,11 @@ def test_nothing_is_told_apart_by_colour_alone() -> None:
     assert [marker_style(number)["marker"] for number in range(8)] == list(MARKERS)
     assert len({bar_style(number)["hatch"] for number in range(len(HATCHES))}) == len(HATCHES)
     assert len({to_rgb(color) for color in COLORS}) == len(COLORS)
+    # A hatch is seen: it has another lightness than what it stands on, which hides nothing and is hidden by nothing.
+    for number in range(len(COLORS)):
+        face, edge = to_rgba(bar_style(number)["facecolor"]), to_rgba(bar_style(number)["edgecolor"])
+        assert (face[3], edge[3]) == (1.0, 1.0)
+        assert np.dot(face[:3], GREY) - np.dot(edge[:3], GREY) > 0.1
 
 
 def test_the_same_figure_has_the_same_bytes_in_every_format(tmp_path: Path) -> None:
@@ -56,7 +66,11 @@ def test_the_same_figure_has_the_same_bytes_in_every_format(tmp_path: Path) -> N
         assert content.startswith(head)
         assert content == (tmp_path / "new" / f"again.{form}").read_bytes()
     # Text stays text in an SVG, and in a PDF it is of a font that is there (type 42).
-    assert ">a line 3</text>" in (tmp_path / "new/first.svg").read_text()
+    drawn = (tmp_path / "new/first.svg").read_text()
+    assert ">a line 3</text>" in drawn
+    # The hatch of the bars, on their colour.
+    (pattern,) = re.findall(r"<pattern.*?</pattern>", drawn, re.DOTALL)
+    assert len(set(re.findall(r"fill: ?(#\w{6})|fill=\"(#\w{6})", pattern))) == 2
     assert b"/FontFile2" in (tmp_path / "new/first.pdf").read_bytes()
     with Image.open(tmp_path / "new/first.png") as image:
         assert image.size == (600, 300)

@@ -20,10 +20,10 @@ def test_the_interval_holds_the_shares_that_the_wins_do_not_speak_against(wins: 
     assert low < high
 
 
-def test_wins_are_counted_and_ties_are_none() -> None:
-    rate = count_wins("a", "all", [0.5, 0.0, -1.0, 0.25], [0.5, -1.0, -1.0, -1.0])
-    assert (rate.wins, rate.ties, rate.num_pairs, rate.before) == (0.5, 0.25, 4, 0.25)
-    assert rate.interval == wilson_interval(2, 4)
+def test_a_tie_is_half_of_a_win() -> None:
+    rate = count_wins("a", "all", [0.5, 0.0, -1.0, 0.25], [0.5, 0.0, -1.0, -1.0])
+    assert (rate.wins, rate.ties, rate.rate, rate.num_pairs, rate.before) == (0.5, 0.25, 0.625, 4, 0.375)
+    assert rate.interval == wilson_interval(2.5, 4)
     assert count_wins("a", "all", [1.0]).before is None
 
 
@@ -49,35 +49,40 @@ def test_what_is_drawn() -> None:
     ]
     assert ends == [pytest.approx([37.5, 75.0]), pytest.approx([0.0, 50.0])]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"] == [12.5]
-    assert [text.get_text() for text in axes.texts] == ["50.0  (n = 40)", "75.0", "25.0  (n = 9)"]
+    assert [text.get_text() for text in axes.texts] == ["62.5  (n = 40)", "75.0", "25.0  (n = 9)"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["rmipo", "simpo"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["helpful", "harmless", "ties", "before training", "95 % interval"]
+    assert legend == ["helpful", "harmless", "ties, half of a win each", "before training", "95 % interval"]
     (axes,) = draw_wins([rates[1]], "who won").axes
     assert not axes.figure.legends  # type: ignore[union-attr]
 
 
 def write_evaluation(path: Path, kind: str, columns: list[str], rows: list[list[Any]]) -> Path:
     tables = [{"title": "AlpacaEval 2", "columns": columns, "rows": rows, "note": ""}]
-    path.write_text(
-        json.dumps({"kind": kind, "title": "t", "model": "models/rmipo-hf", "made": "", "tables": tables, "details": {}})
-    )
+    content = {"kind": kind, "title": "t", "model": "models/rmipo-hf", "made": "", "tables": tables, "details": {}}
+    path.write_text(json.dumps(content))
     return path
 
 
 def test_a_judges_wins_are_read_from_the_tables_of_evaluations(tmp_path: Path) -> None:
-    columns = ["against", "prompts", "win rate, %", "+-", "ties, %"]
-    judged = write_evaluation(
-        tmp_path / "a.json", "judge_pairwise", columns, [["base", 40, 62.5, 5.0, 12.5], ["other", 0, None, None, None]]
-    )
-    scored = write_evaluation(tmp_path / "b.json", "evaluate_pairs", columns, [["base", 1, 1.0, 1.0, 1.0]])
+    columns = ["questions", "n", "win rate", "+-", "at equal length", "+-", "wins", "ties", "losses"]
+    rows = [["all", 45, 0.625, 0.05, 0.5, 0.1, 20, 10, 10], ["math", 5, None, None, None, None, 0, 0, 0]]
+    judged = write_evaluation(tmp_path / "a.json", "judge_pairwise", columns, rows)
+    scored = write_evaluation(tmp_path / "b.json", "evaluate_pairs", columns, rows)
     other = write_evaluation(tmp_path / "c.json", "judge_pairwise", ["what", "value"], [["cost", 1.0]])
-    (rate,) = judged_wins("", [judged, scored, other])
-    assert (rate.label, rate.category, rate.wins, rate.ties, rate.num_pairs) == ("rmipo-hf", "base", 0.625, 0.125, 40)
+    (rate,) = judged_wins("", [judged, scored])
+    assert (rate.label, rate.category, rate.wins, rate.ties, rate.rate, rate.num_pairs) == (
+        "rmipo-hf",
+        "all",
+        0.5,
+        0.25,
+        0.625,
+        40,
+    )
     assert rate.interval == pytest.approx((0.625 - 1.959964 * 0.05, 0.625 + 1.959964 * 0.05))
-    plain = write_evaluation(tmp_path / "d.json", "judge_pairwise", ["Win rate", "n"], [[0.5, 8]])
-    (rate,) = judged_wins("mine", [plain])
-    assert rate == WinRate("mine", "AlpacaEval 2", 0.5, 0.0, None, 8)
+    plain = write_evaluation(tmp_path / "d.json", "judge_pairwise", ["win rate"], [[0.5]])
+    assert judged_wins("mine", [plain]) == [WinRate("mine", "all", 0.5, 0.0)]
+    assert [rate.label for rate in judged_wins("mine", [judged, plain, other])] == ["mine (a)", "mine (d)"]
     for text, words in (("{", "not a readable evaluation"), ('{"kind": "x"}', "not an evaluation: it has no kind and tables")):
         (tmp_path / "e.json").write_text(text)
         with pytest.raises(ConfigError, match=words):
