@@ -94,6 +94,9 @@ def _shown_run(run: PageRun) -> dict[str, Any]:
     """What the template shows of one run."""
     own = run.held_out.get("")
     tokenizer = find_tokenizer(_tokenizers(run)) if run.tokens else None
+    tokens_step = run.tokens[0]["step"] if run.tokens else None
+    # A run that has gone on since has evaluated its pairs anew.
+    same = own is not None and own.records[-1].get("step") == tokens_step
     starts = run.facts.get("starts") or []
     return {
         "run": run,
@@ -103,7 +106,8 @@ def _shown_run(run: PageRun) -> dict[str, Any]:
         "findings": find(run),
         "held_out": [tables.held_out_table(name, one) for name, one in run.held_out.items()],
         "kinds": tables.kinds_table(run),
-        "pairs": shown_pairs(run.tokens, own.last if own is not None else [], tokenizer),
+        "pairs": shown_pairs(run.tokens, own.last if own is not None and same else [], tokenizer),
+        "tokens_step": tokens_step,
         "decoded": tokenizer is not None,
         "samples": shown_samples(run.samples),
         "changed": tables.changed_settings(run),
