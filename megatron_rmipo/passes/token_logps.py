@@ -52,7 +52,9 @@ def token_logps(model: Chunks, batch: RankBatch, groups: ProcessGroups) -> dict[
     """
     found: dict[str, dict[Place, list[float]]] = {}
     for name, rows in (("logps", batch.conditional), ("alone", batch.unconditional)):
-        parts = run_rows(model, rows, _by_response, name="pass of single tokens", backward=False)
+        # Brought to the host once all have run, so that no row waits for the one before.
+        scored = run_rows(model, rows, lambda row, logprobs: (row, logprobs), name="pass of single tokens", backward=False)
+        parts = [_by_response(row, logprobs) for row, logprobs in scored]
         found[name] = from_last_stage({place: values for part in parts for place, values in part.items()}, groups)
     told = {}
     for place, logps in found["logps"].items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ from markupsafe import Markup
 
 import megatron_rmipo
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.reports.held_out import mean_change, plus_minus, recorded
 from megatron_rmipo.reports.page import tables
 from megatron_rmipo.reports.page.curves import build_charts
 from megatron_rmipo.reports.page.findings import find
+from megatron_rmipo.reports.page.headline import cards, overview, verdict
 from megatron_rmipo.reports.page.next_commands import next_commands
-from megatron_rmipo.reports.page.numbers import MISSING, duration, figure_text, short_number
+from megatron_rmipo.reports.page.numbers import MISSING, short_number
 from megatron_rmipo.reports.page.run_files import PageRun, read_page_run
 from megatron_rmipo.reports.page.samples import shown_samples
 from megatron_rmipo.reports.page.svg import chart_data, draw_chart, draw_histogram, legend_line
 from megatron_rmipo.reports.page.tokens import find_tokenizer, shown_pairs
-from megatron_rmipo.reports.summary import describe_change, describe_margins, margin_bounds, paired_changes
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Rows of a table of a curve's values.
@@ -96,16 +94,20 @@ def _shown_run(run: PageRun) -> dict[str, Any]:
     """What the template shows of one run."""
     own = run.held_out.get("")
     tokenizer = find_tokenizer(_tokenizers(run)) if run.tokens else None
+    tokens_step = run.tokens[0]["step"] if run.tokens else None
+    # A run that has gone on since has evaluated its pairs anew.
+    same = own is not None and own.records[-1].get("step") == tokens_step
     starts = run.facts.get("starts") or []
     return {
         "run": run,
         "status": "complete" if run.is_complete else "not complete",
         "cards": cards(run),
-        "verdict": _verdict(run),
+        "verdict": verdict(run),
         "findings": find(run),
         "held_out": [tables.held_out_table(name, one) for name, one in run.held_out.items()],
         "kinds": tables.kinds_table(run),
-        "pairs": shown_pairs(run.tokens, own.last if own is not None else [], tokenizer),
+        "pairs": shown_pairs(run.tokens, own.last if own is not None and same else [], tokenizer),
+        "tokens_step": tokens_step,
         "decoded": tokenizer is not None,
         "samples": shown_samples(run.samples),
         "changed": tables.changed_settings(run),
@@ -120,68 +122,6 @@ def _shown_run(run: PageRun) -> dict[str, Any]:
 def _tokenizers(run: PageRun) -> list[str | None]:
     sets = ((run.facts.get("data") or {}).get("held_out") or {}).get("sets", [])
     return [run.facts.get("tokenizer"), run.config.get("save_hf"), *(one.get("tokenizer_name") for one in sets)]
-
-
-def cards(run: PageRun) -> list[tuple[str, str, str]]:
-    """The numbers that are read first: (what, value, what it stands beside)."""
-    found = []
-    own = run.held_out.get("")
-    if own is not None:
-        before, after = own.records[0], own.records[-1]
-        for name, title in (("rewards/accuracies", "held-out accuracy"), ("rewards/margins", "reward margin")):
-            first, last = recorded(before, name), recorded(after, name)
-            if last is not None:
-                beside = f"{figure_text(first)} before" if before is not after else f"n = {last.num_pairs}"
-                found.append((title, figure_text(last), beside))
-        for kind in ("chosen", "rejected"):
-            change = _change(run, f"logps/{kind}")
-            if change is not None:
-                found.append((f"log p of {kind}", change, "nats per token, change"))
-    pairs = run.last_step.get("consumed_pairs")
-    of_all = f" of {run.train_iters:,}" if run.train_iters else ""
-    found.append(("steps", f"{run.step:,}{of_all}", f"{pairs:,} pairs" if pairs else ""))
-    times = run.columns.get("time")
-    if times is not None and len(times.values) > 1:
-        found.append(("time", duration(max(times.values) - min(times.values)), "first to last record"))
-    speed, memory = run.columns.get("pairs_per_second"), run.columns.get("memory_gib")
-    if speed is not None and memory is not None:
-        found.append(("pairs per second", short_number(statistics.median(speed.values)), f"{max(memory.values):.3g} GiB at most"))
-    return found
-
-
-def _change(run: PageRun, name: str) -> str | None:
-    own = run.held_out.get("")
-    if own is None or len(own.records) < 2:
-        return None
-    first, last = recorded(own.records[0], name), recorded(own.records[-1], name)
-    if first is None or last is None:
-        return None
-    paired = mean_change(own.first, own.last, name)
-    error = plus_minus(paired.error if paired else None).replace("+-", "\u00b1")
-    return f"{last.value - first.value:+.3f}{error}"
-
-
-def _verdict(run: PageRun) -> str:
-    own = run.held_out.get("")
-    if own is None or len(own.records) < 2:
-        return ""
-    before, after = own.records[0], own.records[-1]
-    sentences = [
-        describe_change(before, after, paired_changes(own.first, own.last)),
-        describe_margins(after, *margin_bounds(run.config)),
-    ]
-    return " ".join(sentence for sentence in sentences if sentence)
-
-
-def overview(runs: Sequence[PageRun]) -> tables.Table:
-    """Several runs in a line each."""
-    named = [{title: value for title, value, _ in cards(run)} for run in runs]
-    columns = list(dict.fromkeys(title for one in named for title in one))
-    rows: list[list[tables.Cell]] = [
-        [run.name, str(run.config.get("objective")), *(one.get(title, MISSING) for title in columns)]
-        for run, one in zip(runs, named, strict=True)
-    ]
-    return tables.Table("", ["run", "objective", *columns], rows, "At the last evaluation of each run.")
 
 
 def _fact_rows(run: PageRun) -> list[tuple[str, str]]:

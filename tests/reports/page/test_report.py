@@ -98,7 +98,7 @@ def test_a_run_is_shown_from_its_summary_to_what_to_do_next(tmp_path: Path) -> N
     assert "torchrun -m megatron_rmipo.train --config" in page.text("next")
     assert f"--log-dir {logs}" in page.text("next")
     # Nothing decodes these ids.
-    assert f"Pair 3 margin {1.03}" in page.text("pairs")
+    assert "Most certain after step 30 Pair 3 margin 1.03" in page.text("pairs")
     assert "[87][104][121][63]" in page.text("pairs")
     assert "The first 320 of 800 tokens." in page.text("pairs")
     # What links point at is there, once; nothing is fetched from anywhere.
