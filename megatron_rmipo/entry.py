@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ from megatron_rmipo.remote_paths import flags_and_values, refuse_remote_paths
 from megatron_rmipo.torchrun import ENDS_VARIABLE, launch_for_messages
 
 OLDEST_PYTHON = (3, 11)
+# Loggers that tell at import, on every rank, of a toolkit that is not there: CUDA's, without a GPU.
+_TALKING_AT_IMPORT = ("torch.utils.cpp_extension",)
 # What a command cannot do without, imported as.
 NEEDED = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "psutil", "numpy", "yaml")
 
@@ -29,7 +32,8 @@ NEEDED = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "
 def start(module: str, *, on_ranks: bool = False, address_flags: tuple[str, ...] = ()) -> int:
     """Import a command and run its ``main``.
 
-    Warnings of other packages are off the screen unless ``--debug``, -W or PYTHONWARNINGS ask for them.
+    Warnings of other packages, and what they log at import, are off the screen unless ``--debug``, -W or PYTHONWARNINGS ask for
+    them.
 
     Args:
         module: has ``main() -> int``.
@@ -44,6 +48,9 @@ def start(module: str, *, on_ranks: bool = False, address_flags: tuple[str, ...]
         os.environ["PYTHONWARNINGS"] = "ignore"  # for the processes it starts
         # Of torch's C++ side: pages of frames for every retry of a connection.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for name in _TALKING_AT_IMPORT:
+            logging.getLogger(name).setLevel(logging.ERROR)
     if on_ranks:
         _forget_earlier_end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)

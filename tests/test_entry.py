@@ -76,3 +76,14 @@ def test_warnings_of_other_packages_are_shown_with_debug_alone(tmp_path: Path) -
     )
     assert start(tmp_path, source) == (0, "")
     assert start(tmp_path, source, "--debug")[1].count("UserWarning: falling back") == 2
+
+
+def test_what_other_packages_log_at_import_is_shown_with_debug_alone(tmp_path: Path) -> None:
+    source = (
+        "import logging, os\nlogging.getLogger('torch.utils.cpp_extension').warning('no CUDA runtime')\n"
+        "print('transformers say', os.environ.get('TRANSFORMERS_VERBOSITY'), file=__import__('sys').stderr)\n"
+        "def main(): return 0"
+    )
+    assert start(tmp_path, source) == (0, "transformers say error\n")
+    assert start(tmp_path, source, TRANSFORMERS_VERBOSITY="info")[1] == "transformers say info\n"
+    assert "no CUDA runtime" in start(tmp_path, source, "--debug")[1]
