@@ -56,7 +56,7 @@ INNER_ROOMS = {
         "shares": set(),
         "megatron": {"hf", "shares", "whole_directories", "raw_files"},
     },
-    "reports": {"pictures": {"held_out", "comparison"}},
+    "reports": {"pictures": {"held_out", "comparison"}, "trackers": set()},
     "model": {"attention": set(), "layers": {"attention", "products", "transformer_engine"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }

@@ -223,6 +223,9 @@ class LoggingConfig:
     tensorboard_dir: str | None = option(None, "Also write TensorBoard events to this directory.", "DIR")
     wandb_project: str | None = option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
     wandb_exp_name: str | None = option(None, "Name of the Weights & Biases run.")
+    mlflow_experiment: str | None = option(
+        None, "Also log to this MLflow experiment, of the server in MLFLOW_TRACKING_URI (needs the mlflow extra)."
+    )
     debug: bool = option(False, "Show tracebacks of errors a user can mend, and warnings of other packages.")
 
 

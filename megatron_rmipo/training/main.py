@@ -25,6 +25,7 @@ from megatron_rmipo.health.pace import Pace
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.reports.trackers.opening import tracker_packages
 from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_first_rank
 from megatron_rmipo.runtime.environment import check_environment, launched_at
 from megatron_rmipo.runtime.first_failure import tell_failure
@@ -82,7 +83,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     """
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
-    check_environment(wandb=config.logging.wandb_project is not None)
+    check_environment(tracker_packages(config.logging))
     look = rendezvous.look_once
     config = after_restarts(config, rendezvous.launch.restarts, launched_at(), look=look)
     found = look_for_model("the model to start from", partial(find_model, config), look, maker=maker_of(config))

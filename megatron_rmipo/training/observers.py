@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.reports.timers import StageClock
+from megatron_rmipo.reports.trackers.opening import open_trackers
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.environment import costs_of_missing_kernels
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -39,22 +39,15 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
     Raises:
         ConfigError: on every rank: the log directory cannot be written, or a package that was asked for is missing.
     """
-    tensorboard_dir = config.logging.tensorboard_dir
-    build = partial(
-        Reporter,
-        config.log_directory,
-        tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None,
-        wandb_project=config.logging.wandb_project,
-        wandb_exp_name=config.logging.wandb_exp_name,
-        total_steps=train_iters,
-        config=config.to_flat_dict(),
-        resumed_step=progress.step or None,
-    )
+    resumed_step = progress.step or None
+    build = partial(Reporter, config.log_directory, total_steps=train_iters, resumed_step=resumed_step)
     opened: list[Reporter] = []
 
     def open_here() -> None:
         config.save_config(config.log_directory / "config.yaml")
-        opened.append(build(enabled=True))
+        # First, so that a run that cannot start leaves an earlier one's metrics.jsonl alone.
+        trackers = open_trackers(config.logging, config.log_directory, config.to_flat_dict(), resumed_step)
+        opened.append(build(trackers=trackers))
 
     on_first_rank(groups.world, open_here)
     return opened[0] if opened else build(enabled=False)

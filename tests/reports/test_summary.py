@@ -83,7 +83,7 @@ def test_a_change_is_one_beyond_its_error_alone(
 
 def test_what_a_run_writes_is_what_the_summary_reads(tmp_path: Path) -> None:
     # The demo's accuracies: 103 and 244 of 256 pairs.
-    with Reporter(tmp_path, total_steps=64, config={}, stream=StringIO()) as reporter:
+    with Reporter(tmp_path, total_steps=64, stream=StringIO()) as reporter:
         for step, right in ((0, 103), (64, 244)):
             accuracies = torch.cat([torch.ones(right), torch.zeros(256 - right)])
             values = {"rewards/accuracies": accuracies, "rewards/margins": accuracies * 2 - 1}

@@ -59,7 +59,7 @@ def test_an_evaluation_ends_with_what_the_objective_remarks(
     monkeypatch.setattr(loop, "evaluate_batch", lambda *_: metrics)
     monkeypatch.setattr(loop, "on_first_rank", lambda _group, action: action())
     stream = io.StringIO()
-    with Reporter(tmp_path, total_steps=7, config={}, stream=stream) as reporter:
+    with Reporter(tmp_path, total_steps=7, stream=stream) as reporter:
         assert loop.evaluate(run_with(reporter, objective, SimpleNamespace(rank=0, world=None)))
     (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (record["gamma/at_min"], record["gamma/at_max"]) == (float(said), 0.0)

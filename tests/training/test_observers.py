@@ -53,7 +53,7 @@ def first_words(
     stream = io.StringIO()
     progress = Progress(step=3, consumed_pairs=384)
     groups = SimpleNamespace(world_size=4, tp_size=2, pp_size=1, cp_size=1, dp_size=2)
-    with Reporter(tmp_path, total_steps=7, config={}, stream=stream) as reporter:
+    with Reporter(tmp_path, total_steps=7, stream=stream) as reporter:
         run: Any = SimpleNamespace(
             config=config,
             groups=groups,
@@ -139,7 +139,7 @@ def test_too_few_held_out_pairs_are_warned_of(
     tmp_path: Path, num_held_out: int, eval_pairs: int | None, words: list[str]
 ) -> None:
     screen = StringIO()
-    with Reporter(tmp_path, total_steps=3, config={}, stream=screen) as reporter:
+    with Reporter(tmp_path, total_steps=3, stream=screen) as reporter:
         warn_of_few_pairs(num_held_out, eval_pairs, reporter)
     said = screen.getvalue()
     assert all(word in said for word in words), said
