@@ -57,6 +57,7 @@ INNER_ROOMS = {
         "megatron": {"hf", "shares", "whole_directories", "raw_files"},
     },
     "reports": {"pictures": {"held_out", "comparison"}, "trackers": set()},
+    "training": {"course": {"data", "outputs", "progress", "setup", "step"}},
     "model": {"attention": set(), "layers": {"attention", "products", "transformer_engine"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }

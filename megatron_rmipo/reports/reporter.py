@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 PAIRS_FILE = "held_out_pairs.jsonl"
 FIRST_PAIRS_FILE = "held_out_pairs.first.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+BEST_FILE = "best.json"
 # The kind of an evaluation's records; of a held-out set with a name ``eval/NAME``.
 EVALUATION = "eval"
 # Held-out pairs that are turned into text together.
@@ -190,7 +191,7 @@ class Reporter:
         for first in (False,) if kind in self._evaluated else (True, False):
             path = self._path.with_name(pairs_file(name, first=first))
             try:
-                _replace(path, _lines_of_pairs(step, values))
+                write_lines(path, _lines_of_pairs(step, values))
             except OSError as error:
                 raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
         self._evaluated.add(kind)
@@ -238,10 +239,10 @@ def _prepare(path: Path, resumed_step: int | None) -> None:
         return
     with path.open(encoding="utf-8") as lines:
         # The last one may lack its end.
-        _replace(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
+        write_lines(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a file in place of the one before, in one step, a line at a time: it may be as large as the data."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:

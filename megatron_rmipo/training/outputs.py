@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import TracebackType
 
-from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
+from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints, write_best
+from megatron_rmipo.checkpoint.megatron.directory import best_iteration, checkpoint_path, iterations_of
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.reports.reporter import BEST_FILE, write_lines
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
+from megatron_rmipo.training.course.selection import Watch
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
 
@@ -96,6 +101,7 @@ class RunCheckpoints:
         owner: DirectoryOwner | None,
     ) -> None:
         self._config, self._source, self._state, self._progress, self._owner = config, source, state, progress, owner
+        self._groups, self._saved_step = groups, progress.step
         self._saver = CheckpointSaver(groups, in_background=config.checkpoint.async_save)
 
     def __enter__(self) -> RunCheckpoints:
@@ -105,6 +111,11 @@ class RunCheckpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._saver.__exit__(kind, error, trace)
 
+    @property
+    def saved_step(self) -> int:
+        """The step of the last :meth:`save`; that at which the run starts, before any."""
+        return self._saved_step
+
     def save(self) -> None:
         """Write a checkpoint of the run as it is; with ``--async-save`` begin to, once the one before is there.
 
@@ -112,6 +123,7 @@ class RunCheckpoints:
             CheckpointError: as :meth:`megatron_rmipo.checkpoint.megatron.store.CheckpointSaver.save`.
         """
         flags = self._config.checkpoint
+        self._saved_step = self._progress.step
         if flags.save is None:
             return
         self._state.gather_parameters()
@@ -128,6 +140,69 @@ class RunCheckpoints:
             keep_last=flags.keep_last,
             owner=self._owner,
         )
+
+    def keep_best(self, best: Watch) -> bool:
+        """Make sure that the checkpoint of the best evaluation is there, written down as such and not pruned.
+
+        What is being written is waited for first: the best counts once it is whole.
+
+        Args:
+            best: which it is; before any, what an earlier run has written down there is forgotten.
+
+        Returns:
+            False where it is not there, and no more made: it is of a step before this one.
+
+        Raises:
+            CheckpointError: as :meth:`save`.
+        """
+        assert self._config.checkpoint.save is not None
+        directory = Path(self._config.checkpoint.save)
+        self.wait()
+        is_there = best.step == 0 or on_first_rank(self._groups.world, checkpoint_path(directory, best.step).is_dir)
+        if not is_there and best.step == self._progress.step:
+            self.save()
+            self.wait()
+        elif not is_there:
+            best = Watch(best.metric)
+        on_first_rank(self._groups.world, lambda: self._write_best(directory, best))
+        return is_there or best.step > 0
+
+    def _write_best(self, directory: Path, best: Watch) -> None:
+        """On the first rank: write down which checkpoint is the best, in ``--save`` and in the log directory."""
+        if self._owner is not None:
+            self._owner.check()
+        record = self._config.log_directory / BEST_FILE
+        write_best(directory, best.step or None)
+        if not best.step:
+            record.unlink(missing_ok=True)
+            return
+        path = checkpoint_path(directory, best.step)
+        found = {"metric": best.metric, "step": best.step, "value": best.value, "checkpoint": str(path)}
+        write_lines(record, [json.dumps(found) + "\n"])
+        if (keep_last := self._config.checkpoint.keep_last) is not None:
+            prune_checkpoints(directory, keep_last, max(iterations_of(directory)), in_use=self._source.assets)
+
+    def load_best(self) -> str:
+        """Load the weights of the best evaluation's checkpoint into the model, whose training is over; what it is.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        assert self._config.checkpoint.save is not None
+        directory = Path(self._config.checkpoint.save)
+        step = on_first_rank(self._groups.world, lambda: best_iteration(directory))
+        if step != self._progress.step:
+            load_checkpoint(
+                directory,
+                model=self._state.model,
+                optimizer=None,
+                scheduler=None,
+                load_rng=False,
+                groups=self._groups,
+                iteration=step,
+                verify=not self._config.checkpoint.no_verify_checkpoint,
+            )
+        return f"--save-hf is from step {step}, the best by {self._config.evaluation.keep_best}"
 
     def look_after(self) -> None:
         """Make the checkpoint that is being written the latest if it is whole by now.
