@@ -51,6 +51,7 @@ EXTRAS = {
     "evaluate": EVALUATE,
     "te": ["transformer-engine[pytorch]>=2.8"],
     "wandb": ["wandb>=0.18"],
+    "mlflow": ["mlflow>=2.16"],
     "trl": TRL,
     "bench": TRL,
     "dev": [

@@ -270,7 +270,7 @@ def measure_metrics(groups: ProcessGroups, num_pairs: int, folder: Path) -> dict
     gathered = cost_with_traffic(gather, repeats=3)
     with Traffic():
         found = gather()
-    with Reporter(folder, total_steps=10, config={}, stream=io.StringIO()) as reporter:
+    with Reporter(folder, total_steps=10, stream=io.StringIO()) as reporter:
         logged = cost(lambda: reporter.log("train", {"step": 1, **summarize(found.values, found.distributions)}), repeats=3)
     return {
         "a step's metrics gathered": dataclasses.replace(gathered, number=len(found.values)),

@@ -96,7 +96,7 @@ what_trains() {
                 --tokens-per-microbatch | --min-microbatches-per-stage | --logprob-chunk-size | --recompute-* | \
                 --fine-grained-activation-offloading | --offload-modules | --min-offloaded-tensor-size | \
                 --exit-interval | --eval-interval | --save-interval | --async-save | --keep-last | --verify-checkpoint | \
-                --log-interval | --log-dir | --report | --log-expert-load | --tensorboard-dir | --wandb-* | --debug | \
+                --log-interval | --log-dir | --report | --log-expert-load | --tensorboard-dir | --wandb-* | --mlflow-* | --sample-* | --debug | \
                 --profile | --profile-* | --record-memory-history | --num-workers | --reference-cache)
                 # With what follows it.
                 while (($# > 1)) && [[ $2 != --* ]]; do shift; done

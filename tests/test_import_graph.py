@@ -69,7 +69,9 @@ INNER_ROOMS = {
     "reports": {
         "pictures": {"held_out", "reporter", "summary", "comparison"},
         "page": {"held_out", "summary", "reporter", "comparison", "timers"},
+        "trackers": set(),
     },
+    "training": {"course": {"data", "outputs", "progress", "setup", "step"}},
     "model": {"attention": set(), "layers": {"attention", "products", "transformer_engine"}},
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }

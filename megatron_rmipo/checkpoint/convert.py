@@ -34,7 +34,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 from megatron_rmipo.checkpoint.megatron.keys import Location, extra_state_keys, location_of
 from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
-from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
+from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
 from megatron_rmipo.checkpoint.whole_directories import (
     INCOMPLETE_SUFFIX,
@@ -104,7 +104,7 @@ def convert_megatron_to_hf(
     load_dir: Path,
     save_dir: Path,
     *,
-    iteration: Iteration | None = None,
+    iteration: AskedIteration | None = None,
     dtype: str | None = None,
     assets_dir: Path | None = None,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
@@ -115,7 +115,7 @@ def convert_megatron_to_hf(
     Args:
         load_dir: directory of checkpoints, of training at any layout, of :func:`convert_hf_to_megatron` or of Megatron-LM.
         save_dir: missing or empty.
-        iteration: which one; None for the latest complete.
+        iteration: which one; ``best`` for that of the best evaluation, None for the latest complete.
         dtype: dtype of the files; None keeps the checkpoint's.
         assets_dir: Hugging Face config and tokenizer, for checkpoints that carry none.
         max_shard_bytes: size at which another file is begun.

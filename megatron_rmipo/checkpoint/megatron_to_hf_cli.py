@@ -23,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", required=True, type=Path, metavar="DIR", help="directory of checkpoints (iter_*, release)")
     parser.add_argument("--save-hf", required=True, type=Path, metavar="DIR", help="new directory to write")
     parser.add_argument(
-        "--iteration", type=iteration_argument, metavar="N|release", help="which checkpoint (default: the latest complete one)"
+        "--iteration",
+        type=iteration_argument,
+        metavar="N|best|release",
+        help="which checkpoint; best: that of --keep-best (default: the latest complete one)",
     )
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype to store (default: as in the checkpoint)")
     parser.add_argument(

@@ -22,7 +22,7 @@ from megatron_rmipo.checkpoint.megatron.directory import (
     latest_complete_iteration,
 )
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
-from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, read_record
+from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
@@ -112,7 +112,7 @@ def find_model(config: Config) -> ModelSource:
     return hf_source(Path(load_hf), maker=maker)
 
 
-def checkpoint_source(directory: Path, iteration: Iteration | None = None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
+def checkpoint_source(directory: Path, iteration: AskedIteration | None = None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
     """A complete checkpoint of a directory: the one asked for, or the latest.
 
     Raises:

@@ -10,13 +10,14 @@ from megatron_rmipo.checkpoint.flag_types import iteration_argument
 from megatron_rmipo.checkpoint.megatron.digests import check_digests, damage
 from megatron_rmipo.checkpoint.megatron.directory import (
     TRACKER_NAME,
+    best_iteration,
     checkpoint_path,
     fault_of,
     iterations_of,
     nothing_complete,
     read_tracker,
 )
-from megatron_rmipo.checkpoint.megatron.record import Iteration, read_record
+from megatron_rmipo.checkpoint.megatron.record import AskedIteration, Iteration, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import check_archives
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import CheckpointError
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(prog="verify_checkpoint.py", description=_DESCRIPTION)
     parser.add_argument("directory", type=Path, metavar="DIR", help="directory of checkpoints (iter_*, release)")
-    parser.add_argument("--iteration", type=iteration_argument, metavar="N|release", help="check this one alone (default: all)")
+    parser.add_argument("--iteration", type=iteration_argument, metavar="N|best|release", help="this one alone (default: all)")
     add_debug_flag(parser)
     return parser
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _verify(flags.directory, flags.iteration), debug=flags.debug)
 
 
-def _verify(directory: Path, iteration: Iteration | None) -> None:
+def _verify(directory: Path, iteration: AskedIteration | None) -> None:
+    iteration = best_iteration(directory) if iteration == "best" else iteration
     iterations: list[Iteration] = [iteration] if iteration is not None else _all_of(directory)
     num_faulty = 0
     for one in iterations:

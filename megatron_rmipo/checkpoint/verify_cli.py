@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="directory of Megatron checkpoints to compare (default: read --hf-model directly)",
     )
-    parser.add_argument("--iteration", type=iteration_argument, metavar="N|release", help="which checkpoint of --load")
+    parser.add_argument("--iteration", type=iteration_argument, metavar="N|best|release", help="which checkpoint of --load")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="TP")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="PP")
     for name in _SPLIT_FLAGS:

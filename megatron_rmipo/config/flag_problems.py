@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.evaluation_flags import EvaluationConfig, Metric, parse_early_stop, parse_eval_data, parse_metric
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags
@@ -240,10 +242,53 @@ def _evaluation_and_logging_flags(config: Config) -> Iterator[str]:
     yield from _at_least(1, config.logging, "log_interval")
     if config.logging.wandb_exp_name and not config.logging.wandb_project:
         yield "--wandb-exp-name does nothing without --wandb-project"
-    if not config.data.valid_data_path and config.data.split is None:
+    has_main = bool(config.data.valid_data_path) or config.data.split is not None
+    if not (has_main or config.evaluation.eval_data):
         for name in ("eval_interval", "eval_pairs"):
             if getattr(config.training, name):
-                yield f"{flag_of(name)} needs held-out data: --valid-data-path PREFIX, or --split 99,1"
+                yield f"{flag_of(name)} needs held-out data: --valid-data-path PREFIX, --split 99,1 or --eval-data NAME=PREFIX"
+    yield from _choice_flags(config, has_main=has_main)
+    yield from _sample_flags(config.evaluation)
+
+
+def _choice_flags(config: Config, *, has_main: bool) -> Iterator[str]:
+    """Faults of the flags that name held-out sets, and choose among their evaluations."""
+    flags = config.evaluation
+    faults = list(_message(functools.partial(parse_eval_data, flags.eval_data or [])))
+    yield from faults
+    if config.checkpoint.save_hf_from == "best" and not (flags.keep_best and config.checkpoint.save_hf):
+        yield "--save-hf-from best needs --keep-best METRIC and --save-hf DIR"
+    if flags.keep_best and not config.checkpoint.save:
+        yield "--keep-best needs --save DIR: it keeps a checkpoint"
+    sets = [""] * has_main + ([] if faults else list(flags.sets))
+    given = {"--keep-best": (flags.keep_best, parse_metric), "--early-stop": (flags.early_stop, _metric_to_stop_by)}
+    for flag, (text, parse) in given.items():
+        if text is None or faults:
+            continue
+        wrong = list(_message(functools.partial(parse, text)))
+        yield from wrong
+        if not sets:
+            yield f"{flag} needs held-out data: --valid-data-path PREFIX, --split 99,1 or --eval-data NAME=PREFIX"
+        elif not config.training.eval_interval:
+            yield f"{flag} needs --eval-interval N: it chooses among evaluations"
+        elif not wrong and (held_out := parse(text).held_out) not in sets:
+            known = ", ".join(f"{name}:METRIC" if name else "METRIC" for name in sets)
+            named = f"there is no held-out set {held_out}" if held_out else "there is no main held-out set"
+            yield f"{flag} {text}: {named}; there are: {known}"
+
+
+def _metric_to_stop_by(text: str) -> Metric:
+    return parse_early_stop(text)[0]
+
+
+def _sample_flags(flags: EvaluationConfig) -> Iterator[str]:
+    yield from _at_least(1, flags, "sample_interval", "sample_length")
+    if not math.isfinite(flags.sample_temperature) or flags.sample_temperature < 0:
+        yield f"--sample-temperature {flags.sample_temperature}: must be 0 or more"
+    if flags.sample_prompts is None:
+        for name in ("sample_interval", "sample_length", "sample_temperature"):
+            if getattr(flags, name) != getattr(EvaluationConfig(), name):
+                yield f"{flag_of(name)} does nothing without --sample-prompts FILE"
 
 
 def _profiling_flags(profiling: ProfilingConfig) -> Iterator[str]:

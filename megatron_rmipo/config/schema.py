@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_rmipo.config.evaluation_flags import EvaluationConfig
 from megatron_rmipo.config.memory_flags import MemoryConfig
 from megatron_rmipo.config.options import described, option
 from megatron_rmipo.config.parallel_flags import ParallelConfig
@@ -215,6 +216,9 @@ class CheckpointConfig:
     ckpt_format: Literal["torch_dist"] = option("torch_dist", "Format of checkpoints; any TP, PP, CP, EP and DP can load it.")
     keep_last: int | None = option(None, "Keep only this many of the newest checkpoints; unset: all.")
     save_hf: str | None = option(None, "Directory to write the final model to in Hugging Face form; all hosts see it.", "DIR")
+    save_hf_from: Literal["last", "best"] = option(
+        "last", "Which model --save-hf writes: that of the last step, or that of --keep-best."
+    )
     save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Dtype of --save-hf; unset: that of the model it came from."
     )
@@ -231,6 +235,9 @@ class LoggingConfig:
     tensorboard_dir: str | None = option(None, "Also write TensorBoard events to this directory.", "DIR")
     wandb_project: str | None = option(None, "Also log to this Weights & Biases project (needs the wandb extra).")
     wandb_exp_name: str | None = option(None, "Name of the Weights & Biases run.")
+    mlflow_experiment: str | None = option(
+        None, "Also log to this MLflow experiment, of the server in MLFLOW_TRACKING_URI (needs the mlflow extra)."
+    )
     debug: bool = option(False, "Show tracebacks of errors a user can mend, and warnings of other packages.")
 
 
@@ -274,6 +281,7 @@ class Config:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = dataclasses.field(default_factory=ProfilingConfig)

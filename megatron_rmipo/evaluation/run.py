@@ -130,7 +130,7 @@ def _meet(config: Config, plan: EvaluationPlan, told: Mapping[str, object], rend
     """Look for all that is named, compare it with what the other ranks found, and connect them."""
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(told, rendezvous.launch.local_rank))
-    check_environment(wandb=False)
+    check_environment()
     look, world_size = rendezvous.look_once, rendezvous.launch.world_size
     source = look_for_model("the model", functools.partial(find_model, config), look, maker=maker_of(config))
     limit = min(plan.seq_length or source.arch.longest_sequence, source.arch.longest_sequence)

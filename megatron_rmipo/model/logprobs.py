@@ -22,7 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rmipo.model.products import accumulation_dtype, add_product, product
-from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, LogitStatistics, VocabularyShard, logits_grad
+from megatron_rmipo.model.vocabulary_shard import (
+    PLAIN_LOGITS,
+    LogitRules,
+    LogitStatistics,
+    TokenChoice,
+    VocabularyShard,
+    logits_grad,
+)
 from megatron_rmipo.model.weight_gradient import WeightGrad, call_for_weight, refuse_weight_in_buffer
 
 
@@ -174,6 +181,40 @@ def head_logprobs(
         hidden, weight, target, shard, chunk_size, reduce_hidden_grad, rules, reference, target.numel() - num_ungraded
     )
     return logprobs
+
+
+@torch.no_grad()
+def head_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    shard: VocabularyShard,
+    choice: TokenChoice,
+    *,
+    chunk_size: int,
+    rules: LogitRules = PLAIN_LOGITS,
+) -> Tensor:
+    """The tokens that are chosen to follow hidden states, int64 ``[N]``, replicated over the group, which calls it together.
+
+    Args:
+        hidden: ``[N, H]``, replicated over the group.
+        weight: ``[V_padded / tp, H]``, this rank's rows of the output layer.
+        shard: of these rows.
+        choice: how, and of which sequences they are.
+        chunk_size: logits are made for this many vocabulary entries at a time.
+        rules: what makes logits of the products.
+    """
+    noise = choice.noise(shard, hidden)
+    dtype = accumulation_dtype(hidden.dtype)
+    most = torch.full((hidden.shape[0],), float("-inf"), dtype=dtype, device=hidden.device)
+    ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    for chunk in _chunks(shard.valid_rows, chunk_size):
+        logits = _chunk_logits(hidden, weight, rules, chunk)
+        if noise is not None:
+            logits = logits.div_(choice.temperature).add_(noise[:, chunk])
+        values, columns = logits.max(dim=1)
+        ids = torch.where(values > most, columns + chunk.start + shard.vocab_start_index, ids)
+        most = torch.maximum(values, most)
+    return shard.largest(most, ids)
 
 
 def vocab_parallel_logprobs(

@@ -19,10 +19,10 @@ from torch.nn import Module, ModuleList
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.attention.context_parallel import join_scores
-from megatron_rmipo.model.attention.deal import held_triples, row_share
+from megatron_rmipo.model.attention.deal import HeldTriples, held_triples, row_share
 from megatron_rmipo.model.layers.activation_offloading import begin_row
-from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs
-from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, VocabularyShard
+from megatron_rmipo.model.logprobs import ReferenceHead, head_logprobs, head_tokens
+from megatron_rmipo.model.vocabulary_shard import PLAIN_LOGITS, LogitRules, TokenChoice, VocabularyShard
 
 # This rank's part of a model, wrapped or not; of an interleaved pipeline its chunks.
 Chunks = Module | Sequence[Module]
@@ -92,23 +92,28 @@ class LogprobHead(Replacement):
         options: ScoringOptions | None = None,
         reference: ReferenceHead | None = None,
         num_ungraded: int = 0,
+        choice: TokenChoice | None = None,
         **kwargs: Any,
     ) -> Any:
         """fp32 ``[N]`` log-probs of ``target [N]`` under ``hidden [N, H]``; every tensor-parallel rank calls it together.
 
         With a reference ``[4, N]``, see :func:`megatron_rmipo.model.logprobs.head_logprobs`, also for ``num_ungraded``. The
-        gradient of ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters. Without targets
-        it is Megatron's own call.
+        gradient of ``hidden`` is left unreduced under sequence parallelism: the gather before it reduce-scatters. With a choice
+        int64 ``[N]``, the tokens chosen to come next. Without either it is Megatron's own call.
         """
-        if target is None:
+        if target is None and choice is None:
             return self.behind(hidden, weight, *args, **kwargs)
         assert options is not None
         own_weight = self.layer.weight if weight is None else weight
+        shard = VocabularyShard(own_weight.shape[0], options.vocab_size, self.layer.tp_group)
+        if choice is not None:
+            return head_tokens(hidden, own_weight, shard, choice, chunk_size=options.chunk_size, rules=options.logits)
+        assert target is not None
         logprobs = head_logprobs(
             hidden,
             own_weight,
             target,
-            VocabularyShard(own_weight.shape[0], options.vocab_size, self.layer.tp_group),
+            shard,
             chunk_size=options.chunk_size,
             reduce_hidden_grad=not self.layer.config.sequence_parallel,
             rules=options.logits,
@@ -176,6 +181,7 @@ def score_row(
     reference: ReferenceHead | None = None,
     uncounted: Tensor | None = None,
     num_ungraded: int = 0,
+    choice: TokenChoice | None = None,
 ) -> Tensor:
     """Run a stage of a model over one packed row. Every tensor- and context-parallel rank of the stage calls it together.
 
@@ -197,11 +203,13 @@ def score_row(
         uncounted: bool ``[T]``: padding, and all of a filler. Such tokens go through experts as others do, whose routers leave
             them out of loads, score biases and auxiliary losses. None: all count.
         num_ungraded: the last so many of the N carry no gradient.
+        choice: on the last stage: choose a next token behind each source, and score none.
 
     Returns:
         On the last stage fp32 ``[N]`` log-probs (with a reference ``[4, N]``, see
-        :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``), else hidden states
-        ``[L, 1, H]`` (``[L / tp, 1, H]`` under sequence parallelism) for the next stage.
+        :func:`megatron_rmipo.model.logprobs.head_logprobs`; without targets hidden states ``[N, H]``, or with a choice the ids of
+        next tokens, int64 ``[N]``), else hidden states ``[L, 1, H]`` (``[L / tp, 1, H]`` under sequence parallelism) for the next
+        stage.
     """
     cp_group: Any = getattr(model.pg_collection, "cp", None)
     held = None
@@ -217,9 +225,12 @@ def score_row(
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=model.pg_collection.tp)
     scored = hidden[:, 0].index_select(0, source if held is None else held.source)
-    if target is None:
+    if target is None and choice is None:
         return scored
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    if choice is not None:
+        return _next_tokens(model, scored, weight, choice, options, held, source.numel(), cp_group)
+    assert target is not None
     scoring: dict[str, Any] = {"options": options, "reference": reference, "num_ungraded": num_ungraded}
     if held is None:
         logprobs: Tensor = model.output_layer(scored, weight, target=target, **scoring)
@@ -227,6 +238,24 @@ def score_row(
     scoring["num_ungraded"] = held.num_ungraded
     own = model.output_layer(scored, weight, target=target[held.numbers], **scoring)
     return join_scores(own, held.numbers, source.numel(), cp_group)
+
+
+def _next_tokens(
+    model: Any,
+    hidden: Tensor,
+    weight: Tensor | None,
+    choice: TokenChoice,
+    options: ScoringOptions,
+    held: HeldTriples | None,
+    num_scored: int,
+    cp_group: Any,
+) -> Tensor:
+    """int64 ``[N]``, on every context-parallel rank, each of which chooses behind the sources that it holds."""
+    if held is None:
+        tokens: Tensor = model.output_layer(hidden, weight, choice=choice, options=options)
+        return tokens
+    own = choice.at(choice.places[number] for number in held.numbers.tolist())
+    return join_scores(model.output_layer(hidden, weight, choice=own, options=options), held.numbers, num_scored, cp_group)
 
 
 def _hidden_states(model: Any, token_ids: Tensor, position_ids: Tensor, segments: Tensor, uncounted: Tensor | None) -> Tensor:

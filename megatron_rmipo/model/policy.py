@@ -20,7 +20,7 @@ from megatron_rmipo.model.layers.residual import scale_embedding
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.model.packed_model import ScoringOptions, enable_scoring, score_row
 from megatron_rmipo.model.rotary import PackedRotary
-from megatron_rmipo.model.vocabulary_shard import LogitRules
+from megatron_rmipo.model.vocabulary_shard import LogitRules, TokenChoice
 from megatron_rmipo.runtime.groups import ProcessGroups
 
 
@@ -58,9 +58,10 @@ class PolicyModel(LanguageModule):
         reference: ReferenceHead | None = None,
         uncounted: Tensor | None = None,
         num_ungraded: int = 0,
+        choice: TokenChoice | None = None,
     ) -> Tensor:
         """Run this stage over one packed row: :func:`megatron_rmipo.model.packed_model.score_row`."""
-        further: dict[str, Any] = {"reference": reference, "uncounted": uncounted, "num_ungraded": num_ungraded}
+        further: dict[str, Any] = {"reference": reference, "uncounted": uncounted, "num_ungraded": num_ungraded, "choice": choice}
         return score_row(self, token_ids, position_ids, segments, source, target, options=self.scoring_options, **further)
 
 

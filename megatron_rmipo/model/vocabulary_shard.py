@@ -6,6 +6,8 @@ Shape letters: N scored tokens, C vocabulary entries of one chunk.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,21 @@ class VocabularyShard:
         local = target - self.vocab_start_index
         return torch.where((local >= 0) & (local < self.valid_rows), local, -1)
 
+    def largest(self, values: Tensor, ids: Tensor) -> Tensor:
+        """The id of the largest value of all ranks, int64 ``[N]``; of equal ones the lowest. The group calls it together.
+
+        Args:
+            values: ``[N]``, the largest of this rank.
+            ids: int64 ``[N]``, where in the whole vocabulary it stands.
+        """
+        if self.group is None:
+            return ids
+        most = values.clone()
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
+        ids = torch.where(values == most, ids, torch.iinfo(torch.int64).max)
+        dist.all_reduce(ids, op=dist.ReduceOp.MIN, group=self.group)
+        return ids
+
     def combine(self, statistics: LogitStatistics) -> tuple[Tensor, Tensor]:
         """(log-prob, log-sum-exp), of the statistics' own shape: one max and one sum over the group, which calls it together."""
         maximum, sum_exp, target_logit = statistics.maximum, statistics.sum_exp, statistics.target_logit
@@ -51,6 +68,44 @@ class VocabularyShard:
             sum_exp, target_logit = sums[0], sums[1]
         log_sum_exp = maximum + sum_exp.log()
         return target_logit - log_sum_exp, log_sum_exp
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenChoice:
+    """How the next token of a sequence is chosen: the likeliest one, or one drawn from the softmax of ``logits / temperature``.
+
+    What is drawn depends on the seed, the sequence and the place in it alone: it is the same at every layout, as far as logits
+    are. The likeliest of logits with Gumbel noise is one drawn from their softmax (Gumbel 1954; Maddison et al. 2014).
+
+    Attributes:
+        temperature: 0 for the likeliest.
+        seed: of the noise.
+        vocab_size: real vocabulary size.
+        places: of each of the N tokens (number of its sequence, place in it).
+    """
+
+    temperature: float
+    seed: int
+    vocab_size: int
+    places: tuple[tuple[int, int], ...] = ()
+
+    def at(self, places: Iterable[tuple[int, int]]) -> TokenChoice:
+        """The same for other tokens."""
+        return dataclasses.replace(self, places=tuple(places))
+
+    def noise(self, shard: VocabularyShard, like: Tensor) -> Tensor | None:
+        """``[N, valid rows]`` of this rank, to be added to ``logits / temperature``; None where nothing is drawn."""
+        if self.temperature == 0.0:
+            return None
+        own = slice(shard.vocab_start_index, shard.vocab_start_index + shard.valid_rows)
+        rows = [self._uniform(*place)[own] for place in self.places]
+        drawn = torch.stack(rows) if rows else torch.zeros(0, shard.valid_rows)
+        return drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log_().neg_().log_().neg_().to(like.device)
+
+    def _uniform(self, number: int, place: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed} {number} {place}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.rand(self.vocab_size, generator=generator)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,6 @@ from megatron_rmipo.objectives.batch_statistics import (
     updated_averages,
     z_scores,
 )
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import (
     BETA_HELP,
     GAMMA_BETA_RATIO_HELP,
@@ -184,5 +183,4 @@ class AlphaDpo(Objective):
         metrics["gamma"] = gamma
         metrics["gap"] = logps.batch["gap"].to(chosen)
         metrics["alpha_dpo/z"] = z
-        metrics.update(likelihood_metrics(logps))
         return LossOutput(losses=losses, metrics=metrics, distributions=("gamma", "gap", "rewards/margins"))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_rmipo.objectives.base import LossOutput, Objective, PairLogps, reward_metrics, smoothed_log_sigmoid_loss
 from megatron_rmipo.objectives.bounded_exp import bounded_expm1
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import BETA_HELP, GAMMA_BETA_RATIO_HELP, check_number
 
 
@@ -57,7 +56,7 @@ class AlphaPo(Objective):
         chosen = self._shaped(logps.chosen_logps / logps.chosen_lengths)
         rejected = self._shaped(logps.rejected_logps / logps.rejected_lengths)
         losses = smoothed_log_sigmoid_loss(beta * (chosen - rejected - ratio), 0.0)
-        metrics = reward_metrics(beta * chosen, beta * rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(beta * chosen, beta * rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))
 
     def _shaped(self, log_probability: Tensor) -> Tensor:

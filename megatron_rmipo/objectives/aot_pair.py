@@ -23,7 +23,6 @@ from megatron_rmipo.objectives.base import (
 )
 from megatron_rmipo.objectives.batch_statistics import batch_log_ratios
 from megatron_rmipo.objectives.log_ratios import BetaConfig, reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import LABEL_SMOOTHING_HELP, check_number
 
 
@@ -88,5 +87,4 @@ class AotPair(Objective):
         terms = terms + smoothed_log_sigmoid_loss(config.beta * (other_chosen - rejected), config.label_smoothing)
         metrics = reward_metrics(config.beta * chosen, config.beta * rejected)
         metrics["aot/accuracies"] = (chosen > other_rejected).to(chosen.dtype)
-        metrics.update(likelihood_metrics(logps))
         return LossOutput(losses=terms - 0.5 * terms.detach(), metrics=metrics, distributions=("rewards/margins",))

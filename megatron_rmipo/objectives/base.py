@@ -123,6 +123,8 @@ class LossOutput:
         losses: fp32 ``[P]`` with gradient; the batch loss is their mean over the global batch.
         metrics: name -> detached fp32 ``[P]``; NaN where a pair has no such value (a response it does not have). Every objective
             gives ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and ``rewards/accuracies`` where they are defined.
+            What is the same for all, ``logps/*``, ``nll/chosen`` and ``tokens/*``, whoever runs it adds: see
+            :mod:`megatron_rmipo.objectives.metrics`.
         distributions: the names among ``metrics`` whose percentiles are worth showing besides their mean.
     """
 

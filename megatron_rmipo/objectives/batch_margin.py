@@ -21,7 +21,6 @@ from megatron_rmipo.objectives.base import (
     smoothed_log_sigmoid_loss,
 )
 from megatron_rmipo.objectives.batch_statistics import mean_gaps
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 
 
 class BatchMarginObjective(Objective):
@@ -52,5 +51,5 @@ class BatchMarginObjective(Objective):
         chosen, rejected = logps.chosen_logps / logps.chosen_lengths, logps.rejected_logps / logps.rejected_lengths
         margin = logps.batch["margin"].to(chosen)
         losses = smoothed_log_sigmoid_loss(beta * (chosen - rejected) - margin, self.config.label_smoothing)
-        metrics = reward_metrics(beta * chosen, beta * rejected) | {"gamma": margin} | likelihood_metrics(logps)
+        metrics = reward_metrics(beta * chosen, beta * rejected) | {"gamma": margin}
         return LossOutput(losses=losses, metrics=metrics, distributions=("gamma", "rewards/margins"))

@@ -16,7 +16,6 @@ from torch.nn.functional import logsigmoid
 from megatron_rmipo.objectives.base import BatchLogps, LogpNeeds, LossOutput, Objective, PairLogps, State, reward_metrics
 from megatron_rmipo.objectives.batch_statistics import batch_log_ratios
 from megatron_rmipo.objectives.log_ratios import BetaConfig, reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import check_choice
 
 
@@ -85,6 +84,5 @@ class BcoPair(Objective):
         if self._shifts:
             delta = delta + logps.batch["delta"].to(delta)
             metrics["bco/delta"] = delta
-        metrics.update(likelihood_metrics(logps))
         losses = -logsigmoid(chosen - delta) - logsigmoid(delta - rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

@@ -36,7 +36,6 @@ from megatron_rmipo.objectives.batch_statistics import (
     z_scores,
 )
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import check_number, check_switch
 
 MIN_BETA = 1e-3
@@ -139,7 +138,6 @@ class BetaDpo(Objective):
         metrics["beta"] = beta.expand_as(gaps).clone()
         metrics["gap"] = gaps.detach()
         metrics["selected"] = logps.batch["selected"].to(gaps)
-        metrics.update(likelihood_metrics(logps))
         return LossOutput(losses=losses, metrics=metrics, distributions=("gap", "rewards/margins"))
 
 

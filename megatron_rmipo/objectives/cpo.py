@@ -9,7 +9,6 @@ import dataclasses
 from typing import ClassVar
 
 from megatron_rmipo.objectives.base import LossOutput, Objective, PairLogps, reward_metrics, smoothed_log_sigmoid_loss
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import BETA_HELP, LABEL_SMOOTHING_HELP, SFT_WEIGHT_HELP, check_number
 from megatron_rmipo.objectives.sft import chosen_nll
 
@@ -52,5 +51,5 @@ class Cpo(Objective):
         losses = smoothed_log_sigmoid_loss(chosen_rewards - rejected_rewards, config.label_smoothing)
         if config.sft_weight > 0.0:
             losses = losses + config.sft_weight * chosen_nll(logps)
-        metrics = reward_metrics(chosen_rewards, rejected_rewards) | likelihood_metrics(logps)
+        metrics = reward_metrics(chosen_rewards, rejected_rewards)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

@@ -17,7 +17,6 @@ from megatron_rmipo.objectives.base import (
     smoothed_log_sigmoid_loss,
 )
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import (
     BETA_HELP,
     LABEL_SMOOTHING_HELP,
@@ -85,5 +84,5 @@ class Dpo(Objective):
         chosen, rejected = reference_log_ratios(logps, self.config.log_ratio_normalization)
         logits = beta * (chosen - rejected) - margin_of(self.config, logps)
         losses = smoothed_log_sigmoid_loss(logits, self.config.label_smoothing)
-        metrics = reward_metrics(beta * chosen, beta * rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(beta * chosen, beta * rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

@@ -26,7 +26,6 @@ from megatron_rmipo.objectives.base import (
     smoothed_log_sigmoid_loss,
 )
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import BETA_HELP, check_number
 
 
@@ -95,7 +94,6 @@ class EpsilonDpo(Objective):
         metrics = reward_metrics(beta * chosen_ratios, beta * rejected_ratios)
         metrics["beta"] = base.expand_as(step).clone()
         metrics["epsilon/step"] = step
-        metrics.update(likelihood_metrics(logps))
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))
 
 

@@ -11,7 +11,6 @@ from typing import ClassVar
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps, reward_metrics
 from megatron_rmipo.objectives.bounded_exp import bounded_exp
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,5 +46,5 @@ class Infopo(Objective):
         """Loss and metrics per pair."""
         chosen, rejected = reference_log_ratios(logps)
         losses = bounded_exp(rejected) - chosen
-        metrics = reward_metrics(chosen, rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(chosen, rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

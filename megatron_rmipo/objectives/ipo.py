@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps, reward_metrics
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import LOG_RATIO_NORMALIZATION_HELP, check_choice, check_number
 
 
@@ -58,5 +57,5 @@ class Ipo(Objective):
         tau = self.config.tau
         chosen, rejected = reference_log_ratios(logps, self.config.log_ratio_normalization)
         losses = (chosen - rejected - 1.0 / (2.0 * tau)).square()
-        metrics = reward_metrics(tau * chosen, tau * rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(tau * chosen, tau * rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_rmipo.objectives.base import BatchLogps, LogpNeeds, LossOutput, Objective, PairLogps, State, reward_metrics
 from megatron_rmipo.objectives.log_ratios import reference_log_ratios
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import BETA_HELP, check_number
 
 
@@ -52,8 +51,7 @@ class Kto(Objective):
     A pair has the mean of its two losses, a row with one response that one, so that the mean over the rows of the batch is the
     mean over its responses. A row has a response where its length is above 0; a data set's rows all have as many.
 
-    The rewards, and what is made of both of them, are NaN where a row lacks the response. ``nll/chosen`` is 0 there: its mean
-    over all rows is the mean per chosen token.
+    The rewards, and what is made of both of them, are NaN where a row lacks the response.
 
     Source: KTO (Ethayarajh et al. 2024), equations 7 and 8. Table 4 of the RMiPO paper prints the second term with the wrong
     sign, which would reward rejected responses.
@@ -88,7 +86,6 @@ class Kto(Objective):
         num_responses = has_chosen.to(z.dtype) + has_rejected.to(z.dtype)
         metrics = _existing(reward_metrics(chosen_rewards, rejected_rewards), has_chosen, has_rejected)
         metrics["kto/z"] = z.expand_as(num_responses).clone()
-        metrics.update(likelihood_metrics(logps))
         losses = (chosen_losses + rejected_losses) / num_responses
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))
 

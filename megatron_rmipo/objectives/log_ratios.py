@@ -12,7 +12,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps, reward_metrics
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import BETA_HELP, check_number
 
 
@@ -66,5 +65,5 @@ class LogRatioObjective(Objective):
         """Loss and metrics per pair."""
         chosen_ratios, rejected_ratios = reference_log_ratios(logps)
         chosen, rejected = self.config.beta * chosen_ratios, self.config.beta * rejected_ratios
-        metrics = reward_metrics(chosen, rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(chosen, rejected)
         return LossOutput(losses=self.losses(chosen, rejected), metrics=metrics, distributions=("rewards/margins",))

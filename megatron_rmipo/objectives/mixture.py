@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_rmipo.config.values import field_types
 from megatron_rmipo.objectives.base import BatchLogps, LogpNeeds, LossOutput, Objective, PairLogps, State
 from megatron_rmipo.objectives.contract import check_output
-from megatron_rmipo.objectives.metrics import LIKELIHOOD_METRICS
 
 _WEIGHT = re.compile(r"[-+]?[\d.].*")
 _FORM = "NAME:WEIGHT,NAME:WEIGHT, as in dpo:0.8,sft:0.2; a weight left out is 1"
@@ -222,8 +221,6 @@ class Mixture(Objective):
             check_output(member, output, logps.chosen_logps.shape[0])
             losses = weight * output.losses if losses is None else losses + weight * output.losses
             named = {name: name if member is leader else f"{member.name}/{name}" for name in output.metrics}
-            # The same numbers whoever gives them.
-            named.update({name: name for name in LIKELIHOOD_METRICS if name in named})
             metrics = {**{named[name]: values for name, values in output.metrics.items()}, **metrics}
             metrics[f"{member.name}/loss"] = output.losses.detach()
             distributions += [named[name] for name in output.distributions]

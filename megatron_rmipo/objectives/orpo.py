@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_rmipo.objectives.base import LossOutput, Objective, PairLogps, reward_metrics
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import check_number
 from megatron_rmipo.objectives.sft import chosen_nll
 
@@ -54,7 +53,7 @@ class Orpo(Objective):
         chosen, rejected = logps.chosen_logps / logps.chosen_lengths, logps.rejected_logps / logps.rejected_lengths
         penalty = -torch.nn.functional.logsigmoid(log_odds(chosen) - log_odds(rejected))
         losses = chosen_nll(logps) + weight * penalty
-        metrics = reward_metrics(weight * chosen, weight * rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(weight * chosen, weight * rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))
 
 

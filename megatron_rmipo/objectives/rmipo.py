@@ -24,7 +24,6 @@ from megatron_rmipo.objectives.base import (
     reward_metrics,
     smoothed_log_sigmoid_loss,
 )
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import (
     BETA_HELP,
     LABEL_SMOOTHING_HELP,
@@ -217,7 +216,6 @@ class Rmipo(Objective):
         if config.gamma_min is not None and config.gamma_max is not None:
             metrics["gamma/at_min"] = (gamma <= config.gamma_min + AT_BOUND).float()
             metrics["gamma/at_max"] = (gamma >= config.gamma_max - AT_BOUND).float()
-        metrics.update(likelihood_metrics(logps))
         distributions = tuple(name for name in ("gamma", "dpmi", "rewards/margins") if name in metrics)
         return LossOutput(losses=losses, metrics=metrics, distributions=distributions)
 

@@ -32,7 +32,7 @@ class Sft(Objective):
 
     The rejected responses are not read and need not be computed.
 
-    Metrics: ``nll/chosen`` (mean per token of the global batch), ``logps/chosen`` (mean per token of each response).
+    No metrics of its own: ``nll/chosen`` is the loss.
     """
 
     name: ClassVar[str] = "sft"
@@ -47,6 +47,4 @@ class Sft(Objective):
 
     def __call__(self, logps: PairLogps) -> LossOutput:
         """Loss and metrics per pair."""
-        nll = chosen_nll(logps)
-        metrics = {"nll/chosen": nll.detach(), "logps/chosen": (logps.chosen_logps / logps.chosen_lengths).detach()}
-        return LossOutput(losses=nll, metrics=metrics)
+        return LossOutput(losses=chosen_nll(logps), metrics={})

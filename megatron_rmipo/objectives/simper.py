@@ -9,7 +9,6 @@ import dataclasses
 from typing import ClassVar
 
 from megatron_rmipo.objectives.base import LossOutput, Objective, PairLogps, reward_metrics
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import check_switch
 
 
@@ -52,6 +51,6 @@ class Simper(Objective):
         if self.config.length_normalization:
             chosen, rejected = chosen / logps.chosen_lengths, rejected / logps.rejected_lengths
         likely_chosen, likely_rejected = chosen.exp(), rejected.exp()
-        metrics = reward_metrics(chosen, rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(chosen, rejected)
         metrics |= {"likelihood/chosen": likely_chosen.detach(), "likelihood/rejected": likely_rejected.detach()}
         return LossOutput(losses=likely_rejected - likely_chosen, metrics=metrics, distributions=("rewards/margins",))

@@ -16,7 +16,6 @@ from megatron_rmipo.objectives.base import (
     reward_metrics,
     smoothed_log_sigmoid_loss,
 )
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import (
     BETA_HELP,
     GAMMA_BETA_RATIO_HELP,
@@ -93,5 +92,5 @@ class Simpo(Objective):
         losses = smoothed_log_sigmoid_loss(logits, config.label_smoothing)
         if config.sft_weight > 0.0:
             losses = losses + config.sft_weight * chosen_nll(logps)
-        metrics = reward_metrics(beta * chosen, beta * rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(beta * chosen, beta * rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

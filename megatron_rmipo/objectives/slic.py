@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 
 from megatron_rmipo.objectives.base import LossOutput, Objective, PairLogps, reward_metrics
-from megatron_rmipo.objectives.metrics import likelihood_metrics
 from megatron_rmipo.objectives.options import check_number
 
 
@@ -53,5 +52,5 @@ class Slic(Objective):
         """Loss and metrics per pair."""
         chosen, rejected = logps.chosen_logps, logps.rejected_logps
         losses = torch.relu(self.config.delta - chosen + rejected) - self.config.slic_lambda * chosen
-        metrics = reward_metrics(chosen, rejected) | likelihood_metrics(logps)
+        metrics = reward_metrics(chosen, rejected)
         return LossOutput(losses=losses, metrics=metrics, distributions=("rewards/margins",))

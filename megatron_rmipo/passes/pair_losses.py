@@ -17,7 +17,7 @@ from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
 from megatron_rmipo.objectives.base import Objective
-from megatron_rmipo.objectives.contract import check_output
+from megatron_rmipo.objectives.metrics import output_of
 from megatron_rmipo.objectives.pair_sums import PairSums, pair_logps
 from megatron_rmipo.passes.rows import response_sums
 from megatron_rmipo.runtime.groups import current_device
@@ -134,8 +134,7 @@ def row_losses(row: Row, logprobs: Tensor, *, objective: Objective, known: Known
         told["unconditional"] = PairSums(*(part[num_responses:].view(-1, branches) for part in (sums[0], lengths)))
     # A reference in memory, where there is one, says the same as what was kept of it.
     told.update(zip(("reference", "extrapolated", "interpolated"), others, strict=False))
-    output = objective(pair_logps(PairSums(policy, scored), **told))
-    check_output(objective, output, numbers.numel())
+    output = output_of(objective, pair_logps(PairSums(policy, scored), **told))
     values = {"loss": output.losses.detach(), **output.metrics}
     return RowLosses(output.losses, numbers, values, output.distributions)
 

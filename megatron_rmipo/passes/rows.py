@@ -24,6 +24,7 @@ from megatron_rmipo.memory.readings import PackOutOfMemory, is_out_of_memory
 from megatron_rmipo.model.layers.activation_offloading import begin_gradient_pass
 from megatron_rmipo.model.logprobs import ReferenceHead, vocab_parallel_logprobs
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
+from megatron_rmipo.model.vocabulary_shard import TokenChoice
 from megatron_rmipo.passes.interleaving import messages_in_order
 from megatron_rmipo.passes.row_problems import check_lengths
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
@@ -42,6 +43,7 @@ def run_rows(
     backward: bool,
     references: Sequence[ReferenceHead] = (),
     scores: bool = True,
+    choice: TokenChoice | None = None,
 ) -> list[Any]:
     """Run rows as micro-batches.
 
@@ -54,6 +56,7 @@ def run_rows(
         backward: run the backward pass, too.
         references: on the last stage, a reference for each row: outputs are ``[4, N]`` then.
         scores: False gives the last stage's hidden states ``[N, H]`` to ``finish`` instead of log-probs ``[N]``.
+        choice: gives ``finish`` the ids of next tokens, int64 ``[N]``, chosen behind the sources, instead.
 
     Returns:
         What ``finish`` gave for each row (with ``backward``, what it said to report); empty but on the last stage.
@@ -74,7 +77,7 @@ def run_rows(
         number, (row, reference) = next(iterator)
         begun.append((number, False))
         row = on_device(row)
-        output: Any = row_output(model, row, reference, scores=scores)
+        output: Any = row_output(model, row, reference, scores=scores, choice=choice)
         if output.requires_grad:
             # A pipeline stage before the last runs other packs' forwards before a pack's backward.
             output.register_hook(lambda grad: begun.append((number, True)))
@@ -132,18 +135,28 @@ def on_device(row: Row) -> Row:
     return dataclasses.replace(row, **fields)
 
 
-def row_output(model: torch.nn.Module, row: Row, reference: ReferenceHead | None = None, *, scores: bool = True) -> Tensor:
+def row_output(
+    model: torch.nn.Module,
+    row: Row,
+    reference: ReferenceHead | None = None,
+    *,
+    scores: bool = True,
+    choice: TokenChoice | None = None,
+) -> Tensor:
     """What a stage of a model gives for a row on its device: on the last one log-probs of the scored tokens, fp32 ``[N]``.
 
-    A packed row goes through :func:`megatron_rmipo.model.packed_model.score_row`, which also knows references and hidden states.
-    Padded rows go through the model as its owner calls it, ``model(tokens, position_ids, attention_mask=None)``: it gives logits
-    ``[B, S, V_padded / tp]`` of its part of the vocabulary.
+    A packed row goes through :func:`megatron_rmipo.model.packed_model.score_row`, which also knows references, hidden states and
+    next tokens. Padded rows go through the model as its owner calls it, ``model(tokens, position_ids, attention_mask=None)``: it
+    gives logits ``[B, S, V_padded / tp]`` of its part of the vocabulary.
     """
     if isinstance(row, PaddedRows):
         assert reference is None
         assert scores
+        assert choice is None
         return _padded_output(model, row)
     extra: dict[str, Any] = {} if reference is None else {"reference": reference}
+    if choice is not None:
+        extra["choice"] = choice.at(zip(row.pair_numbers.tolist(), row.position_ids[row.source].tolist(), strict=True))
     if row.num_alone_scored:
         extra["num_ungraded"] = row.num_alone_scored
     if getattr(model.config, "num_moe_experts", None):
@@ -153,7 +166,7 @@ def row_output(model: torch.nn.Module, row: Row, reference: ReferenceHead | None
         position_ids=row.position_ids,
         segments=row.segments,
         source=row.source,
-        target=row.target if scores else None,
+        target=row.target if scores and choice is None else None,
         **extra,
     )
     return output

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.objectives.base import LogpNeeds, LossOutput, Objective, PairLogps
-from megatron_rmipo.objectives.contract import check_output
+from megatron_rmipo.objectives.metrics import output_of
 from megatron_rmipo.objectives.pair_sums import PairSums
 
 RowOrder: TypeAlias = Literal["interleaved", "chosen_first"]
@@ -74,9 +74,7 @@ def pair_losses(objective: Objective, logps: PairLogps) -> LossOutput:
                     f"no token of the {side} response of pair {empty[0]} of a batch is scored ({len(empty)} such pairs); "
                     f"objective {objective.name} needs one: leave such pairs out, or let prompts leave room for the responses"
                 )
-    output = objective(logps)
-    check_output(objective, output, logps.chosen_logps.shape[0])
-    return output
+    return output_of(objective, logps)
 
 
 @dataclasses.dataclass(frozen=True)

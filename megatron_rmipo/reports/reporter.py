@@ -1,4 +1,4 @@
-"""What a run shows: a progress line, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""What a run shows: a progress line, metrics.jsonl and what lies beside it, and the trackers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -16,67 +16,73 @@ import numpy as np
 
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.reports.progress_line import NO_TEXTS, ProgressLine
+from megatron_rmipo.reports.trackers.base import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 PAIRS_FILE = "held_out_pairs.jsonl"
 FIRST_PAIRS_FILE = "held_out_pairs.first.jsonl"
-WANDB_RUN_FILE = "wandb_run_id"
+SAMPLES_FILE = "samples.jsonl"
+BEST_FILE = "best.json"
+# The kind of an evaluation's records; of a held-out set with a name ``eval/NAME``.
+EVALUATION = "eval"
 # Held-out pairs that are turned into text together.
 _PAIRS_AT_ONCE = 4096
+
+
+def evaluation_kind(name: str) -> str:
+    """Kind of the records of a held-out set: of the main one, whose name is "", ``eval``; else ``eval/NAME``."""
+    return f"{EVALUATION}/{name}" if name else EVALUATION
+
+
+def pairs_file(name: str, *, first: bool = False) -> str:
+    """Where the last, or the first, evaluation of a held-out set says something of each pair."""
+    main = FIRST_PAIRS_FILE if first else PAIRS_FILE
+    return main.replace("held_out_pairs", f"held_out_pairs.{name}") if name else main
 
 
 class Reporter:
     """Writes records of a run to every place that was asked for. One rank of a run is enabled; on the others nothing happens.
 
-    ``metrics.jsonl`` holds one JSON object per record: ``kind`` (``train`` or ``eval``), ``time`` (seconds since 1970), then the
-    record. A number that is not finite is written as null. A resumed run goes on with the file, without the records beyond the
-    step it resumes from; a new run puts an existing file aside as ``metrics.1.jsonl`` (or the next free number).
+    ``metrics.jsonl`` holds one JSON object per record: ``kind`` (``train``, ``eval`` or ``eval/NAME``), ``time`` (seconds since
+    1970), then the record. A number that is not finite is written as null. A resumed run goes on with the file, without the
+    records beyond the step it resumes from; a new run puts an existing file aside as ``metrics.1.jsonl`` (or the next free
+    number). So it is with ``samples.jsonl``.
 
     Args:
         log_dir: directory of ``metrics.jsonl``.
-        tensorboard_dir: also write TensorBoard events here.
-        wandb_project: also log to this Weights & Biases project.
-        wandb_exp_name: name of the Weights & Biases run.
         total_steps: steps of the whole run, for the progress line.
-        config: the run's configuration, flat, of plain types; sent to Weights & Biases.
+        trackers: are told, too, and closed in the end.
         enabled: False on all ranks but one.
         resumed_step: the step a resumed run has reached, None for a new run.
         stream: where the progress line goes; standard output unless given.
 
     Raises:
-        ConfigError: a directory cannot be written, or a package that was asked for is missing.
+        ConfigError: the directory cannot be written.
     """
 
     def __init__(
         self,
         log_dir: Path,
         *,
-        tensorboard_dir: Path | None = None,
-        wandb_project: str | None = None,
-        wandb_exp_name: str | None = None,
         total_steps: int,
-        config: Mapping[str, Any],
+        trackers: Sequence[Tracker] = (),
         enabled: bool = True,
         resumed_step: int | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self._enabled = enabled
         self._file: TextIO | None = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers = list(trackers)
         self._path = log_dir / METRICS_FILE
+        self._can_draw = True
         if not enabled:
             return
         self._progress = ProgressLine(stream or sys.stdout, total_steps)
-        if tensorboard_dir is not None:
-            self._tensorboard = _open_tensorboard(tensorboard_dir, resumed_step)
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            if wandb_project is not None:
-                self._wandb = _open_wandb(log_dir, wandb_project, wandb_exp_name, config)
-            # Last, so that a run that cannot start leaves an earlier one's file alone.
             _prepare(self._path, resumed_step)
-            self._is_first_evaluation = not _has_evaluation(self._path)
+            _prepare(log_dir / SAMPLES_FILE, resumed_step)
+            self._evaluated = {record["kind"] for record in self.evaluations()}
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--log-dir {log_dir}: cannot be written: {error.strerror}. Name another directory.") from error
@@ -107,14 +113,56 @@ class Reporter:
         except OSError as error:
             raise RmipoError(f"{self._path}: cannot be written: {error.strerror}.") from error
         self._progress.show(kind, record, texts)
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, int(record["step"]))
-            self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(
-                {"step": record["step"], **{f"{kind}/{name}": value for name, value in record.items() if name != "step"}}
-            )
+        for tracker in self._trackers:
+            tracker.log_numbers(kind, record)
+
+    def log_figure(self, name: str, draw: Callable[[], Any], step: int) -> None:
+        """Show a picture in every tracker; without matplotlib, which is said once, or without trackers, nothing is drawn.
+
+        Args:
+            name: of the picture.
+            draw: gives matplotlib's ``Figure``, or None for nothing to draw.
+            step: that it belongs to.
+        """
+        if not (self._enabled and self._trackers and self._can_draw):
+            return
+        try:
+            figure = draw()
+        except ImportError:
+            self._can_draw = False
+            self.say("note: trackers get no pictures without matplotlib; pip install 'megatron-rmipo[plots]'")
+            return
+        if figure is not None:
+            for tracker in self._trackers:
+                tracker.log_figure(name, figure, step)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Add answers of the policy to ``samples.jsonl``, with their step, and show them in the trackers.
+
+        Raises:
+            RmipoError: the file cannot be written.
+        """
+        if not self._enabled:
+            return
+        path = self._path.with_name(SAMPLES_FILE)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        except OSError as error:
+            raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
+        for tracker in self._trackers:
+            tracker.log_table("samples", [{name: str(value) for name, value in sample.items()} for sample in samples], step)
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the file holds answers of this step; False where nothing is reported."""
+        path = self._path.with_name(SAMPLES_FILE)
+        return self._enabled and path.exists() and any(record["step"] == step for record in _records(path))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of all evaluations that the file holds, in order, of every held-out set; none where nothing is reported."""
+        if not (self._enabled and self._path.exists()):
+            return []
+        return [record for record in _records(self._path) if str(record.get("kind")).partition("/")[0] == EVALUATION]
 
     def has_record(self, kind: str, step: int) -> bool:
         """Whether the file holds a record of this kind and step; False where nothing is reported."""
@@ -122,29 +170,31 @@ class Reporter:
             return False
         return any((record["kind"], record["step"]) == (kind, step) for record in _records(self._path))
 
-    def log_pairs(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    def log_pairs(self, step: int, values: Mapping[str, np.ndarray], name: str = "") -> None:
         """Write what an evaluation said of each held-out pair to ``held_out_pairs.jsonl``, in place of the one before.
 
         The first evaluation in metrics.jsonl is kept in ``held_out_pairs.first.jsonl`` as well: only pair by pair is it known how
-        far a change is beyond chance.
+        far a change is beyond chance. Of a set with a name they are ``held_out_pairs.NAME.jsonl`` and
+        ``held_out_pairs.NAME.first.jsonl``.
 
         Args:
             step: of the evaluation; in each line, which tells the pairs of two evaluations apart.
             values: name -> ``[P]``, a number per pair, in stored order.
+            name: of the held-out set, "" for the main one.
 
         Raises:
             RmipoError: the file cannot be written.
         """
         if not self._enabled:
             return
-        names = (FIRST_PAIRS_FILE, PAIRS_FILE) if self._is_first_evaluation else (PAIRS_FILE,)
-        for name in names:
-            path = self._path.with_name(name)
+        kind = evaluation_kind(name)
+        for first in (False,) if kind in self._evaluated else (True, False):
+            path = self._path.with_name(pairs_file(name, first=first))
             try:
-                _replace(path, _lines_of_pairs(step, values))
+                write_lines(path, _lines_of_pairs(step, values))
             except OSError as error:
                 raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
-        self._is_first_evaluation = False
+        self._evaluated.add(kind)
 
     def warn(self, text: str) -> None:
         """Show a line above the progress line."""
@@ -163,10 +213,8 @@ class Reporter:
         self._progress.close()
         self._file.close()
         self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Reporter:
         return self
@@ -191,10 +239,10 @@ def _prepare(path: Path, resumed_step: int | None) -> None:
         return
     with path.open(encoding="utf-8") as lines:
         # The last one may lack its end.
-        _replace(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
+        write_lines(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
+def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a file in place of the one before, in one step, a line at a time: it may be as large as the data."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -223,37 +271,3 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a metrics.jsonl, one after the other: a long run's hold many."""
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-def _has_evaluation(path: Path) -> bool:
-    return path.exists() and any(record.get("kind") == "eval" for record in _records(path))
-
-
-def _open_tensorboard(directory: Path, resumed_step: int | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"--tensorboard-dir {directory}: the package tensorboard is missing. pip install tensorboard"
-        ) from error
-    try:
-        return SummaryWriter(str(directory), purge_step=None if resumed_step is None else resumed_step + 1)
-    except OSError as error:
-        raise ConfigError(f"--tensorboard-dir {directory}: cannot be written: {error.strerror}.") from error
-
-
-def _open_wandb(log_dir: Path, project: str, name: str | None, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"--wandb-project {project}: the package wandb is missing. "
-            "Install it with pip install 'megatron-rmipo[wandb]', or leave the flag out."
-        ) from error
-    remembered = log_dir / WANDB_RUN_FILE
-    run_id = remembered.read_text(encoding="utf-8").strip() if remembered.exists() else None
-    run = wandb.init(project=project, name=name, config=dict(config), dir=str(log_dir), id=run_id, resume="allow")
-    remembered.write_text(run.id, encoding="utf-8")
-    # A resumed run may log a step again; with a step of our own none is refused.
-    run.define_metric("*", step_metric="step")
-    return run

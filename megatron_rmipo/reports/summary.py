@@ -22,7 +22,7 @@ from megatron_rmipo.reports.held_out import (
     plus_minus,
     recorded,
 )
-from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
+from megatron_rmipo.reports.reporter import EVALUATION, FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE, pairs_file
 
 # What the table shows, where the objective has it: name in metrics.jsonl -> what a reader calls it.
 METRIC_TITLES = {
@@ -46,18 +46,39 @@ _NOTICEABLE_MARGIN = 0.05
 
 
 def read_evaluations(log_dir: Path) -> list[Record]:
-    """The evaluations of a run, in order.
+    """The evaluations of a run's main held-out set, in order.
 
     Raises:
-        ConfigError: there is no metrics.jsonl, a line of it is damaged, or it has fewer than two evaluations.
+        ConfigError: as :func:`read_held_out_sets`, or it has none.
+    """
+    sets = read_held_out_sets(log_dir)
+    if "" not in sets:
+        raise ConfigError(
+            f"{log_dir / METRICS_FILE}: no evaluations of a main held-out set in it, of {', '.join(sets)} alone. Train with "
+            "--valid-data-path or --split."
+        )
+    return sets[""]
+
+
+def read_held_out_sets(log_dir: Path) -> dict[str, list[Record]]:
+    """The evaluations of each held-out set that has two or more, in order, by its name; "" is the main one.
+
+    Raises:
+        ConfigError: there is no metrics.jsonl, a line of it is damaged, or no set has two evaluations.
     """
     path = log_dir / METRICS_FILE
-    evaluations = [record for record in read_records(path) if record.get("kind") == "eval"]
-    if len(evaluations) < 2:
+    sets: dict[str, list[Record]] = {}
+    for record in read_records(path):
+        kind, _, name = str(record.get("kind")).partition("/")
+        if kind == EVALUATION:
+            sets.setdefault(name, []).append(record)
+    compared = {name: evaluations for name, evaluations in sets.items() if len(evaluations) > 1}
+    if not compared:
+        most = max(map(len, sets.values()), default=0)
         raise ConfigError(
-            f"{path}: {len(evaluations)} evaluations in it, two are needed to compare. Train with --valid-data-path or --split."
+            f"{path}: {most} evaluations in it, two are needed to compare. Train with --valid-data-path or --split."
         )
-    return evaluations
+    return compared
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -267,8 +288,11 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
     Raises:
         ConfigError: the logs are missing or hold fewer than two evaluations, or the rows are not those of the held-out pairs.
     """
-    evaluations = read_evaluations(log_dir)
-    before, after = evaluations[0], evaluations[-1]
+    sets = read_held_out_sets(log_dir)
+    further = [_table_of_set(log_dir, name, evaluations) for name, evaluations in sets.items() if name]
+    if "" not in sets:
+        return "\n\n".join(further)
+    before, after = sets[""][0], sets[""][-1]
     gamma_min, gamma_max = margin_bounds(read_configuration(log_dir))
     pairs = read_pairs(log_dir, after)
     changes = paired_changes(read_pairs(log_dir, before, FIRST_PAIRS_FILE), pairs)
@@ -280,7 +304,16 @@ def summarize_run(log_dir: Path, rows: Path | None = None) -> str:
             kinds = read_kinds(rows)
             check_rows_are_of(rows, len(kinds), len(pairs))
             parts.append(table_by_kind(pairs, kinds))
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(filter(None, [*parts, *further]))
+
+
+def _table_of_set(log_dir: Path, name: str, evaluations: Sequence[Record]) -> str:
+    """The table of a further held-out set, under its name."""
+    before, after = evaluations[0], evaluations[-1]
+    first = read_pairs(log_dir, before, pairs_file(name, first=True))
+    changes = paired_changes(first, read_pairs(log_dir, after, pairs_file(name)))
+    told = [f"== {name}", comparison_table(before, after, changes), describe_change(before, after, changes)]
+    return "\n".join(filter(None, told))
 
 
 def read_configuration(log_dir: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import importlib.util
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -32,11 +34,11 @@ _NUMERIC_VARIABLES = (
 _ANNOUNCING = ("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch")
 
 
-def check_environment(*, wandb: bool = False) -> None:
+def check_environment(trackers: Mapping[str, str] = MappingProxyType({})) -> None:
     """Refuse an environment in which a run would fail late or hang. Cheap; imports none of what it looks for.
 
     Args:
-        wandb: whether the run logs to Weights & Biases.
+        trackers: packages that the run tells of itself -> the flag that asks for it.
 
     Raises:
         ConfigError: a package of the wrong kind or a missing one, with the command that mends it.
@@ -51,8 +53,9 @@ def check_environment(*, wandb: bool = False) -> None:
         )
     if importlib.util.find_spec("psutil") is None:
         raise ConfigError("psutil is missing; without it Megatron-Core hangs while saving a checkpoint. Run: pip install psutil")
-    if wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--wandb-project: wandb is not installed. Run: pip install 'megatron-rmipo[wandb]', or leave it out")
+    for name, flag in trackers.items():
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"{flag}: {name} is not installed. Run: pip install 'megatron-rmipo[{name}]', or leave it out")
 
 
 def hide_deprecation_banners() -> None:

@@ -86,7 +86,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
     """
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict() | dataclasses.asdict(scoring), rendezvous.launch.local_rank))
-    check_environment(wandb=False)
+    check_environment()
     if not scoring.pairs:
         raise ConfigError("nothing to score: give --pairs PREFIX (of PREFIX.bin, .idx and .json).")
     look = rendezvous.look_once

@@ -28,6 +28,21 @@ from megatron_rmipo.training.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOutSet:
+    """A further held-out set, of ``--eval-data``.
+
+    Attributes:
+        name: of the set.
+        pairs: prepared.
+        num_pairs: how many of them are evaluated, the first ones.
+    """
+
+    name: str
+    pairs: PairCollection
+    num_pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RunData:
     """Prepared pairs of a run.
 
@@ -36,6 +51,7 @@ class RunData:
         held_out: pairs to evaluate on, or None.
         num_held_out: how many of them.
         context: what stands before a response in log p(y).
+        further: held-out sets beside that one.
         fitting: layouts that :meth:`check_rows_fit` has let pass: a plan that is made again does not look again.
     """
 
@@ -43,6 +59,7 @@ class RunData:
     held_out: PairCollection | None
     num_held_out: int
     context: ContextToken
+    further: tuple[HeldOutSet, ...] = ()
     fitting: set[BatchLayout] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     @functools.cached_property
@@ -55,10 +72,15 @@ class RunData:
         """Of the pairs to evaluate on; "" without any."""
         return collection_fingerprint(self.held_out) if self.held_out is not None else ""
 
+    @functools.cached_property
+    def further_fingerprints(self) -> dict[str, str]:
+        """Of the further held-out sets, by name."""
+        return {one.name: collection_fingerprint(one.pairs) for one in self.further}
+
     @property
     def collections(self) -> list[PairCollection]:
         """The collections that there are."""
-        return [pairs for pairs in (self.train, self.held_out) if pairs is not None]
+        return [*(pairs for pairs in (self.train, self.held_out) if pairs is not None), *(one.pairs for one in self.further)]
 
     @property
     def manifests(self) -> dict[str, Manifest]:
@@ -133,11 +155,17 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
         parts = [first for first, _ in split_parts]
         held_out = PairCollection.combine([last for _, last in split_parts])
     train = PairCollection.combine(parts, weights)
-    num_held_out = min(len(held_out), config.training.eval_pairs or len(held_out)) if held_out is not None else 0
-    stores = [store for pairs in (train, held_out) if pairs is not None for store in pairs.stores]
+    most = config.training.eval_pairs
+    num_held_out = min(len(held_out), most or len(held_out)) if held_out is not None else 0
+    further = []
+    for name, prefix in config.evaluation.sets.items():
+        collections, _ = _open_blend([prefix], f"--eval-data {name}", check)
+        further.append(HeldOutSet(name, collections[0], min(len(collections[0]), most or len(collections[0]))))
+    every = [*(pairs for pairs in (train, held_out) if pairs is not None), *(one.pairs for one in further)]
+    stores = [store for pairs in every for store in pairs.stores]
     refuse_mixed(stores)
     context = find_context_token(tokenizer, [store.manifest for store in stores])
-    data = RunData(train, held_out, num_held_out, context)
+    data = RunData(train, held_out, num_held_out, context, tuple(further))
     made: dict[str, MismatchedStore] = {}
     for pairs in data.collections if needs.mismatched else []:
         pairs.match_anew(made)

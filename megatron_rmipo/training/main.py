@@ -25,6 +25,7 @@ from megatron_rmipo.health.pace import Pace
 from megatron_rmipo.memory.report import MemoryReport
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.reports.trackers.opening import tracker_packages
 from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_first_rank
 from megatron_rmipo.runtime.environment import check_environment, launched_at
 from megatron_rmipo.runtime.first_failure import tell_failure
@@ -33,9 +34,13 @@ from megatron_rmipo.runtime.messages import tell_stop, warn
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
 from megatron_rmipo.scoring.reference import attach_scores, identify_reference, load_reference
+from megatron_rmipo.training.course.prompts import Prompts
+from megatron_rmipo.training.course.run import HeldOutBatches, Run
+from megatron_rmipo.training.course.samples import find_prompts
+from megatron_rmipo.training.course.selection import Selection
 from megatron_rmipo.training.dry_run import dry_run
 from megatron_rmipo.training.facts import run_facts
-from megatron_rmipo.training.loop import Run, train
+from megatron_rmipo.training.loop import train
 from megatron_rmipo.training.observers import (
     build_profiler,
     build_throughput,
@@ -90,7 +95,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     """
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
-    check_environment(wandb=config.logging.wandb_project is not None)
+    check_environment(tracker_packages(config.logging))
     look = rendezvous.look_once
     config = after_restarts(config, rendezvous.launch.restarts, launched_at(), look=look)
     found = look_for_model("the model to start from", partial(find_model, config), look, maker=maker_of(config))
@@ -140,11 +145,12 @@ def _train_by_plan(
         latest_checkpoint=partial(checkpoint_to_go_on_from, config.checkpoint),
     )
     stop = StopRequest(groups)
+    prompts = find_prompts(config, source, plan.data.train.stores[0].manifest, groups)
     _attach_reference_scores(plan, groups, memory, stop)
     with memory.explaining("loading the model"):
         state = _load_state(plan, groups)
     with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
-        run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat)
+        run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat, prompts)
         say_what_runs(run, source, plan.start, plan.data.context)
         keep_facts(run, source)
         for note in plan.data.chat[1]:
@@ -154,7 +160,8 @@ def _train_by_plan(
         # Of the weights that the last evaluation saw.
         keep_tokens(run)
         heartbeat.doing("export")
-        save_hf(config, source, state, run.progress, groups, stop, partial(beside_weights, plan, groups))
+        step = run.checkpoints.load_best() if config.checkpoint.save_hf_from == "best" else run.progress.step
+        save_hf(config, source, state, run.progress, groups, stop, partial(beside_weights, plan, groups, step))
     tell_report(config, groups)
 
 
@@ -176,6 +183,7 @@ def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: Memor
     seen = [SeenPairs.in_order(data.train, _order(plan), progress.consumed_pairs, plan.total_pairs)]
     if data.held_out is not None:
         seen.append(SeenPairs.first(data.held_out, data.num_held_out))
+    seen += [SeenPairs.first(one.pairs, one.num_pairs) for one in data.further]
     with memory.explaining("loading the reference", trains=False):
         attach_scores(plan.config, plan.reference, fingerprint, seen, plan.objective.needs, groups, memory, stop)
 
@@ -201,6 +209,7 @@ def _assemble(
     stop: StopRequest,
     owner: DirectoryOwner | None,
     heartbeat: Heartbeat,
+    prompts: Prompts | None,
 ) -> Run:
     config, data, progress = plan.config, plan.data, plan.start.progress
     layout = plan.layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -216,6 +225,8 @@ def _assemble(
         total_pairs=plan.total_pairs,
         held_out=BatchBuilder(data.held_out, layout) if data.held_out is not None else None,
         num_held_out=data.num_held_out,
+        further_held_out=tuple(HeldOutBatches(one.name, BatchBuilder(one.pairs, layout), one.num_pairs) for one in data.further),
+        selection=Selection(config.evaluation, progress),
         reporter=reporter,
         throughput=build_throughput(config, groups),
         profiler=build_profiler(config, groups, progress, reporter),
@@ -225,4 +236,6 @@ def _assemble(
         clock=stage_clock(state.policy),
         pace=Pace(groups),
         heartbeat=heartbeat,
+        assets=plan.source.assets,
+        prompts=prompts,
     )

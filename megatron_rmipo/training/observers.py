@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -24,10 +23,11 @@ from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.throughput import Throughput
 from megatron_rmipo.reports.timers import StageClock
+from megatron_rmipo.reports.trackers.opening import open_trackers
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.environment import costs_of_missing_kernels
 from megatron_rmipo.runtime.groups import ProcessGroups
-from megatron_rmipo.training.loop import Run
+from megatron_rmipo.training.course.run import Run
 from megatron_rmipo.training.pipeline_advice import tell_pipeline
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.resume import StartingPoint
@@ -39,22 +39,15 @@ def open_reporter(config: Config, groups: ProcessGroups, train_iters: int, progr
     Raises:
         ConfigError: on every rank: the log directory cannot be written, or a package that was asked for is missing.
     """
-    tensorboard_dir = config.logging.tensorboard_dir
-    build = partial(
-        Reporter,
-        config.log_directory,
-        tensorboard_dir=Path(tensorboard_dir) if tensorboard_dir else None,
-        wandb_project=config.logging.wandb_project,
-        wandb_exp_name=config.logging.wandb_exp_name,
-        total_steps=train_iters,
-        config=config.to_flat_dict(),
-        resumed_step=progress.step or None,
-    )
+    resumed_step = progress.step or None
+    build = partial(Reporter, config.log_directory, total_steps=train_iters, resumed_step=resumed_step)
     opened: list[Reporter] = []
 
     def open_here() -> None:
         config.save_config(config.log_directory / "config.yaml")
-        opened.append(build(enabled=True))
+        # First, so that a run that cannot start leaves an earlier one's metrics.jsonl alone.
+        trackers = open_trackers(config.logging, config.log_directory, config.to_flat_dict(), resumed_step)
+        opened.append(build(trackers=trackers))
 
     on_first_rank(groups.world, open_here)
     return opened[0] if opened else build(enabled=False)
@@ -92,12 +85,14 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
             "an epoch is less than one full step."
         )
     _tell_unread_columns(run)
-    warn_of_few_pairs(run.num_held_out, config.training.eval_pairs, run.reporter)
+    for one in run.held_out_sets:
+        warn_of_few_pairs(one.num_pairs, config.training.eval_pairs, run.reporter, one.name)
 
 
 def _tell_unread_columns(run: Run) -> None:
     """Say what of the data the run does not read, and what would."""
-    stores = [store for builder in (run.pairs, run.held_out) if builder is not None for store in builder.pairs.stores]
+    builders = [run.pairs, *(one.batches for one in run.held_out_sets)]
+    stores = [store for builder in builders for store in builder.pairs.stores]
     there = dict.fromkeys(column for store in stores for column in store.manifest.pair_columns)
     for column in there:
         if column not in run.objective.needs.columns:
@@ -127,10 +122,12 @@ def _where_it_starts(source: ModelSource, progress: Progress) -> str:
 
 
 def _held_out(run: Run) -> str:
-    if run.held_out is None:
-        return "none held out"
-    count, evaluated = len(run.held_out.pairs), run.num_held_out
-    return f"{count:,} held out" + (f", of which the first {evaluated:,} are evaluated" if evaluated < count else "")
+    told = []
+    for one in run.held_out_sets:
+        count, name = len(one.batches.pairs), f" as {one.name}" if one.name else ""
+        part = f", of which the first {one.num_pairs:,} are evaluated" if one.num_pairs < count else ""
+        told.append(f"{count:,} held out{name}{part}")
+    return "; ".join(told) or "none held out"
 
 
 def describe_layout(groups: ProcessGroups, parallel: ParallelConfig) -> str:
@@ -164,19 +161,22 @@ def describe_precision(model: ModelConfig, memory: MemoryConfig) -> str:
     return ", ".join(parts)
 
 
-def warn_of_few_pairs(num_held_out: int, eval_pairs: int | None, reporter: Reporter) -> None:
+def warn_of_few_pairs(num_held_out: int, eval_pairs: int | None, reporter: Reporter, name: str = "") -> None:
     """Warn where a run has held-out pairs, but so few that no figure of theirs will tell anything.
 
     Args:
         num_held_out: pairs of an evaluation; 0 for a run without.
         eval_pairs: of ``--eval-pairs``.
         reporter: of the run.
+        name: of the held-out set, "" for the main one.
     """
     if 0 < num_held_out < FEWEST_PAIRS:
-        more = f"raise --eval-pairs {eval_pairs}" if num_held_out == eval_pairs else "see --split and --valid-data-path"
+        flags = f"--eval-data {name}" if name else "--split and --valid-data-path"
+        more = f"raise --eval-pairs {eval_pairs}" if num_held_out == eval_pairs else f"see {flags}"
+        of_set = f" of {name}" if name else ""
         reporter.warn(
-            f"held-out pairs: {num_held_out}, not enough to tell anything by (an accuracy near one half has a standard error of "
-            f"{0.5 / num_held_out**0.5:.2f}); hold out {FEWEST_PAIRS} or more: {more}"
+            f"held-out pairs{of_set}: {num_held_out}, not enough to tell anything by (an accuracy near one half has a standard "
+            f"error of {0.5 / num_held_out**0.5:.2f}); hold out {FEWEST_PAIRS} or more: {more}"
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
-from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
+from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints, write_best
+from megatron_rmipo.checkpoint.megatron.directory import best_iteration, checkpoint_path, iterations_of
+from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints, saved_flags
@@ -16,11 +19,12 @@ from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.publishing.model_card import model_card
-from megatron_rmipo.reports.reporter import METRICS_FILE
+from megatron_rmipo.reports.reporter import BEST_FILE, METRICS_FILE, write_lines
 from megatron_rmipo.reports.summary import read_records
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.signals import RunStopped, StopRequest
+from megatron_rmipo.training.course.selection import Watch
 from megatron_rmipo.training.plan import RunPlan
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
@@ -104,7 +108,7 @@ class RunCheckpoints:
         beside: Callable[[], Beside],
     ) -> None:
         self._config, self._source, self._state, self._progress, self._owner = config, source, state, progress, owner
-        self._groups, self._beside = groups, beside
+        self._groups, self._beside, self._saved_step = groups, beside, progress.step
         self._saver = CheckpointSaver(groups, in_background=config.checkpoint.async_save)
 
     def __enter__(self) -> RunCheckpoints:
@@ -114,6 +118,11 @@ class RunCheckpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._saver.__exit__(kind, error, trace)
 
+    @property
+    def saved_step(self) -> int:
+        """The step of the last :meth:`save`; that at which the run starts, before any."""
+        return self._saved_step
+
     def save(self) -> None:
         """Write a checkpoint of the run as it is; with ``--async-save`` begin to, once the one before is there.
 
@@ -121,6 +130,7 @@ class RunCheckpoints:
             CheckpointError: as :meth:`megatron_rmipo.checkpoint.megatron.store.CheckpointSaver.save`.
         """
         flags = self._config.checkpoint
+        self._saved_step = self._progress.step
         if flags.save is None:
             return
         self._state.gather_parameters()
@@ -138,6 +148,69 @@ class RunCheckpoints:
             owner=self._owner,
             beside=self._beside() if self._groups.rank == 0 else NOTHING_ELSE,
         )
+
+    def keep_best(self, best: Watch) -> bool:
+        """Make sure that the checkpoint of the best evaluation is there, written down as such and not pruned.
+
+        What is being written is waited for first: the best counts once it is whole.
+
+        Args:
+            best: which it is; before any, what an earlier run has written down there is forgotten.
+
+        Returns:
+            False where it is not there, and no more made: it is of a step before this one.
+
+        Raises:
+            CheckpointError: as :meth:`save`.
+        """
+        assert self._config.checkpoint.save is not None
+        directory = Path(self._config.checkpoint.save)
+        self.wait()
+        is_there = best.step == 0 or on_first_rank(self._groups.world, checkpoint_path(directory, best.step).is_dir)
+        if not is_there and best.step == self._progress.step:
+            self.save()
+            self.wait()
+        elif not is_there:
+            best = Watch(best.metric)
+        on_first_rank(self._groups.world, lambda: self._write_best(directory, best))
+        return is_there or best.step > 0
+
+    def _write_best(self, directory: Path, best: Watch) -> None:
+        """On the first rank: write down which checkpoint is the best, in ``--save`` and in the log directory."""
+        if self._owner is not None:
+            self._owner.check()
+        record = self._config.log_directory / BEST_FILE
+        write_best(directory, best.step or None)
+        if not best.step:
+            record.unlink(missing_ok=True)
+            return
+        path = checkpoint_path(directory, best.step)
+        found = {"metric": best.metric, "step": best.step, "value": best.value, "checkpoint": str(path)}
+        write_lines(record, [json.dumps(found) + "\n"])
+        if (keep_last := self._config.checkpoint.keep_last) is not None:
+            prune_checkpoints(directory, keep_last, max(iterations_of(directory)), in_use=self._source.assets)
+
+    def load_best(self) -> int:
+        """Load the weights of the best evaluation's checkpoint into the model, whose training is over; its step.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        assert self._config.checkpoint.save is not None
+        directory = Path(self._config.checkpoint.save)
+        step: int = on_first_rank(self._groups.world, lambda: best_iteration(directory))
+        if step != self._progress.step:
+            load_checkpoint(
+                directory,
+                model=self._state.model,
+                optimizer=None,
+                scheduler=None,
+                load_rng=False,
+                groups=self._groups,
+                iteration=step,
+                verify=not self._config.checkpoint.no_verify_checkpoint,
+            )
+        return step
 
     def look_after(self) -> None:
         """Make the checkpoint that is being written the latest if it is whole by now.
@@ -196,18 +269,25 @@ def save_hf(
         raise RunStopped(text)
 
 
-def beside_weights(plan: RunPlan, groups: ProcessGroups) -> Beside:
-    """What belongs to the model of a run as it is now; a matter of the first rank, which reads metrics.jsonl for it."""
+def beside_weights(plan: RunPlan, groups: ProcessGroups, step: int | None = None) -> Beside:
+    """What belongs to the model of a run; a matter of the first rank, which reads metrics.jsonl for it.
+
+    Args:
+        plan: the run.
+        groups: the process groups of this rank.
+        step: after which the weights are those of the model; None: as it is now.
+    """
     config, progress = plan.config, plan.start.progress
+    step = progress.step if step is None else step
     metrics = config.log_directory / METRICS_FILE
-    evaluations = [record for record in read_records(metrics) if record.get("kind") == "eval"] if metrics.is_file() else []
+    records = [record for record in read_records(metrics) if record["step"] <= step] if metrics.is_file() else []
     card = model_card(
         config,
         Path(config.model.load_hf or saved_flags(plan.source).get("load_hf") or plan.source.directory),
         plan.data.manifests,
-        evaluations,
-        step=progress.step,
-        consumed_pairs=progress.consumed_pairs,
+        [record for record in records if record.get("kind") == "eval"],
+        step=step,
+        consumed_pairs=next((one["consumed_pairs"] for one in reversed(records) if one["step"] == step), progress.consumed_pairs),
         layout=f"TP {groups.tp_size} x PP {groups.pp_size} x CP {groups.cp_size} x DP {groups.dp_size}",
     )
     return Beside(plan.data.chat[0], card)

@@ -14,7 +14,7 @@ from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import Stages, even_length, idle_share, simulated_length
 from megatron_rmipo.data.store.collection import PairCollection
-from megatron_rmipo.training.loop import Run
+from megatron_rmipo.training.course.run import Run
 
 MOST_IDLE = 0.25
 # Data-parallel ranks that are looked at; the spread makes them alike.

@@ -21,6 +21,8 @@ class Progress:
         data, data_flags: fingerprint of the pairs to train on in their stored order, and the flags that named them; "" where an
             older version did not save them. A resumed run may find the same pairs under another name.
         held_out: fingerprint of the pairs to evaluate on, "" for none; other ones make evaluations that cannot be compared.
+        eval_data: of each further held-out set the fingerprint of its pairs, by its name.
+        watched: what ``--keep-best`` and ``--early-stop`` have seen, see :mod:`megatron_rmipo.training.course.selection`.
         order: name of the order of pairs, "" where an older version did not save it; a resumed run keeps it. See
             :mod:`megatron_rmipo.data.batches.order_names`.
     """
@@ -38,3 +40,5 @@ class Progress:
     data_flags: str = ""
     held_out: str = ""
     order: str = ""
+    eval_data: dict[str, str] = dataclasses.field(default_factory=dict)
+    watched: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)

@@ -97,6 +97,7 @@ def starting_point(
         data=look("content of the training pairs", lambda: data.train_fingerprint),
         data_flags=_data_flags(config.data),
         held_out=look("content of the held-out pairs", lambda: data.held_out_fingerprint),
+        eval_data=look("content of the further held-out sets", lambda: data.further_fingerprints),
         order=NEW_ORDER,
     )
     saved, flags = ({}, {}) if config.checkpoint.finetune else _said_of_its_run(source, look)
@@ -120,7 +121,14 @@ def starting_point(
             f"The held-out pairs are not those that the run had before (then {progress.data_flags}, now {now.data_flags}): "
             "its evaluations before and after this start cannot be compared."
         )
-    progress = dataclasses.replace(progress, data=now.data, data_flags=now.data_flags, held_out=now.held_out)
+    changed = [name for name, pairs in now.eval_data.items() if progress.eval_data.get(name, pairs) != pairs]
+    if changed:
+        warnings.append(
+            f"--eval-data {', '.join(changed)}: not the pairs of that name that the run had before: evaluations of them before "
+            "and after this start cannot be compared."
+        )
+    are_now = {name: getattr(now, name) for name in ("data", "data_flags", "held_out", "eval_data")}
+    progress = dataclasses.replace(progress, **are_now)
     return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=" ".join(warnings))
 
 

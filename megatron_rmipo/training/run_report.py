@@ -25,7 +25,7 @@ from megatron_rmipo.runtime.environment import numeric_environment
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.messages import warn
 from megatron_rmipo.torchrun import read_launch
-from megatron_rmipo.training.loop import Run
+from megatron_rmipo.training.course.run import Run
 from megatron_rmipo.training.observers import describe_layout, describe_precision
 
 _VERSION = "version of "

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.objectives.base import BatchLogps, Objective, PairLogps, State
+from megatron_rmipo.objectives.metrics import output_of
 
 BOS = 1
 VOCAB = 83  # not a multiple of anything a layout could want
@@ -157,7 +158,7 @@ class DenseProblem:
                 has_response=torch.tensor([[p.chosen.size > 0, p.rejected.size > 0] for p in self._mismatched()]),
             )
             prepared = objective.prepare(whole, objective.initial_state() if state is None else state)
-        output = objective(PairLogps(**fields, batch=prepared))
+        output = output_of(objective, PairLogps(**fields, batch=prepared))
         loss = output.losses.mean()
         self.model.zero_grad()
         loss.backward(retain_graph=True)

@@ -48,7 +48,7 @@ class Blow(NamedTuple):
 
 
 STEP = "megatron_rmipo.training.loop:train_step"
-EVALUATION = "megatron_rmipo.training.loop:evaluate_batch"
+EVALUATION = "megatron_rmipo.training.course.evaluation:evaluate_batch"
 SAVE = "megatron_rmipo.checkpoint.megatron.store:CheckpointSaver.save"
 WRITING = "megatron_rmipo.checkpoint.megatron.store:dist_checkpointing.save"
 COMMIT = "megatron_rmipo.checkpoint.megatron.store:commit_checkpoint"

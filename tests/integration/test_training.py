@@ -29,8 +29,9 @@ from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.command import FAULT_OF_OURS, STOPPED
 from megatron_rmipo.data.preparing.preprocess_cli import main as preprocess
 from megatron_rmipo.data.store.pair_store import PairStore
-from megatron_rmipo.training import loop, resume
 from megatron_rmipo.training import main as trainer
+from megatron_rmipo.training import resume
+from megatron_rmipo.training.course import evaluation
 from tests.checkpoint.models import flip_bit, write_hf_model
 from tests.data.tokenizers import save_byte_bpe
 from tests.harness import free_port, run_distributed
@@ -101,7 +102,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.dist
 def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
     save, exported = tmp_path / "run", tmp_path / "exported"
-    arguments = flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4, async_save=True)
+    (tmp_path / "prompts.txt").write_text("what is red?\nhello\n")
+    samples: dict[str, Any] = {"sample_prompts": tmp_path / "prompts.txt", "sample_interval": 4, "sample_length": 3}
+    arguments = flags(prefix, save, save_hf=exported, eval_interval=3, save_interval=4, async_save=True, **samples)
     code, output = run_distributed(output_of, 1, run, arguments)[0]
     assert code == 0, output
     before = output[: output.index("eval at step 0/6")].splitlines()
@@ -120,6 +123,10 @@ def test_a_run_saves_reports_and_exports(prefix: Path, tmp_path: Path) -> None:
     shown |= {"dpmi/p95", "logps/chosen", "logps/rejected", "grad_norm", "lr", "pairs_per_second", "tokens_per_second"}
     shown |= {"tflops_per_device", "padding_share", "memory_gib", "skipped_steps", "consumed_pairs"}
     assert shown <= steps[0].keys()
+    answers = [json.loads(line) for line in (save / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["prompt"]) for one in answers] == [(step, prompt) for step in (0, 4, STEPS) for prompt in (0, 1)]
+    assert answers[0].keys() == {"step", "prompt", "text", "answer", "num_tokens", "ended"}
+    assert all(one["num_tokens"] == 3 or one["ended"] for one in answers)
     assert [record["lr"] for record in steps[:3]] == pytest.approx([0.0, 5e-4, 1e-3], rel=1e-2)
     assert {path.name for path in save.iterdir()} >= {"iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt"}
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
@@ -326,7 +333,7 @@ def run_with_a_signal(arguments: list[str], where: str, call: int) -> int:
         return called
 
     if where == "evaluation":
-        loop.evaluate_batch = signalled(loop.evaluate_batch)
+        evaluation.evaluate_batch = signalled(evaluation.evaluate_batch)
     else:
         makers.export_hf = signalled(makers.export_hf)
     return trainer.main(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_rmipo.config.values import convert, field_types
 from megatron_rmipo.objectives.__main__ import default_in_words, main
-from megatron_rmipo.objectives.base import LogpNeeds
+from megatron_rmipo.objectives.base import BatchLogps, LogpNeeds, LossOutput, PairLogps
 from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 from tests.objectives.batches import with_prepared
 from tests.objectives.float64 import numbers_of, softplus
@@ -160,6 +161,25 @@ def test_the_example_computes_what_it_says(tmp_path: Path, monkeypatch: pytest.M
         state = objective.advance(state, pairs.batch, output.metrics)
         assert state == pytest.approx({"usual": usual}, abs=1e-6)
     assert objective.needs == LogpNeeds(batch=True)
+
+
+def test_the_program_lists_every_field_that_an_objective_meets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--fields"]) == 0
+    text = capsys.readouterr().out
+    assert all(len(line) <= 120 for line in text.splitlines())
+    for kind in (LogpNeeds, BatchLogps, PairLogps, LossOutput):
+        part = text[text.index(f"{kind.__name__}: ") :].partition("\n\n")[0]
+        told = {
+            name
+            for line in part.splitlines()[1:]
+            if (named := re.match(r"  (\w[\w, ]*):", line))
+            for name in named[1].split(", ")
+        }
+        assert told == {field.name for field in dataclasses.fields(kind)}, kind
+    assert all(name in text for name in ("logps/rejected", "nll/chosen", "tokens/chosen"))
+    assert "`" not in text
+    with pytest.raises(SystemExit):
+        main(["dpo", "--fields"])
 
 
 def test_the_program_refuses_an_unknown_name_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

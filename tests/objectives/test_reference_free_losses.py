@@ -50,9 +50,6 @@ def test_hand_worked_pair(name: str, options: dict[str, Any], loss: float, rewar
     assert output.metrics["rewards/chosen"].item() == pytest.approx(rewards[0], abs=1e-6)
     assert output.metrics["rewards/rejected"].item() == pytest.approx(rewards[1], abs=1e-6)
     assert output.metrics["rewards/margins"].item() == pytest.approx(rewards[0] - rewards[1], abs=1e-6)
-    assert output.metrics["logps/chosen"].item() == pytest.approx(-LN2)
-    assert output.metrics["logps/rejected"].item() == pytest.approx(-LN4)
-    assert output.metrics["nll/chosen"].item() == pytest.approx(LN2)
     assert not any(metric.requires_grad for metric in output.metrics.values())
     assert output.distributions == ("rewards/margins",)
 

@@ -55,9 +55,6 @@ def test_hand_worked_pair(name: str, options: dict[str, Any], loss: float, rewar
     assert output.metrics["rewards/rejected"].item() == pytest.approx(rewards[1])
     assert output.metrics["rewards/margins"].item() == pytest.approx(rewards[0] - rewards[1])
     assert output.metrics["rewards/accuracies"].item() == 1.0
-    assert output.metrics["logps/chosen"].item() == pytest.approx(-1.5)
-    assert output.metrics["logps/rejected"].item() == pytest.approx(-2.0)
-    assert output.metrics["nll/chosen"].item() == pytest.approx(1.5)
     assert not any(metric.requires_grad for metric in output.metrics.values())
     assert output.distributions == ("rewards/margins",)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_rmipo.objectives.base import PairLogps
+from megatron_rmipo.objectives.metrics import output_of
 from megatron_rmipo.objectives.registry import build_objective
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -52,7 +53,7 @@ def test_rmipo_official_preset(number: int) -> None:
     expected, pairs = load("rmipo")
     options = {key: expected[key] for key in ("beta", "gamma_min", "gamma_max", "label_smoothing", "sft_weight")}
     step = expected["steps"][number]
-    output = build_objective("rmipo", {"preset": "official", **options})(logps_of(step, pairs))
+    output = output_of(build_objective("rmipo", {"preset": "official", **options}), logps_of(step, pairs))
     close(output.losses, step["losses"], 2e-6)
     close(output.metrics["gamma"], step["gamma"], 2e-6)
     close(output.metrics["dpmi"], step["delta_pmi"], 2e-6)

@@ -18,7 +18,6 @@ def test_hand_worked_pair() -> None:
     assert output.losses.item() == pytest.approx(0.474076984, abs=1e-6)  # log(1 + exp(-0.5))
     assert output.metrics["rewards/margins"].item() == pytest.approx(1.0)
     assert output.metrics["rewards/chosen"].item() == pytest.approx(-4.0)
-    assert output.metrics["logps/rejected"].item() == pytest.approx(-2.5)
 
 
 def test_smoothing_and_sft_term() -> None:
@@ -46,7 +45,6 @@ def test_without_length_normalisation_rewards_and_margin_are_sums() -> None:
     assert output.losses.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-6)
     assert output.metrics["rewards/chosen"].item() == pytest.approx(-12.0)
     assert output.metrics["rewards/margins"].item() == pytest.approx(2.0)
-    assert output.metrics["logps/rejected"].item() == pytest.approx(-1.75)  # per token all the same
     assert pairs.chosen_logps.grad is not None
     assert pairs.chosen_logps.grad.item() == pytest.approx(-2.0 / (1.0 + math.exp(1.5)), rel=1e-6)
 

@@ -1,12 +1,10 @@
-"""Records in metrics.jsonl, TensorBoard and Weights & Biases; new and resumed runs."""
+"""Records in metrics.jsonl, held-out pairs and answers beside it; new and resumed runs."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import tracemalloc
-import types
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,11 @@ import numpy as np
 import pytest
 
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.reports.reporter import Reporter, evaluation_kind, pairs_file
 
 
 def reporter(log_dir: Path, **options: Any) -> Reporter:
-    return Reporter(log_dir, total_steps=20, config={"lr": 0.1}, stream=StringIO(), **options)
+    return Reporter(log_dir, total_steps=20, stream=StringIO(), **options)
 
 
 def lines(log_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -94,6 +92,47 @@ def test_the_pairs_of_the_first_and_of_the_last_evaluation_are_kept(tmp_path: Pa
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_each_held_out_set_has_files_of_its_own(tmp_path: Path) -> None:
+    def evaluate(report: Reporter, step: int, *names: str) -> None:
+        for name in names:
+            report.log(evaluation_kind(name), {"step": step})
+            report.log_pairs(step, {"margin": np.array([step])}, name)
+
+    def steps(name: str) -> list[int]:
+        return [lines(tmp_path, pairs_file(name, first=first))[0]["step"] for first in (True, False)]
+
+    with reporter(tmp_path) as report:
+        evaluate(report, 0, "", "chat")
+        evaluate(report, 4, "", "chat")
+    with reporter(tmp_path, resumed_step=4) as report:
+        assert [(record["kind"], record["step"]) for record in report.evaluations()] == [
+            *(("eval", 0), ("eval/chat", 0), ("eval", 4), ("eval/chat", 4))
+        ]
+        # One that came later has its first evaluation later.
+        evaluate(report, 8, "chat", "code")
+        evaluate(report, 12, "code")
+    assert (steps(""), steps("chat"), steps("code")) == ([0, 4], [0, 8], [8, 12])
+    assert {"held_out_pairs.code.jsonl", "held_out_pairs.code.first.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_answers_beyond_the_step_of_a_resumed_run_are_dropped_and_a_new_run_puts_them_aside(tmp_path: Path) -> None:
+    def answer(report: Reporter, step: int) -> None:
+        report.log_samples(step, [{"prompt": number, "answer": "d\u00e9j\u00e0 vu", "ended": True} for number in range(2)])
+
+    with reporter(tmp_path) as report:
+        for step in (0, 3, 6):
+            answer(report, step)
+        assert report.has_samples(3)
+    with reporter(tmp_path, resumed_step=4) as report:
+        assert [report.has_samples(step) for step in (0, 3, 6)] == [True, True, False]
+        answer(report, 6)
+    assert [line["step"] for line in lines(tmp_path, "samples.jsonl")] == [0, 0, 3, 3, 6, 6]
+    assert "d\u00e9j\u00e0 vu" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    reporter(tmp_path).close()
+    assert len(lines(tmp_path, "samples.1.jsonl")) == 6
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
 def test_what_is_said_of_many_pairs_is_never_in_memory_together(tmp_path: Path) -> None:
     # As text they are 7 MB, as records of Python 40.
     values = {name: np.arange(50_000, dtype=np.float32) for name in ("loss", "margin", "gamma")}
@@ -108,8 +147,12 @@ def test_what_is_said_of_many_pairs_is_never_in_memory_together(tmp_path: Path) 
 
 
 def test_a_disabled_reporter_touches_nothing(tmp_path: Path) -> None:
-    with reporter(tmp_path / "logs", enabled=False, tensorboard_dir=tmp_path / "board", wandb_project="p") as report:
+    with reporter(tmp_path / "logs", enabled=False) as report:
         report.log("train", {"step": 1, "loss": 1.0})
+        report.log_samples(1, [{"prompt": 0}])
+        report.log_figure("eval", pytest.fail, 1)
+        assert not report.has_samples(1)
+        assert report.evaluations() == []
         report.warn("something")
         report.say("something")
     assert list(tmp_path.iterdir()) == []
@@ -119,63 +162,3 @@ def test_a_log_dir_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--log-dir .*file"):
         reporter(tmp_path / "file")
-
-
-def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log_steps(tmp_path / "logs", 1, 3, tensorboard_dir=tmp_path / "board")
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("train/loss")] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, 1 / 3),
-    ]
-
-
-def test_missing_wandb_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"--wandb-project tries.*megatron-rmipo\[wandb\]"):
-        reporter(tmp_path, wandb_project="tries")
-
-
-class FakeWandbRun:
-    """Stands in for the service: keeps what it is given."""
-
-    def __init__(self, run_id: str) -> None:
-        self.id = run_id
-        self.logged: list[dict[str, Any]] = []
-        self.step_metric: dict[str, str] = {}
-        self.finished = False
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.step_metric[name] = step_metric
-
-    def log(self, record: dict[str, Any]) -> None:
-        self.logged.append(record)
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-def test_wandb_gets_config_and_records_and_a_resumed_run_goes_on_with_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[dict[str, Any]] = []
-    runs: list[FakeWandbRun] = []
-
-    def init(**options: Any) -> FakeWandbRun:
-        calls.append(options)
-        runs.append(FakeWandbRun(options["id"] or "fresh-id"))
-        return runs[-1]
-
-    module = types.ModuleType("wandb")
-    module.init = init  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log_steps(tmp_path, 1, 2, wandb_project="tries", wandb_exp_name="first")
-    log_steps(tmp_path, 2, 2, wandb_project="tries", resumed_step=1)
-    assert calls[0]["config"] == {"lr": 0.1}
-    assert (calls[0]["project"], calls[0]["name"], calls[0]["id"], calls[1]["id"]) == ("tries", "first", None, "fresh-id")
-    assert runs[0].logged == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
-    assert runs[0].step_metric == {"*": "step"}
-    assert runs[0].finished

@@ -8,8 +8,8 @@ import torch
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.metrics import summarize_held_out
-from megatron_rmipo.reports.reporter import Reporter
-from megatron_rmipo.reports.summary import summarize_run
+from megatron_rmipo.reports.reporter import Reporter, evaluation_kind
+from megatron_rmipo.reports.summary import read_evaluations, summarize_run
 from megatron_rmipo.reports.summary_cli import main
 
 
@@ -83,7 +83,7 @@ def test_a_change_is_one_beyond_its_error_alone(
 
 def test_what_a_run_writes_is_what_the_summary_reads(tmp_path: Path) -> None:
     # The demo's accuracies: 103 and 244 of 256 pairs.
-    with Reporter(tmp_path, total_steps=64, config={}, stream=StringIO()) as reporter:
+    with Reporter(tmp_path, total_steps=64, stream=StringIO()) as reporter:
         for step, right in ((0, 103), (64, 244)):
             accuracies = torch.cat([torch.ones(right), torch.zeros(256 - right)])
             values = {"rewards/accuracies": accuracies, "rewards/margins": accuracies * 2 - 1}
@@ -95,6 +95,29 @@ def test_what_a_run_writes_is_what_the_summary_reads(tmp_path: Path) -> None:
     # The change pair by pair: 141 of 256 differ by 1, the others by 0.
     assert words_of(lines[1]) == "preference accuracy 0.402 +- 0.031 0.953 +- 0.013 +0.551 +- 0.031"
     assert "accuracy rose from 0.402 to 0.953, the reward margin rose from -0.195 to 0.906 in 64 steps (n = 256;" in lines[-1]
+
+
+def test_every_held_out_set_has_its_table(tmp_path: Path) -> None:
+    def evaluate(reporter: Reporter, step: int, name: str, right: int) -> None:
+        values = {"rewards/accuracies": torch.cat([torch.ones(right), torch.zeros(60 - right)])}
+        reporter.log(evaluation_kind(name), {"step": step, **summarize_held_out(values)})
+        reporter.log_pairs(step, {name: column.numpy() for name, column in values.items()}, name)
+
+    (tmp_path / "config.yaml").write_text("gamma_min: null\n")
+    for names in (("", "chat"), ("chat", "code")):
+        with Reporter(tmp_path, total_steps=64, stream=StringIO()) as reporter:
+            for number, name in enumerate(names):
+                evaluate(reporter, 0, name, 30)
+                evaluate(reporter, 64, name, 45 + number)
+            # One evaluation is nothing to compare.
+            evaluate(reporter, 64, "late", 30)
+        text = summarize_run(tmp_path)
+        assert [line for line in text.splitlines() if line.startswith("==")] == [f"== {name}" for name in names if name]
+        tables = [words_of(line) for line in text.splitlines() if line.startswith("preference accuracy")]
+        assert [table.split()[5] for table in tables] == ["0.750", "0.767"]
+        assert text.count("accuracy rose from 0.500 to") == 2
+    with pytest.raises(ConfigError, match=r"no evaluations of a main held-out set in it, of chat, code alone"):
+        read_evaluations(tmp_path)
 
 
 def write_pairs(run: Path, gammas: list[float]) -> None:

@@ -39,12 +39,12 @@ def test_nvidias_apex_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     check_environment()
 
 
-@pytest.mark.parametrize("name", ["psutil", "wandb"])
+@pytest.mark.parametrize("name", ["psutil", "wandb", "mlflow"])
 def test_what_is_missing_is_named_with_its_remedy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else real(wanted))
     with pytest.raises(ConfigError, match=rf"{name}.*pip install"):
-        check_environment(wandb=True)
+        check_environment({name: f"--{name}"})
 
 
 def test_wandb_is_not_needed_where_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

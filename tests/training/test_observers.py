@@ -17,6 +17,7 @@ from megatron_rmipo.families.architecture import Experts, ModelArchitecture
 from megatron_rmipo.families.tensors import num_parameters
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
+from megatron_rmipo.training.course.run import HeldOutBatches
 from megatron_rmipo.training.observers import say_what_runs, warn_of_few_pairs
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.resume import StartingPoint
@@ -53,15 +54,15 @@ def first_words(
     stream = io.StringIO()
     progress = Progress(step=3, consumed_pairs=384)
     groups = SimpleNamespace(world_size=4, tp_size=2, pp_size=1, cp_size=1, dp_size=2)
-    with Reporter(tmp_path, total_steps=7, config={}, stream=stream) as reporter:
+    batches: Any = SimpleNamespace(pairs=Pairs(held_out, columns))
+    with Reporter(tmp_path, total_steps=7, stream=stream) as reporter:
         run: Any = SimpleNamespace(
             config=config,
             groups=groups,
             objective=objective_of(config),
             progress=progress,
             pairs=SimpleNamespace(pairs=Pairs(pairs, columns)),
-            held_out=SimpleNamespace(pairs=Pairs(held_out, columns)) if held_out else None,
-            num_held_out=evaluated,
+            held_out_sets=[HeldOutBatches("", batches, evaluated)] if held_out else [],
             train_iters=7,
             total_pairs=896,
             reporter=reporter,
@@ -139,7 +140,7 @@ def test_too_few_held_out_pairs_are_warned_of(
     tmp_path: Path, num_held_out: int, eval_pairs: int | None, words: list[str]
 ) -> None:
     screen = StringIO()
-    with Reporter(tmp_path, total_steps=3, config={}, stream=screen) as reporter:
+    with Reporter(tmp_path, total_steps=3, stream=screen) as reporter:
         warn_of_few_pairs(num_held_out, eval_pairs, reporter)
     said = screen.getvalue()
     assert all(word in said for word in words), said

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_rmipo.checkpoint.megatron.directory import TRACKER_NAME, checkpoint_path, iterations_of, read_tracker
+from megatron_rmipo.checkpoint.megatron.directory import BEST_NAME, TRACKER_NAME, checkpoint_path, iterations_of, read_tracker
 from megatron_rmipo.checkpoint.megatron.record import CheckpointRecord, Iteration, write_record
 from megatron_rmipo.checkpoint.whole_directories import discard, partial_path, sync_directory
 from megatron_rmipo.runtime.messages import warn
@@ -49,15 +49,23 @@ def commit_checkpoint(partial: Path, record: CheckpointRecord, digests: Mapping[
     return path
 
 
-def write_tracker(directory: Path, iteration: Iteration) -> None:
+def write_tracker(directory: Path, iteration: Iteration, name: str = TRACKER_NAME) -> None:
     """Name the checkpoint to go on from. The file is replaced in one step."""
-    tracker = partial_path(directory / TRACKER_NAME)
+    tracker = partial_path(directory / name)
     with tracker.open("w", encoding="utf-8") as stream:
         stream.write(str(iteration))
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(tracker, directory / TRACKER_NAME)
+    os.replace(tracker, directory / name)
     sync_directory(directory)
+
+
+def write_best(directory: Path, iteration: int | None) -> None:
+    """Name the checkpoint of the best evaluation, which pruning leaves; None for no such one. In one step."""
+    if iteration is None:
+        (directory / BEST_NAME).unlink(missing_ok=True)
+    else:
+        write_tracker(directory, iteration, BEST_NAME)
 
 
 def abandon_checkpoint(partial: Path) -> None:
@@ -73,14 +81,15 @@ def prune_checkpoints(directory: Path, keep_last: int, newest: int, in_use: Path
     Args:
         directory: the directory of checkpoints.
         keep_last: how many to keep.
-        newest: the one just committed, which is never removed, nor is ``release``.
+        newest: the one just committed, which is never removed, nor are ``release`` and that of the best evaluation.
         in_use: a path; the iteration it lies in stays, too.
     """
     assert keep_last >= 1, keep_last
     older = sorted(iteration for iteration in iterations_of(directory) if iteration < newest)
+    best = read_tracker(directory, BEST_NAME)
     for iteration in older[: max(0, len(older) - keep_last + 1)]:
         path = checkpoint_path(directory, iteration)
-        if in_use is None or path.resolve() not in in_use.resolve().parents:
+        if iteration != best and (in_use is None or path.resolve() not in in_use.resolve().parents):
             discard(path)
 
 

@@ -3,6 +3,7 @@
 Layout::
 
     DIR/latest_checkpointed_iteration.txt   names the one to go on from
+    DIR/best_checkpointed_iteration.txt     names that of the best evaluation, of runs that keep it
     DIR/iter_0000100/                       or DIR/release/ for a converted model
         *.distcp .metadata metadata.json              Megatron-Core's torch_dist format
         common.pt                                     of it, too, where Megatron-Core before 0.19 wrote it
@@ -25,13 +26,15 @@ from pathlib import Path
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME, Iteration, NewerCheckpointError, read_record
+from megatron_rmipo.checkpoint.megatron.record import RECORD_NAME, AskedIteration, Iteration, NewerCheckpointError, read_record
 from megatron_rmipo.checkpoint.megatron.unpickling import restricted_unpickling
 from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.checkpoint.whole_directories import INCOMPLETE_SUFFIX
 from megatron_rmipo.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
+# What names the checkpoint of a run's best evaluation, where the run keeps one.
+BEST_NAME = "best_checkpointed_iteration.txt"
 METADATA_NAME = ".metadata"
 ASSETS_NAME = "hf"
 RANDOM_KEY = "rmipo_random_state"
@@ -173,8 +176,8 @@ def latest_complete_iteration(directory: Path) -> Iteration | None:
     return choose_checkpoint(directory).iteration
 
 
-def find_checkpoint(directory: Path, iteration: Iteration | None = None) -> tuple[Path, Iteration]:
-    """A complete checkpoint: the one asked for, or the latest.
+def find_checkpoint(directory: Path, iteration: AskedIteration | None = None) -> tuple[Path, Iteration]:
+    """A complete checkpoint: the one asked for, that of the best evaluation, or the latest.
 
     Raises:
         CheckpointError: saying what is there and what is wrong with it.
@@ -185,6 +188,8 @@ def find_checkpoint(directory: Path, iteration: Iteration | None = None) -> tupl
         if iteration is not None:
             return checkpoint_path(directory, iteration), iteration
         raise CheckpointError(nothing_complete(directory))
+    if iteration == "best":
+        iteration = best_iteration(directory)
     path = checkpoint_path(directory, iteration)
     if fault := fault_of(path):
         there = [str(i) for i in sorted(iterations_of(directory))] + (["release"] if (directory / "release").is_dir() else [])
@@ -199,10 +204,25 @@ def iterations_of(directory: Path) -> Iterator[int]:
             yield int(match[1])
 
 
-def read_tracker(directory: Path) -> Iteration | None:
+def best_iteration(directory: Path) -> int:
+    """The checkpoint of the best evaluation of a run that keeps one.
+
+    Raises:
+        CheckpointError: none is kept there.
+    """
+    best = read_tracker(directory, BEST_NAME)
+    if best is None or best == "release":
+        raise CheckpointError(
+            f"{directory / BEST_NAME} is missing or says nothing: no run with --keep-best has kept a checkpoint there. Name a "
+            "step, or leave --iteration out for the latest."
+        )
+    return best
+
+
+def read_tracker(directory: Path, name: str = TRACKER_NAME) -> Iteration | None:
     """What the tracker file names, or None where it is missing or says nothing that could be a checkpoint."""
     try:
-        text = (directory / TRACKER_NAME).read_text(encoding="utf-8").strip()
+        text = (directory / name).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     if text == "release":

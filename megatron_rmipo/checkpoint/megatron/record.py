@@ -15,6 +15,8 @@ from megatron_rmipo.checkpoint.raw_files import file_digest
 from megatron_rmipo.errors import CheckpointError
 
 Iteration = int | Literal["release"]
+# As a user asks for one: ``best`` is that of a run's best evaluation.
+AskedIteration = Iteration | Literal["best"]
 
 RECORD_NAME = "rmipo.json"
 # 1 had no digests.

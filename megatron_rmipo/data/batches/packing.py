@@ -211,6 +211,24 @@ def pack_responses(
     return builder.build(multiple_of)
 
 
+def pack_sequences(sequences: Sequence[Sequence[int]], numbers: Sequence[int], *, multiple_of: int = 1) -> PackedRow:
+    """Lay out sequences whose next tokens are wanted: the last token of each is the source of one triple.
+
+    Args:
+        sequences: token ids, at least one each.
+        numbers: number of each sequence, -1 for a filler.
+        multiple_of: T is padded to a multiple of this.
+
+    Returns:
+        The row; its targets are not known, and 0.
+    """
+    builder = _RowBuilder()
+    for sequence, number in zip(sequences, numbers, strict=True):
+        start = builder.add_segment(np.asarray(sequence, dtype=np.int64), 0)
+        builder.add_response(np.array([start + len(sequence) - 1]), np.zeros(1, dtype=np.int64), number, 0)
+    return builder.build(multiple_of)
+
+
 def pack_pairs_and_responses(
     pairs: Sequence[TokenizedPair],
     pair_numbers: Sequence[int],

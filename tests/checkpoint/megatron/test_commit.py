@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints
-from megatron_rmipo.checkpoint.megatron.directory import TRACKER_NAME, checkpoint_path, latest_complete_iteration
+from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints, write_best
+from megatron_rmipo.checkpoint.megatron.directory import (
+    TRACKER_NAME,
+    checkpoint_path,
+    find_checkpoint,
+    latest_complete_iteration,
+)
 from megatron_rmipo.checkpoint.whole_directories import wait_for_removals
+from megatron_rmipo.errors import CheckpointError
 from tests.checkpoint.megatron.test_directory import write
 
 
@@ -43,6 +49,20 @@ def test_a_branch_that_was_left_is_set_aside_and_never_taken_or_pruned(
     assert latest_complete_iteration(tmp_path) == 10
     shutil.rmtree(tmp_path / "iter_0000010")
     assert latest_complete_iteration(tmp_path) == 8
+
+
+def test_pruning_leaves_the_checkpoint_of_the_best_evaluation(tmp_path: Path) -> None:
+    for iteration in (4, 8, 12):
+        write(tmp_path, iteration)
+    write_best(tmp_path, 4)
+    prune_checkpoints(tmp_path, 1, newest=12)
+    assert names(tmp_path) == ["iter_0000004", "iter_0000012"]
+    assert find_checkpoint(tmp_path, "best") == (checkpoint_path(tmp_path, 4), 4)
+    write_best(tmp_path, None)
+    prune_checkpoints(tmp_path, 1, newest=12)
+    assert names(tmp_path) == ["iter_0000012"]
+    with pytest.raises(CheckpointError, match=r"is missing or says nothing: no run with --keep-best"):
+        find_checkpoint(tmp_path, "best")
 
 
 def test_pruning_never_removes_what_was_just_committed(tmp_path: Path) -> None:

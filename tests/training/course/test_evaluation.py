@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rmipo.config.evaluation_flags import EvaluationConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.objectives.base import Objective
@@ -21,24 +22,28 @@ from megatron_rmipo.objectives.rmipo import Rmipo, RmipoConfig
 from megatron_rmipo.passes.step_passes import PairMetrics
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
-from megatron_rmipo.training import loop
+from megatron_rmipo.training.course import evaluation
+from megatron_rmipo.training.course.run import HeldOutBatches
+from megatron_rmipo.training.course.selection import Selection
 from megatron_rmipo.training.observers import open_reporter
 from megatron_rmipo.training.progress import Progress
 from tests.harness import run_distributed
 from tests.objectives.pairs import make_pairs
 
 
-def run_with(reporter: Reporter, objective: Objective, groups: Any) -> Any:
+def run_with(reporter: Reporter, objective: Objective, groups: Any, names: tuple[str, ...] = ("",)) -> Any:
     """As much of a run as an evaluation of five pairs needs."""
     pairs = SimpleNamespace(mean_chosen_length=lambda _end: 100.0)
+    batches: Any = SimpleNamespace(pairs=pairs, build=lambda _indices, mean_chosen_length: None)
+    progress = Progress(step=3, consumed_pairs=12)
     return SimpleNamespace(
         config=Config(),
         groups=groups,
         state=SimpleNamespace(optimizer=None),
         objective=objective,
-        progress=Progress(step=3, consumed_pairs=12),
-        held_out=SimpleNamespace(pairs=pairs, build=lambda _indices, mean_chosen_length: None),
-        num_held_out=5,
+        progress=progress,
+        held_out_sets=[HeldOutBatches(name, batches, 5) for name in names],
+        selection=Selection(EvaluationConfig(), progress),
         reporter=reporter,
         memory=SimpleNamespace(explaining=lambda *_: contextlib.nullcontext()),
         checkpoints=SimpleNamespace(look_after=lambda: None),
@@ -56,11 +61,11 @@ def test_an_evaluation_ends_with_what_the_objective_remarks(
     pairs = make_pairs([-100.0] * 5, [-100.0] * 5, ([100] * 5, [100] * 5), ([-140.0] * 5, [-100.0] * 5))
     output = objective(pairs)
     metrics = PairMetrics({"loss": output.losses.detach(), **output.metrics}, output.distributions)
-    monkeypatch.setattr(loop, "evaluate_batch", lambda *_: metrics)
-    monkeypatch.setattr(loop, "on_first_rank", lambda _group, action: action())
+    monkeypatch.setattr(evaluation, "evaluate_batch", lambda *_: metrics)
+    monkeypatch.setattr(evaluation, "on_first_rank", lambda _group, action: action())
     stream = io.StringIO()
-    with Reporter(tmp_path, total_steps=7, config={}, stream=stream) as reporter:
-        assert loop.evaluate(run_with(reporter, objective, SimpleNamespace(rank=0, world=None)))
+    with Reporter(tmp_path, total_steps=7, stream=stream) as reporter:
+        assert evaluation.evaluate(run_with(reporter, objective, SimpleNamespace(rank=0, world=None)))
     (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (record["gamma/at_min"], record["gamma/at_max"]) == (float(said), 0.0)
     start = "target margins: of 5 pairs with dpmi > 0, 5 have"
@@ -76,15 +81,15 @@ def faults_of_the_first_rank(folder: str) -> list[str]:
     working = dataclasses.replace(config, logging=dataclasses.replace(config.logging, log_dir=str(log_dir)))
     with pytest.raises(ConfigError) as not_opened:
         open_reporter(blocked, groups, 7, Progress())
-    loop.evaluate_batch = lambda *_: PairMetrics({"loss": torch.zeros(5)})
+    evaluation.evaluate_batch = lambda *_: PairMetrics({"loss": torch.zeros(5)})
     with open_reporter(working, groups, 7, Progress()) as reporter:
         run = run_with(reporter, Rmipo(RmipoConfig()), groups)
-        assert loop.evaluate(run)
+        assert evaluation.evaluate(run)
         dist.barrier()
         if groups.rank == 0:
             (log_dir / "held_out_pairs.jsonl.tmp").mkdir()
         with pytest.raises(RmipoError) as not_written:
-            loop.evaluate(run)
+            evaluation.evaluate(run)
     shutdown_runtime()
     return [str(not_opened.value), str(not_written.value)]
 

@@ -1,0 +1,1 @@
+"""Where other programs show a run: TensorBoard, Weights & Biases, MLflow."""
