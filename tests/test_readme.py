@@ -187,6 +187,7 @@ def test_flags_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     # Of two objectives, whose common options are flags of each, and of the tutorial's own.
     samples = {
         "megatron_rmipo.train": ["--load", "x", "--objective", "dpo,simpo,mine:Capped"],
+        "megatron_rmipo.objectives": [],
         "benchmarks.bench_step": [],
         "benchmarks.bench_pipeline": [],
     }
