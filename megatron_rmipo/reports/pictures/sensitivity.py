@@ -124,7 +124,7 @@ def margin_text(margin: tuple[float, ...]) -> str:
 def draw_sensitivity(grids: Sequence[Grid]) -> Figure:
     """A column a grid, a row a measure: a line over what varies, or a map where beta and margins both do.
 
-    The dashed line is the result before training. A setting that no run has is hatched.
+    The dashed line is the result before training. A setting that no run has, or whose run has no such result, is hatched.
 
     Args:
         grids: at least one.
@@ -211,7 +211,7 @@ def _draw_map(figure: Figure, axes: Any, grid: Grid, measure: str, span: tuple[f
             axes.text(
                 column,
                 row,
-                "no run",
+                "missing",
                 ha="center",
                 va="center",
                 fontsize=7.5,

@@ -47,7 +47,7 @@ def test_a_map_shows_every_setting_and_marks_those_without_a_run() -> None:
     # By rising beta; two seeds make a mean.
     assert values == pytest.approx(np.array([[0.625, np.nan, 0.6875], [0.875, 0.76875, 0.8125]]), nan_ok=True)
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["0.625", "no run", "0.688", "0.875\n(2 runs)", "0.769", "0.812"]
+    assert texts == ["0.625", "missing", "0.688", "0.875\n(2 runs)", "0.769", "0.812"]
     (missing,) = axes.patches
     assert missing.get_hatch() == "///"
     # The first row is on top, its second cell in the middle.
