@@ -49,7 +49,8 @@ def start(module: str, *, on_ranks: bool = False) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for name in _TALKING_AT_IMPORT:
-            logging.getLogger(name).setLevel(logging.ERROR)
+            # A level of its own torch would reset.
+            logging.getLogger(name).addFilter(_is_an_error)
     if on_ranks:
         _forget_earlier_end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -58,6 +59,10 @@ def start(module: str, *, on_ranks: bool = False) -> int:
         signal.signal(signal.SIGTERM, _as_interrupt)
     code = _run(module)
     return _leave_end(code) if on_ranks else code
+
+
+def _is_an_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _as_interrupt(number: int, frame: object) -> None:
