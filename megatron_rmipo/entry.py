@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
-import logging
 import os
 import signal
 import sys
@@ -23,8 +22,6 @@ from megatron_rmipo.remote_paths import flags_and_values, refuse_remote_paths
 from megatron_rmipo.torchrun import ENDS_VARIABLE, launch_for_messages
 
 OLDEST_PYTHON = (3, 11)
-# Loggers that tell at import, on every rank, of a toolkit that is not there: CUDA's, without a GPU.
-_TALKING_AT_IMPORT = ("torch.utils.cpp_extension",)
 # What a command cannot do without, imported as.
 NEEDED = ("torch", "megatron.core", "transformers", "datasets", "safetensors", "psutil", "numpy", "yaml")
 
@@ -49,8 +46,8 @@ def start(module: str, *, on_ranks: bool = False, address_flags: tuple[str, ...]
         # Of torch's C++ side: pages of frames for every retry of a connection.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        for name in _TALKING_AT_IMPORT:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        # It tells, on every rank and in processes of theirs, of a CUDA toolkit without a GPU.
+        os.environ.setdefault("TORCH_LOGS", "-torch.utils.cpp_extension")
     if on_ranks:
         _forget_earlier_end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)

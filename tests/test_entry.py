@@ -80,7 +80,7 @@ def test_warnings_of_other_packages_are_shown_with_debug_alone(tmp_path: Path) -
 
 def test_what_other_packages_log_at_import_is_shown_with_debug_alone(tmp_path: Path) -> None:
     source = (
-        "import logging, os\nlogging.getLogger('torch.utils.cpp_extension').warning('no CUDA runtime')\n"
+        "import logging, os, torch, torch.utils.cpp_extension as extension\nextension.logger.warning('no CUDA runtime')\n"
         "print('transformers say', os.environ.get('TRANSFORMERS_VERBOSITY'), file=__import__('sys').stderr)\n"
         "def main(): return 0"
     )

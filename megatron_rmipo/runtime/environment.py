@@ -30,8 +30,12 @@ _NUMERIC_VARIABLES = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO"),
     *("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "MKL_CBWR"),
 )
-# Megatron-Core's modules that announce what it will drop, to developers; a user can mend nothing of it.
-_ANNOUNCING = ("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch")
+# Megatron-Core's modules that tell developers what it will drop, or how to call it; a user can mend nothing of it.
+_ANNOUNCING = (
+    *("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch"),
+    "megatron.core.distributed.distributed_data_parallel",
+)
+_TO_DEVELOPERS = ("deprecated", "callers should")
 
 
 def check_environment(trackers: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -59,13 +63,14 @@ def check_environment(trackers: Mapping[str, str] = MappingProxyType({})) -> Non
 
 
 def hide_deprecation_banners() -> None:
-    """Keep what Megatron-Core (0.19) logs of its own deprecations, GPTModel and its saving, off the screen. Idempotent."""
+    """Keep what Megatron-Core (0.19) tells developers, of GPTModel, its saving and its DDP, off the screen. Idempotent."""
     for name in _ANNOUNCING:
-        logging.getLogger(name).addFilter(_is_no_deprecation)
+        logging.getLogger(name).addFilter(_is_for_users)
 
 
-def _is_no_deprecation(record: logging.LogRecord) -> bool:
-    return record.levelno != logging.WARNING or "deprecated" not in record.getMessage().lower()
+def _is_for_users(record: logging.LogRecord) -> bool:
+    text = record.getMessage().lower()
+    return record.levelno != logging.WARNING or not any(words in text for words in _TO_DEVELOPERS)
 
 
 def costs_of_missing_kernels() -> list[str]:

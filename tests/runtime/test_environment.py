@@ -91,5 +91,7 @@ def test_deprecations_of_megatrons_own_are_not_shown_and_all_else_is(caplog: pyt
     model.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes, no new features.")
     saving.warning("MCore's async save is deprecated and will be removed in the future releases.")
     saving.warning("something of the checkpoint")
+    ddp = logging.getLogger("megatron.core.distributed.distributed_data_parallel")
+    ddp.warning("Callers should pre-compute layouts and pass them in.")
     model.error("deprecated and broken")
     assert caplog.messages == ["something of the checkpoint", "deprecated and broken"]
