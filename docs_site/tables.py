@@ -51,7 +51,7 @@ def default_cell(default: str) -> str:
 
 def flags_table(flags: list[Flag]) -> str:
     """Flags as a table, a line each."""
-    rows = [[code(f"{flag.names} {flag.value}".strip()), default_cell(flag.default), prose(flag.help)] for flag in flags]
+    rows = [[f"{code(flag.names)} {code(flag.value)}".strip(), default_cell(flag.default), prose(flag.help)] for flag in flags]
     return markdown(("flag", "default", "meaning"), rows)
 
 

@@ -34,7 +34,7 @@ def test_the_trainers_flags_are_all_there_once() -> None:
     expected = ["config", *(name for section in sections for name in field_types(section))]
     assert shown == [name.replace("_", "-") for name in expected]
     assert not options & {name.replace("-", "_") for name in shown}
-    assert re.search(r"^\| `--lr FLOAT` \| `6e-07` \| Peak learning rate; ", text, re.MULTILINE)
+    assert re.search(r"^\| `--lr` `FLOAT` \| `6e-07` \| Peak learning rate; ", text, re.MULTILINE)
     assert re.search(r"^\| `--\[no-\]bf16` \| `off` \| ", text, re.MULTILINE)
     assert "## Optimizer and learning-rate schedule" in text
 
@@ -47,7 +47,7 @@ def test_every_tool_has_its_flags() -> None:
         assert shown == {action.dest for action in parser._actions if action.dest != "help"}, name
     text = TABLES["tool_flags"]()
     assert re.findall(r"^## (\S+)$", text, re.MULTILINE) == list(parsers)
-    assert re.search(r"^\| `--output-prefix PREFIX` \| required \| ", text, re.MULTILINE)
+    assert re.search(r"^\| `--output-prefix` `PREFIX` \| required \| ", text, re.MULTILINE)
 
 
 def test_the_parser_is_the_one_that_answers_help() -> None:
