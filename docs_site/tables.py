@@ -23,12 +23,12 @@ from megatron_rmipo.objectives.registry import OBJECTIVES, build_objective
 
 
 def fill_in(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """A page's text with its tables in it.
+    """A page's text with its tables in it, each in the place of a line that names it.
 
     Raises:
         KeyError: there is no such table.
     """
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: tables[match[1]](), text)
+    return re.sub(r"^\{\{(\w+)\}\}$", lambda match: tables[match[1]](), text, flags=re.MULTILINE)
 
 
 def code(text: str) -> str:
@@ -51,7 +51,7 @@ def default_cell(default: str) -> str:
 
 def flags_table(flags: list[Flag]) -> str:
     """Flags as a table, a line each."""
-    rows = [[code(f"{flag.names} {flag.value}".strip()), default_cell(flag.default), prose(flag.help)] for flag in flags]
+    rows = [[f"{code(flag.names)} {code(flag.value)}".strip(), default_cell(flag.default), prose(flag.help)] for flag in flags]
     return markdown(("flag", "default", "meaning"), rows)
 
 

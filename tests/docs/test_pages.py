@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import torch
 from megatron_rmipo.data.batches.packing import pack_pairs
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.objectives.rmipo import Rmipo
-from tests.test_readme import blocks
+from tests.harness import run_distributed
+from tests.test_readme import blocks, commands_of, main_of, program
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -72,3 +76,31 @@ def test_diagrams_are_small_and_tell_what_they_show(path: Path) -> None:
     assert "<title>" in text
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
     assert f"]({path.name})" in "".join(page.read_text() for page in path.parent.glob("*.md"))
+
+
+def follow(directory: Path, commands: list[list[str]]) -> list[object]:
+    """Run commands one after the other as a reader does, in this process; what each returns."""
+    os.chdir(directory)
+    sys.path.insert(0, str(directory))
+    started = [(name.replace("rmipo.train", "rmipo.training.main"), arguments) for name, arguments in map(program, commands)]
+    return [main_of(name)(arguments) for name, arguments in started]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_reader_who_follows_the_tutorials_gets_there(tmp_path: Path) -> None:
+    pages = [(DOCS / "tutorials" / name).read_text(encoding="utf-8") for name in ("your_data.md", "your_objective.md")]
+    (mine,) = [body for language, body in blocks(pages[1]) if language == "python"]
+    (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
+    commands = [words for page in pages for words in commands_of(page)]
+    assert len(commands) == 9
+    (results,) = run_distributed(follow, 1, tmp_path, commands)
+    assert set(results) == {0}
+    records = [json.loads(line) for line in (tmp_path / "work/capped/logs/metrics.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["eval", *["train"] * 6, "eval"]
+    assert all("done" in record and record["loss"] >= 0.0 for record in records)
+    # What a run leaves is what the page of its directory names.
+    page = (DOCS / "reference/run_directory.md").read_text(encoding="utf-8")
+    logs = {path.name + "/" * path.is_dir() for path in (tmp_path / "work/first/logs").iterdir()}
+    assert {name for name in logs if f"| `{name}` |" not in page} == set()
+    assert (tmp_path / "work/first-hf/config.json").is_file()
