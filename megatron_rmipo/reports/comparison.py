@@ -151,7 +151,8 @@ def _shares(first: Sequence[Record], last: Sequence[Record], lengths: np.ndarray
         else:
             told = [told_apart(pairs) for pairs in (first, last)]
         start, end = (share_of([value for value in values if value is not None]) for values in told)
-        paired = mean_change(*([{"told": value} for value in values] for values in told), "told")
+        before, after = ([{"told": value} for value in values] for values in told)
+        paired = mean_change(before, after, "told")
         figures |= {column: end, column + BEFORE: start, column + CHANGE: _change(start, end, paired)}
     return figures
 
