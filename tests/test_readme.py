@@ -38,8 +38,8 @@ COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|
 # Where names in a document may be rooted.
 ROOTS = ("", "megatron_rmipo", "megatron_rmipo/objectives", "megatron_rmipo/checkpoint", "benchmarks", "docs", "tools")
 # Names that stand for the reader's own, or for what a run makes.
-OUTPUTS = ("data/pairs", "SAVE/", "PREFIX", "work/", "runs/", ".venv", "DIR/", "iter_", "hf/", "/p")
-OUTPUT_FILES = {"config.yaml", "data/", "heartbeats/", "out_of_memory/"}
+OUTPUTS = ("data/pairs", "SAVE/", "PREFIX", "work/", "runs/", "site/", ".venv", "DIR/", "iter_", "hf/", "/p")
+OUTPUT_FILES = {"config.yaml", "data/", "heartbeats/", "out_of_memory/", "additional_chat_templates/"}
 # Flags of programs that are not ours.
 FOREIGN_FLAGS = {
     *("--no-build-isolation", "--nproc-per-node", "--max-restarts"),
