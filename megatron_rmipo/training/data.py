@@ -15,7 +15,7 @@ from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.fitting import check_pairs_fit, largest_pair
 from megatron_rmipo.data.encoding.context_token import ContextToken, find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
-from megatron_rmipo.data.store.chat_form import ChatForm, carried_form
+from megatron_rmipo.data.store.chat_form import CarriedForm, carried_form
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.fingerprint import collection_fingerprint
 from megatron_rmipo.data.store.manifest import Manifest
@@ -88,7 +88,7 @@ class RunData:
         return {store.prefix: store.manifest for pairs in self.collections for store in pairs.stores}
 
     @property
-    def chat(self) -> tuple[ChatForm | None, list[str]]:
+    def chat(self) -> CarriedForm:
         """As of :func:`megatron_rmipo.data.store.chat_form.carried_form`."""
         return carried_form(self.manifests.items())
 

@@ -145,7 +145,7 @@ def _train_by_plan(
         latest_checkpoint=partial(checkpoint_to_go_on_from, config.checkpoint),
     )
     stop = StopRequest(groups)
-    prompts = find_prompts(config, source, plan.data.train.stores[0].manifest, groups)
+    prompts = find_prompts(config, source, plan.data.chat.form, groups)
     _attach_reference_scores(plan, groups, memory, stop)
     with memory.explaining("loading the model"):
         state = _load_state(plan, groups)
@@ -153,16 +153,26 @@ def _train_by_plan(
         run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat, prompts)
         say_what_runs(run, source, plan.start, plan.data.context)
         keep_facts(run, source)
-        for note in plan.data.chat[1]:
+        for note in plan.data.chat.notes:
             reporter.warn(note)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
         # Of the weights that the last evaluation saw.
         keep_tokens(run)
-        heartbeat.doing("export")
-        step = run.checkpoints.load_best() if config.checkpoint.save_hf_from == "best" else run.progress.step
-        save_hf(config, source, state, run.progress, groups, stop, partial(beside_weights, plan, groups, step))
+        _export(run, plan)
     tell_report(config, groups)
+
+
+def _export(run: Run, plan: RunPlan) -> None:
+    """The trained model, or that of the best evaluation, where ``--save-hf`` names a place."""
+    run.heartbeat.doing("export")
+    step = run.progress.step
+    if run.config.checkpoint.save_hf_from == "best":
+        step = run.checkpoints.load_best()
+        run.reporter.say(f"--save-hf is from step {step}, the best by {run.config.evaluation.keep_best}")
+    save_hf(
+        run.config, plan.source, run.state, run.progress, run.groups, run.stop, partial(beside_weights, plan, run.groups, step)
+    )
 
 
 def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: bool) -> RunPlan:

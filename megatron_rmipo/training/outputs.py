@@ -290,7 +290,7 @@ def beside_weights(plan: RunPlan, groups: ProcessGroups, step: int | None = None
         consumed_pairs=next((one["consumed_pairs"] for one in reversed(records) if one["step"] == step), progress.consumed_pairs),
         layout=f"TP {groups.tp_size} x PP {groups.pp_size} x CP {groups.cp_size} x DP {groups.dp_size}",
     )
-    return Beside(plan.data.chat[0], card)
+    return Beside(plan.data.chat.form, card)
 
 
 def where_it_stands(config: Config, progress: Progress) -> str:

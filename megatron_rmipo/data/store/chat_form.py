@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,20 @@ class Prepared(Protocol):
         """What the template is called."""
 
 
-def carried_form(data: Iterable[tuple[str, Prepared]]) -> tuple[ChatForm | None, list[str]]:
-    """The form that a model trained on data sets gets with it, and what a user should know of it, a sentence each.
+class CarriedForm(NamedTuple):
+    """What a model trained on data sets gets with it.
+
+    Attributes:
+        form: None leaves the tokenizer's own template.
+        notes: what a user should know of it, a sentence each.
+    """
+
+    form: ChatForm | None
+    notes: list[str]
+
+
+def carried_form(data: Iterable[tuple[str, Prepared]]) -> CarriedForm:
+    """The form that a model trained on data sets gets with it.
 
     That of the first data set that has one; the others are told of where theirs differ.
 
@@ -51,9 +63,9 @@ def carried_form(data: Iterable[tuple[str, Prepared]]) -> tuple[ChatForm | None,
         if manifest.chat is None and manifest.template_name not in ("", "none", "tokenizer")
     ]
     if carried is None:
-        return None, notes
+        return CarriedForm(None, notes)
     first, form = carried
     others = [prefix for prefix, manifest in data if manifest.chat not in (None, form)]
     if others:
         notes.append(f"the chat template of {', '.join(others)} is another than that of {first}, which an export carries")
-    return form, notes
+    return CarriedForm(form, notes)

@@ -10,11 +10,10 @@ from typing import Any
 
 from megatron_rmipo.data.encoding.chat import ChatTemplate, load_template
 from megatron_rmipo.data.encoding.ends import EndOfTurn
-from megatron_rmipo.data.encoding.templates import BUILT_IN_TEMPLATES
-from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, with_one_bos, without_bos
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, with_one_bos
 from megatron_rmipo.data.layouts.messages import turn_of
 from megatron_rmipo.data.reading.rows import RowFault, Turn
-from megatron_rmipo.data.store.manifest import Manifest
+from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.errors import DataError
 
 _JSON_LINES = (".jsonl", ".json")
@@ -46,23 +45,23 @@ class Prompts:
     ends: frozenset[int]
 
 
-def read_prompts(path: Path, tokenizer: PreferenceTokenizer, manifest: Manifest, *, most_tokens: int) -> Prompts:
+def read_prompts(path: Path, tokenizer: PreferenceTokenizer, chat: ChatForm | None, *, most_tokens: int) -> Prompts:
     """Read, render and encode the prompts of a file.
 
-    They are rendered by the template that the training data were prepared with, where that is the tokenizer's own or a built-in
-    one; of data that tell none, and of one from a file, by the tokenizer's, and without such a template as plain text.
+    They are rendered by the template that an export carries: that of the data, else the tokenizer's own; without either they
+    are plain text.
 
     Args:
         path: JSON lines (``.jsonl``, ``.json``) with ``prompt`` (a text or messages) or ``messages``, or plain text, a prompt a
             line.
         tokenizer: of the model.
-        manifest: of the training data.
+        chat: the form of conversations that the data carry; None where they carry none.
         most_tokens: of a prompt.
 
     Raises:
         DataError: the file cannot be read or holds no prompt, a line is none, or too long.
     """
-    template = _template(tokenizer, manifest)
+    template = _template(tokenizer, chat)
     prompts = []
     for place, turns in _conversations(path):
         try:
@@ -77,32 +76,29 @@ def read_prompts(path: Path, tokenizer: PreferenceTokenizer, manifest: Manifest,
         prompts.append(Prompt(_text(turns), ids))
     if not prompts:
         raise DataError(f"--sample-prompts {path}: no prompt in it")
-    return Prompts(prompts, _ends(tokenizer, template))
+    return Prompts(prompts, _ends(tokenizer, template, chat))
 
 
-def _template(tokenizer: PreferenceTokenizer, manifest: Manifest) -> ChatTemplate | None:
-    name = manifest.template_name
-    if name in BUILT_IN_TEMPLATES:
-        return load_template(name, tokenizer, bos=manifest.bos)
+def _template(tokenizer: PreferenceTokenizer, chat: ChatForm | None) -> ChatTemplate | None:
+    if chat is not None:
+        return ChatTemplate("of the data", chat.template, tokenizer.spec.special_tokens, tool_source=chat.tool_template)
     return None if tokenizer.chat_template is None else load_template(None, tokenizer)
 
 
-def _ends(tokenizer: PreferenceTokenizer, template: ChatTemplate | None) -> frozenset[int]:
-    if template is not None:
-        return frozenset(EndOfTurn(tokenizer, template).tokens)
-    eos = tokenizer.info.eos_token_id
-    return frozenset((*tokenizer.spec.end_token_ids, *([] if eos is None else [eos])))
+def _ends(tokenizer: PreferenceTokenizer, template: ChatTemplate | None, chat: ChatForm | None) -> frozenset[int]:
+    known = [tokenizer.info.eos_token_id, *tokenizer.spec.end_token_ids]
+    if chat is not None:
+        known.append(chat.end_token_id)
+    elif template is not None:
+        known.append(EndOfTurn(tokenizer, template).token)
+    return frozenset(token for token in known if token is not None)
 
 
 def _encoded(turns: list[Turn], tokenizer: PreferenceTokenizer, template: ChatTemplate | None) -> list[int]:
-    bos = tokenizer.info.bos_token_id
     if template is None:
-        return with_one_bos(tokenizer.encode(_text(turns)), bos)
-    ids = tokenizer.encode(template.render(turns, add_generation_prompt=True))
-    if template.bos == "never":
-        return without_bos(ids, bos)
-    # The tokenizer's own template writes BOS itself where it wants one.
-    return ids if template.bos == "template" and template.answer is None else with_one_bos(ids, bos)
+        return with_one_bos(tokenizer.encode(_text(turns)), tokenizer.info.bos_token_id)
+    # It writes BOS itself where it belongs.
+    return tokenizer.encode(template.render(turns, add_generation_prompt=True))
 
 
 def _text(turns: list[Turn]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
-from megatron_rmipo.data.store.manifest import Manifest
+from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.model.vocabulary_shard import TokenChoice
 from megatron_rmipo.passes.answers import Answer, answer_prompts
 from megatron_rmipo.runtime.agreement import on_first_rank
@@ -18,13 +18,13 @@ from megatron_rmipo.training.course.prompts import Prompt, Prompts, read_prompts
 from megatron_rmipo.training.course.run import Run
 
 
-def find_prompts(config: Config, source: ModelSource, manifest: Manifest, groups: ProcessGroups) -> Prompts | None:
+def find_prompts(config: Config, source: ModelSource, chat: ChatForm | None, groups: ProcessGroups) -> Prompts | None:
     """The prompts of ``--sample-prompts``, read by the first rank; None without the flag.
 
     Args:
         config: the run's configuration.
         source: the model.
-        manifest: of the training data.
+        chat: the form of conversations that the data carry.
         groups: the process groups of this rank.
 
     Raises:
@@ -35,7 +35,7 @@ def find_prompts(config: Config, source: ModelSource, manifest: Manifest, groups
         return None
     longest = min(config.data.tokens_per_microbatch, source.arch.longest_sequence)
     path, tokenizer = Path(flags.sample_prompts), load_tokenizer(str(source.assets))
-    read = partial(read_prompts, path, tokenizer, manifest, most_tokens=longest - flags.sample_length)
+    read = partial(read_prompts, path, tokenizer, chat, most_tokens=longest - flags.sample_length)
     return on_first_rank(groups.world, read)
 
 

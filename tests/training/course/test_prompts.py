@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.data.encoding.tokenize import load_tokenizer
-from megatron_rmipo.data.store.manifest import Manifest
+from megatron_rmipo.data.encoding.carried import chat_form
+from megatron_rmipo.data.encoding.chat import load_template
+from megatron_rmipo.data.encoding.tokenize import load_tokenizer, without_bos
+from megatron_rmipo.data.reading.rows import Turn
+from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.training.course.prompts import Prompts, read_prompts
 from tests.data.tokenizers import save_byte_bpe
@@ -23,9 +26,8 @@ TURNS = [
 ]
 
 
-def read(path: Path, tokenizer: Path, *, most_tokens: int = 200, **of_data: Any) -> Prompts:
-    known = load_tokenizer(str(tokenizer))
-    return read_prompts(path, known, Manifest(tokenizer=known.info, **of_data), most_tokens=most_tokens)
+def read(path: Path, tokenizer: Path, chat: ChatForm | None = None, *, most_tokens: int = 200) -> Prompts:
+    return read_prompts(path, load_tokenizer(str(tokenizer)), chat, most_tokens=most_tokens)
 
 
 def test_prompts_are_read_as_apply_chat_template_has_them(tmp_path: Path) -> None:
@@ -36,27 +38,40 @@ def test_prompts_are_read_as_apply_chat_template_has_them(tmp_path: Path) -> Non
     (tmp_path / "lines.txt").write_text("what is red?\n\nhello\n")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert tokenizer.chat_template is not None
-    found = read(tmp_path / "rows.jsonl", MODEL, template_name="tokenizer", bos="template")
+    found = read(tmp_path / "rows.jsonl", MODEL)
     conversations = [[{"role": "user", "content": "what is red?"}], TURNS, TURNS[1:2]]
     expected = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in conversations]
     assert [prompt.token_ids for prompt in found.prompts] == expected
     texts = ["what is red?", "system: be brief\nuser: hello\nassistant: hi\nuser: what is red?", "hello"]
     assert [prompt.text for prompt in found.prompts] == texts
     assert tokenizer.eos_token_id in found.ends
-    lines = read(tmp_path / "lines.txt", MODEL, template_name="tokenizer", bos="template")
+    lines = read(tmp_path / "lines.txt", MODEL)
     assert [prompt.token_ids for prompt in lines.prompts] == [expected[0], expected[2]]
 
 
-def test_a_model_without_a_template_reads_what_its_data_were_prepared_with(tmp_path: Path) -> None:
+def test_the_template_of_the_data_comes_before_that_of_the_tokenizer(tmp_path: Path) -> None:
     save_byte_bpe(tmp_path / "base", chat_template=None)
     (tmp_path / "lines").write_text("what is red?\n")
-    tokenizer = load_tokenizer(str(tmp_path / "base"))
-    assert tokenizer.chat_template is None
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<answer>"
+    )
+    base = load_tokenizer(str(tmp_path / "base"))
+    assert base.chat_template is None
     (plain,) = read(tmp_path / "lines", tmp_path / "base").prompts
-    assert tokenizer.decode(plain.token_ids).endswith("what is red?")
-    (built_in,) = read(tmp_path / "lines", tmp_path / "base", template_name="llama3").prompts
-    assert "<|start_header_id|>user<|end_header_id|>" in tokenizer.decode(built_in.token_ids)
-    assert tokenizer.decode(built_in.token_ids).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert base.decode(plain.token_ids).endswith("what is red?")
+    for directory, choice, bos, start in (
+        (tmp_path / "base", "llama3", "template", [base.info.bos_token_id]),
+        (MODEL, str(tmp_path / "mine.jinja"), "never", []),
+        (MODEL, str(tmp_path / "mine.jinja"), "always", [load_tokenizer(str(MODEL)).info.bos_token_id]),
+    ):
+        known = load_tokenizer(str(directory))
+        template = load_template(choice, known, bos=bos)
+        form = chat_form(template, known, official=False)
+        found = read(tmp_path / "lines", directory, form)
+        text = template.render([Turn("user", "what is red?")], add_generation_prompt=True)
+        assert found.prompts[0].token_ids == start + without_bos(known.encode(text), known.info.bos_token_id)
+        assert form is not None
+        assert {form.end_token_id, known.info.eos_token_id} <= found.ends
 
 
 @pytest.mark.parametrize(
