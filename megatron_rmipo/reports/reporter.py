@@ -121,16 +121,16 @@ class Reporter:
 
         Args:
             name: of the picture.
-            draw: gives matplotlib's ``Figure``, or None for nothing to draw.
+            draw: gives matplotlib's ``Figure``, or None for nothing to draw; raises ConfigError where matplotlib is missing.
             step: that it belongs to.
         """
         if not (self._enabled and self._trackers and self._can_draw):
             return
         try:
             figure = draw()
-        except ImportError:
+        except ConfigError as error:
             self._can_draw = False
-            self.say("note: trackers get no pictures without matplotlib; pip install 'megatron-rmipo[plots]'")
+            self.say(f"note: trackers get no pictures: {error}")
             return
         if figure is not None:
             for tracker in self._trackers:

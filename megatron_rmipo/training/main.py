@@ -58,7 +58,7 @@ from megatron_rmipo.training.outputs import (
 )
 from megatron_rmipo.training.plan import RunPlan, plan_run
 from megatron_rmipo.training.resume import after_restarts
-from megatron_rmipo.training.run_report import keep_facts, keep_tokens, tell_report
+from megatron_rmipo.training.run_report import keep_end, keep_facts, keep_tokens, tell_report
 from megatron_rmipo.training.setup import TrainingState, load_training_state
 
 
@@ -157,6 +157,7 @@ def _train_by_plan(
             reporter.warn(note)
         if not train(run):
             raise RunStopped(on_first_rank(groups.world, partial(where_it_stands, config, run.progress)))
+        keep_end(run)
         # Of the weights that the last evaluation saw.
         keep_tokens(run)
         _export(run, plan)

@@ -18,14 +18,14 @@ from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.passes.token_logps import Place, TokenLogps, token_layout, token_logps
-from megatron_rmipo.reports.page.run_facts import commit_of_package, data_facts, launcher_words, write_facts
+from megatron_rmipo.reports.page.run_facts import add_facts, commit_of_package, data_facts, launcher_words, write_facts
 from megatron_rmipo.reports.page.token_record import choose_pairs, write_tokens
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.environment import numeric_environment
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.messages import warn
 from megatron_rmipo.torchrun import read_launch
-from megatron_rmipo.training.course.run import Run
+from megatron_rmipo.training.course.run import HeldOutBatches, Run
 from megatron_rmipo.training.observers import describe_layout, describe_precision
 
 _VERSION = "version of "
@@ -43,9 +43,7 @@ def keep_facts(run: Run, source: ModelSource) -> None:
 def _keep_facts(run: Run, source: ModelSource) -> None:
     launch, now = read_launch(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     environment = numeric_environment(launch.local_rank)
-    held_out = None
-    if run.held_out is not None:
-        held_out = {**data_facts(run.held_out.pairs), "evaluated": run.num_held_out}
+    held_out = {one.name: {**data_facts(one.batches.pairs), "evaluated": one.num_pairs} for one in run.held_out_sets}
     facts: dict[str, Any] = {
         "versions": {name.removeprefix(_VERSION): value for name, value in environment.items() if name.startswith(_VERSION)},
         "commit": commit_of_package(),
@@ -58,7 +56,7 @@ def _keep_facts(run: Run, source: ModelSource) -> None:
         "precision": describe_precision(run.config.model, run.config.memory),
         "train_iters": run.train_iters,
         "total_pairs": run.total_pairs,
-        "data": {"train": data_facts(run.pairs.pairs), "held_out": held_out},
+        "data": {"train": data_facts(run.pairs.pairs), "held_out": held_out.pop("", None), "eval_data": held_out},
     }
     command = shlex.join([*launcher_words(launch), *sys.argv[1:]])
     write_facts(run.config.log_directory, facts, {"time": now, "step": run.progress.step, "command": command})
@@ -70,31 +68,40 @@ def _model(source: ModelSource) -> dict[str, Any]:
     return {"family": arch.family, "from": str(source.directory), "parameters": num_parameters(arch), **known}
 
 
+def keep_end(run: Run) -> None:
+    """Add to ``run.json`` why a run that is over stopped early, where it did. All ranks call it together."""
+    if run.selection.stops:
+        on_first_rank(run.groups.world, lambda: add_facts(run.config.log_directory, {"early_stop": run.selection.said()}))
+
+
 def keep_tokens(run: Run) -> None:
     """Write ``token_logps.jsonl`` of some held-out pairs of the last evaluation. All ranks call it together.
 
-    It is a pass over a few pairs, which every replica runs, forward only.
+    They are of the main set, without it of the first further one. It is a pass over a few pairs, which every replica runs,
+    forward only.
     """
-    if run.held_out is None or not run.config.logging.report:
+    if not (run.held_out_sets and run.config.logging.report):
         return
+    held_out = run.held_out_sets[0]
     log_dir = run.config.log_directory
     run.heartbeat.doing("log-probs of single tokens")
-    chosen = on_first_rank(run.groups.world, partial(choose_pairs, log_dir, run.progress.step))
+    chosen = on_first_rank(run.groups.world, partial(choose_pairs, log_dir, run.progress.step, held_out.name))
     if not chosen:
         return
-    builder = BatchBuilder(run.held_out.pairs, token_layout(run.held_out.layout))
+    builder = BatchBuilder(held_out.batches.pairs, token_layout(held_out.batches.layout))
     batch = builder.build(np.array([number for number, _ in chosen]))
     run.state.model.eval()
     with run.stop, run.memory.explaining("log-probs of single tokens", builder, batch, run.state.optimizer):
         told = token_logps(run.state.model, batch, run.groups)
-    on_first_rank(run.groups.world, lambda: write_tokens(log_dir, _lines(run, chosen, told)))
+    on_first_rank(run.groups.world, lambda: write_tokens(log_dir, _lines(run.progress.step, held_out, chosen, told)))
 
 
-def _lines(run: Run, chosen: list[tuple[int, str]], told: dict[Place, TokenLogps]) -> Iterator[dict[str, Any]]:
-    assert run.held_out is not None
+def _lines(
+    step: int, held_out: HeldOutBatches, chosen: list[tuple[int, str]], told: dict[Place, TokenLogps]
+) -> Iterator[dict[str, Any]]:
     for place, (number, why) in enumerate(chosen):
-        pair = run.held_out.pairs[number]
-        shared = {"step": run.progress.step, "pair": number, "why": why}
+        pair = held_out.batches.pairs[number]
+        shared = {"step": step, "set": held_out.name, "pair": number, "why": why}
         yield {**shared, "response": "prompt", "token_ids": pair.prompt.tolist()}
         for branch, response in enumerate(("chosen", "rejected")):
             tokens = told.get((place, branch))

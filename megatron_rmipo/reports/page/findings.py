@@ -80,7 +80,7 @@ def _skipped(run: PageRun) -> Iterator[Finding]:
 
 
 def _falling(run: PageRun) -> Iterator[Finding]:
-    held_out = run.held_out.get("")
+    held_out = run.main_held_out
     if held_out is None or len(held_out.records) < 2:
         return
     paired = mean_change(held_out.first, held_out.last, "logps/chosen")
@@ -101,7 +101,7 @@ def _falling(run: PageRun) -> Iterator[Finding]:
 
 
 def _at_bound(run: PageRun) -> Iterator[Finding]:
-    held_out = run.held_out.get("")
+    held_out = run.main_held_out
     if held_out is None:
         return
     for bound in ("min", "max"):

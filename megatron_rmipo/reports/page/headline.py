@@ -15,7 +15,7 @@ from megatron_rmipo.reports.summary import describe_change, describe_margins, ma
 def cards(run: PageRun) -> list[tuple[str, str, str]]:
     """The numbers that are read first: (what, value, what it stands beside)."""
     found = []
-    own = run.held_out.get("")
+    own = run.main_held_out
     if own is not None:
         before, after = own.records[0], own.records[-1]
         for name, title in (("rewards/accuracies", "held-out accuracy"), ("rewards/margins", "reward margin")):
@@ -40,7 +40,7 @@ def cards(run: PageRun) -> list[tuple[str, str, str]]:
 
 
 def _change(run: PageRun, name: str) -> str | None:
-    own = run.held_out.get("")
+    own = run.main_held_out
     if own is None or len(own.records) < 2:
         return None
     first, last = recorded(own.records[0], name), recorded(own.records[-1], name)
@@ -53,7 +53,7 @@ def _change(run: PageRun, name: str) -> str | None:
 
 def verdict(run: PageRun) -> str:
     """In sentences, what happened to accuracy and margins; empty without two evaluations."""
-    own = run.held_out.get("")
+    own = run.main_held_out
     if own is None or len(own.records) < 2:
         return ""
     before, after = own.records[0], own.records[-1]

@@ -92,21 +92,21 @@ def render_report(runs: Sequence[PageRun], evaluations: Sequence[Path] = ()) -> 
 
 def _shown_run(run: PageRun) -> dict[str, Any]:
     """What the template shows of one run."""
-    own = run.held_out.get("")
+    evaluated = run.held_out.get(run.tokens[0].get("set", "")) if run.tokens else None
     tokenizer = find_tokenizer(_tokenizers(run)) if run.tokens else None
     tokens_step = run.tokens[0]["step"] if run.tokens else None
     # A run that has gone on since has evaluated its pairs anew.
-    same = own is not None and own.records[-1].get("step") == tokens_step
+    same = evaluated is not None and evaluated.records[-1].get("step") == tokens_step
     starts = run.facts.get("starts") or []
     return {
         "run": run,
-        "status": "complete" if run.is_complete else "not complete",
+        "status": run.early_stop or ("complete" if run.is_complete else "not complete"),
         "cards": cards(run),
         "verdict": verdict(run),
         "findings": find(run),
         "held_out": [tables.held_out_table(name, one) for name, one in run.held_out.items()],
         "kinds": tables.kinds_table(run),
-        "pairs": shown_pairs(run.tokens, own.last if own is not None and same else [], tokenizer),
+        "pairs": shown_pairs(run.tokens, evaluated.last if evaluated is not None and same else [], tokenizer),
         "tokens_step": tokens_step,
         "decoded": tokenizer is not None,
         "samples": shown_samples(run.samples),
@@ -120,8 +120,16 @@ def _shown_run(run: PageRun) -> dict[str, Any]:
 
 
 def _tokenizers(run: PageRun) -> list[str | None]:
-    sets = ((run.facts.get("data") or {}).get("held_out") or {}).get("sets", [])
+    sets = [one for _, facts in _pairs_of(run) for one in facts.get("sets", [])]
     return [run.facts.get("tokenizer"), run.config.get("save_hf"), *(one.get("tokenizer_name") for one in sets)]
+
+
+def _pairs_of(run: PageRun) -> list[tuple[str, Mapping[str, Any]]]:
+    """What ``run.json`` says of each set of pairs, and what the set is called."""
+    data = run.facts.get("data") or {}
+    sets = [("pairs to train on", data.get("train")), ("pairs held out", data.get("held_out"))]
+    sets += [(f"pairs held out as {name}", facts) for name, facts in (data.get("eval_data") or {}).items()]
+    return [(title, facts) for title, facts in sets if facts]
 
 
 def _fact_rows(run: PageRun) -> list[tuple[str, str]]:
@@ -141,10 +149,7 @@ def _fact_rows(run: PageRun) -> list[tuple[str, str]]:
 def _data(run: PageRun) -> list[dict[str, Any]]:
     """Of the pairs to train on and of those held out what the template shows."""
     shown = []
-    for role, title in (("train", "pairs to train on"), ("held_out", "pairs held out")):
-        facts: Mapping[str, Any] = (run.facts.get("data") or {}).get(role) or {}
-        if not facts:
-            continue
+    for title, facts in _pairs_of(run):
         histograms = facts.get("histograms") or {}
         pictures = [
             (part, Markup(draw_histogram(histograms[part], histograms["step"], f"tokens of {part}, {title}")))

@@ -37,10 +37,23 @@ def write_facts(log_dir: Path, facts: Mapping[str, Any], start: Mapping[str, Any
     Raises:
         OSError: it cannot be written.
     """
-    path = log_dir / FACTS_FILE
     earlier = read_facts(log_dir).get("starts", []) if start["step"] else []
+    _write(log_dir, {**facts, "starts": [*earlier, dict(start)]})
+
+
+def add_facts(log_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Add to the file what a run is known by at its end only.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _write(log_dir, {**read_facts(log_dir), **facts})
+
+
+def _write(log_dir: Path, facts: Mapping[str, Any]) -> None:
+    path = log_dir / FACTS_FILE
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**facts, "starts": [*earlier, dict(start)]}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -13,12 +13,10 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.held_out import Record
 from megatron_rmipo.reports.page.run_facts import read_facts
 from megatron_rmipo.reports.page.token_record import TOKENS_FILE
-from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
+from megatron_rmipo.reports.reporter import BEST_FILE, EVALUATION, METRICS_FILE, SAMPLES_FILE, pairs_file
 from megatron_rmipo.reports.summary import read_configuration
 
-SAMPLES_FILE, BEST_FILE, EVALUATIONS_FOLDER = "samples.jsonl", "best.json", "evaluation"
-# Kinds of evaluations in metrics.jsonl: of the held-out pairs, and of further sets by their names.
-_EVAL, _NAMED = "eval", "eval/"
+EVALUATIONS_FOLDER = "evaluation"
 
 
 @dataclasses.dataclass
@@ -88,8 +86,18 @@ class PageRun:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has taken its last step; so is taken what does not say how many there are."""
-        return self.train_iters is None or self.step >= self.train_iters
+        """Whether it has taken its last step, or stopped early; so is taken what does not say how many steps there are."""
+        return self.train_iters is None or self.step >= self.train_iters or bool(self.early_stop)
+
+    @property
+    def early_stop(self) -> str:
+        """Why it stopped early, in words; empty where it did not."""
+        return str(self.facts.get("early_stop") or "")
+
+    @property
+    def main_held_out(self) -> HeldOut | None:
+        """The held-out pairs that it is judged by at first sight: its own, without those the first further set."""
+        return self.held_out.get("") or next(iter(self.held_out.values()), None)
 
 
 def find_log_dir(run: Path) -> Path:
@@ -124,8 +132,10 @@ def read_page_run(run: Path) -> PageRun:
             for name, value in record.items():
                 if isinstance(value, int | float) and name != "step":
                     columns.setdefault(name, Column()).add(step, value)
-        elif kind == _EVAL or str(kind).startswith(_NAMED):
-            evaluations.setdefault(str(kind).removeprefix(_EVAL).removeprefix("/"), []).append(record)
+            continue
+        evaluation, _, name = str(kind).partition("/")
+        if evaluation == EVALUATION:
+            evaluations.setdefault(name, []).append(record)
     return PageRun(
         name=_name(log_dir),
         log_dir=log_dir,
@@ -176,9 +186,8 @@ def _object_of(path: Path) -> dict[str, Any]:
 def _held_out(log_dir: Path, name: str, records: Sequence[Record]) -> HeldOut:
     """Pairs of a set are taken where they are those of its first and its last evaluation."""
     found = []
-    for file, evaluation in ((FIRST_PAIRS_FILE, records[0]), (PAIRS_FILE, records[-1])):
-        path = log_dir / (file.replace("held_out_pairs", f"held_out_pairs.{name}") if name else file)
-        pairs = _records_of(path)
+    for first, evaluation in ((True, records[0]), (False, records[-1])):
+        pairs = _records_of(log_dir / pairs_file(name, first=first))
         found.append(pairs if pairs and pairs[0].get("step", evaluation["step"]) == evaluation["step"] else [])
     return HeldOut(records, *found)
 

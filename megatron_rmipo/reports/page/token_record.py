@@ -1,7 +1,7 @@
 """``token_logps.jsonl``: what the model says of each token of the held-out pairs that it is surest of, and least sure of.
 
-A line for each text of a pair: its prompt with ``token_ids``, then each response with ``token_ids``, ``logps`` behind the prompt
-and ``alone`` without it (null for a first token that nothing stands before).
+A line for each text of a pair of the held-out set ``set``: its prompt with ``token_ids``, then each response with ``token_ids``,
+``logps`` behind the prompt and ``alone`` without it (null for a first token that nothing stands before).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.reports.held_out import Record
-from megatron_rmipo.reports.reporter import PAIRS_FILE
+from megatron_rmipo.reports.reporter import pairs_file
 from megatron_rmipo.reports.summary import read_records
 
 TOKENS_FILE = "token_logps.jsonl"
@@ -23,7 +23,7 @@ MOST, LEAST = "most certain", "least certain"
 NUM_SHOWN = 8
 
 
-def choose_pairs(log_dir: Path, step: int) -> list[tuple[int, str]]:
+def choose_pairs(log_dir: Path, step: int, name: str = "") -> list[tuple[int, str]]:
     """Numbers of the held-out pairs of which the last evaluation was most and least certain, and which of both; the best first.
 
     Certain is a pair of much reward margin, by the objective; where it has none, one of little loss.
@@ -31,11 +31,12 @@ def choose_pairs(log_dir: Path, step: int) -> list[tuple[int, str]]:
     Args:
         log_dir: of the run.
         step: of the evaluation; pairs of another one are not taken.
+        name: of the held-out set, "" for the main one.
 
     Returns:
         Empty where the evaluation left no pairs.
     """
-    path = log_dir / PAIRS_FILE
+    path = log_dir / pairs_file(name)
     if not path.exists():
         return []
     scored = [(score, number) for number, pair in enumerate(read_records(path)) if (score := _certainty(pair, step)) is not None]

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rmipo.command import progress_bar
 from megatron_rmipo.passes.step_passes import PairMetrics
 from megatron_rmipo.reports.metrics import summarize_held_out
-from megatron_rmipo.reports.pictures.evaluation import draw_evaluation
+from megatron_rmipo.reports.pictures.held_out import draw_held_out
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.training.course.run import HeldOutBatches, Run
 from megatron_rmipo.training.step import evaluate_batch
@@ -118,7 +118,7 @@ def _log_set(run: Run, held_out: HeldOutBatches, record: Mapping[str, float | in
     columns = {name: column.numpy() for name, column in values.items()}
     run.reporter.log(held_out.kind, record)
     run.reporter.log_pairs(step, columns, held_out.name)
-    run.reporter.log_figure(f"{held_out.kind}/pairs", lambda: draw_evaluation(f"{held_out.kind} at step {step}", columns), step)
+    run.reporter.log_figure(f"{held_out.kind}/pairs", lambda: draw_held_out(f"{held_out.kind} at step {step}", columns), step)
     remark = run.objective.remark(values)
     if remark is not None:
         run.reporter.say(remark)

@@ -204,11 +204,33 @@ def test_sets_by_name_kinds_and_the_best_checkpoint(tmp_path: Path) -> None:
         json.dumps({"metric": "eval/loss", "step": 20, "value": 0.25, "checkpoint": "runs/a/iter_20"})
     )
     page = page_of(logs)
+    assert f"60 pairs held out data set v made from {rows}" in page.text("data")
     # The first 24 pairs were right before, the first 48 after.
     assert "easy 48 0.500 \u00b1 0.072 1.000" in page.text("held-out")
     assert "hard 12 0.000 0.000" in page.text("held-out")
     assert "other step 0 step 30 change" in page.text("held-out")
     assert "Best by eval/loss: 0.25 at step 20, kept in runs/a/iter_20 ." in page.text("summary")
+
+
+def test_a_run_with_sets_by_name_alone_that_stopped_early(tmp_path: Path) -> None:
+    why = "early stop: loss was best at step 30 (0.5), and no better at 2 evaluations since"
+    chat = {"pairs": 70, "evaluated": 60, "sets": [{"prefix": "c", "num_pairs": 70}]}
+    logs = write_page_run(
+        tmp_path / "run", before=[], facts={"train_iters": 90, "early_stop": why, "data": {"eval_data": {"chat": chat}}}
+    )
+    with (logs / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(eval_record(step, pair_values(0.5), "eval/chat")) + "\n" for step in (0, 30))
+    write_lines(logs / "held_out_pairs.chat.jsonl", [{"step": 30, **pair} for pair in pair_values(0.5)])
+    tokens = {"step": 30, "set": "chat", "pair": 3, "why": "most certain", "token_ids": [87]}
+    lines = [{**tokens, "response": name, "logps": [-0.1], "alone": [None]} for name in ("chosen", "rejected")]
+    write_lines(logs / "token_logps.jsonl", [{**tokens, "response": "prompt"}, *lines])
+    page = page_of(logs)
+    assert why in (logs / "report.html").read_text()
+    assert "not complete" not in page.text("warnings")
+    assert "--no-finetune" not in page.text("next")
+    assert "held-out accuracy 0.500" in page.text("summary")
+    assert "Pair 3 margin 1.03" in page.text("pairs")
+    assert "70 pairs held out as chat, of which the first 60 are evaluated data set c" in page.text("data")
 
 
 def test_the_tool_says_where_it_wrote_and_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rmipo.reports.page.run_facts import commit_of_package, histograms, launcher_words, read_facts, write_facts
+from megatron_rmipo.reports.page.run_facts import (
+    add_facts,
+    commit_of_package,
+    histograms,
+    launcher_words,
+    read_facts,
+    write_facts,
+)
 from megatron_rmipo.torchrun import Launch
 from tests.integration.problem import collection, make_pairs, unpaired
 
@@ -16,9 +23,10 @@ def test_a_run_that_goes_on_adds_its_start_and_a_new_one_begins_anew(tmp_path: P
     first, second = ({"time": "t", "step": step, "command": "c"} for step in (0, 20))
     write_facts(tmp_path, {"layout": "a"}, first)
     write_facts(tmp_path, {"layout": "b"}, second)
-    assert read_facts(tmp_path) == {"layout": "b", "starts": [first, second]}
+    add_facts(tmp_path, {"early_stop": "why"})
+    assert read_facts(tmp_path) == {"layout": "b", "starts": [first, second], "early_stop": "why"}
     write_facts(tmp_path, {"layout": "c"}, first)
-    assert read_facts(tmp_path)["starts"] == [first]
+    assert read_facts(tmp_path) == {"layout": "c", "starts": [first]}
     (tmp_path / "run.json").write_text("{")
     assert read_facts(tmp_path) == {}
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_rmipo.config.schema import LoggingConfig
 from megatron_rmipo.errors import ConfigError
-from megatron_rmipo.reports.pictures.evaluation import draw_evaluation
+from megatron_rmipo.reports.pictures.held_out import draw_held_out
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.trackers.base import as_markdown
 from megatron_rmipo.reports.trackers.opening import open_trackers, tracker_packages
@@ -36,7 +36,7 @@ def run_steps(log_dir: Path, first: int, last: int, flags: LoggingConfig, resume
         for step in range(first, last + 1):
             report.log("train", {"step": step, "loss": 1.0 / step, "grad_norm": math.inf})
         for _ in range(2):
-            report.log_figure("eval/pairs", lambda: draw_evaluation("step", PAIRS), last)
+            report.log_figure("eval/pairs", lambda: draw_held_out("step", PAIRS), last)
         report.log_samples(last, ANSWERS)
     return stream.getvalue()
 
@@ -197,15 +197,5 @@ def test_without_matplotlib_there_are_no_pictures_and_that_is_said_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     said = run_steps(tmp_path, 1, 1, LoggingConfig(wandb_project="tries"))
-    assert said.count("note: trackers get no pictures without matplotlib") == 1
+    assert said.count("note: trackers get no pictures: pictures are drawn by the package matplotlib, which is missing.") == 1
     assert not any("eval/pairs" in record for record in wandb.runs["id-0"].logged)
-
-
-def test_a_picture_shows_what_the_pairs_have() -> None:
-    figure = draw_evaluation("step 3", PAIRS)
-    margins, gaps = figure.axes
-    assert margins.get_title() == "median 0.750, n = 2"
-    assert gaps.get_title() == "median 1.000, n = 3"
-    assert sum(bar.get_height() for bar in gaps.patches) == 3
-    assert draw_evaluation("step 3", {"loss": np.ones(3, dtype=np.float32)}) is None
-    assert draw_evaluation("step 3", {"gamma": np.full(3, math.nan, dtype=np.float32)}) is None
