@@ -88,6 +88,7 @@ def starting_point(
         ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed; or this
             version does not know its order.
     """
+    held_out = look("content of the held-out pairs", lambda: data.held_out_fingerprints)
     now = Progress(
         global_batch_size=config.training.global_batch_size,
         seed=config.training.seed,
@@ -96,8 +97,8 @@ def starting_point(
         options={**config.objective.options, "pair_weight": config.objective.pair_weight},
         data=look("content of the training pairs", lambda: data.train_fingerprint),
         data_flags=_data_flags(config.data),
-        held_out=look("content of the held-out pairs", lambda: data.held_out_fingerprint),
-        eval_data=look("content of the further held-out sets", lambda: data.further_fingerprints),
+        held_out=held_out.get("", ""),
+        eval_data={name: fingerprint for name, fingerprint in held_out.items() if name},
         order=NEW_ORDER,
     )
     saved, flags = ({}, {}) if config.checkpoint.finetune else _said_of_its_run(source, look)
