@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,23 +114,27 @@ def starting_point(
             f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
             f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
         )
-    warnings = []
-    if settings := _other_settings(flags, config.optimizer):
-        warnings.append(f"The run goes on with other settings of its optimizer ({'; '.join(settings)}).")
+    warning = " ".join(_other_than_before(progress, now, _other_settings(flags, config.optimizer)))
+    are_now = {name: getattr(now, name) for name in ("data", "data_flags", "held_out", "eval_data")}
+    progress = dataclasses.replace(progress, **are_now)
+    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=warning)
+
+
+def _other_than_before(progress: Progress, now: Progress, settings: Sequence[str]) -> Iterator[str]:
+    """What a run that goes on may have otherwise than before, and has, a sentence each."""
+    if settings:
+        yield f"The run goes on with other settings of its optimizer ({'; '.join(settings)})."
     if progress.data and progress.held_out != now.held_out:
-        warnings.append(
+        yield (
             f"The held-out pairs are not those that the run had before (then {progress.data_flags}, now {now.data_flags}): "
             "its evaluations before and after this start cannot be compared."
         )
     changed = [name for name, pairs in now.eval_data.items() if progress.eval_data.get(name, pairs) != pairs]
     if changed:
-        warnings.append(
+        yield (
             f"--eval-data {', '.join(changed)}: not the pairs of that name that the run had before: evaluations of them before "
             "and after this start cannot be compared."
         )
-    are_now = {name: getattr(now, name) for name in ("data", "data_flags", "held_out", "eval_data")}
-    progress = dataclasses.replace(progress, **are_now)
-    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=" ".join(warnings))
 
 
 def _said_of_its_run(source: ModelSource, look: Look) -> tuple[dict[str, Any], dict[str, Any]]:
