@@ -18,6 +18,7 @@ import megatron_rmipo
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.store.manifest import Manifest
 from megatron_rmipo.reports.held_out import Record, recorded
+from megatron_rmipo.reports.reporter import evaluations_by_set
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+)")
@@ -42,7 +43,7 @@ def model_card(
     config: Config,
     base: Path,
     data: Mapping[str, Manifest],
-    evaluations: Sequence[Record],
+    records: Sequence[Record],
     *,
     step: int,
     consumed_pairs: int,
@@ -54,7 +55,8 @@ def model_card(
         config: the run's.
         base: directory of the model it started from.
         data: prefix -> manifest of the data it was trained and evaluated on.
-        evaluations: on held-out pairs, in order; with fewer than two there is no table of them.
+        records: those of metrics.jsonl, in order, evaluations of held-out pairs among them; of a set with fewer than two there
+            is no table.
         step, consumed_pairs: how far it is.
         layout: the ranks, in words.
     """
@@ -72,7 +74,7 @@ def model_card(
         _table(("option", "value"), [("objective", objective), *config.objective.options.items()]),
         "## Training",
         _table(("setting", "value"), [*settings.items(), ("layout", layout)]),
-        *_held_out(evaluations),
+        *_held_out(records),
         "## Versions",
         _table(("package", "version"), [("megatron_rmipo", megatron_rmipo.__version__), *map(_version, _PACKAGES)]),
     ]
@@ -108,18 +110,21 @@ def _data_row(prefix: str, manifest: Manifest) -> tuple[object, ...]:
     return Path(prefix).name, ", ".join(names), f"{manifest.num_pairs:,}", f"{manifest.num_tokens:,}", template
 
 
-def _held_out(evaluations: Sequence[Record]) -> list[str]:
-    if len(evaluations) < 2:
-        return []
+def _held_out(records: Sequence[Record]) -> list[str]:
+    sets = evaluations_by_set(records)
+    return [part for name, evaluations in sets.items() if len(evaluations) > 1 for part in _held_out_set(name, evaluations)]
+
+
+def _held_out_set(name: str, evaluations: Sequence[Record]) -> list[str]:
     first, last = evaluations[0], evaluations[-1]
     rows = []
-    for name, title in _FIGURES.items():
-        before, after = recorded(first, name), recorded(last, name)
+    for metric, title in _FIGURES.items():
+        before, after = recorded(first, metric), recorded(last, metric)
         if before is not None and after is not None:
             rows.append((title, before.text(), after.text()))
     pairs = f", {last['num_pairs']} held-out pairs" if "num_pairs" in last else ""
     note = f"Means with their standard errors at steps {first['step']} and {last['step']}{pairs}. No judge was asked."
-    return ["## Held-out pairs", _table(("", "before", "after"), rows), note]
+    return [f"## Held-out pairs{f': {name}' if name else ''}", _table(("", "before", "after"), rows), note]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -34,6 +34,21 @@ def evaluation_kind(name: str) -> str:
     return f"{EVALUATION}/{name}" if name else EVALUATION
 
 
+def evaluated_set(record: Mapping[str, Any]) -> str | None:
+    """Name of the held-out set that a record of metrics.jsonl is an evaluation of, "" of the main one; None for other records."""
+    kind, _, name = str(record.get("kind")).partition("/")
+    return name if kind == EVALUATION else None
+
+
+def evaluations_by_set(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The evaluations among records of metrics.jsonl, in order, by the name of their held-out set."""
+    sets: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if (name := evaluated_set(record)) is not None:
+            sets.setdefault(name, []).append(record)
+    return sets
+
+
 def pairs_file(name: str, *, first: bool = False) -> str:
     """Where the last, or the first, evaluation of a held-out set says something of each pair."""
     main = FIRST_PAIRS_FILE if first else PAIRS_FILE
@@ -162,7 +177,7 @@ class Reporter:
         """The records of all evaluations that the file holds, in order, of every held-out set; none where nothing is reported."""
         if not (self._enabled and self._path.exists()):
             return []
-        return [record for record in _records(self._path) if str(record.get("kind")).partition("/")[0] == EVALUATION]
+        return [record for record in _records(self._path) if evaluated_set(record) is not None]
 
     def has_record(self, kind: str, step: int) -> bool:
         """Whether the file holds a record of this kind and step; False where nothing is reported."""

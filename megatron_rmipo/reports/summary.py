@@ -22,7 +22,7 @@ from megatron_rmipo.reports.held_out import (
     plus_minus,
     recorded,
 )
-from megatron_rmipo.reports.reporter import EVALUATION, FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE, pairs_file
+from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE, evaluations_by_set, pairs_file
 
 # What the table shows, where the objective has it: name in metrics.jsonl -> what a reader calls it.
 METRIC_TITLES = {
@@ -67,11 +67,7 @@ def read_held_out_sets(log_dir: Path) -> dict[str, list[Record]]:
         ConfigError: there is no metrics.jsonl, a line of it is damaged, or no set has two evaluations.
     """
     path = log_dir / METRICS_FILE
-    sets: dict[str, list[Record]] = {}
-    for record in read_records(path):
-        kind, _, name = str(record.get("kind")).partition("/")
-        if kind == EVALUATION:
-            sets.setdefault(name, []).append(record)
+    sets = evaluations_by_set(read_records(path))
     compared = {name: evaluations for name, evaluations in sets.items() if len(evaluations) > 1}
     if not compared:
         most = max(map(len, sets.values()), default=0)

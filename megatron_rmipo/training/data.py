@@ -29,10 +29,10 @@ from megatron_rmipo.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutSet:
-    """A further held-out set, of ``--eval-data``.
+    """Pairs to evaluate on.
 
     Attributes:
-        name: of the set.
+        name: of ``--eval-data``; "" for the main set.
         pairs: prepared.
         num_pairs: how many of them are evaluated, the first ones.
     """
@@ -48,18 +48,14 @@ class RunData:
 
     Attributes:
         train: pairs to train on.
-        held_out: pairs to evaluate on, or None.
-        num_held_out: how many of them.
+        held_out_sets: pairs to evaluate on, the main set first where there is one.
         context: what stands before a response in log p(y).
-        further: held-out sets beside that one.
         fitting: layouts that :meth:`check_rows_fit` has let pass: a plan that is made again does not look again.
     """
 
     train: PairCollection
-    held_out: PairCollection | None
-    num_held_out: int
+    held_out_sets: tuple[HeldOutSet, ...]
     context: ContextToken
-    further: tuple[HeldOutSet, ...] = ()
     fitting: set[BatchLayout] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     @functools.cached_property
@@ -68,19 +64,14 @@ class RunData:
         return collection_fingerprint(self.train)
 
     @functools.cached_property
-    def held_out_fingerprint(self) -> str:
-        """Of the pairs to evaluate on; "" without any."""
-        return collection_fingerprint(self.held_out) if self.held_out is not None else ""
-
-    @functools.cached_property
-    def further_fingerprints(self) -> dict[str, str]:
-        """Of the further held-out sets, by name."""
-        return {one.name: collection_fingerprint(one.pairs) for one in self.further}
+    def held_out_fingerprints(self) -> dict[str, str]:
+        """Of the pairs to evaluate on, by the name of their set."""
+        return {one.name: collection_fingerprint(one.pairs) for one in self.held_out_sets}
 
     @property
     def collections(self) -> list[PairCollection]:
-        """The collections that there are."""
-        return [*(pairs for pairs in (self.train, self.held_out) if pairs is not None), *(one.pairs for one in self.further)]
+        """All of its pairs."""
+        return [self.train, *(one.pairs for one in self.held_out_sets)]
 
     @property
     def manifests(self) -> dict[str, Manifest]:
@@ -155,17 +146,15 @@ def open_data(config: Config, source: ModelSource, needs: LogpNeeds) -> RunData:
         parts = [first for first, _ in split_parts]
         held_out = PairCollection.combine([last for _, last in split_parts])
     train = PairCollection.combine(parts, weights)
-    most = config.training.eval_pairs
-    num_held_out = min(len(held_out), most or len(held_out)) if held_out is not None else 0
-    further = []
+    named = {} if held_out is None else {"": held_out}
     for name, prefix in config.evaluation.sets.items():
-        collections, _ = _open_blend([prefix], f"--eval-data {name}", check)
-        further.append(HeldOutSet(name, collections[0], min(len(collections[0]), most or len(collections[0]))))
-    every = [*(pairs for pairs in (train, held_out) if pairs is not None), *(one.pairs for one in further)]
-    stores = [store for pairs in every for store in pairs.stores]
+        (named[name],), _ = _open_blend([prefix], f"--eval-data {name}", check)
+    stores = [store for pairs in (train, *named.values()) for store in pairs.stores]
     refuse_mixed(stores)
     context = find_context_token(tokenizer, [store.manifest for store in stores])
-    data = RunData(train, held_out, num_held_out, context, tuple(further))
+    most = config.training.eval_pairs
+    sets = [HeldOutSet(name, pairs, min(len(pairs), most or len(pairs))) for name, pairs in named.items()]
+    data = RunData(train, tuple(sets), context)
     made: dict[str, MismatchedStore] = {}
     for pairs in data.collections if needs.mismatched else []:
         pairs.match_anew(made)

@@ -192,9 +192,7 @@ def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: Memor
     data, progress = plan.data, plan.start.progress
     fingerprint = progress.reference = identify_reference(plan.reference, groups)
     seen = [SeenPairs.in_order(data.train, _order(plan), progress.consumed_pairs, plan.total_pairs)]
-    if data.held_out is not None:
-        seen.append(SeenPairs.first(data.held_out, data.num_held_out))
-    seen += [SeenPairs.first(one.pairs, one.num_pairs) for one in data.further]
+    seen += [SeenPairs.first(one.pairs, one.num_pairs) for one in data.held_out_sets]
     with memory.explaining("loading the reference", trains=False):
         attach_scores(plan.config, plan.reference, fingerprint, seen, plan.objective.needs, groups, memory, stop)
 
@@ -234,9 +232,7 @@ def _assemble(
         order=_order(plan),
         train_iters=plan.train_iters,
         total_pairs=plan.total_pairs,
-        held_out=BatchBuilder(data.held_out, layout) if data.held_out is not None else None,
-        num_held_out=data.num_held_out,
-        further_held_out=tuple(HeldOutBatches(one.name, BatchBuilder(one.pairs, layout), one.num_pairs) for one in data.further),
+        held_out_sets=[HeldOutBatches(one.name, BatchBuilder(one.pairs, layout), one.num_pairs) for one in data.held_out_sets],
         selection=Selection(config.evaluation, progress),
         reporter=reporter,
         throughput=build_throughput(config, groups),

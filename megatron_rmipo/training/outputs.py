@@ -285,7 +285,7 @@ def beside_weights(plan: RunPlan, groups: ProcessGroups, step: int | None = None
         config,
         Path(config.model.load_hf or saved_flags(plan.source).get("load_hf") or plan.source.directory),
         plan.data.manifests,
-        [record for record in records if record.get("kind") == "eval"],
+        records,
         step=step,
         consumed_pairs=next((one["consumed_pairs"] for one in reversed(records) if one["step"] == step), progress.consumed_pairs),
         layout=f"TP {groups.tp_size} x PP {groups.pp_size} x CP {groups.cp_size} x DP {groups.dp_size}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def starting_point(
         ConfigError: this would not be the same run: the pairs, their order, the objective or its options have changed; or this
             version does not know its order.
     """
+    held_out = look("content of the held-out pairs", lambda: data.held_out_fingerprints)
     now = Progress(
         global_batch_size=config.training.global_batch_size,
         seed=config.training.seed,
@@ -96,8 +97,8 @@ def starting_point(
         options={**config.objective.options, "pair_weight": config.objective.pair_weight},
         data=look("content of the training pairs", lambda: data.train_fingerprint),
         data_flags=_data_flags(config.data),
-        held_out=look("content of the held-out pairs", lambda: data.held_out_fingerprint),
-        eval_data=look("content of the further held-out sets", lambda: data.further_fingerprints),
+        held_out=held_out.get("", ""),
+        eval_data={name: fingerprint for name, fingerprint in held_out.items() if name},
         order=NEW_ORDER,
     )
     saved, flags = ({}, {}) if config.checkpoint.finetune else _said_of_its_run(source, look)
@@ -113,23 +114,27 @@ def starting_point(
             f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
             f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
         )
-    warnings = []
-    if settings := _other_settings(flags, config.optimizer):
-        warnings.append(f"The run goes on with other settings of its optimizer ({'; '.join(settings)}).")
+    warning = " ".join(_other_than_before(progress, now, _other_settings(flags, config.optimizer)))
+    are_now = {name: getattr(now, name) for name in ("data", "data_flags", "held_out", "eval_data")}
+    progress = dataclasses.replace(progress, **are_now)
+    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=warning)
+
+
+def _other_than_before(progress: Progress, now: Progress, settings: Sequence[str]) -> Iterator[str]:
+    """What a run that goes on may have otherwise than before, and has, a sentence each."""
+    if settings:
+        yield f"The run goes on with other settings of its optimizer ({'; '.join(settings)})."
     if progress.data and progress.held_out != now.held_out:
-        warnings.append(
+        yield (
             f"The held-out pairs are not those that the run had before (then {progress.data_flags}, now {now.data_flags}): "
             "its evaluations before and after this start cannot be compared."
         )
     changed = [name for name, pairs in now.eval_data.items() if progress.eval_data.get(name, pairs) != pairs]
     if changed:
-        warnings.append(
+        yield (
             f"--eval-data {', '.join(changed)}: not the pairs of that name that the run had before: evaluations of them before "
             "and after this start cannot be compared."
         )
-    are_now = {name: getattr(now, name) for name in ("data", "data_flags", "held_out", "eval_data")}
-    progress = dataclasses.replace(progress, **are_now)
-    return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=" ".join(warnings))
 
 
 def _said_of_its_run(source: ModelSource, look: Look) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -52,6 +52,9 @@ def test_a_run_stops_early_and_exports_its_best_and_so_does_one_that_was_interru
     best = json.loads((whole / "logs" / "best.json").read_text())
     assert (best["metric"], best["step"], best["checkpoint"]) == ("odd:rewards/accuracies", 2, str(whole / "iter_0000002"))
     assert best["value"] == records(whole, "eval/odd")[1]["rewards/accuracies"]
+    facts = json.loads((whole / "logs" / "run.json").read_text())
+    assert facts["early_stop"] in said
+    assert (facts["data"]["held_out"]["evaluated"], facts["data"]["eval_data"]["odd"]["evaluated"]) == (8, 18)
     pairs = (whole / "logs" / "held_out_pairs.odd.first.jsonl").read_text().splitlines()
     assert (len(pairs), json.loads(pairs[0])["step"]) == (18, 0)
     convert_megatron_to_hf(whole, tmp_path / "converted", iteration="best")

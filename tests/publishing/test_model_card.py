@@ -15,10 +15,12 @@ def test_the_card_says_what_the_hub_and_its_readers_ask_for(tmp_path: Path) -> N
     tokenizer = TokenizerInfo("f", 100, 1, 2)
     sources = [{"name": "HuggingFaceH4/ultrafeedback_binarized", "bytes": None}, {"name": "/secret/a|b.jsonl", "bytes": 7}]
     data = {"/secret/data/uf": Manifest(tokenizer, template_name="llama3", sources=sources, num_pairs=61135, num_tokens=7)}
-    before = {"step": 0, "num_pairs": 256, "rewards/accuracies": 0.5, "rewards/accuracies/se": 0.031}
-    after = {"step": 477, "num_pairs": 256, "rewards/accuracies": 0.75, "rewards/accuracies/se": 0.027}
+    before = {"kind": "eval", "step": 0, "num_pairs": 256, "rewards/accuracies": 0.5, "rewards/accuracies/se": 0.031}
+    after = {"kind": "eval", "step": 477, "num_pairs": 256, "rewards/accuracies": 0.75, "rewards/accuracies/se": 0.027}
     config = parse_arguments(["--objective", "simpo", "--beta", "2.5", "--save-hf", "/secret/work/mine", "--bf16"])
-    card = model_card(config, SNAPSHOT, data, [before, after], step=477, consumed_pairs=61056, layout="TP 4")
+    chat = [{**record, "kind": "eval/chat", "num_pairs": 64} for record in (before, after)]
+    records = [before, chat[0], {"kind": "train", "step": 477}, after, chat[1]]
+    card = model_card(config, SNAPSHOT, data, records, step=477, consumed_pairs=61056, layout="TP 4")
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
@@ -32,7 +34,10 @@ def test_the_card_says_what_the_hub_and_its_readers_ask_for(tmp_path: Path) -> N
     rows = ("# mine", "| beta | 2.5 |", "| steps | 477 |", "| bf16 | True |", "a\\|b.jsonl | 61,135 | 7 | llama3 |")
     figures = (
         "| preference accuracy | 0.500 +- 0.031 | 0.750 +- 0.027 |",
+        "## Held-out pairs\n",
         "steps 0 and 477, 256 held-out pairs",
+        "## Held-out pairs: chat\n",
+        "steps 0 and 477, 64 held-out pairs",
         "TP 4",
         "| torch |",
     )

@@ -18,7 +18,7 @@ from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.training import resume
-from megatron_rmipo.training.data import RunData
+from megatron_rmipo.training.data import HeldOutSet, RunData
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.resume import StartingPoint, after_restarts, starting_point
 from tests.integration.data import write_pairs
@@ -39,7 +39,11 @@ class Scene:
         parts = [PairCollection([PairStore(prefix)]) for prefix in prefixes or (self.a,)]
         halves = [part.split(split) for part in parts]
         valid = PairCollection([PairStore(held_out)]) if held_out else PairCollection.combine([last for _, last in halves])
-        data = RunData(PairCollection.combine([first for first, _ in halves], weights), valid, len(valid), ContextToken(None, ""))
+        data = RunData(
+            PairCollection.combine([first for first, _ in halves], weights),
+            (HeldOutSet("", valid, len(valid)),),
+            ContextToken(None, ""),
+        )
         objective = self.objective
         config = Config(
             data=DataConfig(data_path=list(prefixes or (self.a,)), split=f"{1 - split},{split}"),
@@ -184,7 +188,7 @@ def test_an_objective_that_is_not_the_same_is_refused_by_options_of_before_and_n
 )
 def test_an_extended_run_oversteps_neither_steps_nor_pairs(lengths: list[dict[str, Any]], ends_at: tuple[int, int]) -> None:
     pairs: Any = range(47)
-    data, progress = RunData(pairs, None, 0, ContextToken(None, "")), Progress()
+    data, progress = RunData(pairs, (), ContextToken(None, "")), Progress()
     for length in lengths:
         training = TrainingConfig(global_batch_size=6, **length)
         total_pairs, train_iters = data.run_length(training, progress)

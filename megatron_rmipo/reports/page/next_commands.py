@@ -37,10 +37,11 @@ def _commands(run: PageRun) -> Iterator[tuple[str, list[str]]]:
         if save:
             yield "Export the latest checkpoint", _tool("convert_megatron_to_hf", "--load", save, "--save-hf", model)
     held_out = run.config.get("valid_data_path") or []
-    if (save or save_hf) and len(held_out) == 1:
-        output = str(run.log_dir / EVALUATIONS_FOLDER / "held_out.json")
-        sets = ["--data", f"held-out={held_out[0]}", "--output", output]
-        yield "Evaluate the export without a judge, for this report, too", _tool("evaluate_pairs", "--load-hf", model, *sets)
+    sets = [f"held-out={held_out[0]}"] if len(held_out) == 1 else []
+    sets += run.config.get("eval_data") or []
+    if (save or save_hf) and sets:
+        flags = ["--data", *sets, "--output", str(run.log_dir / EVALUATIONS_FOLDER / "held_out.json")]
+        yield "Evaluate the export without a judge, for this report, too", _tool("evaluate_pairs", "--load-hf", model, *flags)
     if save or save_hf:
         tasks = ["--tasks", "leaderboard", "--batch_size", "auto", "--output_path", str(run.log_dir / "lm_eval")]
         yield "Evaluate the export with lm-eval", ["lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", *tasks]

@@ -13,7 +13,7 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.held_out import Record
 from megatron_rmipo.reports.page.run_facts import read_facts
 from megatron_rmipo.reports.page.token_record import TOKENS_FILE
-from megatron_rmipo.reports.reporter import BEST_FILE, EVALUATION, METRICS_FILE, SAMPLES_FILE, pairs_file
+from megatron_rmipo.reports.reporter import BEST_FILE, METRICS_FILE, SAMPLES_FILE, evaluated_set, pairs_file
 from megatron_rmipo.reports.summary import read_configuration
 
 EVALUATIONS_FOLDER = "evaluation"
@@ -132,10 +132,8 @@ def read_page_run(run: Path) -> PageRun:
             for name, value in record.items():
                 if isinstance(value, int | float) and name != "step":
                     columns.setdefault(name, Column()).add(step, value)
-            continue
-        evaluation, _, name = str(kind).partition("/")
-        if evaluation == EVALUATION:
-            evaluations.setdefault(name, []).append(record)
+        elif (held_out := evaluated_set(record)) is not None:
+            evaluations.setdefault(held_out, []).append(record)
     return PageRun(
         name=_name(log_dir),
         log_dir=log_dir,

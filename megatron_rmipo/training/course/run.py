@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rmipo.config.schema import Config
@@ -52,9 +53,7 @@ class Run:
     Attributes:
         train_iters: the step after which the run is complete.
         total_pairs: pairs of the whole run.
-        held_out: builder of the main held-out set's batches, or None.
-        num_held_out: pairs of an evaluation of it.
-        further_held_out: the sets of ``--eval-data``.
+        held_out_sets: all that an evaluation evaluates, the main one first where there is one.
         selection: what evaluations decide.
         checkpoints: of the run.
         stop: asked after each step and at each batch of an evaluation.
@@ -74,9 +73,7 @@ class Run:
     order: PairOrder
     train_iters: int
     total_pairs: int
-    held_out: BatchBuilder | None
-    num_held_out: int
-    further_held_out: tuple[HeldOutBatches, ...]
+    held_out_sets: Sequence[HeldOutBatches]
     selection: Selection
     reporter: Reporter
     throughput: Throughput
@@ -89,9 +86,3 @@ class Run:
     heartbeat: Heartbeat
     assets: Path
     prompts: Prompts | None
-
-    @property
-    def held_out_sets(self) -> list[HeldOutBatches]:
-        """All that an evaluation evaluates, the main one first."""
-        main = [] if self.held_out is None else [HeldOutBatches("", self.held_out, self.num_held_out)]
-        return [*main, *self.further_held_out]

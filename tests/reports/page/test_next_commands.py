@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rmipo.checkpoint.megatron_to_hf_cli import build_parser as build_export
-from megatron_rmipo.objectives.arguments import parse_arguments
+from megatron_rmipo.config.schema import ModelConfig
+from megatron_rmipo.evaluation import cli as evaluation
+from megatron_rmipo.objectives.arguments import parse_arguments, parse_fields_and_objective
 from megatron_rmipo.reports.page.cli import build_parser as build_report
 from megatron_rmipo.reports.page.next_commands import next_commands
 from megatron_rmipo.reports.page.run_files import read_page_run
@@ -24,9 +26,10 @@ def test_commands_fit_the_run_and_parse(train_iters: int, exported: bool, tmp_pa
     model = tmp_path / "a model"  # with a space
     if exported:
         model.mkdir()
-    flags = ["--valid-data-path", "data/valid", "--save-hf", str(model)]
+    flags = ["--valid-data-path", "data/valid", "--eval-data", "chat=data/chat", "--save-hf", str(model)]
     logs = write_page_run(tmp_path / "run", flags=flags, facts={**STARTED, "train_iters": train_iters})
-    commands = {command.title.split()[0]: shlex.split(command.text) for command in next_commands(read_page_run(logs))}
+    found = next_commands(read_page_run(logs))
+    commands = {command.title.split()[0]: shlex.split(command.text) for command in found}
     trains = commands["Go" if train_iters > 30 else "Train"]
     assert ("Go" in commands, "Train" in commands) == (train_iters > 30, train_iters == 30)
     assert trains[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "megatron_rmipo.train"]
@@ -39,5 +42,9 @@ def test_commands_fit_the_run_and_parse(train_iters: int, exported: bool, tmp_pa
         assert build_export().parse_args(commands["Export"][2:]).save_hf == model
     build_summary().parse_args(commands["Summarize"][2:])
     build_report().parse_args(commands["This"][2:])
-    evaluation = commands["Evaluate"]
-    assert f"pretrained={model}" in evaluation
+    (judge_free,) = (words for words in (shlex.split(command.text) for command in found) if "tools/evaluate_pairs.py" in words)
+    sections, objective = parse_fields_and_objective(judge_free[2:], evaluation._FIELDS, "evaluate_pairs.py", "")
+    plan = evaluation.plan_of(sections[evaluation.EvaluationConfig], sections[ModelConfig], objective)
+    assert [source.name for source in plan.sources] == ["held-out", "chat"]
+    lm_eval = commands["Evaluate"]
+    assert f"pretrained={model}" in lm_eval
