@@ -36,10 +36,11 @@ for name in ${ONLY:-}; do
 done
 NAMES=("${MODEL_NAME:-model}" "${BASE_NAME:-base}")
 if [[ "${NAMES[0]}" == "${NAMES[1]}" ]]; then die "MODEL_NAME and BASE_NAME are both ${NAMES[0]}: give each its own"; fi
-DIRECTORIES=("$1" "$2")
+MODEL=$1 BASE=$2
+DIRECTORIES=("$MODEL" "$BASE")
 if ! is_dry; then
-    for HF_MODEL in "$@"; do
-        if [[ ! -e "$HF_MODEL/config.json" ]]; then die_without_model; fi
+    for name in MODEL BASE; do
+        if [[ ! -e "${!name}/config.json" ]]; then die_without_model "$name"; fi
     done
 fi
 DTYPE=${DTYPE:-$( (($(count_gpus) > 0)) && echo bfloat16 || echo float32)}
@@ -86,14 +87,14 @@ pairs_stage() {
     local name=$1 directory=$2 result="$WORK_DIR/$1/evaluate_pairs.json" FLAGS=() MADE_FROM=("--input=model=$2") sets=() one
     shift 2
     for one in $PAIRS; do
-        sets+=(--data "$one")
+        sets+=("$one")
         MADE_FROM+=("--input=$one=${one#*=}")
     done
     # What it is compared with.
     if (($# > 0)); then made_from_stages "pairs ${NAMES[1]}"; fi
     flags_of PAIRS_FLAGS
-    stage "pairs $name" "$result" "$WORK_DIR/$name/*pairs*" python "$ROOT/tools/evaluate_pairs.py" --load-hf "$directory" "${sets[@]}" \
-        --output "$result" --pairs "$WORK_DIR/$name/pairs.jsonl" "$@" "${FLAGS[@]}"
+    stage "pairs $name" "$result" "$WORK_DIR/$name/*pairs*" python "$ROOT/tools/evaluate_pairs.py" --load-hf "$directory" \
+        --data "${sets[@]}" --output "$result" --pairs "$WORK_DIR/$name/pairs.jsonl" "$@" "${FLAGS[@]}"
     evaluated "$name" "$result"
 }
 

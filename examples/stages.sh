@@ -179,7 +179,7 @@ prepare_start() {
         stage "make the embedded inputs" "$HF_MODEL/config.json" "$INPUTS" \
             python "$ROOT/examples/embedded/make_inputs.py" --output "$INPUTS" "${flags[@]}"
     elif ! is_dry && [[ ! -e "$HF_MODEL/config.json" ]]; then
-        die_without_model
+        die_without_model HF_MODEL
     fi
     preprocess train "$DATA" "${DATA_SPLIT:-}" "${DATA_FLAGS:-}"
     if [[ -n "${VALID_DATA:-}" ]]; then
@@ -221,12 +221,13 @@ run_stages() {
 
 # Nothing is downloaded at run time, least of all by every node.
 die_without_model() {
-    if [[ ! -e "$HF_MODEL" && "$HF_MODEL" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]]; then
-        die "HF_MODEL=$HF_MODEL is no directory here, and nothing is downloaded. If it is the name of a model on the Hugging Face hub:
-  hf download $HF_MODEL --local-dir models/${HF_MODEL#*/}
-and start again with HF_MODEL=models/${HF_MODEL#*/}"
+    local directory=${!1}
+    if [[ ! -e "$directory" && "$directory" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$ ]]; then
+        die "$1=$directory is no directory here, and nothing is downloaded. If it is the name of a model on the Hugging Face hub:
+  hf download $directory --local-dir models/${directory#*/}
+and start again with models/${directory#*/} as $1"
     fi
-    die "HF_MODEL=$HF_MODEL: no config.json there; name the directory of a Hugging Face model"
+    die "$1=$directory: no config.json there; name the directory of a Hugging Face model"
 }
 
 # check_numbers NAME...: stop where one of these variables is set to something else than a whole number.

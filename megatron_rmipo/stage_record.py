@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.whole_files import replace_file
 
 # Files of a Hugging Face model directory that hold weights; a tokenizer does not depend on them.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
@@ -137,9 +138,7 @@ def check(record: Path, now: dict[str, Any], *, name: str, made: str, remedy: st
             )
     if writes and (record.is_file() or not made):
         # Never half a record. Times may have changed where contents have not.
-        partial = record.with_name(record.name + ".new")
-        partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
-        os.replace(partial, record)
+        replace_file(record, [json.dumps(now, indent=1)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

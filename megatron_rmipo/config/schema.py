@@ -8,7 +8,6 @@ line wins over the file, the file over the defaults below.
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from megatron_rmipo.config.options import described, option
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.whole_files import replace_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,11 +301,8 @@ class Config:
         Raises:
             ConfigError: the file cannot be written.
         """
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(yaml.safe_dump(self.to_flat_dict(), sort_keys=False), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_file(path, [yaml.safe_dump(self.to_flat_dict(), sort_keys=False)])
         except OSError as error:
             raise ConfigError(f"{path}: the configuration cannot be written there: {error.strerror}.") from error
 

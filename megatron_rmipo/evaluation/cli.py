@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,10 @@ from megatron_rmipo.config.values import field_types
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.evaluation.comparing import Comparison, compare
 from megatron_rmipo.evaluation.criteria import CRITERIA, Wanted, choose_criteria
-from megatron_rmipo.evaluation.results import Bootstrap, Table, benchmark_figures, pair_lines, tables_of
+from megatron_rmipo.evaluation.results import Bootstrap, benchmark_figures, pair_lines, table_text, tables_of
 from megatron_rmipo.evaluation.run import Evaluated, EvaluationPlan, evaluate
 from megatron_rmipo.evaluation.sets import SetSource
+from megatron_rmipo.evaluation_file import Evaluation, EvaluationTable, write_evaluation, write_whole
 from megatron_rmipo.objectives.arguments import parse_fields_and_objective
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.runtime.first_failure import tell_failure
@@ -131,20 +131,20 @@ def report(evaluated: Evaluated, flags: EvaluationConfig, objective: Objective |
         tables.append(comparison.table)
     if flags.pairs is not None:
         lines = [json.dumps(line) for one in evaluated.results for line in pair_lines(one)]
-        _write("--pairs", flags.pairs, "\n".join(lines) + "\n")
+        write_whole(Path(flags.pairs), "\n".join(lines) + "\n")
     if flags.output is not None:
-        _write("--output", flags.output, json.dumps(_as_json(evaluated, flags, objective, tables, comparison), indent=2) + "\n")
-    shown = [table.as_text() for table in tables if "tenths" not in table.title]
+        write_evaluation(Path(flags.output), _evaluation_of(evaluated, flags, objective, tables, comparison))
+    shown = [table_text(table) for table in tables if not table.is_detail]
     return "\n\n".join([f"model {evaluated.model}", *shown])
 
 
-def _as_json(
+def _evaluation_of(
     evaluated: Evaluated,
     flags: EvaluationConfig,
     objective: Objective | None,
-    tables: Sequence[Table],
+    tables: Sequence[EvaluationTable],
     comparison: Comparison | None,
-) -> dict[str, Any]:
+) -> Evaluation:
     sets = {
         one.asked.name: {
             "source": one.asked.source,
@@ -157,35 +157,21 @@ def _as_json(
         }
         for one in evaluated.results
     }
-    return {
-        "kind": "evaluate_pairs",
-        "title": "Preference pairs, without a judge",
-        "model": evaluated.model,
-        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "tables": [dataclasses.asdict(table) for table in tables],
-        "details": {
-            "reference": evaluated.reference or None,
-            "objective": None if objective is None else {"name": objective.name, **_options_of(objective)},
-            "criteria": {name: CRITERIA[name] for name in evaluated.results[0].scores},
-            "bootstrap": {"samples": flags.bootstrap_samples, "seed": flags.bootstrap_seed},
-            "sets": sets,
-            "compared": None
-            if comparison is None
-            else {name: {by: one.as_dict() for by, one in its.items()} for name, its in comparison.agreements.items()},
-        },
+    details = {
+        "reference": evaluated.reference or None,
+        "objective": None if objective is None else {"name": objective.name, **_options_of(objective)},
+        "criteria": {name: CRITERIA[name] for name in evaluated.results[0].scores},
+        "bootstrap": {"samples": flags.bootstrap_samples, "seed": flags.bootstrap_seed},
+        "sets": sets,
+        "compared": None
+        if comparison is None
+        else {name: {by: one.as_dict() for by, one in its.items()} for name, its in comparison.agreements.items()},
     }
+    return Evaluation("evaluate_pairs", "Preference pairs, without a judge", evaluated.model, tables, details)
 
 
 def _options_of(objective: Objective | None) -> dict[str, Any]:
     return {} if objective is None else {key: getattr(objective.config, key) for key in field_types(objective.Config)}
-
-
-def _write(flag: str, name: str, text: str) -> None:
-    try:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{flag} {name} cannot be written: {error}. Name another file.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ import numpy as np
 
 from megatron_rmipo.errors import DataError
 from megatron_rmipo.evaluation.figures import Agreement, agreement_of
-from megatron_rmipo.evaluation.results import Bootstrap, SetResults, Table, Value, pair_lines
+from megatron_rmipo.evaluation.results import Bootstrap, SetResults, pair_lines
+from megatron_rmipo.evaluation_file import Cell, EvaluationTable
 
 # Where a pair stands: its set, its row there, and which answers it is made of.
 _Place = tuple[str, int, int, int]
@@ -27,7 +28,7 @@ class Comparison:
         agreements: set -> criterion -> the comparison.
     """
 
-    table: Table
+    table: EvaluationTable
     agreements: dict[str, dict[str, Agreement]]
 
 
@@ -58,7 +59,7 @@ def compare(results: Sequence[SetResults], path: Path, bootstrap: Bootstrap) -> 
     Raises:
         DataError: as :func:`read_pairs`, or they have no pair or no criterion in common.
     """
-    other, rows, agreements = read_pairs(path), list[list[Value]](), dict[str, dict[str, Agreement]]()
+    other, rows, agreements = read_pairs(path), list[list[Cell]](), dict[str, dict[str, Agreement]]()
     for one in results:
         places = [(line["set"], line["row"], *line["answers"]) for line in pair_lines(one)]
         shared = [number for number, place in enumerate(places) if place in other]
@@ -95,4 +96,4 @@ def compare(results: Sequence[SetResults], path: Path, bootstrap: Bootstrap) -> 
         "p",
     ]
     note = "difference: accuracy of this less that of the other, with bounds as above; p: McNemar's, exact."
-    return Comparison(Table(f"beside {path}", columns, rows, note), agreements)
+    return Comparison(EvaluationTable(f"beside {path}", columns, rows, note), agreements)

@@ -19,41 +19,26 @@ from megatron_rmipo.evaluation.figures import (
     mean_interval,
 )
 from megatron_rmipo.evaluation.sets import EvaluationSet
+from megatron_rmipo.evaluation_file import Cell, EvaluationTable
 
-Value = str | int | float | None
 _DIGITS = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of results.
-
-    Attributes:
-        title, note: in words.
-        columns: their names.
-        rows: a value for each column.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[Value]]
-    note: str = ""
-
-    def as_text(self) -> str:
-        """For the screen."""
-        cells = [self.columns, *([_shown(value) for value in row] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        numeric = [all(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
-        aligned = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)
-            )
-            for row in cells
-        ]
-        return "\n".join([self.title, *(f"  {line}".rstrip() for line in aligned), *([f"  {self.note}"] if self.note else [])])
+def table_text(table: EvaluationTable) -> str:
+    """A table for the screen."""
+    cells = [table.columns, *([_shown(value) for value in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(not isinstance(row[place], str) for row in table.rows) for place in range(len(table.columns))]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        for row in cells
+    ]
+    return "\n".join([table.title, *(f"  {line}".rstrip() for line in aligned), *([f"  {table.note}"] if table.note else [])])
 
 
-def _shown(value: Value) -> str:
+def _shown(value: Cell) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -95,19 +80,19 @@ class Bootstrap:
     seed: int
 
 
-def tables_of(one: SetResults, bootstrap: Bootstrap) -> list[Table]:
+def tables_of(one: SetResults, bootstrap: Bootstrap) -> list[EvaluationTable]:
     """The tables of a set: accuracy by subset, what its benchmark reports, margins and length, calibration."""
     tables = [_accuracy_table(one, bootstrap), _margin_table(one), _decile_table(one)]
     reported = benchmark_figures(one)
     if reported:
         names = list(dict.fromkeys(figure for its in reported.values() for figure in its))
-        rows: list[list[Value]] = [[name, *(_rounded(reported[by].get(name)) for by in reported)] for name in names]
-        tables.insert(1, Table(f"{one.asked.name}: as its benchmark reports it", ["", *reported], rows))
+        rows: list[list[Cell]] = [[name, *(_rounded(reported[by].get(name)) for by in reported)] for name in names]
+        tables.insert(1, EvaluationTable(f"{one.asked.name}: as its benchmark reports it", ["", *reported], rows))
     return tables
 
 
-def _accuracy_table(one: SetResults, bootstrap: Bootstrap) -> Table:
-    asked, rows = one.asked, list[list[Value]]()
+def _accuracy_table(one: SetResults, bootstrap: Bootstrap) -> EvaluationTable:
+    asked, rows = one.asked, list[list[Cell]]()
     for subset, pairs in _subsets(asked):
         for name in one.scores:
             margins = one.margins(name)[pairs]
@@ -118,7 +103,8 @@ def _accuracy_table(one: SetResults, bootstrap: Bootstrap) -> Table:
                 [subset, len(margins), name, *map(_rounded, accuracy), *map(_rounded, (margins.mean(), np.median(margins)))]
             )
     columns = ["subset", "pairs", "by", "accuracy", "low", "high", "mean margin", "median margin"]
-    return Table(f"{asked.name}: accuracy, with the bounds of 95 % of resampled questions", columns, rows, _left_out_note(asked))
+    title = f"{asked.name}: accuracy, with the bounds of 95 % of resampled questions"
+    return EvaluationTable(title, columns, rows, _left_out_note(asked))
 
 
 def _left_out_note(asked: EvaluationSet) -> str:
@@ -137,8 +123,8 @@ def _subsets(asked: EvaluationSet) -> Iterator[tuple[str, npt.NDArray[np.int64]]
         yield name or "(none)", np.flatnonzero(subsets == name)
 
 
-def _margin_table(one: SetResults) -> Table:
-    rows = list[list[Value]]()
+def _margin_table(one: SetResults) -> EvaluationTable:
+    rows = list[list[Cell]]()
     for name in one.scores:
         bias = length_bias(one.margins(name), one.lengths)
         error = calibration_error(one.margins(name)) if name == "reward" and one.reward_is_logit else None
@@ -148,18 +134,20 @@ def _margin_table(one: SetResults) -> Table:
     sides = ("longer", "shorter", "equal")
     columns = ["by", *(column for side in sides for column in (side, f"accuracy {side}")), "calibration error"]
     note = "pairs whose chosen answer has more, fewer or as many tokens; a calibration error is of rewards that are logits"
-    return Table(f"{one.asked.name}: length bias and calibration", columns, rows, note)
+    return EvaluationTable(f"{one.asked.name}: length bias and calibration", columns, rows, note)
 
 
-def _decile_table(one: SetResults) -> Table:
-    rows = list[list[Value]]()
+def _decile_table(one: SetResults) -> EvaluationTable:
+    rows = list[list[Cell]]()
     for name in one.scores:
         rows += [
-            [name, number, part.num_pairs, *map(_rounded, (part.least, part.greatest, part.accuracy))]
+            # As a text: it names the row.
+            [name, str(number), part.num_pairs, *map(_rounded, (part.least, part.greatest, part.accuracy))]
             for number, part in enumerate(deciles(one.margins(name)), start=1)
         ]
     columns = ["by", "tenth", "pairs", "least |margin|", "greatest |margin|", "accuracy"]
-    return Table(f"{one.asked.name}: accuracy by tenths of |margin|, the least certain first", columns, rows)
+    title = f"{one.asked.name}: accuracy by tenths of |margin|, the least certain first"
+    return EvaluationTable(title, columns, rows, is_detail=True)
 
 
 def benchmark_figures(one: SetResults) -> dict[str, Figures]:

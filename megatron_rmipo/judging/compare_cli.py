@@ -46,9 +46,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         base = read_evaluations(arguments.base, "--base")
         tables, kind, title = side_by_side(model, base), "side_by_side", f"{name} beside {base[0].model}"
         details = {"model": [one.model for one in model], "base": [one.model for one in base]}
-    text = "\n\n".join(map(format_table, tables))
-    print(text)
+    print("\n\n".join(format_table(table) for table in tables if not table.is_detail))
     # Added, not put in place of a suffix: a name may have a dot.
     prefix = str(arguments.output)
-    write_whole(Path(prefix + ".md"), text + "\n")
+    write_whole(Path(prefix + ".md"), "\n\n".join(map(format_table, tables)) + "\n")
     write_evaluation(Path(prefix + ".json"), Evaluation(kind, title, name, tables, details))

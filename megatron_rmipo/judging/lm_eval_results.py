@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.errors import DataError
 from megatron_rmipo.evaluation_file import Cell, Evaluation, EvaluationTable
 
 TITLE = "lm-eval"
@@ -21,18 +19,8 @@ def find_results(directory: Path) -> Path | None:
     return max(directory.rglob(_RESULTS), key=lambda path: path.name.rpartition("results_")[2], default=None)
 
 
-def read_lm_eval(path: Path) -> Evaluation:
-    """The results in a file of lm-eval.
-
-    Raises:
-        DataError: it cannot be read, or holds no results.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable file of lm-eval ({error}).") from None
-    if not is_lm_eval(found):
-        raise DataError(f"{path}: holds no results of lm-eval.")
+def parse_lm_eval(path: Path, found: Mapping[str, Any]) -> Evaluation:
+    """The results in the content of a file of lm-eval, which :func:`is_lm_eval` says it is."""
     rows = [row for task, metrics in found["results"].items() for row in _task_rows(task, metrics, found)]
     template = "with the model's chat template" if found.get("chat_template") else "without a chat template"
     note = f"lm-eval {found.get('lm_eval_version', '')}, {template}; n is the number of questions."

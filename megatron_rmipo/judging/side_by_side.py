@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rmipo.errors import ConfigError, DataError
-from megatron_rmipo.evaluation_file import ERROR_COLUMN, Cell, Evaluation, EvaluationTable, read_evaluation
-from megatron_rmipo.judging.lm_eval_results import find_results, is_lm_eval, read_lm_eval
+from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.evaluation_file import ERROR_COLUMN, Cell, Evaluation, EvaluationTable, parse_evaluation, read_json
+from megatron_rmipo.judging.lm_eval_results import find_results, is_lm_eval, parse_lm_eval
 
-# What says how much was evaluated, and not how well.
-_COUNTS = {"n", "questions", "answers"}
+# What says how much was evaluated and how sure that is, and not how well.
+_ASIDE = {"n", "questions", "answers", "pairs", "longer", "shorter", "equal", "low", "high"}
 
 
 def read_evaluations(paths: Sequence[Path], flag: str) -> list[Evaluation]:
@@ -33,24 +34,18 @@ def read_evaluations(paths: Sequence[Path], flag: str) -> list[Evaluation]:
 def _read_folder(folder: Path) -> list[Evaluation]:
     results = find_results(folder)
     own = [evaluation for path in sorted(folder.glob("*.json")) if (evaluation := _read_own(path)) is not None]
-    return own if results is None else [read_lm_eval(results), *own]
+    return own if results is None else [_read_file(results), *own]
 
 
 def _read_own(path: Path) -> Evaluation | None:
     """An evaluation among other files of a folder; None where a file is something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON ({error}).") from None
-    return read_evaluation(path) if isinstance(found, dict) and "kind" in found and "tables" in found else None
+    found = read_json(path)
+    return parse_evaluation(path, found) if isinstance(found, dict) and "kind" in found and "tables" in found else None
 
 
 def _read_file(path: Path) -> Evaluation:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable evaluation ({error}).") from None
-    return read_lm_eval(path) if is_lm_eval(found) else read_evaluation(path)
+    found = read_json(path)
+    return parse_lm_eval(path, found) if is_lm_eval(found) else parse_evaluation(path, found)
 
 
 def side_by_side(model: Sequence[Evaluation], base: Sequence[Evaluation]) -> list[EvaluationTable]:
@@ -76,12 +71,12 @@ def side_by_side(model: Sequence[Evaluation], base: Sequence[Evaluation]) -> lis
 def _compare(table: EvaluationTable, other: EvaluationTable) -> EvaluationTable:
     ours, theirs = _numbers(table), _numbers(other)
     labels = [column for number, column in enumerate(table.columns) if _is_text(table, number)]
-    rows = [
-        [*name, *ours[name], *theirs.get(name, (None, None)), _change(ours[name][0], theirs.get(name, (None, None))[0])]
-        for name in ours
-    ]
+    rows: list[list[Cell]] = []
+    for key, (value, error) in ours.items():
+        of_base, its_error = theirs.get(key, (None, None))
+        rows.append([*key[:-1], value, error, of_base, its_error, _change(value, of_base)])
     columns = [*labels, "measure", "model", ERROR_COLUMN, "base", ERROR_COLUMN, "change"]
-    return EvaluationTable(table.title, columns, rows, table.note)
+    return dataclasses.replace(table, columns=columns, rows=rows)
 
 
 def _is_text(table: EvaluationTable, column: int) -> bool:
@@ -89,15 +84,18 @@ def _is_text(table: EvaluationTable, column: int) -> bool:
 
 
 def _numbers(table: EvaluationTable) -> dict[tuple[Cell, ...], tuple[Cell, Cell]]:
-    """(texts of a row, column) -> number and its standard error."""
+    """(texts of a row, column, how often these came before) -> number and its standard error."""
     texts = [number for number in range(len(table.columns)) if _is_text(table, number)]
     found: dict[tuple[Cell, ...], tuple[Cell, Cell]] = {}
+    seen: Counter[tuple[Cell, ...]] = Counter()
     for row in table.rows:
+        names = tuple(row[text] for text in texts)
         for number, column in enumerate(table.columns):
-            if number in texts or column == ERROR_COLUMN or column in _COUNTS:
+            if number in texts or column == ERROR_COLUMN or column in _ASIDE:
                 continue
             has_error = number + 1 < len(row) and table.columns[number + 1] == ERROR_COLUMN
-            found[*(row[text] for text in texts), column] = row[number], row[number + 1] if has_error else None
+            found[*names, column, seen[names]] = row[number], row[number + 1] if has_error else None
+        seen[names] += 1
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from megatron_rmipo.memory.readings import (
 from megatron_rmipo.memory.standing import standing_memory
 from megatron_rmipo.runtime.first_failure import claim_first_failure
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.whole_files import replace_file
 
 FOLDER = "out_of_memory"
 
@@ -167,11 +167,8 @@ class MemoryReport:
         """Write the record; a line that says where it is, and the snapshot. A failure is told, not raised."""
         if self._path is None:
             return []
-        temporary = self._path.with_name("tmp." + self._path.name)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
+            replace_file(self._path, [json.dumps(record, indent=2) + "\n"])
         except OSError as error:
             return [f"{self._path}: cannot be written: {error.strerror}"]
         snapshot = self._path.with_suffix(".pickle").name

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -17,6 +16,7 @@ import numpy as np
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.reports.progress_line import NO_TEXTS, ProgressLine
 from megatron_rmipo.reports.trackers.base import Tracker
+from megatron_rmipo.whole_files import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 PAIRS_FILE = "held_out_pairs.jsonl"
@@ -206,7 +206,7 @@ class Reporter:
         for first in (False,) if kind in self._evaluated else (True, False):
             path = self._path.with_name(pairs_file(name, first=first))
             try:
-                write_lines(path, _lines_of_pairs(step, values))
+                replace_file(path, _lines_of_pairs(step, values))
             except OSError as error:
                 raise RmipoError(f"{path}: cannot be written: {error.strerror}.") from error
         self._evaluated.add(kind)
@@ -254,15 +254,7 @@ def _prepare(path: Path, resumed_step: int | None) -> None:
         return
     with path.open(encoding="utf-8") as lines:
         # The last one may lack its end.
-        write_lines(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a file in place of the one before, in one step, a line at a time: it may be as large as the data."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(temporary, path)
+        replace_file(path, (line.rstrip("\n") + "\n" for line in lines if _is_before(line, resumed_step)))
 
 
 def _lines_of_pairs(step: int, values: Mapping[str, np.ndarray]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.publishing.model_card import model_card
-from megatron_rmipo.reports.reporter import BEST_FILE, METRICS_FILE, write_lines
+from megatron_rmipo.reports.reporter import BEST_FILE, METRICS_FILE
 from megatron_rmipo.reports.summary import read_records
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -28,6 +28,7 @@ from megatron_rmipo.training.course.selection import Watch
 from megatron_rmipo.training.plan import RunPlan
 from megatron_rmipo.training.progress import Progress
 from megatron_rmipo.training.setup import TrainingState
+from megatron_rmipo.whole_files import replace_file
 
 
 def check_outputs(config: Config, source: ModelSource) -> None:
@@ -186,7 +187,7 @@ class RunCheckpoints:
             return
         path = checkpoint_path(directory, best.step)
         found = {"metric": best.metric, "step": best.step, "value": best.value, "checkpoint": str(path)}
-        write_lines(record, [json.dumps(found) + "\n"])
+        replace_file(record, [json.dumps(found) + "\n"])
         if (keep_last := self._config.checkpoint.keep_last) is not None:
             prune_checkpoints(directory, keep_last, max(iterations_of(directory)), in_use=self._source.assets)
 

@@ -41,7 +41,7 @@ def test_a_dry_run_prints_commands_that_parse_and_does_nothing(tmp_path: Path) -
     assert all("--tasks leaderboard" in " ".join(line) and "--apply_chat_template" in line for line in evaluated)
     assert all("--include_path /d/tasks --limit 2" in " ".join(line) for line in evaluated)
     base, model = commands(output, "evaluate_pairs.py")
-    assert base[: base.index("--output")] == ["--load-hf", "/m/old", "--data", "hh=/d/hh", "--data", "uf=/d/uf"]
+    assert base[: base.index("--output")] == ["--load-hf", "/m/old", "--data", "hh=/d/hh", "uf=/d/uf"]
     assert model[model.index("--compare") + 1] == base[base.index("--pairs") + 1]
     generated = [build_parser().parse_args(line) for line in commands(output, "generate_answers.py")]
     made = [(one.model, one.benchmark) for one in generated if not one.print_judge_commands]
@@ -71,7 +71,12 @@ def test_stages_can_be_chosen_and_others_are_refused(tmp_path: Path) -> None:
         ({}, ("a",), "give two Hugging Face model directories"),
     ):
         assert said in run_script(SCRIPT, environment(tmp_path, **{**dry, **variables}), *models, expect=1)
-    assert "no config.json there" in run_script(SCRIPT, environment(tmp_path), str(tmp_path), str(tmp_path), expect=1)
+    (tmp_path / "config.json").touch()
+    for models, said in (
+        ((str(tmp_path / "work"), "b"), f"MODEL={tmp_path / 'work'}: no config.json there"),
+        ((str(tmp_path), "owner/name"), "start again with models/name as BASE"),
+    ):
+        assert said in run_script(SCRIPT, environment(tmp_path), *models, expect=1)
 
 
 @pytest.mark.slow

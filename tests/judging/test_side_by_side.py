@@ -57,6 +57,28 @@ def test_numbers_of_the_same_place_are_put_beside_each_other(tmp_path: Path, cap
     assert "A note." in text
 
 
+def test_rows_alike_keep_their_numbers_and_details_stay_off_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shift in (("model", 0.5), ("base", 0.25)):
+        rows = [["task", 3, 0.125 + shift], ["task", 3, 0.25 + shift]]
+        tables = [
+            EvaluationTable("Alike", ["task", "pairs", "score"], rows),
+            EvaluationTable("Long", ["task", "score"], [["a", shift]], is_detail=True),
+        ]
+        write_evaluation(tmp_path / f"{name}.json", Evaluation("evaluate_pairs", "Pairs", name, tables))
+    flags = ["--model", str(tmp_path / "model.json"), "--base", str(tmp_path / "base.json"), "--output", str(tmp_path / "both")]
+    assert main(flags) == 0
+    alike, long = read_evaluation(tmp_path / "both.json").tables
+    assert alike.rows == [
+        ["task", "score", 0.625, None, 0.375, None, 0.25],
+        ["task", "score", 0.75, None, 0.5, None, 0.25],
+    ]
+    assert (long.is_detail, long.rows[0][-1]) == (True, 0.25)
+    assert "Long" not in capsys.readouterr().out
+    assert "Long" in (tmp_path / "both.md").read_text()
+
+
 def test_without_a_base_the_tables_are_those_of_the_model(tmp_path: Path) -> None:
     write_lm_eval(tmp_path / "raw", 0.5)
     assert main(["--model", str(tmp_path / "raw"), "--output", str(tmp_path / "lm_eval")]) == 0

@@ -57,7 +57,7 @@ def test_a_resumed_run_drops_what_lies_beyond_its_step_and_a_torn_line(tmp_path:
         file.write('{"kind": "train", "st')
     log_steps(tmp_path, 5, 6, resumed_step=4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_new_run_puts_the_earlier_file_aside(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_pairs_of_the_first_and_of_the_last_evaluation_are_kept(tmp_path: Pa
     with reporter(tmp_path) as report:
         evaluate(report, 0, 5.0)
     assert kept() == ([(0, 5.0), (0, None)],) * 2
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_each_held_out_set_has_files_of_its_own(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, prefere
 from megatron_rmipo.plugin.step import PreferenceStep
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
+from megatron_rmipo.whole_files import replace_file
 
 try:
     from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
@@ -177,8 +177,8 @@ class PreferenceFinetune(Callback):
         """Write what the objective carries from step to step into the checkpoint. All ranks call it together."""
         if self.step is not None and self.step.state:
             directory = Path(context.state.cfg.checkpoint.save) / f"iter_{context.state.train_state.step:07d}"
-            content = self.step.state_dict()
-            on_first_rank(self.step.groups.world, partial(_write_json, directory / STATE_FILE, content))
+            content = json.dumps(self.step.state_dict()) + "\n"
+            on_first_rank(self.step.groups.world, partial(replace_file, directory / STATE_FILE, [content]))
 
     def _before_step(self, model: Module, batches: PreferenceBatches | HeldOutBatches | None) -> None:
         assert self.step is not None, "the model is attached before"
@@ -294,9 +294,3 @@ def _read_state(path: Path, objective: Objective) -> dict[str, float]:
         )
     check_state(objective, state)
     return state
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial_path = path.with_name(f".{path.name}")
-    partial_path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial_path, path)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from megatron_rmipo.evaluation_file import Cell
 from megatron_rmipo.reports.held_out import mean_change, plus_minus, recorded
 from megatron_rmipo.reports.page.numbers import MISSING, duration, figure_text, short_number
 from megatron_rmipo.reports.page.run_files import PageRun
-from megatron_rmipo.reports.page.tables import Cell, Table
+from megatron_rmipo.reports.page.tables import Table
 from megatron_rmipo.reports.summary import describe_change, describe_margins, margin_bounds, paired_changes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from markupsafe import Markup
 
 import megatron_rmipo
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.evaluation_file import Cell
 from megatron_rmipo.reports.page import tables
 from megatron_rmipo.reports.page.curves import build_charts
 from megatron_rmipo.reports.page.findings import find
@@ -23,6 +23,7 @@ from megatron_rmipo.reports.page.run_files import PageRun, read_page_run
 from megatron_rmipo.reports.page.samples import shown_samples
 from megatron_rmipo.reports.page.svg import chart_data, draw_chart, draw_histogram, legend_line
 from megatron_rmipo.reports.page.tokens import find_tokenizer, shown_pairs
+from megatron_rmipo.whole_files import replace_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Rows of a table of a curve's values.
@@ -38,14 +39,12 @@ def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path]
         evaluations: results of evaluations to show, beside those in the runs' own folders.
 
     Raises:
-        ConfigError: a run or an evaluation cannot be read, or the file cannot be written.
+        ConfigError: a run cannot be read, or the file cannot be written.
+        DataError: an evaluation cannot be read.
     """
     text = render_report([read_page_run(run) for run in runs], evaluations)
-    temporary = output.with_name(output.name + ".tmp")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output)
+        replace_file(output, [text])
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}. Name another file.") from error
 
@@ -86,7 +85,7 @@ def render_report(runs: Sequence[PageRun], evaluations: Sequence[Path] = ()) -> 
             for chart in charts
         ],
         comparisons=[tables.side_by_side(name, runs) for name in sets] if len(runs) > 1 else [],
-        evaluations=[tables.read_evaluation(path) for path in names],
+        evaluations=[tables.evaluation_tables(path) for path in names],
     )
 
 
@@ -198,7 +197,7 @@ def _values(data: Mapping[str, Any]) -> tables.Table:
     steps = sorted({step for series in data["series"] for step, _ in series["points"]})
     if len(steps) > _VALUES_SHOWN:
         steps = [steps[number * (len(steps) - 1) // (_VALUES_SHOWN - 1)] for number in range(_VALUES_SHOWN)]
-    rows: list[list[tables.Cell]] = []
+    rows: list[list[Cell]] = []
     for step in steps:
         rows.append([f"{step:,.0f}", *(_nearest(series["points"], step) for series in data["series"])])
     return tables.Table("", ["step", *(series["label"] or "value" for series in data["series"])], rows)

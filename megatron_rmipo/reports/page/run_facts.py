@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import megatron_rmipo
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.manifest import PARTS, Manifest
 from megatron_rmipo.torchrun import Launch
+from megatron_rmipo.whole_files import replace_file
 
 FACTS_FILE = "run.json"
 _BINS = 24
@@ -51,10 +51,7 @@ def add_facts(log_dir: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _write(log_dir: Path, facts: Mapping[str, Any]) -> None:
-    path = log_dir / FACTS_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(log_dir / FACTS_FILE, [json.dumps(facts, indent=1) + "\n"])
 
 
 def read_facts(log_dir: Path) -> dict[str, Any]:

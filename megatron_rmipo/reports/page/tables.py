@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron_rmipo.config.parallel_flags import ParallelConfig
 from megatron_rmipo.errors import ConfigError, RmipoError
+from megatron_rmipo.evaluation_file import Cell, EvaluationTable, read_evaluation
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, mean_of, recorded
 from megatron_rmipo.reports.page.numbers import MISSING, figure_text, short_number
 from megatron_rmipo.reports.page.run_files import EVALUATIONS_FOLDER, HeldOut, PageRun
 from megatron_rmipo.reports.summary import METRIC_TITLES, paired_changes, read_kinds
 
-Cell = str | float | int | None
 # What says nothing of what was trained: how ranks share the work, and where files are, which differs from run to run by itself.
 _LAYOUT = {field.name for field in dataclasses.fields(ParallelConfig)}
 _PLACES = {"save", "save_hf", "log_dir", "tensorboard_dir", "reference_cache", "wandb_exp_name", "wandb_project"}
@@ -27,21 +27,8 @@ _MOST_BYTES_OF_ROWS = 64 * 2**20
 _MOST_ROWS = 200
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        title: what it is of; empty where a heading says so.
-        columns: titles.
-        rows: cells.
-        note: below it.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    note: str = ""
+class Table(EvaluationTable):
+    """A table as the page shows it; its title is empty where a heading says so."""
 
     @property
     def numeric(self) -> list[bool]:
@@ -186,36 +173,19 @@ def _setting(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def read_evaluation(path: Path) -> tuple[str, list[Table]]:
+def evaluation_tables(path: Path) -> tuple[str, list[Table]]:
     """What an evaluation is called, and its tables.
 
     Raises:
-        ConfigError: the file is not one of an evaluation.
+        DataError: the file is not one of an evaluation.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        # More rows than a page can hold stay in the file.
-        tables = [
-            Table(
-                str(table.get("title", "")),
-                [str(column) for column in table["columns"]],
-                [[cell if cell is None or isinstance(cell, int | float) else str(cell) for cell in row] for row in table["rows"]][
-                    :_MOST_ROWS
-                ],
-                str(table.get("note", "")) + _left_out(len(table["rows"]), path),
-            )
-            for table in found["tables"]
-        ]
-        if any(len(row) != len(table.columns) for table in tables for row in table.rows):
-            raise ValueError("a row with another number of cells than there are columns")
-        words = [str(found.get("title") or found.get("kind") or path.stem)]
-        words += [str(found[name]) for name in ("model", "made") if found.get(name)]
-        return " \u00b7 ".join(words), tables
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: not the result of an evaluation ({error!r}). It is a JSON object with tables of columns and rows, as "
-            "evaluate_pairs.py writes it; leave it out, or make it anew."
-        ) from error
+    found = read_evaluation(path)
+    # More rows than a page can hold stay in the file.
+    tables = [
+        Table(table.title, table.columns, table.rows[:_MOST_ROWS], table.note + _left_out(len(table.rows), path))
+        for table in found.tables
+    ]
+    return " \u00b7 ".join(filter(None, (found.title, found.model, found.made))), tables
 
 
 def _left_out(count: int, path: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_rmipo.reports.held_out import Record
 from megatron_rmipo.reports.reporter import pairs_file
 from megatron_rmipo.reports.summary import read_records
+from megatron_rmipo.whole_files import replace_file
 
 TOKENS_FILE = "token_logps.jsonl"
 MOST, LEAST = "most certain", "least certain"
@@ -61,7 +61,4 @@ def write_tokens(log_dir: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = log_dir / TOKENS_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(log_dir / TOKENS_FILE, (json.dumps(line) + "\n" for line in lines))

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.evaluation_file import ERROR_COLUMN, EvaluationTable, read_evaluation
 from megatron_rmipo.reports.pictures.wins import DEVIATIONS, WinRate
 
 JUDGED = "judge_pairwise"
 # Columns of a judge's table: the rate with ties as half of a win, its standard error beside it, and how often there was what.
-_RATE, _ERROR, _COUNTS = "win rate", "+-", ("wins", "ties", "losses")
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """What an evaluation left: ``kind``, ``title``, ``model``, ``tables`` and more.
-
-    Raises:
-        ConfigError: it cannot be read, or is no such file.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable evaluation: {error}.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("tables"), list) or "kind" not in found:
-        raise ConfigError(f"{path}: not an evaluation: it has no kind and tables. Name a file that an evaluation wrote.")
-    return found
+_RATE, _COUNTS = "win rate", ("wins", "ties", "losses")
 
 
 def judged_wins(label: str, paths: Sequence[Path]) -> list[WinRate]:
@@ -38,26 +22,28 @@ def judged_wins(label: str, paths: Sequence[Path]) -> list[WinRate]:
         paths: of evaluations of any kind; those without a judge say nothing.
 
     Raises:
-        ConfigError: one cannot be read, or is no evaluation.
+        DataError: one cannot be read, or is no evaluation.
     """
     evaluations = {path: read_evaluation(path) for path in paths}
-    judged = {path: evaluation for path, evaluation in evaluations.items() if evaluation["kind"] == JUDGED}
+    judged = {path: evaluation for path, evaluation in evaluations.items() if evaluation.kind == JUDGED}
     rates = []
     for path, evaluation in judged.items():
-        name = label or Path(str(evaluation.get("model") or path.stem)).name
+        name = label or Path(evaluation.model or path.stem).name
         name += f" ({path.stem})" if len(judged) > 1 else ""
-        for table in evaluation["tables"]:
-            if _RATE in table.get("columns", ()):
+        for table in evaluation.tables:
+            if _RATE in table.columns:
                 rates += _rates_of(name, table)
     return rates
 
 
-def _rates_of(label: str, table: Mapping[str, Any]) -> list[WinRate]:
-    columns: list[str] = table["columns"]
+def _rates_of(label: str, table: EvaluationTable) -> list[WinRate]:
+    columns = list(table.columns)
     place = columns.index(_RATE)
-    has_error = columns[place + 1 : place + 2] == [_ERROR]
+    has_error = columns[place + 1 : place + 2] == [ERROR_COLUMN]
     rates = []
-    for row in table["rows"]:
+    # A judge's tables hold numbers in these columns.
+    rows: Sequence[Sequence[Any]] = table.rows
+    for row in rows:
         rate = row[place]
         # Of questions that got no verdict.
         if rate is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rmipo.evaluation_file import Evaluation, EvaluationTable, write_evaluation
 from megatron_rmipo.reports.page.cli import main
 from megatron_rmipo.reports.page.report import write_report
 from tests.reports.page.runs import (
@@ -113,9 +114,8 @@ def test_texts_are_escaped_and_huge_ones_cut(tmp_path: Path) -> None:
     text, answer = f"{MARKUP} {'why ' * 900}", f"{MARKUP}{'z' * 90_000}"
     sample = {"prompt": 0, "text": text, "answer": answer, "num_tokens": 9, "ended": False}
     write_lines(logs / "samples.jsonl", [{"step": step, **sample} for step in range(0, 90, 10)])
-    (logs / "evaluation").mkdir()
-    table = {"title": MARKUP, "columns": ["set", MARKUP], "rows": [[MARKUP, 0.25]], "note": MARKUP}
-    (logs / "evaluation" / "a.json").write_text(json.dumps({"kind": "lm_eval", "title": MARKUP, "tables": [table]}))
+    table = EvaluationTable(MARKUP, ["set", MARKUP], [[MARKUP, 0.25]], MARKUP)
+    write_evaluation(logs / "evaluation" / "a.json", Evaluation("side_by_side", MARKUP, "", [table]))
     page = page_of(logs)
     text = (logs / "report.html").read_text()
     assert "<script>alert" not in text
@@ -240,7 +240,7 @@ def test_the_tool_says_where_it_wrote_and_what_it_cannot_read(tmp_path: Path, ca
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"tables": [{"columns": ["a"], "rows": [[1, 2]]}]}')
     assert main([str(logs), "--evaluation", str(wrong), "--output", str(tmp_path / "x.html")]) == 1
-    assert f"{wrong}: not the result of an evaluation" in capsys.readouterr().err
+    assert f"{wrong}: not an evaluation: it lacks one of kind, title, model, tables." in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
     assert main([str(tmp_path)]) == 1
     assert f"{tmp_path}: no metrics.jsonl" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from megatron_rmipo.data.store.manifest import Manifest, TokenizerInfo
 from megatron_rmipo.data.store.pair_store import PairStoreWriter, TokenizedPair
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.evaluation_file import Evaluation, EvaluationTable, write_evaluation
 from megatron_rmipo.reports.pictures.densities import density
 from megatron_rmipo.reports.pictures.figures import (
     Drawing,
@@ -126,9 +126,8 @@ def test_the_schedule_is_drawn_of_runs_of_rmipo(tmp_path: Path) -> None:
 def test_a_grid_is_read_from_configurations_with_a_judges_scores(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"b{beta}", "--beta", beta, accuracies=(0.25, float(beta) / 4)) for beta in ("1", "3")]
     write_run(tmp_path / "other", "--beta", "2", "--lr", "1e-3")
-    (folders[1] / "evaluation").mkdir()
-    table = {"title": "t", "columns": ["win rate"], "rows": [[0.625]]}
-    (folders[1] / "evaluation/judge.json").write_text(json.dumps({"kind": "judge_pairwise", "tables": [table]}))
+    table = EvaluationTable("t", ["win rate"], [[0.625]])
+    write_evaluation(folders[1] / "evaluation/judge.json", Evaluation("judge_pairwise", "t", "m", [table]))
     figure, left_out = plot_sensitivity(Drawing(runs_of(tmp_path)))
     accuracy, judge = figure.axes
     assert list(accuracy.lines[0].get_ydata()) == [0.25, 0.75]

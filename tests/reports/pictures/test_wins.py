@@ -1,10 +1,10 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.errors import DataError
+from megatron_rmipo.evaluation_file import Evaluation, EvaluationTable, write_evaluation
 from megatron_rmipo.reports.pictures.evaluations import judged_wins
 from megatron_rmipo.reports.pictures.wins import WinRate, count_wins, draw_wins, wilson_interval
 
@@ -57,19 +57,18 @@ def test_what_is_drawn() -> None:
     assert not axes.figure.legends  # type: ignore[union-attr]
 
 
-def write_evaluation(path: Path, kind: str, columns: list[str], rows: list[list[Any]]) -> Path:
-    tables = [{"title": "AlpacaEval 2", "columns": columns, "rows": rows, "note": ""}]
-    content = {"kind": kind, "title": "t", "model": "models/rmipo-hf", "made": "", "tables": tables, "details": {}}
-    path.write_text(json.dumps(content))
+def write(path: Path, kind: str, columns: list[str], rows: list[list[Any]]) -> Path:
+    table = EvaluationTable("AlpacaEval 2", columns, rows)
+    write_evaluation(path, Evaluation(kind, "t", "models/rmipo-hf", [table]))
     return path
 
 
 def test_a_judges_wins_are_read_from_the_tables_of_evaluations(tmp_path: Path) -> None:
     columns = ["questions", "n", "win rate", "+-", "at equal length", "+-", "wins", "ties", "losses"]
     rows = [["all", 45, 0.625, 0.05, 0.5, 0.1, 20, 10, 10], ["math", 5, None, None, None, None, 0, 0, 0]]
-    judged = write_evaluation(tmp_path / "a.json", "judge_pairwise", columns, rows)
-    scored = write_evaluation(tmp_path / "b.json", "evaluate_pairs", columns, rows)
-    other = write_evaluation(tmp_path / "c.json", "judge_pairwise", ["what", "value"], [["cost", 1.0]])
+    judged = write(tmp_path / "a.json", "judge_pairwise", columns, rows)
+    scored = write(tmp_path / "b.json", "evaluate_pairs", columns, rows)
+    other = write(tmp_path / "c.json", "judge_pairwise", ["what", "value"], [["cost", 1.0]])
     (rate,) = judged_wins("", [judged, scored])
     assert (rate.label, rate.category, rate.wins, rate.ties, rate.rate, rate.num_pairs) == (
         "rmipo-hf",
@@ -80,10 +79,10 @@ def test_a_judges_wins_are_read_from_the_tables_of_evaluations(tmp_path: Path) -
         40,
     )
     assert rate.interval == pytest.approx((0.625 - 1.959964 * 0.05, 0.625 + 1.959964 * 0.05))
-    plain = write_evaluation(tmp_path / "d.json", "judge_pairwise", ["win rate"], [[0.5]])
+    plain = write(tmp_path / "d.json", "judge_pairwise", ["win rate"], [[0.5]])
     assert judged_wins("mine", [plain]) == [WinRate("mine", "all", 0.5, 0.0)]
     assert [rate.label for rate in judged_wins("mine", [judged, plain, other])] == ["mine (a)", "mine (d)"]
-    for text, words in (("{", "not a readable evaluation"), ('{"kind": "x"}', "not an evaluation: it has no kind and tables")):
+    for text, words in (("{", "not a readable evaluation"), ('{"kind": "x"}', "it lacks one of kind, title, model, tables")):
         (tmp_path / "e.json").write_text(text)
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(DataError, match=words):
             judged_wins("", [tmp_path / "e.json"])

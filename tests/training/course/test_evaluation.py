@@ -87,7 +87,8 @@ def faults_of_the_first_rank(folder: str) -> list[str]:
         assert evaluation.evaluate(run)
         dist.barrier()
         if groups.rank == 0:
-            (log_dir / "held_out_pairs.jsonl.tmp").mkdir()
+            (log_dir / "held_out_pairs.jsonl").unlink()
+            (log_dir / "held_out_pairs.jsonl").mkdir()
         with pytest.raises(RmipoError) as not_written:
             evaluation.evaluate(run)
     shutdown_runtime()
