@@ -13,10 +13,9 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.held_out import Record
 from megatron_rmipo.reports.page.run_facts import read_facts
 from megatron_rmipo.reports.page.token_record import TOKENS_FILE
-from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
+from megatron_rmipo.reports.reporter import BEST_FILE, METRICS_FILE, SAMPLES_FILE, pairs_file
 from megatron_rmipo.reports.summary import read_configuration
 
-SAMPLES_FILE, BEST_FILE, EVALUATIONS_FOLDER = "samples.jsonl", "best.json", "evaluation"
 # Kinds of evaluations in metrics.jsonl: of the held-out pairs, and of further sets by their names.
 _EVAL, _NAMED = "eval", "eval/"
 
@@ -176,9 +175,8 @@ def _object_of(path: Path) -> dict[str, Any]:
 def _held_out(log_dir: Path, name: str, records: Sequence[Record]) -> HeldOut:
     """Pairs of a set are taken where they are those of its first and its last evaluation."""
     found = []
-    for file, evaluation in ((FIRST_PAIRS_FILE, records[0]), (PAIRS_FILE, records[-1])):
-        path = log_dir / (file.replace("held_out_pairs", f"held_out_pairs.{name}") if name else file)
-        pairs = _records_of(path)
+    for is_first, evaluation in ((True, records[0]), (False, records[-1])):
+        pairs = _records_of(log_dir / pairs_file(name, first=is_first))
         found.append(pairs if pairs and pairs[0].get("step", evaluation["step"]) == evaluation["step"] else [])
     return HeldOut(records, *found)
 

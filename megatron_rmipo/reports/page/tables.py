@@ -13,7 +13,8 @@ from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, mean_of, recorded
 from megatron_rmipo.reports.page.numbers import MISSING, figure_text, short_number
-from megatron_rmipo.reports.page.run_files import EVALUATIONS_FOLDER, HeldOut, PageRun
+from megatron_rmipo.reports.page.run_files import HeldOut, PageRun
+from megatron_rmipo.reports.reporter import EVALUATIONS_FOLDER
 from megatron_rmipo.reports.summary import METRIC_TITLES, paired_changes, read_kinds
 
 Cell = str | float | int | None
