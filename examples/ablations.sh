@@ -8,7 +8,8 @@
 # or three minutes before them for what all start from. Variables: examples/grid.sh (ONLY, ROWS, SEEDS, STEPS ...) and examples/stages.sh, and
 # PRESET, of the rmipo rows (per_token). A row of ROWS is rmipo with the flags of its line, where they do not say --objective.
 # Printed at the end, and written to WORK_DIR/ablations.md and .csv: a line a run, with accuracy, margin and loss on the held-out pairs
-# before and after, and how the target margin gamma is spread over them. docs/comparison.md explains the tables.
+# before and after, and how the target margin gamma is spread over them; WORK_DIR/ablations.png draws them (needs matplotlib). docs/comparison.md explains
+# the tables.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/grid.sh

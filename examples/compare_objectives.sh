@@ -50,4 +50,4 @@ for row in "${GRID_ROWS[@]}"; do
     train_row "$row" --lr "${!rate:-$LR}" "${flags[@]}" "$@"
 done
 
-show_tables --view objectives --picture "$WORK_DIR/comparison.png" --table "Objectives" "${GRID_ROWS[@]}"
+show_tables --view objectives --table "Objectives" "${GRID_ROWS[@]}"

@@ -130,12 +130,13 @@ train_seed() {
     fi
 }
 
-# show_tables FLAGS...: the tables of the runs, printed and in $WORK_DIR/NAME.md and .csv, on the first node.
+# show_tables FLAGS...: the tables of the runs, printed and in $WORK_DIR/NAME.md and .csv, and their picture in .png, on the first node.
 show_tables() {
     if ((NODE_RANK == 0)); then
         CURRENT_STAGE="tables"
         say "tables"
-        run python "$ROOT/tools/compare_runs.py" --runs "$WORK_DIR/$GRID" --output "$WORK_DIR/$GRID" "$@"
+        run python "$ROOT/tools/compare_runs.py" --runs "$WORK_DIR/$GRID" --output "$WORK_DIR/$GRID" \
+            --picture "$WORK_DIR/$GRID.png" "$@"
     fi
     if ((${#FAILED_ROWS[@]} > 0)); then
         CURRENT_STAGE="the end"

@@ -199,7 +199,7 @@ def subcommand() -> int:
         return command()
     if name in ("-h", "--help"):
         print("usage: megatron-rmipo COMMAND [--FLAG VALUE ...]\n")
-        print("\n".join(f"  {name:<20}{text}" for name, (_, text) in SUBCOMMANDS.items()))
+        print("\n".join(f"  {name:<21}{text}" for name, (_, text) in SUBCOMMANDS.items()))
         print("\nmegatron-rmipo COMMAND --help has the flags of each.")
         return DONE
     nearest = difflib.get_close_matches(name, SUBCOMMANDS, n=1)

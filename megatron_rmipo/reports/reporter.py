@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -23,6 +23,9 @@ PAIRS_FILE = "held_out_pairs.jsonl"
 FIRST_PAIRS_FILE = "held_out_pairs.first.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 BEST_FILE = "best.json"
+FACTS_FILE = "run.json"
+# Where evaluations of a run's checkpoints are kept.
+EVALUATIONS_FOLDER = "evaluation"
 # The kind of an evaluation's records; of a held-out set with a name ``eval/NAME``.
 EVALUATION = "eval"
 # Held-out pairs that are turned into text together.

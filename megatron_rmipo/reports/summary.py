@@ -35,9 +35,9 @@ METRIC_TITLES = {
     "gamma/p5": "target margin gamma, 5 %",
     "gamma/p50": "target margin gamma, median",
     "gamma/p95": "target margin gamma, 95 %",
-    "gamma/at_min": "gamma at gamma_min (0.01), share",
-    "gamma/at_max": "gamma at gamma_max (0.01), share",
-    "dpmi/p50": "dpmi, median",
+    "gamma/at_min": "share within 0.01 of gamma_min",
+    "gamma/at_max": "share within 0.01 of gamma_max",
+    "dpmi/p50": "difference in PMI (dpmi), median",
     "nll/chosen": "negative log-likelihood of chosen",
     "loss": "loss",
 }

@@ -74,6 +74,8 @@ def test_every_row_parses_and_starts_from_the_same(script: str, tmp_path: Path) 
     assert not (tmp_path / "work").exists()
     lines = rows(output, GRIDS[script])
     assert len(lines) == NUM_ROWS[script]
+    (tables,) = [words for words in commands(output) if any(word.endswith("compare_runs.py") for word in words)]
+    assert Path(tables[tables.index("--picture") + 1]).name == f"{GRIDS[script]}.png"
     configs = parsed(lines)
     for row, config in configs.items():
         assert problems_without_model(config) == [], row

@@ -23,7 +23,7 @@ class Series:
     Attributes:
         label: in the legend.
         color: number of its colour.
-        dash: number of its pattern: 0 solid, 1 dashed, 2 dotted, 3 dash-dot.
+        dash: number of its pattern: 0 solid, 1 dashed, 2 dotted, 3 dash-dot, 4 long dashes.
         points: by step.
         band: (step, low, high) of what is filled behind it.
         marked: each point has a mark.

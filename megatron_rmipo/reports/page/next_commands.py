@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rmipo.reports.page.run_files import EVALUATIONS_FOLDER, PageRun
+from megatron_rmipo.reports.page.run_files import PageRun
+from megatron_rmipo.reports.reporter import EVALUATIONS_FOLDER
 
 _TRAINER = "megatron_rmipo.train"
 

@@ -13,10 +13,10 @@ import numpy as np
 import megatron_rmipo
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.manifest import PARTS, Manifest
+from megatron_rmipo.reports.reporter import FACTS_FILE
 from megatron_rmipo.torchrun import Launch
 from megatron_rmipo.whole_files import replace_file
 
-FACTS_FILE = "run.json"
 _BINS = 24
 # Of longer data the first so many pairs are counted: a few seconds' work.
 _MOST_COUNTED = 2_000_000

@@ -184,8 +184,8 @@ def _object_of(path: Path) -> dict[str, Any]:
 def _held_out(log_dir: Path, name: str, records: Sequence[Record]) -> HeldOut:
     """Pairs of a set are taken where they are those of its first and its last evaluation."""
     found = []
-    for first, evaluation in ((True, records[0]), (False, records[-1])):
-        pairs = _records_of(log_dir / pairs_file(name, first=first))
+    for is_first, evaluation in ((True, records[0]), (False, records[-1])):
+        pairs = _records_of(log_dir / pairs_file(name, first=is_first))
         found.append(pairs if pairs and pairs[0].get("step", evaluation["step"]) == evaluation["step"] else [])
     return HeldOut(records, *found)
 

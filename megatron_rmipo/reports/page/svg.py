@@ -12,7 +12,7 @@ from megatron_rmipo.reports.page.numbers import short_number, tick_values
 
 WIDTH, HEIGHT = 440, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 26
-_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "14 4")
 NUM_COLORS = 8
 
 

@@ -14,7 +14,8 @@ from megatron_rmipo.evaluation_file import Cell, EvaluationTable, read_evaluatio
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.held_out import NUM_PAIRS, Figure, mean_of, recorded
 from megatron_rmipo.reports.page.numbers import MISSING, figure_text, short_number
-from megatron_rmipo.reports.page.run_files import EVALUATIONS_FOLDER, HeldOut, PageRun
+from megatron_rmipo.reports.page.run_files import HeldOut, PageRun
+from megatron_rmipo.reports.reporter import EVALUATIONS_FOLDER
 from megatron_rmipo.reports.summary import METRIC_TITLES, paired_changes, read_kinds
 
 # What says nothing of what was trained: how ranks share the work, and where files are, which differs from run to run by itself.

@@ -22,18 +22,16 @@ from megatron_rmipo.reports.pictures.evaluations import JUDGED, judged_wins
 from megatron_rmipo.reports.pictures.gaps import GapRun, draw_gaps
 from megatron_rmipo.reports.pictures.margins import MarginRun, draw_schedule
 from megatron_rmipo.reports.pictures.rewards import RewardRun, draw_rewards
-from megatron_rmipo.reports.pictures.runs import EVALUATIONS, Run, gaps_of, values_of
+from megatron_rmipo.reports.pictures.runs import Run, gaps_of, values_of
 from megatron_rmipo.reports.pictures.sensitivity import GridRun, draw_sensitivity, find_grids
 from megatron_rmipo.reports.pictures.training import SMOOTHING, TrainingRun, draw_training, training_run
 from megatron_rmipo.reports.pictures.wins import count_wins, draw_wins
-from megatron_rmipo.reports.reporter import METRICS_FILE, PAIRS_FILE
+from megatron_rmipo.reports.reporter import EVALUATIONS_FOLDER, FACTS_FILE, METRICS_FILE, PAIRS_FILE
 from megatron_rmipo.reports.summary import check_rows_are_of, read_kinds, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What facts a run leaves of itself.
-_FACTS_FILE = "run.json"
 # What tells two grids of an objective apart, besides its options.
 _APART = ("lr", "global_batch_size", "train_iters", "epochs")
 ALL_PAIRS = "all pairs"
@@ -159,8 +157,8 @@ def plot_wins(drawing: Drawing) -> Plotted:
         rates += [rate for label, path in drawing.judged for rate in judged_wins(label, [path])]
         if not rates:
             raise ConfigError(
-                f"--by judge: no evaluation of the kind {JUDGED} in {EVALUATIONS}/*.json of the runs, nor named by itself. Name "
-                "its file: --runs LABEL=FILE.json."
+                f"--by judge: no evaluation of the kind {JUDGED} in {EVALUATIONS_FOLDER}/*.json of the runs, nor named by itself."
+                " Name its file: --runs LABEL=FILE.json."
             )
         return draw_wins(rates, "wins as a judge sees them"), []
     runs, left_out = _of_each(drawing.runs, lambda run: _gap_run(drawing, run))
@@ -230,7 +228,7 @@ def _training_run(unit: str, run: Run) -> TrainingRun:
 
 
 def _num_ranks(run: Run) -> int:
-    path = run.log_dir / _FACTS_FILE
+    path = run.log_dir / FACTS_FILE
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["ranks"])
     except (OSError, ValueError, KeyError, TypeError) as error:

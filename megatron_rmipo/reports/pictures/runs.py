@@ -14,11 +14,8 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.held_out import Record
 from megatron_rmipo.reports.pictures.densities import Column
 from megatron_rmipo.reports.pictures.style import short_label
-from megatron_rmipo.reports.reporter import FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
+from megatron_rmipo.reports.reporter import EVALUATIONS_FOLDER, FIRST_PAIRS_FILE, METRICS_FILE, PAIRS_FILE
 from megatron_rmipo.reports.summary import read_configuration, read_pairs, read_records
-
-# Where evaluations of a run's checkpoints are kept.
-EVALUATIONS = "evaluation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Run:
     def evaluation_files(self) -> list[Path]:
         """Files of evaluations that lie with the run, by name."""
         places = [self.log_dir, *([self.log_dir.parent] if self.log_dir.name == "logs" else [])]
-        return sorted(path for place in places for path in (place / EVALUATIONS).glob("*.json"))
+        return sorted(path for place in places for path in (place / EVALUATIONS_FOLDER).glob("*.json"))
 
 
 def gaps_of(pairs: Sequence[Record]) -> Column:

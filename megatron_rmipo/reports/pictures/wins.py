@@ -96,7 +96,7 @@ def draw_wins(rates: Sequence[WinRate], title: str) -> Figure:
     axes.axvline(50.0, color=REFERENCE_COLOR, linewidth=0.8, linestyle="--", zorder=2.5)
     axes.set(title=title, xlabel="wins, %", xlim=(0.0, 100.0))
     axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()  # the first one on top
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first one on top
     axes.grid(visible=False, axis="y")
     handles: list[Any] = [
         Patch(label=category, **bar_style(number)) for number, category in enumerate(categories) if len(categories) > 1
