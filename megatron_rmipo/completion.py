@@ -20,9 +20,10 @@ from megatron_rmipo.entry import SUBCOMMANDS
 # Of a command: flag -> the values it can have, where they are few.
 Flags = Mapping[str, Sequence[str]]
 _LISTED = re.compile(r"\{([^{}]+)\}")
+# Into a file: it takes seconds, too long for every shell that opens.
 _INSTALL = {
-    "bash": 'eval "$(megatron-rmipo completion bash)"   in ~/.bashrc',
-    "zsh": 'eval "$(megatron-rmipo completion zsh)"   in ~/.zshrc, behind compinit',
+    "bash": "megatron-rmipo completion bash > ~/.megatron-rmipo.bash, and source that in ~/.bashrc",
+    "zsh": "megatron-rmipo completion zsh > ~/.megatron-rmipo.zsh, and source that in ~/.zshrc, behind compinit",
     "fish": "megatron-rmipo completion fish > ~/.config/fish/completions/megatron-rmipo.fish",
 }
 

@@ -152,7 +152,17 @@ def describe_change(before: Record, after: Record, changes: Mapping[str, Figure]
         return f"{text}: {_too_few(number)}."
     if not changes:
         return f"{text}; without {FIRST_PAIRS_FILE} nothing says how far that is beyond chance."
-    return f"{text} (n = {number}; a change counts beyond two standard errors)."
+    ties = f" {_ALL_TIES}" if _begins_with_ties(before) else ""
+    return f"{text} (n = {number}; a change counts beyond two standard errors).{ties}"
+
+
+# As with DPO.
+_ALL_TIES = "At first all margins were 0, the model being its own reference, and a tie does not count as right."
+
+
+def _begins_with_ties(before: Record) -> bool:
+    figures = [recorded(before, name) for name in ("rewards/accuracies", "rewards/margins")]
+    return all(figure is not None and figure.value == 0.0 for figure in figures)
 
 
 def _verb(change: Figure) -> str:

@@ -81,6 +81,19 @@ def test_a_change_is_one_beyond_its_error_alone(
     assert "+-" not in summarize_run(run)
 
 
+@pytest.mark.parametrize(("margin", "is_tied"), [(0.0, True), (0.5, False)])
+def test_an_accuracy_of_ties_alone_is_no_failure(tmp_path: Path, margin: float, is_tied: bool) -> None:
+    columns = [
+        {"rewards/accuracies": [right] * 64, "rewards/margins": [reward] * 64} for right, reward in ((0.0, margin), (1.0, 2.0))
+    ]
+    run = write_run(tmp_path, *({"num_pairs": 64, **{name: values[0] for name, values in one.items()}} for one in columns))
+    pair_lines(run, "held_out_pairs.first.jsonl", 0, **columns[0])
+    pair_lines(run, "held_out_pairs.jsonl", 10, **columns[1])
+    text = summarize_run(run)
+    assert "accuracy rose from 0.000 to 1.000" in text
+    assert ("a tie does not count as right" in text) is is_tied
+
+
 def test_what_a_run_writes_is_what_the_summary_reads(tmp_path: Path) -> None:
     # The demo's accuracies: 103 and 244 of 256 pairs.
     with Reporter(tmp_path, total_steps=64, stream=StringIO()) as reporter:
