@@ -53,7 +53,7 @@ def question_of(row: Mapping[str, Any], subset_column: str | None = None) -> Que
     subset = "" if found is None else str(row[found])
     name = str(row["id"]) if isinstance(row.get("id"), str | int) else ""
     if not (_holds_texts(row.get("chosen")) and _holds_texts(row.get("rejected"))):
-        own = {column: value for column, value in row.items() if column != found}
+        own = {column: value for column, value in row.items() if column not in (found, "id")}
         return Question("pair", subset, name, [own], [(0, 0)])
     good, bad = _texts(row, "chosen"), _texts(row, "rejected")
     prompt = row.get("prompt")

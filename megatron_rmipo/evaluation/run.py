@@ -205,7 +205,8 @@ def _rank(found: _Found, plan: EvaluationPlan, sets: Sequence[OpenSet]) -> list[
     wanted, source, reference, groups = plan.wanted, found.source, found.reference, found.groups
     config, layout = _with_room(found.config, source, sets, groups)
     memory = MemoryReport(config, source.arch, groups, None, lambda: _largest(sets, layout), latest_checkpoint=lambda: None)
-    scoring = Scoring(layout, groups, memory, StopRequest(groups), config.model.bf16, plan.cache)
+    names = {one.store.prefix: one.asked.name for one in sets}
+    scoring = Scoring(layout, groups, memory, StopRequest(groups), config.model.bf16, plan.cache, names)
     verify = not config.checkpoint.no_verify_checkpoint
     settled = settle_source(lambda: find_model(config), groups, verify=verify, maker=maker_of(config))
     fingerprint = weights_fingerprint(settled, groups)

@@ -64,6 +64,7 @@ class Scoring:
         stop: asked before each block of rows.
         bf16: dtype of the models.
         cache: directory of scores; None: beside the data.
+        names: of the sets, by their prefixes.
     """
 
     layout: BatchLayout
@@ -72,6 +73,7 @@ class Scoring:
     stop: StopRequest
     bf16: bool
     cache: str | None
+    names: Mapping[str, str]
 
     def score(self, rows: Sequence[Rows], fingerprint: str, load: Callable[[], Policy]) -> list[ScoreTask]:
         """Compute what is missing of the scores of ``rows`` under one model, which is loaded where something is.
@@ -86,7 +88,8 @@ class Scoring:
             with self.memory.explaining("loading the model", trains=False):
                 model = load()
             for part in missing:
-                score_rows(model, part, self.layout, self.groups, self.memory, self.stop)
+                name = self.names[part.task.rows.prefix]
+                score_rows(model, part, self.layout, self.groups, self.memory, self.stop, name)
             del model
             forget_peak_memory()
         return tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -242,7 +243,8 @@ def _tokenize(folder: Path, reading: Reading, told: str, lines: list[SourceRow])
         overlong="drop",
     )
     try:
-        manifest = preprocess(options, reading.tokenizer)
+        # Its note names flags that an evaluation does not have.
+        manifest = preprocess(options, reading.tokenizer, tell_unread=False)
     except DataError as error:
         rejects = _read_rejects(Path(f"{prefix}.failed.rejects.jsonl"))
         if not rejects:
@@ -253,6 +255,9 @@ def _tokenize(folder: Path, reading: Reading, told: str, lines: list[SourceRow])
         raise DataError(left_out.told(f"{told}: none of its {len(rejects)} pairs can be used")) from None
     if not manifest.has_rejected or manifest.unpaired:
         raise DataError(f"{told}: its rows hold {manifest.kind}, and no two answers of which one is better.")
+    if manifest.unread_columns:
+        columns = ", ".join(manifest.unread_columns)
+        print(f"note: {told}: not read: {columns}. Prepare the set where one of them counts.", file=sys.stderr)
     return _read_rejects(Path(f"{prefix}.rejects.jsonl"))
 
 

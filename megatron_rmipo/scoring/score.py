@@ -160,6 +160,7 @@ def score_rows(
     groups: ProcessGroups,
     memory: MemoryReport,
     stop: StopRequest,
+    name: str | None = None,
 ) -> None:
     """Compute what is missing of a data set's scores, in stored order. Shows a progress bar.
 
@@ -170,6 +171,7 @@ def score_rows(
         groups: the process groups of this rank.
         memory: explains, should memory run out.
         stop: asked before each block of rows.
+        name: what its set is called on the screen; None: by its prefix.
 
     Raises:
         RunStopped: a signal came; what was scored is kept.
@@ -183,7 +185,8 @@ def score_rows(
         rows = task.rows.store
         layout = dataclasses.replace(layout, unconditional="bos", bos_token_id=task.rows.context_token_id)
     builder = BatchBuilder(PairCollection([rows]), layout)
-    title = f"{task.key.kind} log-probs of {rows.prefix}"
+    name = name or rows.prefix
+    title = f"{task.key.kind} log-probs of {name}"
     num_done = total - len(missing.rows)
     with (
         stop,
@@ -196,7 +199,7 @@ def score_rows(
                 kept = f"{num_done} of {total} rows are kept in {task.directory}"
                 raise RunStopped(f"{title}: {kept}; start again to go on with the rest.")
             batch = builder.build(block)
-            with memory.explaining(f"log-probs of {rows.prefix}", builder, batch, trains=False):
+            with memory.explaining(f"log-probs of {name}", builder, batch, trains=False):
                 scores = _score_block(model, batch.unconditional if alone else batch.conditional, batch.num_pairs, groups)
             refuse_not_finite(task.directory, block, scores)
             keeper.write(block, scores)

@@ -42,7 +42,11 @@ def texts(asked: EvaluationSet, reading: Reading) -> list[tuple[str, str, str]]:
     ],
 )
 def test_rows_that_are_pairs(
-    tmp_path: Path, reading: Reading, rows: Callable[[], list[dict[str, Any]]], left_out: dict[str, int]
+    tmp_path: Path,
+    reading: Reading,
+    rows: Callable[[], list[dict[str, Any]]],
+    left_out: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write_lines(tmp_path / "rows.jsonl", rows())
     asked = prepare_set(SetSource.parse(f"mine={path}"), tmp_path / "mine", reading)
@@ -61,6 +65,8 @@ def test_rows_that_are_pairs(
         assert f"{path}: line {2 if rows is miniatures.pandalm else 5}: " in asked.examples[0]
     if rows is miniatures.rewardbench:
         assert asked.subsets[3] == "xstest-should-refuse"
+        assert f"--data mine={path}: not read: chosen_model, rejected_model. " in (said := capsys.readouterr().err)
+        assert "--ignore-columns" not in said
     assert EvaluationSet.from_json(json.loads(json.dumps(asked.to_json()))) == asked
 
 

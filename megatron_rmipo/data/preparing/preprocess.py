@@ -55,12 +55,13 @@ class PreprocessOptions:
     log_interval: int = 1000
 
 
-def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None = None) -> Manifest:
+def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None = None, *, tell_unread: bool = True) -> Manifest:
     """Read, encode and write a data set.
 
     Args:
         options: what to preprocess and how.
         tokenizer: that of ``options.tokenizer_model`` where it is loaded already; None loads it.
+        tell_unread: whether columns that nobody reads are told, with the flags that settle it; the manifest names them anyway.
 
     Returns:
         The manifest written.
@@ -90,7 +91,7 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         keep_ties=options.keep_ties,
         on_inverted=options.on_inverted,
     )
-    if rows.unread:
+    if rows.unread and tell_unread:
         print(f"note: {unread_note(rows.unread, rows.format)}", file=sys.stderr)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer_model)
     template = load_template(options.chat_template, tokenizer, bos=options.bos, date=options.template_date)
@@ -125,7 +126,7 @@ def preprocess(options: PreprocessOptions, tokenizer: PreferenceTokenizer | None
         all_rows = itertools.chain.from_iterable(sources)
         batches = encode_batches(all_rows, tokenizer, template, policy, rows, options.workers)
         counts = _write_all(sources, batches, writer, rejects, options)
-        unread = _name_unread(counts, rows)
+        unread = _name_unread(counts, rows, tell=tell_unread)
         _check_outcome(len(writer), rejects, options)
         rejects.complete()
         # The list goes with the files, which are all on the disk then: where that fails, the earlier data set keeps its own.
@@ -165,12 +166,12 @@ def _refuse_reject(reject: Reject, options: PreprocessOptions) -> None:
         raise DataError(f"{reject}\nCorrect the row, or choose --on-inverted keep, drop or swap.")
 
 
-def _name_unread(counts: dict[str, int], rows: RowOptions) -> list[str]:
+def _name_unread(counts: dict[str, int], rows: RowOptions, *, tell: bool) -> list[str]:
     """Move the columns that nobody read out of the counts: all of them, those that the first rows did not show named now."""
     later = [name.removeprefix("unread/") for name in counts if name.startswith("unread/")]
     for name in later:
         del counts[f"unread/{name}"]
-    if later:
+    if later and tell:
         print(f"note: {unread_note(later, rows.format)}", file=sys.stderr)
     return sorted({*rows.unread, *later})
 

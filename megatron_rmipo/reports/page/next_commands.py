@@ -46,6 +46,8 @@ def _commands(run: PageRun) -> Iterator[tuple[str, list[str]]]:
     if save or save_hf:
         tasks = ["--tasks", "leaderboard", "--batch_size", "auto", "--output_path", str(run.log_dir / "lm_eval")]
         yield "Evaluate the export with lm-eval", ["lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", *tasks]
+        if base := run.config.get("load_hf"):
+            yield "Put it beside the model that it was made from", ["bash", "examples/evaluate.sh", model, base]
     if save and run.is_complete:
         further = ["--load", save, "--finetune", "--save", f"{save}-2", "--save-hf", f"{model}-2"]
         yield "Train on from its weights, as a new run", [*_launcher(run), "--config", config, *further]

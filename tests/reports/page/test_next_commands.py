@@ -15,6 +15,7 @@ from megatron_rmipo.reports.page.cli import build_parser as build_report
 from megatron_rmipo.reports.page.next_commands import next_commands
 from megatron_rmipo.reports.page.run_files import read_page_run
 from megatron_rmipo.reports.summary_cli import build_parser as build_summary
+from tests.examples.scripts import ROOT
 from tests.reports.page.runs import write_page_run
 
 STARTED = {"starts": [{"time": "", "step": 0, "command": "torchrun --nproc-per-node 8 -m megatron_rmipo.train --lr 1"}]}
@@ -26,7 +27,7 @@ def test_commands_fit_the_run_and_parse(train_iters: int, exported: bool, tmp_pa
     model = tmp_path / "a model"  # with a space
     if exported:
         model.mkdir()
-    flags = ["--valid-data-path", "data/valid", "--eval-data", "chat=data/chat", "--save-hf", str(model)]
+    flags = ["--valid-data-path", "data/valid", "--eval-data", "chat=data/chat", "--save-hf", str(model), "--load-hf", "models/base"]
     logs = write_page_run(tmp_path / "run", flags=flags, facts={**STARTED, "train_iters": train_iters})
     found = next_commands(read_page_run(logs))
     commands = {command.title.split()[0]: shlex.split(command.text) for command in found}
@@ -46,5 +47,7 @@ def test_commands_fit_the_run_and_parse(train_iters: int, exported: bool, tmp_pa
     sections, objective = parse_fields_and_objective(judge_free[2:], evaluation._FIELDS, "evaluate_pairs.py", "")
     plan = evaluation.plan_of(sections[evaluation.EvaluationConfig], sections[ModelConfig], objective)
     assert [source.name for source in plan.sources] == ["held-out", "chat"]
-    lm_eval = commands["Evaluate"]
-    assert f"pretrained={model}" in lm_eval
+    assert f"pretrained={model}" in commands["Evaluate"]
+    script, *models = commands["Put"][1:]
+    assert (ROOT / script).is_file()
+    assert models == [str(model), "models/base"]
