@@ -27,7 +27,16 @@ def test_commands_fit_the_run_and_parse(train_iters: int, exported: bool, tmp_pa
     model = tmp_path / "a model"  # with a space
     if exported:
         model.mkdir()
-    flags = ["--valid-data-path", "data/valid", "--eval-data", "chat=data/chat", "--save-hf", str(model), "--load-hf", "models/base"]
+    flags = [
+        "--valid-data-path",
+        "data/valid",
+        "--eval-data",
+        "chat=data/chat",
+        "--save-hf",
+        str(model),
+        "--load-hf",
+        "models/base",
+    ]
     logs = write_page_run(tmp_path / "run", flags=flags, facts={**STARTED, "train_iters": train_iters})
     found = next_commands(read_page_run(logs))
     commands = {command.title.split()[0]: shlex.split(command.text) for command in found}
