@@ -221,14 +221,7 @@ def _count(layout: MemoryLayout) -> Counted:
 
 def start(config: Config) -> ProcessGroups:
     """The groups of a layout."""
-    parallel = config.parallel
-    return initialize_runtime(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-    )
+    return initialize_runtime(**config.parallel.runtime_arguments())
 
 
 def _live_bytes() -> int:

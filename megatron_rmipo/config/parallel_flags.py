@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rmipo.config.options import option
 
@@ -72,3 +72,12 @@ class ParallelConfig:
         "Before anything is loaded, time a collective over every process group and each rank's exchange with its neighbours, "
         "show a table, and name what is slow. Seconds.",
     )
+
+    def runtime_arguments(self) -> dict[str, Any]:
+        """What :func:`megatron_rmipo.runtime.groups.initialize_runtime` takes of these flags, by its names."""
+        groups = (
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
+        )
+        sizes = {name: getattr(self, name) for name in groups}
+        return {**sizes, "backend": self.distributed_backend, "timeout_minutes": self.distributed_timeout_minutes}

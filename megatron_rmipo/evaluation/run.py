@@ -143,16 +143,7 @@ def _meet(config: Config, plan: EvaluationPlan, told: Mapping[str, object], rend
     stores = {one.name: _open_prepared(one, source) for one in plan.sources if one.is_prepared}
     facts = functools.partial(read_facts, config, source, list(stores.values()))
     rendezvous.compare(look("what the ranks must agree on", facts))
-    groups = initialize_runtime(
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-        backend=config.parallel.distributed_backend,
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
-        rendezvous=rendezvous,
-    )
+    groups = initialize_runtime(**config.parallel.runtime_arguments(), rendezvous=rendezvous)
     return _Found(config, source, reference, stores, groups)
 
 

@@ -102,16 +102,7 @@ def score(config: Config, scoring: ScoringConfig, rendezvous: Rendezvous) -> lis
         check_pairs_fit(pairs, layout)
     facts = functools.partial(read_facts, config, source, stores)
     rendezvous.compare(look("what the ranks must agree on", facts))
-    groups = initialize_runtime(
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-        backend=config.parallel.distributed_backend,
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
-        rendezvous=rendezvous,
-    )
+    groups = initialize_runtime(**config.parallel.runtime_arguments(), rendezvous=rendezvous)
     memory = MemoryReport(
         config,
         source.arch,

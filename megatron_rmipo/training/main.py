@@ -103,18 +103,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     look("the output directories", partial(check_outputs, config, plan.source))
     rendezvous.compare(look("what the ranks must agree on", partial(run_facts, plan)))
 
-    groups = initialize_runtime(
-        config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-        num_distributed_optimizer_instances=config.parallel.num_distributed_optimizer_instances,
-        seed=config.training.seed,
-        backend=config.parallel.distributed_backend,
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
-        rendezvous=rendezvous,
-    )
+    groups = initialize_runtime(**config.parallel.runtime_arguments(), seed=config.training.seed, rendezvous=rendezvous)
     owner = own_save_directory(config, groups)
     if config.parallel.check_links:
         check_links(groups, config.log_directory, partial(print, flush=True), warn)
