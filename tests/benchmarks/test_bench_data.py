@@ -16,10 +16,13 @@ from benchmarks.made_text import make_rows, save_rows, save_tokenizer
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.sizes import CostModel
-from megatron_rmipo.data.encoding.tokenize import load_tokenizer
+from megatron_rmipo.data.encoding.chat import ChatTemplate
+from megatron_rmipo.data.encoding.tokenize import PreferenceTokenizer, load_tokenizer
 from megatron_rmipo.data.layouts.formats import FORMATS, recognise_format
 from megatron_rmipo.data.layouts.reader import parse_row
+from megatron_rmipo.data.preparing import preprocess as preparing_module
 from megatron_rmipo.data.preparing.preprocess import PreprocessOptions, preprocess
+from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import DataError
 
@@ -63,21 +66,32 @@ def test_figures_of_preparing_are_those_of_the_data_set(
     lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores: list[PairStore] = []
-    original = preparing.preprocess
+    original, original_form = preparing.preprocess, preparing_module.chat_form
+    carried: list[int] = []
 
     def kept(*arguments: Any) -> Any:
         manifest = original(*arguments)
         stores.append(PairStore(arguments[0].output_prefix))
         return manifest
 
+    def counted(template: ChatTemplate, tokenizer: PreferenceTokenizer, *, official: bool) -> ChatForm | None:
+        calls = getattr(tokenizer.backend, "calls", [])
+        num_before = len(calls)
+        form = original_form(template, tokenizer, official=official)
+        carried.append(sum(len(one) for _, _, ids in calls[num_before:] for one in ids))
+        return form
+
     monkeypatch.setattr(preparing, "preprocess", kept)
+    monkeypatch.setattr(preparing_module, "chat_form", counted)
     assert run(tmp_path, "--lengths", str(lengths), "--parts", "preparing") == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert len(stores) == 3  # once to look, twice to time
     assert (row["part"], row["source"], row["pairs"], row["seq_length"]) == ("preparing", str(lengths), 7, 2048)
     assert row["tokens"] == stores[0].lengths.sum()
-    # Encoded as rendered: the template writes BOS and the end of each answer itself. Twice its end, to learn of it.
-    assert row["encoded"] == row["tokens"] + 2 + looked_at_twice(stores[0])
+    # Encoded as rendered: the template writes BOS and the end of each answer itself. Twice its end, to learn of it, and
+    # a turn or two for the form that the data hand on.
+    assert carried[0] > 0
+    assert row["encoded"] == row["tokens"] + 2 + looked_at_twice(stores[0]) + carried[0]
     assert row["share_p50"] > 0
     assert row["fast_share_p20"] <= row["fast_share_p50"] <= row["fast_share_p80"]
 
