@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rmipo import command as command_module
 from megatron_rmipo.command import DONE, FAULT_OF_USER
 from megatron_rmipo.config.schema import ModelConfig
 from megatron_rmipo.data.preparing import preprocess_cli
@@ -28,7 +29,8 @@ from tests.integration.test_training import output_of
 
 
 def run_all(commands: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit code and output of each command, one after the other on the same rank."""
+    """Exit code and output of each command, one after the other on the same rank, with the progress of what is soon done."""
+    command_module._SECONDS_BETWEEN_LINES = 0.0
     return [output_of(cli.main, command) for command in commands]
 
 
@@ -162,7 +164,7 @@ def test_adapters_kept_scores_other_objectives_and_comparisons(folder: Path) -> 
     ]
     (found,) = run_distributed(run_all, 1, commands)
     assert [code for code, _ in found] == [DONE] * 4 + [FAULT_OF_USER] * 2, found
-    assert "log-probs of" in found[0][1]
+    assert "matched log-probs of rb: " in found[0][1]
     assert "log-probs of" not in found[1][1], "what is kept is computed again"
     assert lines_of(first) == lines_of(again)
     dense, plain = Dense(folder / "model", merged), Dense(folder / "model")
