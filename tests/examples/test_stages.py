@@ -235,6 +235,7 @@ def test_the_base_setting_starts_from_its_own_fine_tuning(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("yes", "last"), [({}, ["me/it"]), ({"PUSH_YES": "1"}, ["me/it", "--yes"])])
 def test_the_result_goes_to_the_hub_where_that_is_asked_for(tmp_path: Path, yes: dict[str, str], last: list[str]) -> None:
     variables = environment(tmp_path, DRY_RUN="1", HF_MODEL="m", DATA="d", PUSH_TO_HUB="me/it", **yes)
-    *_, command = commands(run_script(LLAMA, variables))
+    *_, command, report = commands(run_script(LLAMA, variables))
     assert command[1].endswith("tools/push_to_hub.py")
+    assert report[1].endswith("tools/report.py")
     assert command[3:] == last
