@@ -43,7 +43,7 @@ MAY_IMPORT = {
         "evaluation_file",
     },
     "publishing": {"errors", "command", "config", "data", "reports"},
-    "doctor": {"errors", "command", "runtime", "data", "model"},
+    "doctor": {"errors", "command", "torchrun", "runtime", "data", "model"},
     "completion": {"command", "entry"},
     "__main__": {"entry"},
     "training": {

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_rmipo.command import DONE, FAULT_OF_OURS
 from megatron_rmipo.doctor.findings import Finding
+from megatron_rmipo.torchrun import read_launch
 
 _TIMEOUT_SECONDS = 60
 _NUM_VALUES = 2**20
@@ -69,7 +70,7 @@ def main() -> int:
     backend = sys.argv[1]
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=_TIMEOUT_SECONDS))
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", read_launch().local_rank) if backend == "nccl" else torch.device("cpu")
     own = torch.full((_NUM_VALUES,), float(rank + 1), device=device)
     total = own.clone()
     dist.all_reduce(total)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.command import add_debug_flag, run_command
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.errors import ConfigError, DataError
 from megatron_rmipo.reports.pictures.figures import FIGURES, Drawing
 from megatron_rmipo.reports.pictures.runs import find_runs
 from megatron_rmipo.reports.pictures.style import FORMATS, save
@@ -126,7 +126,7 @@ def _plot_all(drawing: Drawing, directory: Path, formats: Sequence[str]) -> None
     for file, (name, of) in wanted.items():
         try:
             figure, left_out = FIGURES[name].plot(of)
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             print(f"{file}: not drawn. {error}")
             continue
         for reason in left_out:

@@ -53,7 +53,8 @@ def test_the_template_of_the_data_comes_before_that_of_the_tokenizer(tmp_path: P
     save_byte_bpe(tmp_path / "base", chat_template=None)
     (tmp_path / "lines").write_text("what is red?\n")
     (tmp_path / "mine.jinja").write_text(
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<answer>"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     base = load_tokenizer(str(tmp_path / "base"))
     assert base.chat_template is None
