@@ -27,6 +27,37 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors, and warnings of other packages")
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """Type of a flag: a whole number, at least this."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return read
+
+
+def number(most: float = sys.float_info.max, *, with_zero: bool = True) -> Callable[[str], float]:
+    """Type of a flag: a number from 0, or above it, to this; a finite one."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is no number") from None
+        if not ((value >= 0 if with_zero else value > 0) and value <= most):
+            upper = "" if most == sys.float_info.max else f", at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'0 or above' if with_zero else 'above 0'}, finite{upper}")
+        return value
+
+    return read
+
+
 def run_command(action: Callable[[], None], *, debug: bool = False, interrupted: str = "interrupted") -> int:
     """Run a tool and turn faults of its user into a message and an exit code.
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import argparse
 import time
 from typing import NoReturn
 
 import pytest
 
 from megatron_rmipo import command
-from megatron_rmipo.command import progress_bar, run_command
+from megatron_rmipo.command import number, progress_bar, run_command, whole_number
 from megatron_rmipo.errors import DataError
 
 
@@ -47,3 +48,18 @@ def test_a_log_file_gets_a_line_now_and_then_and_none_of_what_is_soon_done(
     assert "evaluation: 100%" in told
     assert "pair/s" in told
     assert "<" in told, "no time left"
+
+
+def test_numbers_of_flags_are_read_or_refused_with_their_bounds() -> None:
+    assert (whole_number(1)("3"), number()("0"), number(1.0, with_zero=False)("1")) == (3, 0.0, 1.0)
+    for read, text, said in (
+        (whole_number(1), "0", "0 is below 1"),
+        (whole_number(0), "1.5", "1.5 is no whole number"),
+        (number(), "inf", "inf is not 0 or above, finite"),
+        (number(), "nan", "nan is not 0 or above, finite"),
+        (number(), "x", "x is no number"),
+        (number(1.0, with_zero=False), "0", "0 is not above 0, finite, at most 1"),
+        (number(1.0, with_zero=False), "1.5", "at most 1"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            read(text)

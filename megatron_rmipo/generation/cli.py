@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.command import add_debug_flag, run_command
+from megatron_rmipo.command import add_debug_flag, number, run_command, whole_number
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.evaluation_file import Evaluation, write_evaluation
 from megatron_rmipo.generation.answer_files import answers_path, write_answers
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", choices=BENCHMARKS, required=True, help="whose form the questions and the answers have")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the benchmark's questions, or your own")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the answers go to DIR/NAME.json or .jsonl")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N questions alone")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N questions alone")
     _add_sampling(parser)
     _add_engine(parser)
     parser.add_argument(
@@ -53,12 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     presets = ", ".join(f"{name} {value}" for name, value in PRESETS.items())
     parser.add_argument("--preset", choices=tuple(PRESETS), help=f"the paper's temperature for AlpacaEval 2 ({presets})")
+    parser.add_argument("--temperature", type=number(), metavar="T", help="0 is greedy (default: MT-Bench's by category; else 0)")
     parser.add_argument(
-        "--temperature", type=_not_negative, metavar="T", help="0 is greedy (default: MT-Bench's by category; else 0)"
+        "--top-p", type=number(1.0, with_zero=False), default=1.0, metavar="P", help="nucleus of sampling (default: %(default)s)"
     )
-    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="nucleus of sampling (default: %(default)s)")
     parser.add_argument(
-        "--max-tokens", type=_positive, metavar="N", help="of an answer (default: 4096; MT-Bench and your own prompts 1024)"
+        "--max-tokens", type=whole_number(1), metavar="N", help="of an answer (default: 4096; MT-Bench and your own prompts 1024)"
     )
     parser.add_argument("--seed", type=int, default=1234, help="of sampling; an answer does not depend on the batch (1234)")
 
@@ -68,32 +68,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the model (default: bf16 on a GPU, else fp32)")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="answers at once (default: transformers 8, vllm 256)")
-    parser.add_argument("--tensor-model-parallel-size", type=_positive, default=1, metavar="N", help="GPUs of vllm (1)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1), metavar="N", help="answers at once (default: transformers 8, vllm 256)"
+    )
+    parser.add_argument("--tensor-model-parallel-size", type=whole_number(1), default=1, metavar="N", help="GPUs of vllm (1)")
     parser.add_argument(
         "--chat-template", metavar="NAME|FILE", help="as that of preprocess_preferences.py (default: the tokenizer's own)"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no temperature: 0 or above is needed")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

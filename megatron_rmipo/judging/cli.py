@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.command import add_debug_flag, run_command
+from megatron_rmipo.command import add_debug_flag, number, run_command, whole_number
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.evaluation_file import Evaluation, write_evaluation
 from megatron_rmipo.generation.kept_records import KeptRecords
@@ -58,53 +58,29 @@ def _add_endpoint(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="environment variable with the key (default: %(default)s)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the judge (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=_positive, default=1024, metavar="N", help="of a judgment (default: %(default)s)")
+    parser.add_argument("--temperature", type=number(), default=0.0, metavar="T", help="of the judge (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=whole_number(1), default=1024, metavar="N", help="of a judgment (default: %(default)s)"
+    )
     parser.add_argument(
         "--extra-body", type=_object, default={}, metavar="JSON", help="further fields of a request; null takes one away"
     )
     parser.add_argument(
-        "--concurrency", type=_positive, default=8, metavar="N", help="questions asked at once (default: %(default)s)"
+        "--concurrency", type=whole_number(1), default=8, metavar="N", help="questions asked at once (default: %(default)s)"
     )
-    parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="of an attempt (default: %(default)s)")
     parser.add_argument(
-        "--num-retries", type=_count, default=6, metavar="N", help="attempts after the first (default: %(default)s)"
+        "--timeout", type=number(with_zero=False), default=120.0, metavar="SECONDS", help="of an attempt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-retries", type=whole_number(0), default=6, metavar="N", help="attempts after the first (default: %(default)s)"
     )
 
 
 def _add_costs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--price-per-million-input", type=_price, metavar="PRICE", help="of tokens the judge reads")
-    parser.add_argument("--price-per-million-output", type=_price, metavar="PRICE", help="of tokens the judge writes")
-    parser.add_argument("--max-cost", type=_price, metavar="PRICE", help="go on without asking, and stop once so much is spent")
+    parser.add_argument("--price-per-million-input", type=number(), metavar="PRICE", help="of tokens the judge reads")
+    parser.add_argument("--price-per-million-output", type=number(), metavar="PRICE", help="of tokens the judge writes")
+    parser.add_argument("--max-cost", type=number(), metavar="PRICE", help="go on without asking, and stop once so much is spent")
     parser.add_argument("--yes", action="store_true", help="go on without asking")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
-
-
-def _price(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no price")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time: above 0 is needed")
-    return value
 
 
 def _object(text: str) -> dict[str, Any]:
