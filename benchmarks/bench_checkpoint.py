@@ -34,7 +34,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.model.build import build_model
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime

@@ -24,7 +24,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from benchmarks.scale_world import Layout, pretended_world
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.batches.packing import PackedRow, pack_pairs
 from megatron_rmipo.data.store.pair_store import TokenizedPair

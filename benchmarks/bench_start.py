@@ -32,7 +32,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.report import FOLDER, Goal, add_report_options, report
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model

@@ -20,8 +20,8 @@ if not __package__:  # Started as a file.
 
 from benchmarks.generated_page import fill, write_or_compare
 from benchmarks.performance_page import markdown
-from megatron_rmipo.config.parallel_flags import ParallelConfig
-from megatron_rmipo.config.planning_flags import PlanningConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.planning.cli import find_plan

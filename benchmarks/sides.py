@@ -15,7 +15,7 @@ from benchmarks.inputs import BOS, Pairs, step_costs
 from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
 from benchmarks.trl_baseline import TrlBaseline
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout

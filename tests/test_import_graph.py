@@ -58,6 +58,7 @@ MAY_IMPORT = {
 }
 # The rooms inside a room, where they have floors of their own.
 INNER_ROOMS = {
+    "config": {"flags": {"options"}},
     "data": {
         "reading": set(),
         "layouts": {"reading"},
@@ -77,7 +78,11 @@ INNER_ROOMS = {
         "trackers": set(),
     },
     "training": {"course": {"data", "outputs", "progress", "setup", "step"}},
-    "model": {"attention": set(), "layers": {"attention", "products", "transformer_engine"}},
+    "model": {
+        "attention": set(),
+        "layers": {"attention", "products", "transformer_engine"},
+        "lora": {"layers", "packed_model"},
+    },
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }
 # So many files a room holds at most; these have one file each of something.

@@ -19,7 +19,7 @@ from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.command import add_debug_flag, run_command
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags, split_problems
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer

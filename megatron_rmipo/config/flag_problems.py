@@ -6,12 +6,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_rmipo.config.data_flags import parse_blend, parse_split
-from megatron_rmipo.config.evaluation_flags import EvaluationConfig, Metric, parse_early_stop, parse_eval_data, parse_metric
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.data import parse_blend, parse_split
+from megatron_rmipo.config.flags.evaluation import EvaluationConfig, Metric, parse_early_stop, parse_eval_data, parse_metric
+from megatron_rmipo.config.flags.lora import lora_problems
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags
-from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
     CheckpointConfig,
@@ -48,6 +49,8 @@ def config_problems(config: Config) -> Iterator[str]:
     yield from offload_problems(config)
     yield from memory_problems(config)
     yield from expert_problems(config.experts)
+    yield from lora_problems(config.lora)
+    yield from adapter_problems(config)
     yield from _data_flags(config.data)
     yield from _optimizer_flags(config.optimizer, config.training)
     yield from _training_flags(config.training)
@@ -148,6 +151,28 @@ def expert_problems(experts: ExpertsConfig) -> Iterator[str]:
     yield from _at_least(0, experts, "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
     if experts.moe_flex_dispatcher_backend and experts.moe_token_dispatcher_type != "flex":
         yield "--moe-flex-dispatcher-backend does nothing without --moe-token-dispatcher-type flex"
+
+
+def adapter_problems(config: Config) -> Iterator[str]:
+    """Faults of flags beside those of adapters."""
+    lora, model, checkpoint = config.lora, config.model, config.checkpoint
+    if not lora.is_on:
+        return
+    if model.load_hf is not None and lora.pretrained_checkpoint is not None:
+        yield "--load-hf and --pretrained-checkpoint both name the frozen model; leave one out"
+    if lora.reference_adapter is not None and (model.reference_hf or model.reference_load):
+        yield "--reference-adapter makes the model itself the reference; leave out --reference-hf and --reference-load"
+    if model.bridge is not None:
+        yield "--bridge builds models whose weights are all trained; --lora-rank and --load-adapter need a family known here"
+    if model.fp8_format is not None:
+        yield "--fp8-format is not built with adapters, whose frozen weights would be kept beside their fp8 copies; leave it out"
+    if config.memory.use_precision_aware_optimizer:
+        yield "--use-precision-aware-optimizer is not for adapters, whose optimizer's state is small; leave it out"
+    if lora.quantize_base is not None and checkpoint.save_hf is not None:
+        yield (
+            f"--save-hf would merge the adapter into weights of {lora.quantize_base}; write it with --save-adapter, and merge it "
+            "into the model's own with tools/merge_adapter.py"
+        )
 
 
 def bridge_problems(config: Config) -> Iterator[str]:

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_rmipo.config.evaluation_flags import EvaluationConfig
-from megatron_rmipo.config.memory_flags import MemoryConfig
+from megatron_rmipo.config.flags.evaluation import EvaluationConfig
+from megatron_rmipo.config.flags.lora import LoraConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.options import described, option
-from megatron_rmipo.config.parallel_flags import ParallelConfig
-from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.whole_files import replace_file
 
@@ -275,6 +276,7 @@ class Config:
 
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -52,9 +52,13 @@ _ANSWERS = {
     ),
     "use --distributed-timeout-minutes": "ddp_timeout",
     "use --distributed-backend": "ddp_backend",
-    "all weights are trained, there is no LoRA": (
-        "use_peft use_lora lora_r lora_alpha lora_dropout lora_target_modules lora_rank train_type tuner_type"
-    ),
+    "use --lora-rank N, which trains an adapter": "use_peft use_lora lora_r lora_dim train_type tuner_type finetuning_type peft",
+    "use --lora-target-modules": "lora_target target_modules",
+    "use --load-adapter DIR, or --load DIR to go on with a run": "adapter_name_or_path adapters adapter_load_dir lora_adapter",
+    "use --reference-adapter DIR": "ref_adapter_name ref_adapters ref_adapter_load",
+    "use --use-rslora": "use_rs_lora lora_use_rslora",
+    "use --quantize-base nf4": "load_in_4bit quant_bits quantization_bit use_bnb_nested_quant bnb_4bit_quant_type",
+    "use --quantize-base int8": "load_in_8bit",
     "the reference's log-probs are computed once and kept, always": "precompute_ref_log_probs precompute_ref_batch_size",
     # Hugging Face: data, evaluation, logging
     _PREPARED: "dataset_name dataset dataset_mixer train_file dataset_config mock_data data_cache_path train_data_path",
@@ -103,7 +107,6 @@ _ANSWERS = {
     "there is no dropout": "attention_dropout hidden_dropout disable_dropout",
     "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "longer pairs are dealt with by --overlong of tools/preprocess_preferences.py": "truncation_mode",
-    "use --load DIR --finetune": "pretrained_checkpoint",
     "use --recompute-granularity selective": "recompute_activations",
     "SIGTERM and SIGINT save and end a run, always": "exit_signal_handler",
     "each rank writes and reads its share of a checkpoint, always, and any layout can load it": (

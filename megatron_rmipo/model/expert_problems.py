@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.families.architecture import ModelArchitecture

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_rmipo.config.flag_problems import expert_problems, parallel_problems, recompute_problems, refuse
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.pipeline_split import num_chunks, split_problems, stage_layers
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture

@@ -13,7 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rmipo.config.memory_flags import MemoryConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.schema import Config, OptimizerConfig
 from megatron_rmipo.optimizer.stand_in import transformer_engine_adam
 from megatron_rmipo.runtime.groups import ProcessGroups

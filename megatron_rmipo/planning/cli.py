@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rmipo.command import add_debug_flag, run_command
-from megatron_rmipo.config.planning_flags import PlanningConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.arguments import add_objective_arguments, objective_of_arguments

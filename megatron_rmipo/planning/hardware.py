@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from megatron_rmipo.config.planning_flags import PlanningConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.flops import peak_flops
 

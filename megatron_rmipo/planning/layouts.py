@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_rmipo.config.flag_problems import parallel_problems, recompute_problems
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.pipeline_split import best_split, stage_layers
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture

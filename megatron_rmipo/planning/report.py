@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megatron_rmipo.config.planning_flags import PlanningConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.planning.plan import Estimate, Plan, why_not

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.flags.data import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ExpertsConfig, LoggingConfig, ModelConfig
 
 # Section of the configuration -> names of its fields.

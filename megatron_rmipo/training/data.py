@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from megatron_rmipo.checkpoint.source import ModelSource, check_tokenizer
-from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.flags.data import parse_blend, parse_split
 from megatron_rmipo.config.schema import Config, ObjectiveConfig, TrainingConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.batches.batch_layout import BatchLayout

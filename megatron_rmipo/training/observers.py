@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from megatron_rmipo.checkpoint.source import ModelSource
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.data.encoding.context_token import ContextToken
 from megatron_rmipo.families.architecture import ModelArchitecture

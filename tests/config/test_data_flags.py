@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_rmipo.config.data_flags import parse_blend, parse_split
+from megatron_rmipo.config.flags.data import parse_blend, parse_split
 from megatron_rmipo.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
 from megatron_rmipo.memory import advice

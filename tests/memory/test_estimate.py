@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
-from megatron_rmipo.config.memory_flags import MemoryConfig, RecomputeModule
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig, RecomputeModule
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_rmipo.checkpoint import source
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder, RankBatch
 from megatron_rmipo.data.batches.batch_layout import BatchLayout

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.bench_memory import MOST_ERROR, make_row
 from benchmarks.memory_layouts import LAYOUTS, count_layouts
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config, ModelConfig
 from megatron_rmipo.families.architecture import Experts, ModelArchitecture, Rope
 from megatron_rmipo.memory.pack import PackSize, Segment

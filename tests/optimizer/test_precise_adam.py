@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model

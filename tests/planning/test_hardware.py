@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rmipo.config.planning_flags import PlanningConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.planning.hardware import GIB, read_cluster
 from megatron_rmipo.planning.sizes import group

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.pipeline_split import stage_shares
-from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.spread import spread_evenly

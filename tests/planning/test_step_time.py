@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling_page import our_step, published_rows
-from megatron_rmipo.config.memory_flags import MemoryConfig
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
+from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.pipeline_split import stage_shares
-from megatron_rmipo.config.planning_flags import PlanningConfig
 from megatron_rmipo.config.schema import Config, ExpertsConfig, ModelConfig
 from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, Stages, simulated_length
 from megatron_rmipo.model.flops import forward_cost_model

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_rmipo.config.memory_flags import OffloadModule
+from megatron_rmipo.config.flags.memory import OffloadModule
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.transformer_engine import transformer_engine_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator
 
-from megatron_rmipo.config.memory_flags import RecomputeModule
+from megatron_rmipo.config.flags.memory import RecomputeModule
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.transformer_engine import transformer_engine_layers

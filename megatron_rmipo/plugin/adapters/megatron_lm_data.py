@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.nn import Module
 
-from megatron_rmipo.config.data_flags import parse_blend
+from megatron_rmipo.config.flags.data import parse_blend
 from megatron_rmipo.data.encoding.context_token import find_context_token
 from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.data.store.collection import PairCollection

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.evaluation_file import Cell, EvaluationTable, read_evaluation
 from megatron_rmipo.objectives.arguments import parse_arguments

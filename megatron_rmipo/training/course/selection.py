@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rmipo.config.evaluation_flags import EvaluationConfig, Metric, parse_early_stop, parse_metric
+from megatron_rmipo.config.flags.evaluation import EvaluationConfig, Metric, parse_early_stop, parse_metric
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.reports.reporter import evaluation_kind
 from megatron_rmipo.training.progress import Progress

@@ -14,7 +14,7 @@ from megatron_rmipo.checkpoint.megatron.common_state import read_common
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.store import save_checkpoint
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, ModelConfig, OptimizerConfig
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model

@@ -18,7 +18,7 @@ from megatron_rmipo.checkpoint.megatron.run_state import sharded_state
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
 from megatron_rmipo.checkpoint.shares.adam_state import load_optimizer
 from megatron_rmipo.checkpoint.shares.optimizer_pieces import _held, boxes
-from megatron_rmipo.config.parallel_flags import ParallelConfig
+from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.errors import CheckpointError
 from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
-from megatron_rmipo.config.memory_flags import MemoryConfig
+from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_model

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rmipo.config.evaluation_flags import EvaluationConfig
+from megatron_rmipo.config.flags.evaluation import EvaluationConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.objectives.base import Objective

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmipo.config.evaluation_flags import EvaluationConfig, parse_early_stop, parse_eval_data, parse_metric
+from megatron_rmipo.config.flags.evaluation import EvaluationConfig, parse_early_stop, parse_eval_data, parse_metric
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.training.course.selection import Selection
 from megatron_rmipo.training.progress import Progress

@@ -1,0 +1,1 @@
+"""The flags of a run, a file for each of their kinds."""
