@@ -81,7 +81,8 @@ INNER_ROOMS = {
     "model": {
         "attention": set(),
         "layers": {"attention", "products", "transformer_engine"},
-        "lora": {"layers", "packed_model"},
+        "lora": {"layers", "packed_model", "named_tensors"},
+        "problems": {"attention", "hybrid", "layers", "lora", "transformer_engine"},
     },
     "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
 }

@@ -17,7 +17,6 @@ from megatron_rmipo.checkpoint.hf.adapter import model_directory, refuse_idle_ba
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
-from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, dtype_to_store, write_hf_directory
@@ -47,6 +46,7 @@ from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.parameter_names import TensorId
 from megatron_rmipo.families.tensors import megatron_shape, tensors_of
 from megatron_rmipo.runtime.messages import warn
 

@@ -27,8 +27,8 @@ from megatron_rmipo.errors import ConversionError, RmipoError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_chunks
-from megatron_rmipo.model.layout_problems import latent_problems, tensor_sizes
 from megatron_rmipo.model.megatron_config import transformer_config
+from megatron_rmipo.model.problems.layout import latent_problems, tensor_sizes
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.torchrun import Launch, read_launch

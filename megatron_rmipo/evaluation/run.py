@@ -33,7 +33,7 @@ from megatron_rmipo.evaluation.results import SetResults
 from megatron_rmipo.evaluation.score_sets import OpenSet, Scoring, collect
 from megatron_rmipo.evaluation.sets import EvaluationSet, Reading, SetSource, prepare_set, prepared_set
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.model.layout_problems import refuse_impossible_layout
+from megatron_rmipo.model.problems.layout import refuse_impossible_layout
 from megatron_rmipo.objectives.base import LogpNeeds, State
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.passes.needed_data import check_read

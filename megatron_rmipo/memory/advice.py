@@ -15,7 +15,7 @@ from megatron_rmipo.memory.estimate import PackMemory, pack_memory
 from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.shares import data_parallel_size
 from megatron_rmipo.memory.standing import standing_memory
-from megatron_rmipo.model.layout_problems import layout_problems, machine_problems
+from megatron_rmipo.model.problems.layout import layout_problems, machine_problems
 
 # Packs of other sizes leave gaps between them: of what is free, this much is taken as usable.
 USABLE_SHARE = 0.95

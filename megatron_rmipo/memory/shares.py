@@ -6,7 +6,7 @@ import dataclasses
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
-from megatron_rmipo.model.expert_problems import expert_tensor_size
+from megatron_rmipo.model.problems.experts import expert_tensor_size
 
 FP32_BYTES = 4
 

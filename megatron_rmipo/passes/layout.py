@@ -11,8 +11,8 @@ from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.pipeline_bubble import Stages
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.attention.packed import BACKENDS, choose_backend
-from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
+from megatron_rmipo.model.problems.experts import experts_cross_replicas
 from megatron_rmipo.model.transformer_engine import fp8_multiple
 from megatron_rmipo.objectives.base import LogpNeeds
 

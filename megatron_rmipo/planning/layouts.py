@@ -13,7 +13,7 @@ from megatron_rmipo.config.pipeline_split import best_split, stage_layers
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.layers.recomputation import recompute_module_problems
-from megatron_rmipo.model.layout_problems import layout_problems
+from megatron_rmipo.model.problems.layout import layout_problems
 from megatron_rmipo.planning.hardware import Cluster
 
 # Fewer tokens of a pack on a rank leave matrix products too small.

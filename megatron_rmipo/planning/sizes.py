@@ -6,7 +6,7 @@ import dataclasses
 
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.pipeline_split import num_chunks
-from megatron_rmipo.model.expert_problems import expert_tensor_size
+from megatron_rmipo.model.problems.experts import expert_tensor_size
 from megatron_rmipo.planning.hardware import Cluster
 
 

@@ -28,8 +28,8 @@ from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.peak import forget_peak_memory
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.model.layout_problems import refuse_impossible_layout
 from megatron_rmipo.model.policy import Policy
+from megatron_rmipo.model.problems.layout import refuse_impossible_layout
 from megatron_rmipo.objectives.base import LogpNeeds
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.groups import ProcessGroups

@@ -30,7 +30,7 @@ from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.data.store.reference_scores import SCORES_FILE
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.report import MemoryReport
-from megatron_rmipo.model.layout_problems import refuse_impossible_layout
+from megatron_rmipo.model.problems.layout import refuse_impossible_layout
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.runtime.environment import check_environment
 from megatron_rmipo.runtime.first_failure import tell_failure

@@ -15,9 +15,9 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
-from megatron_rmipo.model.expert_problems import expert_tensor_size
 from megatron_rmipo.model.flops import peak_flops
 from megatron_rmipo.model.policy import Policy
+from megatron_rmipo.model.problems.experts import expert_tensor_size
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
 from megatron_rmipo.reports.profiler import StepProfiler
 from megatron_rmipo.reports.reporter import Reporter

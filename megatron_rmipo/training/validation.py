@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_rmipo.config.flag_problems import config_problems, profiled_steps_problems, refuse
 from megatron_rmipo.config.schema import Config, ProfilingConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.model.layout_problems import layout_problems, machine_problems
+from megatron_rmipo.model.problems.layout import layout_problems, machine_problems
 
 
 def validate(config: Config, architecture: ModelArchitecture, world_size: int) -> None:

@@ -31,9 +31,9 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.tensors import stored_tensors
 from megatron_rmipo.model.build import build_model
-from megatron_rmipo.model.expert_problems import experts_cross_replicas
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.model.policy import Policy
+from megatron_rmipo.model.problems.experts import experts_cross_replicas
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.rows import from_last_stage, gather_pairs, score_responses
 from megatron_rmipo.passes.step_passes import gradient_pass, prepare_batch

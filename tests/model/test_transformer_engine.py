@@ -14,7 +14,7 @@ from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model import transformer_engine as flags
-from megatron_rmipo.model.layout_problems import layout_problems, refuse_impossible_layout
+from megatron_rmipo.model.problems.layout import layout_problems, refuse_impossible_layout
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.scoring import reference

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rmipo.checkpoint.hf.mappings import check_keys
+from megatron_rmipo.checkpoint.hf.expected_tensors import check_keys
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.shards import join_shards
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Place, Rule
+from megatron_rmipo.families.parameter_names import TensorId
 from megatron_rmipo.families.tensors import megatron_shape, tensors_of
 from megatron_rmipo.runtime.groups import ProcessGroups
 

@@ -1,4 +1,4 @@
-"""Rows of a Megatron tensor: which a tensor-parallel rank holds, how they are merged from Hugging Face tensors and un-merged.
+"""A tensor-parallel rank's part of a Megatron tensor: its shape, how its rows are merged from Hugging Face tensors and un-merged.
 
 Shape letters: R rows of the whole Megatron tensor, C columns, tp tensor-parallel size, for what is an expert's the expert
 tensor-parallel one.
@@ -11,38 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.mappings import segments_in, segments_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.stacks import fill_from_stack, lines_of_stack
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
+from megatron_rmipo.families.segments import rank_columns, rank_rows, segments_in, segments_of
 from megatron_rmipo.families.tensors import ffn_channels, megatron_shape, stored_shapes
-
-
-def rank_rows(rule: Rule, num_rows: int, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
-    """Runs ``[start, stop)`` of the Megatron rows that a tensor-parallel rank holds, in its order.
-
-    Args:
-        rule: the tensor.
-        num_rows: R, with vocabulary padding.
-        tp_rank: the rank.
-        tp_size: tp.
-    """
-    if rule.cuts_columns or not rule.is_cut:
-        return [(0, num_rows)]
-    if rule.layout in (Layout.GATE_UP, Layout.GATE_UP_IN_TURNS):
-        half, part = num_rows // 2, num_rows // 2 // tp_size
-        return [(start + tp_rank * part, start + (tp_rank + 1) * part) for start in (0, half)]
-    part = num_rows // tp_size
-    return [(tp_rank * part, (tp_rank + 1) * part)]
-
-
-def rank_columns(rule: Rule, num_columns: int, tp_rank: int, tp_size: int) -> slice:
-    """The columns that a tensor-parallel rank holds."""
-    if not rule.cuts_columns:
-        return slice(None)
-    part = num_columns // tp_size
-    return slice(tp_rank * part, (tp_rank + 1) * part)
 
 
 def rank_shape(rule: Rule, arch: ModelArchitecture, tp_size: int, padded_vocab_size: int) -> tuple[int, ...] | None:

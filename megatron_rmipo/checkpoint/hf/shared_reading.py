@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.families.base import Rule
+from megatron_rmipo.families.parameter_names import TensorId
 from megatron_rmipo.runtime.agreement import on_each_rank_alone
 from megatron_rmipo.runtime.groups import ProcessGroups
 

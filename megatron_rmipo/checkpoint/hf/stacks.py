@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.mappings import Segment, segments_of
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Place, Rule
+from megatron_rmipo.families.segments import Segment, segments_of
 from megatron_rmipo.families.tensors import megatron_shape
 
 

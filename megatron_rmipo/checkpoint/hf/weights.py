@@ -8,16 +8,15 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module, Parameter
 
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.gathering import GatheredTensors, sharing_group
-from megatron_rmipo.checkpoint.hf.mappings import TensorId, canonical_names
 from megatron_rmipo.checkpoint.hf.output_files import write_index
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles
 from megatron_rmipo.checkpoint.hf.shards import fill_shard, rank_shape
@@ -33,9 +32,10 @@ from megatron_rmipo.checkpoint.hf.writer import (
 from megatron_rmipo.checkpoint.whole_directories import SEEN_WITHIN_SECONDS, check_output_directory, is_seen, new_directory
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Layout, Place, Rule
-from megatron_rmipo.families.registry import FAMILIES
-from megatron_rmipo.families.tensors import rules_of, tensors_of
+from megatron_rmipo.families.base import Layout, Rule
+from megatron_rmipo.families.parameter_names import TensorId
+from megatron_rmipo.families.tensors import rules_of
+from megatron_rmipo.model.named_tensors import named_tensors
 from megatron_rmipo.runtime.agreement import on_each_rank_alone, on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.messages import rank_label
@@ -98,45 +98,24 @@ def load_hf_weights(
 def local_tensors(model: Chunks, arch: ModelArchitecture, groups: ProcessGroups) -> dict[TensorId, Tensor]:
     """This rank's tensors by checkpoint name and place, layers counted over all stages, experts over all expert-parallel ranks.
 
-    The output layer of a tied model, which a last stage holds as a copy, appears under the embedding's name.
+    Those of adapters are left out.
 
     Raises:
         ConversionError: the model has parameters that a checkpoint of ``arch`` does not hold.
     """
-    family = FAMILIES[arch.family]
-    known = {(rule.megatron, place) for rule, place in tensors_of(arch)}
-    first_expert = groups.ep.rank() * arch.experts.num_experts // groups.ep.size() if arch.experts else 0
     found: dict[TensorId, Tensor] = {}
     unknown = []
-    for chunk in model if isinstance(model, Sequence | ModuleList) else [model]:
-        inner: Any = chunk
-        while hasattr(inner, "module"):
-            inner = inner.module  # DDP and mixed-precision wrappers
-        first_layer = next((layer.layer_number - 1 for layer in inner.decoder.layers), 0)
-        layers_each = getattr(inner, "layers_each", 1)
-        parameters = dict(inner.named_parameters())
-        for full_name, tensor in {**parameters, **dict(inner.named_buffers())}.items():
-            names, local = canonical_names(full_name)
-            layer = _counted_from(first_layer, local.layer)
-            block = None if layer is None else layer // layers_each
-            place = Place(block, _counted_from(first_expert, local.expert))
-            if arch.tied_embeddings and names == (family.head,):
-                names = (family.embedding,)
-            name = next((name for name in names if (name, place) in known), None)
-            if name is not None:
-                found[name, place] = tensor.detach()
-            elif full_name in parameters:
-                unknown.append(full_name)
+    for one in named_tensors(model, arch, groups):
+        if one.known_as is not None:
+            found[one.known_as] = one.tensor.detach()
+        elif isinstance(one.tensor, Parameter):
+            unknown.append(one.full_name)
     if unknown:
         raise ConversionError(
             f"The model has {len(unknown)} parameters that its {arch.family} checkpoint does not hold: "
             f"{', '.join(unknown[:6])}. Build it from the checkpoint's config.json, without extensions."
         )
     return found
-
-
-def _counted_from(first: int, number: int | None) -> int | None:
-    return None if number is None else first + number
 
 
 def export_hf(

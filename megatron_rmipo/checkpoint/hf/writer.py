@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
-from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.output_files import FilePlan, FileWriter, TensorPlan, plan_files, write_index
 from megatron_rmipo.checkpoint.hf.shards import source_rows
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, check_space, new_directory
 from megatron_rmipo.command import progress_bar
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Place, Rule
+from megatron_rmipo.families.parameter_names import TensorId
 from megatron_rmipo.families.tensors import stored_shapes, tensors_of
 
 DEFAULT_SHARD_BYTES = 5e9

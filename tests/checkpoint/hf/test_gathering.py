@@ -18,13 +18,13 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.hf import gathering
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.gathering import GatheredTensors
-from megatron_rmipo.checkpoint.hf.mappings import TensorId
 from megatron_rmipo.checkpoint.hf.shards import fill_shard, rank_shape
 from megatron_rmipo.checkpoint.hf.shared_writing import ShareWriter, share_files
 from megatron_rmipo.checkpoint.hf.writer import plan_model_files
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.families.parameter_names import TensorId
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import tensors_of
 from tests.checkpoint.models import write_hf_model

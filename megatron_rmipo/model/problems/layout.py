@@ -16,10 +16,10 @@ from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.model.attention.flex import LEAST_HEAD_SIZE
-from megatron_rmipo.model.expert_problems import expert_kernel_problems, expert_layout_problems, expert_tensor_size
 from megatron_rmipo.model.hybrid import NO_HYBRID_MODEL, HybridModel
 from megatron_rmipo.model.layers.activation_offloading import offload_module_problems
 from megatron_rmipo.model.layers.recomputation import recompute_module_problems
+from megatron_rmipo.model.problems.experts import expert_kernel_problems, expert_layout_problems, expert_tensor_size
 from megatron_rmipo.model.transformer_engine import (
     fp8_width_problems,
     memory_machine_problems,
