@@ -133,7 +133,7 @@ def _layer_targets(
 ) -> tuple[tuple[Rule, int, tuple[int, ...]], ...]:
     _check_family(arch)
     matches_regex = _regex_matcher(regex)
-    linear = [rule for rule in rules_of(arch) if _is_linear(rule, arch)]
+    linear = [rule for rule in rules_of(arch) if is_linear(rule, arch)]
     for name in names:
         _check_name(arch, name, linear)
     found = []
@@ -220,7 +220,7 @@ def _regex_matcher(regex: str | None) -> Callable[[str], bool]:
     return lambda module: pattern.fullmatch(module) is not None
 
 
-def _is_linear(rule: Rule, arch: ModelArchitecture) -> bool:
+def is_linear(rule: Rule, arch: ModelArchitecture) -> bool:
     """Whether it is a matrix of attention or of an MLP; no router, table of the vocabulary, or gate of shared experts."""
     return rule.per_layer and rule.layout not in _NOT_LINEAR and not rule.is_bias and len(source_shapes(rule, arch)[0]) == 2
 
