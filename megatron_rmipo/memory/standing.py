@@ -157,7 +157,7 @@ def trained_parameters(arch: ModelArchitecture, config: Config, stage: int) -> t
         return StageNumbers(), stage_parameters(arch, config, stage)
     shares, layers = Shares.of(arch, config), _layers_of(arch, config, stage)
     of_layers = layer_adapters(arch, config.lora, shares.tensor)
-    cut, whole, expert_cut, expert_whole = (sum(numbers) for numbers in zip(*(of_layers[layer] for layer in layers), strict=True))
+    cut, whole, expert_cut, expert_whole = (sum(of_layers[layer][kind] for layer in layers) for kind in range(4))
     # Each rank has the whole of what the ranks of an expert do not share.
     expert = expert_cut / shares.experts + expert_whole * shares.expert_tensor / shares.experts
     saved = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -76,6 +77,13 @@ def _layer_adapters(
         found[layer][2 * of_experts] += copies * cut
         found[layer][2 * of_experts + 1] += copies * (inputs + outputs - cut)
     return tuple(AdapterNumbers(*numbers) for numbers in found)
+
+
+def active_adapter_numbers(arch: ModelArchitecture, lora: LoraConfig) -> float:
+    """Numbers in A and B that a token is multiplied with, all layers together: of experts those of as many as it goes through."""
+    of_layers = layer_adapters(arch, dataclasses.replace(lora, lora_experts="each", use_dora=False))
+    share = arch.experts.per_token / arch.experts.num_experts if arch.experts else 0.0
+    return sum(one.cut + one.whole + share * (one.expert_cut + one.expert_whole) for one in of_layers)
 
 
 def num_trained(arch: ModelArchitecture, lora: LoraConfig) -> int:
