@@ -21,28 +21,12 @@ from megatron_rmipo.families.base import Place, Rule
 from megatron_rmipo.families.tensors import rules_of
 from megatron_rmipo.model.lora.adapted import AdaptedExperts, AdaptedLinear
 from megatron_rmipo.model.lora.low_rank import Cut, Linear, LowRank, Part
-from megatron_rmipo.model.lora.projections import LowRankShape, Projection, projections_of
+from megatron_rmipo.model.lora.plan import AdapterPlan
+from megatron_rmipo.model.lora.projections import Projection, projections_of
 from megatron_rmipo.model.lora.switch import Switch, switch_of
 from megatron_rmipo.model.named_tensors import ADAPTER, NamedTensor, named_tensors
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterPlan:
-    """What an adapter changes.
-
-    Attributes:
-        projections: name of a projection, as Hugging Face has it -> its adapter.
-        use_dora: rows of the changed weights have trained lengths.
-        shares_experts: all experts of a layer have one adapter, instead of one each.
-        trained_whole: Megatron names of tensors without adapter that are trained themselves.
-    """
-
-    projections: Mapping[str, LowRankShape]
-    use_dora: bool = False
-    shares_experts: bool = False
-    trained_whole: frozenset[str] = frozenset()
 
 
 def add_adapters(
@@ -121,7 +105,7 @@ def _add(module: Module, made: Mapping[str, list[LowRank]], switch: Switch) -> N
 
 def _train_whole(one: NamedTensor, plans: Mapping[str, AdapterPlan], switch: Switch) -> None:
     assert one.known_as is not None
-    changing = [name for name, plan in plans.items() if one.known_as[0] in plan.trained_whole]
+    changing = [name for name, plan in plans.items() if one.known_as in plan.trained_whole]
     if not changing:
         return
     assert isinstance(one.tensor, Parameter)

@@ -8,6 +8,7 @@ Shape letters: R rows of a projection, C its columns, r the adapter's rank.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,10 +22,22 @@ _PARTS = {Layout.QKV: ("q", "k", "v"), Layout.GATE_UP: ("gate", "up")}
 
 
 class LowRankShape(NamedTuple):
-    """The adapter of a projection: its rank r, and what the product of its factors is multiplied by."""
+    """The adapter of a projection.
+
+    Attributes:
+        rank: r.
+        alpha: what the product of its factors is multiplied by, over the rank or, rank-stabilized, its root.
+        is_stabilized: which of them (arXiv:2312.03732).
+    """
 
     rank: int
-    scale: float
+    alpha: float
+    is_stabilized: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.is_stabilized else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
