@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -71,6 +71,28 @@ def computing_with(model: Chunks, active: str | None) -> Iterator[None]:
     finally:
         for switch, one in zip(switches, before, strict=True):
             switch.turn(one)
+
+
+class AdapterView(NamedTuple):
+    """A model as it is with another adapter than the trained one.
+
+    Attributes:
+        model: this rank's part, wrapped or not, or its chunks.
+        active: name of the adapter; None for none.
+    """
+
+    model: Chunks
+    active: str | None
+
+
+@contextlib.contextmanager
+def viewed(reference: Chunks | AdapterView) -> Iterator[Chunks]:
+    """A model, or while it is entered one as it is with another adapter."""
+    if not isinstance(reference, AdapterView):
+        yield reference
+        return
+    with computing_with(reference.model, reference.active):
+        yield reference.model
 
 
 def adapters_off(model: Chunks) -> contextlib.AbstractContextManager[None]:
