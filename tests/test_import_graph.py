@@ -68,9 +68,10 @@ INNER_ROOMS = {
         "batches": {"store"},
     },
     "checkpoint": {
-        "hf": {"whole_directories", "raw_files"},
+        "hf": {"whole_directories", "raw_files", "peft"},
+        "peft": {"whole_directories"},
         "shares": set(),
-        "megatron": {"hf", "shares", "whole_directories", "raw_files"},
+        "megatron": {"hf", "peft", "shares", "whole_directories", "raw_files"},
     },
     "reports": {
         "pictures": {"held_out", "reporter", "summary", "comparison"},
