@@ -68,7 +68,9 @@ INNER_ROOMS = {
         "batches": {"store"},
     },
     "checkpoint": {
-        "hf": {"whole_directories", "raw_files"},
+        "peft": {"whole_directories"},
+        "hf": {"peft", "whole_directories", "raw_files"},
+        "merging": {"peft", "hf", "whole_directories", "flag_types"},
         "shares": set(),
         "megatron": {"hf", "shares", "whole_directories", "raw_files"},
     },

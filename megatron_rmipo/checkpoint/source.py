@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.hf.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from megatron_rmipo.checkpoint.hf.adapter import is_adapter
 from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
@@ -23,6 +21,8 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 )
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
+from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME as ADAPTER_CONFIG
+from megatron_rmipo.checkpoint.peft.reading import is_adapter
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
