@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_rmipo.checkpoint.merging import cli
 from megatron_rmipo.checkpoint.merging.merged_model import merge_adapter
 from tests.checkpoint.adapters import EXPERTS, make_adapter, merged_by_peft
 from tests.checkpoint.models import write_hf_model
@@ -51,3 +52,54 @@ def test_the_tensors_are_those_of_peft_s_merge(
         assert torch.equal(tensor, expected[name]), name
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config == json.loads((base / "config.json").read_text())
+
+
+def test_in_a_wider_dtype_it_is_the_merge_of_a_model_loaded_so_and_large_models_lie_in_several_files(tmp_path: Path) -> None:
+    base = write_hf_model(tmp_path / "base", "mixtral", dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, **SPARSE)
+    expected = merged_by_peft(tmp_path / "theirs", base, adapter, torch.float32)
+    merge_adapter(adapter, tmp_path / "ours", dtype=torch.float32, max_shard_bytes=2e5)
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 2
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all((tmp_path / "ours" / file) in files for file in index.values())
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_tool_takes_another_base_model_and_says_what_it_cannot_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_hf_model(tmp_path / "base", "llama2")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (base / "tokenizer.json").write_text("{}")
+    base = base.rename(tmp_path / "moved")
+
+    def run(*flags: object) -> tuple[int, str]:
+        code = cli.main([*map(str, flags)])
+        return code, "".join(capsys.readouterr())
+
+    code, said = run("--load-adapter", adapter, "--save-hf", tmp_path / "out")
+    assert (code, "--base-hf DIR" in said) == (1, True)
+    code, said = run("--load-adapter", base, "--save-hf", tmp_path / "out")
+    assert (code, "holds no adapter" in said) == (1, True)
+    other = write_hf_model(tmp_path / "other", "qwen2")
+    code, said = run("--load-adapter", adapter, "--save-hf", tmp_path / "out", "--base-hf", other)
+    assert (code, "which has shape" in said) == (1, True)
+    monkeypatch.setattr("megatron_rmipo.checkpoint.merging.merged_model.write_index", _full_disk)
+    code, said = run("--load-adapter", adapter, "--save-hf", tmp_path / "out", "--base-hf", base)
+    assert (code, "no space" in said) == (1, True)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "moved", "other"]
+    code, said = run("--load-adapter", adapter, "--save-hf", tmp_path / "out", "--base-hf", base)
+    assert code == 0
+    assert f"{tmp_path / 'out'} written" in said
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    code, said = run("--load-adapter", adapter, "--save-hf", tmp_path / "out", "--base-hf", base)
+    assert (code, "exists and holds" in said) == (1, True)
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError("no space left on device")
