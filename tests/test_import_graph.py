@@ -68,8 +68,9 @@ INNER_ROOMS = {
         "batches": {"store"},
     },
     "checkpoint": {
-        "hf": {"whole_directories", "raw_files", "peft"},
         "peft": {"whole_directories"},
+        "hf": {"peft", "whole_directories", "raw_files"},
+        "merging": {"peft", "hf", "whole_directories", "flag_types"},
         "shares": set(),
         "megatron": {"hf", "peft", "shares", "whole_directories", "raw_files"},
     },

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.checkpoint.adapter_source import AdapterSource, adapters_of_flags, adapters_of_record
-from megatron_rmipo.checkpoint.hf.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from megatron_rmipo.checkpoint.hf.adapter import is_adapter
 from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, KnownFamilies, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
@@ -24,6 +22,8 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 )
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
+from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME as ADAPTER_CONFIG
+from megatron_rmipo.checkpoint.peft.reading import is_adapter
 from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore

@@ -90,7 +90,9 @@ class AdapterForm:
         return config
 
     def targets(self, module: str) -> bool:
-        """Whether a module has an adapter."""
+        """Whether a module has an adapter, of itself or of its weight as a parameter."""
+        if self.targets_parameter(f"{module}.weight"):
+            return True
         if _stands_for(self.exclude_modules, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
@@ -121,11 +123,15 @@ class AdapterForm:
 
     def rank_of(self, name: str) -> int:
         """The rank of the adapter of a module or parameter."""
-        return _first_match(self.rank_pattern, name, self.rank)
+        return _first_match(self.rank_pattern, self._said(name), self.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the adapter of a module or parameter."""
-        return _first_match(self.alpha_pattern, name, self.alpha)
+        return _first_match(self.alpha_pattern, self._said(name), self.alpha)
+
+    def _said(self, name: str) -> str:
+        """What patterns are compared with: where a module's weight is what is targeted, its name."""
+        return f"{name}.weight" if self.targets_parameter(f"{name}.weight") else name
 
     def scale_of(self, name: str, rank: int | None = None) -> float:
         """What B A is multiplied by, of a module or parameter whose rank is given or follows from the form."""

@@ -99,9 +99,7 @@ def _whole(adapter: Adapter, arch: ModelArchitecture) -> Iterable[TensorId]:
     sources = {source: (rule, place) for rule, place in tensors_of(arch) for source in rule.source_names(place)}
     for name in adapter.whole:
         if name not in sources:
-            raise ConversionError(
-                f"{adapter.path}: {name} was trained whole, and this model has no such tensor."
-            )
+            raise ConversionError(f"{adapter.path}: {name} was trained whole, and this model has no such tensor.")
         rule, place = sources[name]
         if len(rule.sources) != 1 or rule.is_stacked:
             raise ConversionError(f"{adapter.path}: {name} was trained whole and is a part of a matrix here; that is not built.")

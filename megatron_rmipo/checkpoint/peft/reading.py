@@ -173,7 +173,6 @@ def _factors_of(name: str, parts: Mapping[str, Tensor], form: AdapterForm, path:
         expected = "two factors [r, in] and [out, r]" + (" and lora_magnitude_vector [out]" if form.use_dora else "")
         raise ConversionError(f"{path}: {name} has {found}; {expected} of its weight are expected. Save the adapter again.")
     of_weight = form.targets_parameter(f"{name}.weight")
-    said = f"{name}.weight" if of_weight else name
     num_experts, rank = None, a.shape[0]
     if of_experts:
         rank = form.rank_of(name)
@@ -183,7 +182,7 @@ def _factors_of(name: str, parts: Mapping[str, Tensor], form: AdapterForm, path:
                 "Save the adapter again."
             )
         num_experts = a.shape[0] // rank
-    alpha, scale = form.alpha_of(said), form.scale_of(said, rank)
+    alpha, scale = form.alpha_of(name), form.scale_of(name, rank)
     return LowRankFactors(a, b, rank, alpha, scale, magnitude, num_experts, is_rounded=of_weight or of_experts)
 
 
