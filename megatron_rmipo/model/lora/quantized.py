@@ -25,6 +25,8 @@ from megatron_rmipo.model.packed_model import Replacement
 
 BLOCK = 64
 QuantizedKind = Literal["nf4", "int8"]
+# Of a number, with its share of its block's fp32 scale.
+BYTES_EACH: dict[QuantizedKind, float] = {"nf4": 0.5 + 4 / BLOCK, "int8": 1 + 4 / BLOCK}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

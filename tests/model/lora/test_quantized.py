@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.model.layers.latent import WholeLinear
-from megatron_rmipo.model.lora.quantized import BLOCK, QuantizedKind, QuantizedWeight, frozen_weight, quantize_linear
+from megatron_rmipo.model.lora.quantized import BLOCK, BYTES_EACH, QuantizedKind, QuantizedWeight, frozen_weight, quantize_linear
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 
@@ -83,7 +83,7 @@ def test_a_part_of_a_weight_is_quantized_as_it_is_in_the_whole(kind: QuantizedKi
 def test_so_many_bits_a_number(kind: QuantizedKind, bits: float) -> None:
     quantized = QuantizedWeight(made(96, COLUMNS).bfloat16(), kind)
     held = sum(buffer.numel() * buffer.element_size() for buffer in quantized.buffers())
-    assert held == 96 * COLUMNS * bits / 8
+    assert held == 96 * COLUMNS * bits / 8 == 96 * COLUMNS * BYTES_EACH[kind]
     assert not list(quantized.parameters())
     assert not quantized.state_dict()
 
