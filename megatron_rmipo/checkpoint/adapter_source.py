@@ -17,6 +17,8 @@ from megatron_rmipo.errors import CheckpointError, ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.lora.attach import add_adapters
 from megatron_rmipo.model.lora.plan import AdapterPlan, plan_of_flags
+from megatron_rmipo.model.lora.quantized import QuantizedKind
+from megatron_rmipo.model.lora.quantized_base import quantize_base
 from megatron_rmipo.model.named_tensors import ADAPTER, REFERENCE_ADAPTER
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.runtime.agreement import on_first_rank
@@ -40,9 +42,27 @@ class AdapterSource:
         """Of the one that is trained."""
         return self.plans[ADAPTER]
 
-    def add_to(self, policy: Policy, arch: ModelArchitecture, groups: ProcessGroups, *, seed: int) -> None:
-        """Freeze a model that has its weights, and give it the adapters with their values. All ranks call it together."""
+    def add_to(
+        self,
+        policy: Policy,
+        arch: ModelArchitecture,
+        groups: ProcessGroups,
+        *,
+        seed: int,
+        quantize_as: QuantizedKind | None = None,
+    ) -> None:
+        """Freeze a model that has its weights, and give it the adapters with their values. All ranks call it together.
+
+        Args:
+            policy: this rank's part of the model.
+            arch: what it is.
+            groups: the process groups of this rank.
+            seed: of A.
+            quantize_as: how the frozen linear layers' weights are kept from now on; None: as they are.
+        """
         add_adapters(policy, arch, self.plans, groups, seed=seed)
+        if quantize_as is not None:
+            quantize_base(policy, quantize_as)
         for name, directory in self.directories.items():
             load_values(policy, read_adapter(directory), self.plans[name], arch, groups, name)
 

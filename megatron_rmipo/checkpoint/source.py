@@ -236,7 +236,7 @@ def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
         policy = load_model(
             dataclasses.replace(source.base, checked=source.checked and source.checkpoint is None), config, groups
         )
-        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed)
+        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=config.lora.quantize_base)
         return policy
     directory = source.hf_weights or source.assets
     return source.maker.build(directory, source.arch, config, groups, weights=source.hf_weights is not None)

@@ -69,8 +69,8 @@ class LoraConfig:
     )
     quantize_base: Literal["nf4", "int8"] | None = option(
         None,
-        "Keep the frozen linear layers' weights in 4 bits (nf4, needs bitsandbytes) or 8 (int8, needs torchao); products are "
-        "computed in the model's dtype.",
+        "Keep the frozen linear layers' weights in 4 bits (nf4) or 8 (int8), by bitsandbytes; products are computed in the "
+        "model's dtype.",
     )
 
     @property
