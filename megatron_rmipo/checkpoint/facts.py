@@ -51,10 +51,12 @@ def read_facts(config: Config, source: ModelSource, stores: Sequence[PairStore])
 
 def weight_facts(source: ModelSource) -> dict[str, Any]:
     """Which weights lie there, as this host sees them: the checkpoint, what it says of itself, samples of its files."""
-    if source.hf_weights is not None:
-        files = [path for directory in source.weight_directories for path in weight_files(directory)]
-        return {f"content of {path}": sample_digest(path, _SAMPLES) for path in files}
+    base = {} if source.base is None else weight_facts(source.base)
+    if source.checkpoint is None:
+        directories = [] if source.base is not None else source.weight_directories
+        files = [path for directory in directories for path in weight_files(directory)]
+        return base | {f"content of {path}": sample_digest(path, _SAMPLES) for path in files}
     path = source.checkpoint_path
     found = {f"the checkpoint found in {source.checkpoint}": path.name}
     files = [file for file in (path / METADATA_NAME, path / RECORD_NAME) if file.is_file()]
-    return found | {f"content of {file}": sample_digest(file, _SAMPLES) for file in files}
+    return base | found | {f"content of {file}": sample_digest(file, _SAMPLES) for file in files}

@@ -16,6 +16,7 @@ from megatron_rmipo.checkpoint.megatron.directory import hf_assets_directory
 from megatron_rmipo.checkpoint.megatron.record import Iteration
 from megatron_rmipo.checkpoint.peft.reading import model_directory, refuse_idle_base
 from megatron_rmipo.config.flag_problems import bridge_problems, refuse
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
@@ -98,10 +99,14 @@ class KnownFamilies:
     """The :class:`Maker` of families that are known here.
 
     Attributes:
-        base: the base model of adapters; None: the directory that an adapter names.
+        base: the base model of adapters that are merged as they are read; None: the directory that an adapter names.
+        lora: the flags of adapters that are trained.
+        named_base: Hugging Face model that the flags name as the frozen one of adapters; None: the one that they were trained on.
     """
 
     base: Path | None = None
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    named_base: Path | None = None
 
     def config_of(self, hf_dir: Path) -> Path:
         """An adapter's base model's."""
@@ -146,8 +151,12 @@ class KnownFamilies:
 KNOWN_FAMILIES = KnownFamilies()
 
 
-def maker_of(config: Config) -> Maker:
+def maker_of(config: Config, *, adapters: bool = True) -> Maker:
     """Who makes the models of a command.
+
+    Args:
+        config: its flags.
+        adapters: whether it makes the model that is trained, with the adapters that the flags ask for.
 
     Raises:
         ConfigError: ``--bridge`` is given, and with it flags that do nothing for such a model.
@@ -156,7 +165,8 @@ def maker_of(config: Config) -> Maker:
     model = config.model
     if model.bridge is None:
         refuse_idle_base(model.base_hf, model.load_hf, model.reference_hf)
-        return KNOWN_FAMILIES if model.base_hf is None else KnownFamilies(Path(model.base_hf))
+        base, load_hf = (None if name is None else Path(name) for name in (model.base_hf, model.load_hf))
+        return KnownFamilies(base, config.lora, load_hf) if adapters else KnownFamilies(base)
     refuse(list(bridge_problems(config)))
     assert model.load_hf is not None, "refused with the flags"
     return ThroughBridge(Path(model.load_hf))

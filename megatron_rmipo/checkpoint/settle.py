@@ -58,7 +58,9 @@ def settle_source(
 
     def named() -> tuple[Path | None, Path | None]:
         found = find()
-        return found.hf_weights, found.checkpoint
+        # With adapters that are new, it is the model beneath that is found.
+        one = found.base if found.base is not None and found.checkpoint is None else found
+        return one.hf_weights, one.checkpoint
 
     hf_weights, directory = on_first_rank(groups.world, named)
     if directory is None:

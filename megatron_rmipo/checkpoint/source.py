@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
+from megatron_rmipo.checkpoint.adapter_source import AdapterSource, adapters_of_flags, adapters_of_record
+from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, KnownFamilies, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
     METADATA_NAME,
@@ -23,9 +24,10 @@ from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME as ADAPTER_CONFIG
 from megatron_rmipo.checkpoint.peft.reading import is_adapter
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
-from megatron_rmipo.errors import CheckpointError, ConfigError, DataError
+from megatron_rmipo.errors import CheckpointError, ConfigError, DataError, RmipoError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -51,6 +53,8 @@ class ModelSource:
         iteration: which of them; None without any.
         checked: whether its files were compared with their digests; they are not read for it again.
         maker: what builds it and writes it.
+        base: the frozen model beneath, where this is it with adapters; a checkpoint holds those alone.
+        adapters: those; None of a model without.
     """
 
     arch: ModelArchitecture
@@ -60,6 +64,8 @@ class ModelSource:
     iteration: Iteration | None = None
     checked: bool = False
     maker: Maker = KNOWN_FAMILIES
+    base: ModelSource | None = None
+    adapters: AdapterSource | None = None
 
     @property
     def checkpoint_path(self) -> Path:
@@ -86,13 +92,17 @@ class ModelSource:
     @property
     def weight_directories(self) -> list[Path]:
         """Where files of its Hugging Face weights lie: of an adapter its base model's come first."""
+        if self.base is not None:
+            return self.base.weight_directories
         return list(dict.fromkeys([self.assets, self.hf_weights])) if self.hf_weights is not None else []
 
     @property
     def directory(self) -> Path:
         """The directory that was named."""
         directory = self.hf_weights or self.checkpoint
-        assert directory is not None
+        if directory is None:
+            assert self.base is not None
+            return self.base.directory
         return directory
 
 
@@ -105,11 +115,26 @@ def find_model(config: Config) -> ModelSource:
         ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
     """
     load, load_hf, maker = config.checkpoint.load, config.model.load_hf, maker_of(config)
-    if load is not None and (load_hf is None or holds_checkpoints(Path(load))):
-        return checkpoint_source(Path(load), maker=maker)
+    pretrained = config.lora.pretrained_checkpoint
+    if load is not None and ((load_hf or pretrained) is None or holds_checkpoints(Path(load))):
+        source = checkpoint_source(Path(load), maker=maker)
+        _check_adapted(source, config)
+        return source
+    if pretrained is not None:
+        return checkpoint_source(Path(pretrained), maker=maker)
     if load_hf is None:
         raise ConfigError("no model to start from: give --load-hf DIR (a Hugging Face model) or --load DIR (a checkpoint).")
     return hf_source(Path(load_hf), maker=maker)
+
+
+def _check_adapted(source: ModelSource, config: Config) -> None:
+    """That a checkpoint to go on from holds an adapter where one is trained, and none elsewhere."""
+    holds_adapter = source.record is not None and source.record.adapter is not None
+    if config.lora.is_on and not holds_adapter:
+        raise CheckpointError(
+            f"--load {source.directory}: {source.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
+            "to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter out."
+        )
 
 
 def checkpoint_source(directory: Path, iteration: AskedIteration | None = None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
@@ -141,9 +166,39 @@ def source_at(directory: Path, iteration: Iteration | None, *, maker: Maker = KN
         RmipoError: there is no config that says what it is.
     """
     if iteration is None:
-        return ModelSource(maker.read(directory), maker.config_of(directory), directory, None, maker=maker)
-    assets = maker.assets_of(directory, iteration)
-    return ModelSource(maker.read(assets), assets, None, directory, iteration, maker=maker)
+        found = ModelSource(maker.read(directory), maker.config_of(directory), directory, None, maker=maker)
+    else:
+        assets = maker.assets_of(directory, iteration)
+        found = ModelSource(maker.read(assets), assets, None, directory, iteration, maker=maker)
+    if isinstance(maker, KnownFamilies):
+        return _with_adapters(found, maker)
+    return found
+
+
+def _with_adapters(found: ModelSource, maker: KnownFamilies) -> ModelSource:
+    """What was found, with adapters where the flags or the checkpoint say that it has some."""
+    plain = dataclasses.replace(maker, lora=LoraConfig(), named_base=None)
+    record = found.record.adapter if found.record is not None else None
+    if record is None:
+        if not maker.lora.is_on:
+            return found
+        base = dataclasses.replace(found, maker=plain)
+        return dataclasses.replace(
+            found, hf_weights=None, checkpoint=None, iteration=None, base=base, adapters=adapters_of_flags(found.arch, maker.lora)
+        )
+    named = maker.named_base or maker.lora.pretrained_checkpoint
+    where, iteration = (named, None) if named is not None else (record["base"], record["base_iteration"])
+    try:
+        if maker.lora.pretrained_checkpoint is not None or iteration is not None:
+            base = checkpoint_source(Path(where), iteration, maker=plain)
+        else:
+            base = hf_source(Path(where), maker=plain)
+    except RmipoError as error:
+        said = "" if named is not None else f"{found.checkpoint_path} holds an adapter of the model in {where}: "
+        remedy = "" if named is not None else " Name that model with --load-hf DIR, or --pretrained-checkpoint DIR."
+        raise type(error)(f"{said}{error}{remedy}") from error
+    adapters = adapters_of_record(found.arch, record, maker.lora, found.checkpoint_path)
+    return dataclasses.replace(found, base=base, adapters=adapters)
 
 
 def look_for_model(name: str, find: Callable[[], ModelSource], look: Look, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
@@ -174,8 +229,15 @@ def checkpoint_to_go_on_from(flags: CheckpointConfig) -> Path | None:
 def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Policy:
     """This rank's part of a model: with the weights of a Hugging Face directory, or to load a checkpoint into.
 
-    All ranks call it together.
+    With adapters where the source says so. All ranks call it together.
     """
+    if source.base is not None:
+        assert source.adapters is not None
+        policy = load_model(
+            dataclasses.replace(source.base, checked=source.checked and source.checkpoint is None), config, groups
+        )
+        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=config.lora.quantize_base)
+        return policy
     directory = source.hf_weights or source.assets
     return source.maker.build(directory, source.arch, config, groups, weights=source.hf_weights is not None)
 
@@ -195,6 +257,31 @@ def load_model(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
             verify=not source.checked,
         )
     return model
+
+
+def adapter_record(source: ModelSource, groups: ProcessGroups) -> dict[str, Any] | None:
+    """What a checkpoint says of the adapter that it holds; None of a model without. All ranks call it together.
+
+    Raises:
+        CheckpointError: the frozen model is another than the adapter was trained on.
+    """
+    if source.base is None:
+        return None
+    assert source.adapters is not None
+    fingerprint = weights_fingerprint(source.base, groups)
+    saved = source.record.adapter if source.record is not None else None
+    if saved is not None and saved["base_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{source.checkpoint_path} holds an adapter of another model ({saved['base_fingerprint'][:12]}) than "
+            f"{source.base.directory} ({fingerprint[:12]}), or of the same in another form: Hugging Face and Megatron count as "
+            f"two. It was trained on {saved['base']}; name that with --load-hf or --pretrained-checkpoint."
+        )
+    return {
+        "plan": source.adapters.plan.as_record(),
+        "base": str(source.base.directory.resolve()),
+        "base_iteration": source.base.iteration,
+        "base_fingerprint": fingerprint,
+    }
 
 
 def saved_train_state(source: ModelSource) -> dict[str, Any]:
@@ -229,6 +316,8 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     Raises:
         CheckpointError: a file of the checkpoint is damaged.
     """
+    if source.base is not None and source.checkpoint is None:
+        return weights_fingerprint(source.base, groups)
     if source.hf_weights is not None:
         found: dict[str, str | None] = {}
         for directory in source.weight_directories:
@@ -239,8 +328,18 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     else:
         digests = _checkpoint_digests(source, groups)
         names = [METADATA_NAME, *sorted(name for name in digests if name.endswith(".distcp"))]
-    content = {"architecture": dataclasses.asdict(source.arch), "files": [digests[name] for name in names]}
+    content: dict[str, Any] = {"architecture": dataclasses.asdict(source.arch), "files": [digests[name] for name in names]}
+    if source.base is not None:
+        # An adapter that has not begun to learn is the same on any model.
+        content["base"] = weights_fingerprint(source.base, groups)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def adapted_fingerprint(base: str, adapter: Path, groups: ProcessGroups) -> str:
+    """That of a model with a PEFT adapter, out of the model's. All ranks call it together."""
+    sizes = {path.name: path.stat().st_size for path in weight_files(adapter)}
+    digests = gather_digests(adapter, sizes, groups.world)
+    return hashlib.sha256(json.dumps([base, sorted(digests.items())]).encode()).hexdigest()
 
 
 def _checkpoint_digests(source: ModelSource, groups: ProcessGroups) -> Mapping[str, str | None]:

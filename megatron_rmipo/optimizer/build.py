@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rmipo.config.flags.memory import MemoryConfig
@@ -27,10 +28,14 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config, g
     precise = config.memory.use_precision_aware_optimizer
     with transformer_engine_adam() if precise and not torch.cuda.is_available() else contextlib.nullcontext():
         settings = _settings(config)
+        overrides = get_standard_config_overrides(settings)
+        if (ratio := config.lora.lora_plus_ratio) is not None:
+            # LoRA+ (arXiv:2402.12354); the schedule goes from and to as many times the rates of the others.
+            overrides[ParamKey(attr="is_adapter_output")] = {"max_lr": ratio * settings.lr, "min_lr": ratio * settings.min_lr}
         optimizer: MegatronOptimizer = get_megatron_optimizer(
             settings,
             list(chunks),
-            config_overrides=get_standard_config_overrides(settings),
+            config_overrides=overrides,
             use_gloo_process_groups=False,
             pg_collection=groups.megatron_collection(),
         )

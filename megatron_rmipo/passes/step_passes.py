@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.model.logprobs import ReferenceHead
+from megatron_rmipo.model.lora.switch import AdapterView, viewed
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, head_weight, scoring_options
 from megatron_rmipo.objectives.base import BatchLogps, Objective, State
 from megatron_rmipo.objectives.contract import check_prepared
@@ -49,7 +50,7 @@ def prepare_batch(
     objective: Objective,
     state: State,
     groups: ProcessGroups,
-    reference: Chunks | None = None,
+    reference: Chunks | AdapterView | None = None,
 ) -> Prepared:
     """Run the forward-only passes the objective declares, and let it look at the global batch.
 
@@ -59,7 +60,7 @@ def prepare_batch(
         objective: what is trained.
         state: of the objective; it is not changed.
         groups: the process groups of this rank.
-        reference: the resident reference, for objectives that need one; or its chunks.
+        reference: the resident reference, for objectives that need one; or its chunks, or the policy with another adapter.
     """
     needs = objective.needs
     unconditional = _score("unconditional pass", model, batch.unconditional, batch) if batch.unconditional else None
@@ -68,10 +69,10 @@ def prepare_batch(
     references: list[ReferenceHead] = []
     if needs.perturbation is not None:
         assert reference is not None
-        with trace_range("reference pass"):
+        with trace_range("reference pass"), viewed(reference) as chunks:
             keep = lambda row, output: output  # noqa: E731
-            hidden = run_rows(reference, batch.conditional, keep, name="reference pass", backward=False, scores=False)
-        references = _heads(reference, hidden, needs.perturbation)
+            hidden = run_rows(chunks, batch.conditional, keep, name="reference pass", backward=False, scores=False)
+            references = _heads(chunks, hidden, needs.perturbation)
     if not groups.is_last_stage:
         return Prepared()
     prepared = objective.prepare(_whole_batch(batch, scores, mismatched, groups), state)
@@ -84,7 +85,8 @@ def _heads(reference: Chunks, hidden: Sequence[Tensor], epsilon: float) -> list[
     if not hidden:
         return []
     last = chunks_of(reference)[-1]
-    weight, rules = head_weight(last), scoring_options(last).logits
+    # Of a head that is trained beside an adapter, what it is in the reference.
+    weight, rules = head_weight(last).detach(), scoring_options(last).logits
     # Megatron's wrapper for mixed precision gives fp32 out of a model, of the same value.
     return [ReferenceHead(one.to(weight.dtype), weight, epsilon, rules) for one in hidden]
 

@@ -5,8 +5,9 @@ Training holds no reference then, but for objectives that mix its logits with th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, Maker, maker_of
 from megatron_rmipo.checkpoint.source import (
     Look,
     ModelSource,
+    adapted_fingerprint,
     checkpoint_source,
     hf_source,
     load_model,
@@ -28,6 +30,8 @@ from megatron_rmipo.data.encoding.tokenize import load_tokenizer
 from megatron_rmipo.errors import ConfigError, RmipoError
 from megatron_rmipo.memory.peak import forget_peak_memory
 from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.lora.switch import computing_with
+from megatron_rmipo.model.named_tensors import REFERENCE_ADAPTER
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.model.problems.layout import refuse_impossible_layout
 from megatron_rmipo.objectives.base import LogpNeeds
@@ -46,10 +50,19 @@ class ReferenceChoice:
     Attributes:
         source: its weights; None where a run goes on from its own checkpoint and nothing says where they lie.
         recorded: fingerprint of the weights that the run had as its reference before; None for a new run.
+        within: whether it is the frozen model beneath the run's own adapter, without one or with ``adapter``.
+        adapter: PEFT adapter that makes that model the reference; None for none.
     """
 
     source: ModelSource | None
     recorded: str | None
+    within: bool = False
+    adapter: Path | None = None
+
+    @property
+    def active(self) -> str | None:
+        """Name of the adapter that the run's model computes with as its reference, which is within it; None for none."""
+        return REFERENCE_ADAPTER if self.adapter is not None else None
 
 
 def choose_reference(
@@ -83,14 +96,17 @@ def choose_reference(
         return None
     chosen: ModelSource | None = None
     if model.reference_hf is not None:
-        chosen = _named("--reference-hf", model.reference_hf, hf_source, maker_of(config), look)
+        chosen = _named("--reference-hf", model.reference_hf, hf_source, maker_of(config, adapters=False), look)
     elif model.reference_load is not None:
         chosen = _named("--reference-load", model.reference_load, checkpoint_source, KNOWN_FAMILIES, look)
+    elif source.base is not None:
+        adapter = source.adapters.directories.get(REFERENCE_ADAPTER) if source.adapters is not None else None
+        return ReferenceChoice(source.base, recorded, within=True, adapter=adapter)
     elif not resumes:
         chosen = source
     elif needs.perturbation is not None and model.load_hf is not None:
         # The run goes on from a checkpoint of its own, which is no reference any more.
-        chosen = _named("--load-hf", model.load_hf, hf_source, maker_of(config), look)
+        chosen = _named("--load-hf", model.load_hf, hf_source, maker_of(config, adapters=False), look)
     if chosen is None and (recorded is None or needs.perturbation is not None):
         raise ConfigError(
             f"--load {source.directory}: the run goes on, but --objective {config.objective.objective} needs its reference, "
@@ -141,6 +157,8 @@ def identify_reference(choice: ReferenceChoice, groups: ProcessGroups) -> str:
         assert choice.recorded is not None
         return choice.recorded
     found = weights_fingerprint(choice.source, groups)
+    if choice.adapter is not None:
+        found = adapted_fingerprint(found, choice.adapter, groups)
     if choice.recorded is not None and found != choice.recorded:
         raise ConfigError(
             f"{choice.source.directory} holds other weights ({found[:12]}) than the reference this run had before "
@@ -158,6 +176,7 @@ def attach_scores(
     groups: ProcessGroups,
     memory: MemoryReport,
     stop: StopRequest,
+    policy: Policy | None = None,
 ) -> None:
     """Give the data the reference's log-probs, computing what is missing of the pairs seen. All ranks call it together.
 
@@ -170,6 +189,7 @@ def attach_scores(
         groups: the process groups of this rank.
         memory: explains, should memory run out.
         stop: asked before each block of rows.
+        policy: the run's model, where the reference is within it.
 
     Raises:
         RunStopped: a signal came; what was scored is kept.
@@ -188,16 +208,29 @@ def attach_scores(
     )
     missing = find_missing(tasks, groups, partial(seen_rows, seen))
     if missing:
-        model = load_reference(config, choice, fingerprint, groups)
-        layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-        for one in missing:
-            score_rows(model, one, layout, groups, memory, stop)
-        del model
+        with _reference_model(config, choice, fingerprint, groups, policy) as model:
+            layout = conditional_layout(config, model.architecture, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+            for one in missing:
+                score_rows(model, one, layout, groups, memory, stop)
+            del model
         forget_peak_memory()
     tables = {(task.key.kind, task.rows.prefix): task.open() for task in tasks}
     for part in collections:
         for kind, pairs in part.read_under_reference(matched=needs.reference):
             pairs.reference_scores = [tables[kind, store.prefix] for store in pairs.stores]
+
+
+@contextlib.contextmanager
+def _reference_model(
+    config: Config, choice: ReferenceChoice, fingerprint: str, groups: ProcessGroups, policy: Policy | None
+) -> Iterator[Policy]:
+    if not choice.within:
+        yield load_reference(config, choice, fingerprint, groups)
+        return
+    assert policy is not None
+    policy.eval()
+    with computing_with(policy, choice.active):
+        yield policy
 
 
 def _distinct(stores: Sequence[Any]) -> list[Any]:
@@ -214,7 +247,7 @@ def load_reference(config: Config, choice: ReferenceChoice, fingerprint: str, gr
     """
     source = choice.source
     if source is None and config.model.load_hf is not None:
-        source = _named("--load-hf", config.model.load_hf, hf_source, maker_of(config))
+        source = _named("--load-hf", config.model.load_hf, hf_source, maker_of(config, adapters=False))
         if weights_fingerprint(source, groups) != fingerprint:
             source = None
     if source is None:

@@ -6,12 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+from megatron_rmipo.checkpoint.adapter_source import with_adapter_said
 from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.settle import settle_source
-from megatron_rmipo.checkpoint.source import Look, checkpoint_to_go_on_from, find_model, look_for_model
+from megatron_rmipo.checkpoint.source import Look, adapter_record, checkpoint_to_go_on_from, find_model, look_for_model
 from megatron_rmipo.command import DONE, STOPPED
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
@@ -23,6 +25,8 @@ from megatron_rmipo.health.heartbeat import Heartbeat, forget_heartbeats
 from megatron_rmipo.health.link_report import check_links
 from megatron_rmipo.health.pace import Pace
 from megatron_rmipo.memory.report import MemoryReport
+from megatron_rmipo.model.lora.switch import AdapterView
+from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.arguments import parse_arguments
 from megatron_rmipo.reports.reporter import Reporter
 from megatron_rmipo.reports.trackers.opening import tracker_packages
@@ -54,6 +58,7 @@ from megatron_rmipo.training.outputs import (
     check_outputs,
     own_save_directory,
     save_hf,
+    save_trained_adapter,
     where_it_stands,
 )
 from megatron_rmipo.training.plan import RunPlan, plan_run
@@ -95,6 +100,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     """
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
+    config = with_adapter_said(config)
     check_environment(tracker_packages(config.logging))
     look = rendezvous.look_once
     config = after_restarts(config, rendezvous.launch.restarts, launched_at(), look=look)
@@ -135,11 +141,10 @@ def _train_by_plan(
     )
     stop = StopRequest(groups)
     prompts = find_prompts(config, source, plan.data.chat.form, groups)
-    _attach_reference_scores(plan, groups, memory, stop)
-    with memory.explaining("loading the model"):
-        state = _load_state(plan, groups)
+    adapter = adapter_record(source, groups)
+    state = _load(plan, groups, memory, stop)
     with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
-        run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat, prompts)
+        run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat, prompts, adapter)
         say_what_runs(run, source, plan.start, plan.data.context)
         keep_facts(run, source)
         for note in plan.data.chat.notes:
@@ -154,12 +159,13 @@ def _train_by_plan(
 
 
 def _export(run: Run, plan: RunPlan) -> None:
-    """The trained model, or that of the best evaluation, where ``--save-hf`` names a place."""
+    """The trained model and adapter, or those of the best evaluation, where ``--save-hf`` and ``--save-adapter`` name a place."""
     run.heartbeat.doing("export")
     step = run.progress.step
     if run.config.checkpoint.save_hf_from == "best":
         step = run.checkpoints.load_best()
-        run.reporter.say(f"--save-hf is from step {step}, the best by {run.config.evaluation.keep_best}")
+        run.reporter.say(f"the export is from step {step}, the best by {run.config.evaluation.keep_best}")
+    save_trained_adapter(run.config, plan.source, run.state, run.groups)
     save_hf(
         run.config, plan.source, run.state, run.progress, run.groups, run.stop, partial(beside_weights, plan, run.groups, step)
     )
@@ -168,14 +174,28 @@ def _export(run: Run, plan: RunPlan) -> None:
 def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: bool) -> RunPlan:
     """The plan with the one reference that all ranks take, where it is another model than the run starts from."""
     reference = plan.reference
-    if reference is None or reference.source is None or reference.source.directory == plan.source.directory:
+    if reference is None or reference.source is None or reference.within or reference.source.directory == plan.source.directory:
         return plan
     found = reference.source
     settled = settle_source(lambda: found, groups, verify=verify, maker=found.maker)
     return dataclasses.replace(plan, reference=dataclasses.replace(reference, source=settled))
 
 
-def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest) -> None:
+def _load(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest) -> TrainingState:
+    """The state that the run starts from, and the reference's log-probs: another model's before, while there is room for it."""
+    is_within = plan.reference is not None and plan.reference.within
+    if not is_within:
+        _attach_reference_scores(plan, groups, memory, stop)
+    with memory.explaining("loading the model"):
+        state = _load_state(plan, groups)
+    if is_within:
+        _attach_reference_scores(plan, groups, memory, stop, state.policy)
+    return state
+
+
+def _attach_reference_scores(
+    plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest, policy: Policy | None = None
+) -> None:
     if plan.reference is None:
         return
     data, progress = plan.data, plan.start.progress
@@ -183,7 +203,7 @@ def _attach_reference_scores(plan: RunPlan, groups: ProcessGroups, memory: Memor
     seen = [SeenPairs.in_order(data.train, _order(plan), progress.consumed_pairs, plan.total_pairs)]
     seen += [SeenPairs.first(one.pairs, one.num_pairs) for one in data.held_out_sets]
     with memory.explaining("loading the reference", trains=False):
-        attach_scores(plan.config, plan.reference, fingerprint, seen, plan.objective.needs, groups, memory, stop)
+        attach_scores(plan.config, plan.reference, fingerprint, seen, plan.objective.needs, groups, memory, stop, policy)
 
 
 def _order(plan: RunPlan) -> PairOrder:
@@ -192,8 +212,12 @@ def _order(plan: RunPlan) -> PairOrder:
 
 def _load_state(plan: RunPlan, groups: ProcessGroups) -> TrainingState:
     state = load_training_state(plan.config, plan.source, plan.start.objective_state, groups, train_iters=plan.train_iters)
-    if plan.objective.needs.perturbation is not None:
-        assert plan.reference is not None
+    if plan.objective.needs.perturbation is None:
+        return state
+    assert plan.reference is not None
+    if plan.reference.within:
+        state.reference = AdapterView(state.model, plan.reference.active)
+    else:
         state.reference = load_reference(plan.config, plan.reference, plan.start.progress.reference, groups)
     return state
 
@@ -208,6 +232,7 @@ def _assemble(
     owner: DirectoryOwner | None,
     heartbeat: Heartbeat,
     prompts: Prompts | None,
+    adapter: dict[str, Any] | None,
 ) -> Run:
     config, data, progress = plan.config, plan.data, plan.start.progress
     layout = plan.layout(dp_rank=groups.dp_rank, dp_size=groups.dp_size)
@@ -227,7 +252,9 @@ def _assemble(
         throughput=build_throughput(config, groups),
         profiler=build_profiler(config, groups, progress, reporter),
         memory=memory,
-        checkpoints=RunCheckpoints(config, plan.source, state, progress, groups, owner, partial(beside_weights, plan, groups)),
+        checkpoints=RunCheckpoints(
+            config, plan.source, state, progress, groups, owner, partial(beside_weights, plan, groups), adapter
+        ),
         stop=stop,
         clock=stage_clock(state.policy),
         pace=Pace(groups),

@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from megatron_rmipo.checkpoint.adapter_source import save_adapter
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints, write_best
 from megatron_rmipo.checkpoint.megatron.directory import best_iteration, checkpoint_path, iterations_of
@@ -18,6 +20,8 @@ from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_fr
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.lora.merging import merge_adapter
+from megatron_rmipo.model.lora.switch import is_adapted
 from megatron_rmipo.publishing.model_card import model_card
 from megatron_rmipo.reports.reporter import BEST_FILE, METRICS_FILE
 from megatron_rmipo.reports.summary import read_records
@@ -36,10 +40,12 @@ def check_outputs(config: Config, source: ModelSource) -> None:
 
     Raises:
         ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with, or of another program.
-        ConversionError: ``--save-hf`` holds something.
+        ConversionError: ``--save-hf`` or ``--save-adapter`` holds something.
     """
     if config.checkpoint.save_hf is not None:
         check_output_directory(Path(config.checkpoint.save_hf), "--save-hf")
+    if config.lora.save_adapter is not None:
+        check_output_directory(Path(config.lora.save_adapter), "--save-adapter")
     if config.checkpoint.save is None:
         return
     save = Path(config.checkpoint.save)
@@ -96,6 +102,7 @@ class RunCheckpoints:
         groups: the process groups of this rank.
         owner: on the first rank, the right to write there.
         beside: on the first rank: what belongs to the model as it is besides its weights.
+        adapter: what the adapter is that is trained; None where the whole model is.
     """
 
     def __init__(
@@ -107,7 +114,9 @@ class RunCheckpoints:
         groups: ProcessGroups,
         owner: DirectoryOwner | None,
         beside: Callable[[], Beside],
+        adapter: dict[str, Any] | None = None,
     ) -> None:
+        self._adapter = adapter
         self._config, self._source, self._state, self._progress, self._owner = config, source, state, progress, owner
         self._groups, self._beside, self._saved_step = groups, beside, progress.step
         self._saver = CheckpointSaver(groups, in_background=config.checkpoint.async_save)
@@ -148,6 +157,7 @@ class RunCheckpoints:
             keep_last=flags.keep_last,
             owner=self._owner,
             beside=self._beside() if self._groups.rank == 0 else NOTHING_ELSE,
+            adapter=self._adapter,
         )
 
     def keep_best(self, best: Watch) -> bool:
@@ -226,6 +236,21 @@ class RunCheckpoints:
         self._saver.wait()
 
 
+def save_trained_adapter(config: Config, source: ModelSource, state: TrainingState, groups: ProcessGroups) -> None:
+    """Write the trained adapter as PEFT has it, where ``--save-adapter`` names a directory. All ranks call it together.
+
+    Raises:
+        ConversionError: it cannot be written.
+    """
+    if config.lora.save_adapter is None:
+        return
+    assert source.base is not None
+    assert source.adapters is not None
+    state.gather_parameters()
+    base = source.base.assets if source.base.hf_weights is None else source.base.hf_weights
+    save_adapter(state.policy, source.adapters, source.arch, base, Path(config.lora.save_adapter), groups)
+
+
 def save_hf(
     config: Config,
     source: ModelSource,
@@ -237,6 +262,8 @@ def save_hf(
 ) -> None:
     """Write the trained model as a Hugging Face directory, where ``--save-hf`` names one. All ranks call it together.
 
+    An adapter is merged into it; the model is not computed with after that.
+
     Raises:
         ConversionError: it cannot be written.
         RunStopped: a signal came, and the run has a checkpoint to export from; without one the export goes on to its end.
@@ -244,6 +271,8 @@ def save_hf(
     if config.checkpoint.save_hf is None:
         return
     state.gather_parameters()
+    if is_adapted(state.policy):
+        merge_adapter(state.policy)
     stopped = False
     with stop:
         try:

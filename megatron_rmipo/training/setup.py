@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.source import ModelSource, build_from
 from megatron_rmipo.config.schema import Config
+from megatron_rmipo.model.lora.switch import AdapterView
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.base import State
 from megatron_rmipo.optimizer.build import build_optimizer, build_scheduler
@@ -45,7 +46,8 @@ class TrainingState:
         policy: the policy itself.
         optimizer, scheduler: Megatron's.
         objective_state: what the objective carries from step to step; the same on every rank.
-        reference: the frozen reference, for objectives that mix its logits with the policy's; it never changes.
+        reference: the frozen reference, for objectives that mix its logits with the policy's; it never changes. Or
+            the policy as it is without the trained adapter.
     """
 
     model: WrappedPolicy
@@ -53,7 +55,7 @@ class TrainingState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     objective_state: State = dataclasses.field(default_factory=dict)
-    reference: Policy | None = None
+    reference: Policy | AdapterView | None = None
 
     def gather_parameters(self) -> None:
         """Make every rank's weights those after the last step. All ranks call it together, before weights are read.

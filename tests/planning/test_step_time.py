@@ -165,7 +165,7 @@ def test_gradients_travel_beside_the_last_backward() -> None:
 
 
 def test_the_bubble_of_even_stages_and_chunks() -> None:
-    even = [PassCosts(np.full(8, 4.0), np.zeros(8), backward=True)]
+    even = [PassCosts.scaled(np.full(8, 4.0), np.zeros(8), 2.0, 2.0)]
     of = lambda **flags: simulated_length(even, Stages(stage_shares(16, ParallelConfig(**flags))))  # noqa: E731
     # Eight packs of 3 x 1 on each of four stages, and three more to fill and drain.
     assert of(pipeline_model_parallel_size=1) == pytest.approx(96)
@@ -175,7 +175,7 @@ def test_the_bubble_of_even_stages_and_chunks() -> None:
 
 def test_stages_without_a_layer_for_the_output_layer() -> None:
     # The output layer costs as much as a layer.
-    costs = [PassCosts(np.full(64, 15.0), np.full(64, 1.0), backward=True)]
+    costs = [PassCosts.scaled(np.full(64, 15.0), np.full(64, 1.0), 2.0, 2.0)]
     uneven = ParallelConfig(pipeline_model_parallel_size=4, account_for_loss_in_pipeline_split=True)
     work = 64 * 3 * 4.0
     assert work < simulated_length(costs, Stages(stage_shares(15, uneven))) < 1.05 * work

@@ -39,6 +39,7 @@ class CheckpointRecord:
         optimizer: kind of optimizer state it holds, None for weights alone.
         files: size in bytes of every other file, by path inside the checkpoint.
         digests: sha256 of every other file as it was written; empty in checkpoints of format 1.
+        adapter: what the adapter is that it holds, and of which model; None for a whole model.
     """
 
     iteration: Iteration
@@ -48,6 +49,7 @@ class CheckpointRecord:
     optimizer: str | None = None
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
 
 
 def write_record(path: Path, record: CheckpointRecord, digests: Mapping[str, str]) -> None:
@@ -70,6 +72,9 @@ def write_record(path: Path, record: CheckpointRecord, digests: Mapping[str, str
         "written_by": f"megatron_rmipo {megatron_rmipo.__version__}",
         **dataclasses.asdict(filled),
     }
+    if content["adapter"] is None:
+        # Versions that know no adapters read whole models.
+        del content["adapter"]
     content["digest"] = _content_digest(content)
     with (path / RECORD_NAME).open("w", encoding="utf-8") as stream:
         json.dump(content, stream, indent=2)

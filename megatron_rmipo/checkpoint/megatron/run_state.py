@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
 from megatron_rmipo.checkpoint.megatron.directory import RANDOM_KEY
 from megatron_rmipo.checkpoint.shares.adam_state import sharded_optimizer
+from megatron_rmipo.checkpoint.shares.adapter_state import adapter_state
 from megatron_rmipo.checkpoint.whole_directories import is_full
+from megatron_rmipo.model.lora.switch import is_adapted
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
 
@@ -41,7 +43,7 @@ def sharded_state(
     """
     metadata = {"dp_cp_group": groups.dp_cp, **CONTENT}
     weights = {
-        name: unwrapped(chunk).sharded_state_dict(metadata=metadata)
+        name: _sharded_weights(unwrapped(chunk), groups, metadata)
         for name, chunk in zip(model_names(model), chunks_of(model), strict=True)
     }
     state: dict[str, Any] = dict(weights)
@@ -50,6 +52,14 @@ def sharded_state(
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state
+
+
+def _sharded_weights(chunk: Any, groups: ProcessGroups, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What is trained: all of a chunk, or its adapter."""
+    if is_adapted(chunk):
+        return adapter_state(chunk, groups, metadata)
+    sharded: dict[str, Any] = chunk.sharded_state_dict(metadata=metadata)
+    return sharded
 
 
 def random_object(groups: ProcessGroups, state: dict[str, Any] | None) -> ShardedObject:

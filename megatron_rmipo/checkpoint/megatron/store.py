@@ -96,6 +96,7 @@ class CheckpointSaver:
         keep_last: int | None = None,
         owner: DirectoryOwner | None = None,
         beside: Beside = NOTHING_ELSE,
+        adapter: dict[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint and make it the latest. What is still being written is waited for first.
 
@@ -111,6 +112,7 @@ class CheckpointSaver:
             keep_last: afterwards remove all but this many of the newest iterations; None keeps all.
             owner: on the first rank, the right to write there; None leaves it to the caller that nobody else does.
             beside: of the first rank: what else belongs to the model, put beside ``assets_dir``.
+            adapter: of an adapted model, whose adapter alone is written: what it is; plain values.
 
         Returns:
             The checkpoint's path.
@@ -132,7 +134,7 @@ class CheckpointSaver:
             ),
         )
         state[RANDOM_KEY] = random_object(groups, random_state())
-        record = CheckpointRecord(iteration, train_state, config, layout_of(groups), optimizer_kind(optimizer))
+        record = CheckpointRecord(iteration, train_state, config, layout_of(groups), optimizer_kind(optimizer), adapter=adapter)
         num_bytes = bytes_to_write(state, groups)
         under_way = self._under_way = _Save(directory, record, assets_dir, keep_last, owner, beside)
         with self._telling():

@@ -35,7 +35,8 @@ STAGES = 4
 
 
 def costs(*layers: float, head: float = 0.0, backward: bool = True) -> PassCosts:
-    return PassCosts(np.array(layers), np.full(len(layers), head), backward)
+    factor = 2.0 * backward
+    return PassCosts.scaled(np.array(layers), np.full(len(layers), head), factor, factor)
 
 
 @pytest.mark.parametrize(("num_stages", "num_packs"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 7, 16))])
