@@ -16,7 +16,6 @@ from peft import get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from torch.nn import Module
 
 from megatron_rmipo.data.store.pair_store import TokenizedPair
 from megatron_rmipo.model.lora.held import FactorKind
@@ -225,6 +224,11 @@ class _Problem(DenseProblem):
         return torch.stack(sums).view(len(pairs), 2)
 
 
+def dense_loss(dense: PeftModel, pairs: Sequence[TokenizedPair], objective: Objective) -> Tensor:
+    """The mean loss of pairs, whose reference is the model with its adapter off."""
+    return _Problem(dense.model, dense.reference, pairs).loss(objective)[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """Loss of a batch, gradients, and the norm of all of them."""
@@ -257,4 +261,3 @@ def write_changed(hf_dir: Path, directory: Path, changes: Mapping[str, Tensor]) 
     tensors = {name: changes.get(name, tensor).float().contiguous() for name, tensor in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=tensors)
     return directory
-

@@ -95,8 +95,11 @@ def faults(case: Case, result: dict[str, Any]) -> list[str]:
 def test_adapters_are_those_of_peft_at_every_layout(world_size: int, folder: Path) -> None:
     run = functools.partial(run_at_layouts, compare_with_peft)
     ranks = run_distributed(run, world_size, WORLDS[world_size], str(folder), collection(make_pairs(NUM_PAIRS)))
-    found = [faults(case, result) for results in ranks for case, result in zip(WORLDS[world_size], results, strict=True)]
-    assert sum(found, []) == []
+    found: list[str] = []
+    for results in ranks:
+        for case, result in zip(WORLDS[world_size], results, strict=True):
+            found += faults(case, result)
+    assert found == []
 
 
 @pytest.mark.dist

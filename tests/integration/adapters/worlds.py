@@ -56,7 +56,7 @@ def fill(state: TrainingState, case: Case, folder: Path, factors: Factors, group
         load_hf_weights(state.policy, changed, state.policy.architecture, groups=groups)
     for held in held_factors(state.policy):
         for box, own in held.stretches:
-            own.copy_(_inside(factors[name_of(held)], box))
+            own.copy_(factors[name_of(held)][_slices(box)])
     state.optimizer.reload_model_params()
 
 
@@ -64,8 +64,13 @@ def name_of(held: HeldFactor) -> FactorName:
     return FactorName(held.projection.name, held.projection.expert, held.kind)
 
 
-def _inside(whole: Tensor, box: Box) -> Tensor:
-    return whole[tuple(slice(start, start + size) for start, size in zip(*box, strict=True))]
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(*box, strict=True))
+
+
+def stretches(policy: Policy) -> list[tuple[FactorName, tuple[slice, ...], Tensor]]:
+    """What this rank holds: of which factors, where in them, and the values."""
+    return [(name_of(held), _slices(box), own.clone()) for held in held_factors(policy) for box, own in held.stretches]
 
 
 def compare_with_peft(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> dict[str, Any]:
@@ -75,14 +80,14 @@ def compare_with_peft(case: Case, folder: str, pairs: PairCollection, groups: Pr
     state.model.eval()
     with adapters_off(state.policy):
         reference = score_all(case, state.policy, pairs, groups)
-    found: dict[str, Any] = {"first": _losses(case, state, pairs, groups, "dpo", reference).double()}
+    found: dict[str, Any] = {"first": losses_of(case, state, pairs, groups, "dpo", reference).double()}
     if case.bf16:
         return found
     factors: Factors = torch.load(where / case.model / "factors.pt", weights_only=False)
     fill(state, case, where, factors, groups)
     for objective in OBJECTIVES:
         answer: Answer = torch.load(where / case.model / f"{objective}.pt", weights_only=False)
-        loss = _losses(case, state, pairs, groups, objective, reference, backward=True).double().mean()
+        loss = losses_of(case, state, pairs, groups, objective, reference, backward=True).double().mean()
         state.optimizer.prepare_grads()
         norm = float(state.optimizer.get_grad_norm())
         if case.distributed_optimizer:
@@ -95,7 +100,7 @@ def compare_with_peft(case: Case, folder: str, pairs: PairCollection, groups: Pr
     return found
 
 
-def _losses(
+def losses_of(
     case: Case,
     state: TrainingState,
     pairs: PairCollection,
@@ -136,7 +141,7 @@ def _errors(policy: Policy, expected: Factors) -> dict[str, float]:
         for box in held.boxes:
             found = held.parameter.main_grad[first : first + box[1][0]]  # type: ignore[attr-defined]
             first += box[1][0]
-            squares += float((found.double() - _inside(whole, box)).square().sum())
+            squares += float((found.double() - whole[_slices(box)]).square().sum())
         errors[str(tuple(name_of(held)))] = squares**0.5 / max(float(whole.norm()), 1e-12)
     return errors
 
@@ -163,7 +168,7 @@ def epsilon_dpo(case: Case, folder: str, pairs: PairCollection, groups: ProcessG
         fill(state, case, where, torch.load(where / case.model / "factors.pt", weights_only=False), groups)
         hf = where / case.model / "model"
         state.reference = AdapterView(state.model, None) if within else build_reference(case, hf, groups)
-        losses = _losses(case, state, pairs, groups, "epsilon_dpo", None, backward=True, options={"epsilon": 0.2})
+        losses = losses_of(case, state, pairs, groups, "epsilon_dpo", None, backward=True, options={"epsilon": 0.2})
         gradients = [parameter.main_grad.clone() for parameter in state.policy.parameters() if parameter.requires_grad]
         found.append((losses, gradients))
     answer: Answer = torch.load(where / case.model / "epsilon_dpo.pt", weights_only=False)
