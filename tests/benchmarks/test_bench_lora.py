@@ -27,7 +27,9 @@ def options_of(*arguments: str) -> argparse.Namespace:
 
 
 def test_rows_are_medians_over_the_rounds_and_ratios_to_the_whole_model() -> None:
-    rounds = [dataclasses.replace(LORA, resident_bytes=size, cpu_seconds=[cpu]) for size, cpu in ((60, 2.0), (90, 9.0), (70, 2.5))]
+    rounds = [
+        dataclasses.replace(LORA, resident_bytes=size, cpu_seconds=[cpu]) for size, cpu in ((60, 2.0), (90, 9.0), (70, 2.5))
+    ]
     full, lora, recomputed = bench_lora.rows_of(options_of(), COSTS | {"lora": rounds}, 1e-6)
     assert (full["side"], full["trained_share"], full["cpu_over_full"], full["standing_bytes"]) == ("full", 1.0, 1.0, 16000)
     assert (lora["trained_share"], lora["standing_over_full"]) == (pytest.approx(1 / 11), 0.35)
@@ -58,8 +60,8 @@ def test_sides_that_train_the_adapter_otherwise_are_not_measured() -> None:
 @pytest.mark.dist
 def test_every_side_in_a_process_of_its_own(tmp_path: Path) -> None:
     small = shlex.split(
-        "--num-pairs 2 --shrink 8 --hidden-size 32 --ffn-hidden-size 48 --num-layers 2 --num-attention-heads 4 --num-query-groups 2 "
-        "--vocab-size 256 --tokens-per-microbatch 256 --repeats 1 --rank 2"
+        "--num-pairs 2 --shrink 8 --hidden-size 32 --ffn-hidden-size 48 --num-layers 2 --num-attention-heads 4 "
+        "--num-query-groups 2 --vocab-size 256 --tokens-per-microbatch 256 --repeats 1 --rank 2"
     )
     has_trl = importlib.util.find_spec("trl") is not None
     results = tmp_path / "results.csv"
