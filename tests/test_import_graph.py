@@ -68,9 +68,11 @@ INNER_ROOMS = {
         "batches": {"store"},
     },
     "checkpoint": {
-        "hf": {"whole_directories", "raw_files"},
+        "peft": {"whole_directories"},
+        "hf": {"peft", "whole_directories", "raw_files"},
+        "merging": {"peft", "hf", "whole_directories", "flag_types"},
         "shares": set(),
-        "megatron": {"hf", "shares", "whole_directories", "raw_files"},
+        "megatron": {"hf", "peft", "shares", "whole_directories", "raw_files"},
     },
     "reports": {
         "pictures": {"held_out", "reporter", "summary", "comparison"},

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.adapter import model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
@@ -35,6 +34,7 @@ from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
+from megatron_rmipo.checkpoint.peft.reading import model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.whole_directories import (
     INCOMPLETE_SUFFIX,
     REMOVED_SUFFIX,

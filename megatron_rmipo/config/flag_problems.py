@@ -281,8 +281,9 @@ def _choice_flags(config: Config, *, has_main: bool) -> Iterator[str]:
     flags = config.evaluation
     faults = list(_message(functools.partial(parse_eval_data, flags.eval_data or [])))
     yield from faults
-    if config.checkpoint.save_hf_from == "best" and not (flags.keep_best and config.checkpoint.save_hf):
-        yield "--save-hf-from best needs --keep-best METRIC and --save-hf DIR"
+    exports = config.checkpoint.save_hf or config.lora.save_adapter
+    if config.checkpoint.save_hf_from == "best" and not (flags.keep_best and exports):
+        yield "--save-hf-from best needs --keep-best METRIC and --save-hf DIR, or --save-adapter DIR"
     if flags.keep_best and not config.checkpoint.save:
         yield "--keep-best needs --save DIR: it keeps a checkpoint"
     sets = [""] * has_main + ([] if faults else list(flags.sets))

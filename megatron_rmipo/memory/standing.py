@@ -17,6 +17,7 @@ from megatron_rmipo.families.targets import is_linear, modules_to_save
 from megatron_rmipo.families.tensors import Parameters, layer_parameters, megatron_shape
 from megatron_rmipo.memory.shares import FP32_BYTES, Shares, data_parallel_size
 from megatron_rmipo.model.lora.numbers import layer_adapters
+from megatron_rmipo.model.lora.quantized import BYTES_EACH
 
 _DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
@@ -113,8 +114,9 @@ def standing_memory(
 
 
 def _frozen_bytes(config: Config, element: int) -> float:
-    """Of a number in the frozen weights of linear layers: with four bits there is an fp32 scale for 64 of them."""
-    return {None: element, "int8": 1, "nf4": 0.5 + FP32_BYTES / 64}[config.lora.quantize_base]
+    """Of a number in the frozen weights of linear layers."""
+    kind = config.lora.quantize_base
+    return element if kind is None else BYTES_EACH[kind]
 
 
 def _optimizer_share(arch: ModelArchitecture, config: Config, world_size: int, numbers: StageNumbers) -> float:

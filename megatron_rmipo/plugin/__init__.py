@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_rmipo.plugin.dataset import PreferenceCollator, PreferenceDataset
     from megatron_rmipo.plugin.scores import PairScores, score, score_reference
     from megatron_rmipo.plugin.step import PreferenceStep
+    from megatron_rmipo.plugin.without_adapters import adapters_off
 
 _MODEL, _OWN = "megatron_rmipo.model", "megatron_rmipo.plugin"
 # Name -> (module, its name there).
@@ -31,6 +32,7 @@ _PUBLIC = {
     "PreferenceDataset": (f"{_OWN}.dataset", "PreferenceDataset"),
     "PreferenceStep": (f"{_OWN}.step", "PreferenceStep"),
     "ReferenceHead": (f"{_MODEL}.logprobs", "ReferenceHead"),
+    "adapters_off": (f"{_OWN}.without_adapters", "adapters_off"),
     "attach": (f"{_MODEL}.adopt", "attach_model"),
     "detach": (f"{_MODEL}.adopt", "detach_model"),
     "linear_logprobs": (f"{_MODEL}.logprobs", "linear_logprobs"),
@@ -47,6 +49,7 @@ __all__ = [
     "PreferenceDataset",
     "PreferenceStep",
     "ReferenceHead",
+    "adapters_off",
     "attach",
     "detach",
     "linear_logprobs",

@@ -57,6 +57,7 @@ from megatron_rmipo.training.outputs import (
     check_outputs,
     own_save_directory,
     save_hf,
+    save_trained_adapter,
     where_it_stands,
 )
 from megatron_rmipo.training.plan import RunPlan, plan_run
@@ -156,12 +157,13 @@ def _train_by_plan(
 
 
 def _export(run: Run, plan: RunPlan) -> None:
-    """The trained model, or that of the best evaluation, where ``--save-hf`` names a place."""
+    """The trained model and adapter, or those of the best evaluation, where ``--save-hf`` and ``--save-adapter`` name a place."""
     run.heartbeat.doing("export")
     step = run.progress.step
     if run.config.checkpoint.save_hf_from == "best":
         step = run.checkpoints.load_best()
-        run.reporter.say(f"--save-hf is from step {step}, the best by {run.config.evaluation.keep_best}")
+        run.reporter.say(f"the export is from step {step}, the best by {run.config.evaluation.keep_best}")
+    save_trained_adapter(run.config, plan.source, run.state, run.groups)
     save_hf(
         run.config, plan.source, run.state, run.progress, run.groups, run.stop, partial(beside_weights, plan, run.groups, step)
     )

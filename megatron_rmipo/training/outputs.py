@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_rmipo.checkpoint.adapter_source import save_adapter
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints, write_best
 from megatron_rmipo.checkpoint.megatron.directory import best_iteration, checkpoint_path, iterations_of
@@ -39,10 +40,12 @@ def check_outputs(config: Config, source: ModelSource) -> None:
 
     Raises:
         ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with, or of another program.
-        ConversionError: ``--save-hf`` holds something.
+        ConversionError: ``--save-hf`` or ``--save-adapter`` holds something.
     """
     if config.checkpoint.save_hf is not None:
         check_output_directory(Path(config.checkpoint.save_hf), "--save-hf")
+    if config.lora.save_adapter is not None:
+        check_output_directory(Path(config.lora.save_adapter), "--save-adapter")
     if config.checkpoint.save is None:
         return
     save = Path(config.checkpoint.save)
@@ -231,6 +234,21 @@ class RunCheckpoints:
     def wait(self) -> None:
         """As :meth:`look_after`, once it is whole."""
         self._saver.wait()
+
+
+def save_trained_adapter(config: Config, source: ModelSource, state: TrainingState, groups: ProcessGroups) -> None:
+    """Write the trained adapter as PEFT has it, where ``--save-adapter`` names a directory. All ranks call it together.
+
+    Raises:
+        ConversionError: it cannot be written.
+    """
+    if config.lora.save_adapter is None:
+        return
+    assert source.base is not None
+    assert source.adapters is not None
+    state.gather_parameters()
+    base = source.base.assets if source.base.hf_weights is None else source.base.hf_weights
+    save_adapter(state.policy, source.adapters, source.arch, base, Path(config.lora.save_adapter), groups)
 
 
 def save_hf(

@@ -11,6 +11,11 @@ from megatron_rmipo.config.options import described, option
 
 # Which weights an adapter changes where nothing else is said.
 ALL_LINEAR = "all-linear"
+# What an adapter that is loaded says of itself.
+_SAID_BY_ADAPTER = (
+    *("lora_rank", "lora_alpha", "lora_target_modules", "lora_target_regex", "use_rslora", "use_dora", "lora_modules_to_save"),
+    "lora_experts",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +69,8 @@ class LoraConfig:
     )
     quantize_base: Literal["nf4", "int8"] | None = option(
         None,
-        "Keep the frozen linear layers' weights in 4 bits (nf4, needs bitsandbytes) or 8 (int8, needs torchao); products are "
-        "computed in the model's dtype.",
+        "Keep the frozen linear layers' weights in 4 bits (nf4) or 8 (int8), by bitsandbytes; products are computed in the "
+        "model's dtype.",
     )
 
     @property
@@ -81,6 +86,10 @@ def lora_problems(lora: LoraConfig) -> Iterator[str]:
             if getattr(lora, field.name) != field.default:
                 yield f"--{field.name.replace('_', '-')} does nothing without --lora-rank N or --load-adapter DIR"
         return
+    if lora.load_adapter is not None:
+        for name in _SAID_BY_ADAPTER:
+            if getattr(lora, name) != getattr(LoraConfig, name, None):
+                yield f"--{name.replace('_', '-')} is what the adapter in --load-adapter says; leave it out"
     if lora.lora_rank is not None and lora.lora_rank < 1:
         yield f"--lora-rank {lora.lora_rank}: must be 1 or more"
     if lora.lora_alpha is not None and not (math.isfinite(lora.lora_alpha) and lora.lora_alpha > 0):

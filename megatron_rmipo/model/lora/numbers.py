@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Rule
-from megatron_rmipo.families.targets import layer_targets, modules_to_save
+from megatron_rmipo.families.targets import is_linear, layer_targets, modules_to_save
 from megatron_rmipo.families.tensors import megatron_shape, num_parameters, source_shapes
 
 
@@ -77,6 +77,29 @@ def _layer_adapters(
         found[layer][2 * of_experts] += copies * cut
         found[layer][2 * of_experts + 1] += copies * (inputs + outputs - cut)
     return tuple(AdapterNumbers(*numbers) for numbers in found)
+
+
+class Trained(NamedTuple):
+    """A matrix of a layer that takes part in what is trained, and so keeps its input.
+
+    Attributes:
+        rule: of it.
+        num_parts: so many A are multiplied with its input; 0 where it is trained whole.
+    """
+
+    rule: Rule
+    num_parts: int
+
+
+def trained_matrices(arch: ModelArchitecture, lora: LoraConfig) -> tuple[frozenset[Trained], ...]:
+    """Of each layer the matrices that have an adapter or are trained whole beside it; the experts' are named once."""
+    found: list[set[Trained]] = [set() for _ in range(arch.num_layers)]
+    for rule, layer, sources in layer_targets(arch, lora):
+        found[layer].add(Trained(rule, 1 if rule.per_expert else len(sources)))
+    for rule, place in modules_to_save(arch, lora):
+        if place.layer is not None and is_linear(rule, arch):
+            found[place.layer].add(Trained(rule, 0))
+    return tuple(map(frozenset, found))
 
 
 def active_adapter_numbers(arch: ModelArchitecture, lora: LoraConfig) -> float:
