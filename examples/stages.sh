@@ -232,6 +232,7 @@ run_stages() {
     local name=rmipo result="$WORK_DIR/hf" report="$WORK_DIR/report.html"
     if ((${#LORA_ARGS[@]})); then name=rmipo-lora result="$WORK_DIR/adapter" report="$WORK_DIR/report-lora.html"; fi
     train_stage "$name" "$START" "$result" "$SOURCES" "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${HELD_OUT[@]}" "$@"
+    local published=$result
     if [[ -n "${MERGE:-}" ]]; then
         merge_stage "$result" "$WORK_DIR/merged-hf" "train $name"
         result="$WORK_DIR/merged-hf"
@@ -245,7 +246,7 @@ run_stages() {
         if [[ -n "${PUSH_TO_HUB:-}" ]]; then
             local yes=()
             if [[ -n "${PUSH_YES:-}" ]]; then yes=(--yes); fi
-            run python "$ROOT/tools/push_to_hub.py" "$result" "$PUSH_TO_HUB" "${yes[@]}"
+            run python "$ROOT/tools/push_to_hub.py" "$published" "$PUSH_TO_HUB" "${yes[@]}"
         fi
         # Last, so that the last line says where it is.
         run python "$ROOT/tools/report.py" "$WORK_DIR/$name" --output "$report"

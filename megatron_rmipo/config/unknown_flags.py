@@ -66,7 +66,8 @@ _ANSWERS = {
     "use --use-rslora": "use_rs_lora lora_use_rslora",
     "all projections get one rank and one alpha; the adapter of --load-adapter keeps its own": "rank_pattern alpha_pattern",
     "A is drawn as PEFT draws it and B is zero, always": (
-        "init_lora_weights lora_init init_weights lora_A_init_method lora_B_init_method lora_A_init lora_B_init pissa_init pissa_iter"
+        "init_lora_weights lora_init init_weights lora_A_init_method lora_B_init_method lora_A_init lora_B_init pissa_init "
+        "pissa_iter"
     ),
     "an adapter is of factors alone; no bias is trained": "lora_bias",
     "an adapter is fp32, whatever the model is": "lora_dtype autocast_adapter_dtype",
