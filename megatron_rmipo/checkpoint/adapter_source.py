@@ -11,7 +11,9 @@ from megatron_rmipo.checkpoint.peft.forms import form_of_plan, plan_of_adapter
 from megatron_rmipo.checkpoint.peft.reading import read_adapter
 from megatron_rmipo.checkpoint.peft.values import gather_values, load_values
 from megatron_rmipo.checkpoint.peft.writing import write_adapter
-from megatron_rmipo.config.flags.lora import LoraConfig
+from megatron_rmipo.config.flag_problems import refuse
+from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
+from megatron_rmipo.config.schema import Config
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.errors import CheckpointError, ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -82,6 +84,30 @@ def adapters_of_flags(arch: ModelArchitecture, lora: LoraConfig) -> AdapterSourc
     if ADAPTER not in plans:
         plans[ADAPTER] = plan_of_flags(arch, lora)
     return AdapterSource(plans, directories)
+
+
+def with_adapter_said(config: Config) -> Config:
+    """The flags with what the adapter in ``--load-adapter`` says of itself: estimates and costs go by them. No communication.
+
+    Raises:
+        ConfigError: they say some of that themselves.
+        ConversionError: the adapter cannot be read.
+    """
+    lora = config.lora
+    if lora.load_adapter is None:
+        return config
+    refuse(list(lora_problems(lora)))
+    adapter = read_adapter(Path(lora.load_adapter))
+    said = lora.filled_in(
+        # The widest, where they differ.
+        lora_rank=max(factors.rank for factors in adapter.factors.values()),
+        lora_alpha=float(adapter.form.alpha),
+        lora_target_modules=list(adapter.factors),
+        use_rslora=adapter.form.use_rslora,
+        use_dora=adapter.form.use_dora,
+        lora_modules_to_save=sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
+    )
+    return dataclasses.replace(config, lora=said)
 
 
 def adapters_of_record(arch: ModelArchitecture, record: Mapping[str, Any], lora: LoraConfig, where: Path) -> AdapterSource:

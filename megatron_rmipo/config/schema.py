@@ -293,7 +293,8 @@ class Config:
         """Every flag's name and value, the objective's options among them; plain types, as YAML and JSON hold them."""
         flat: dict[str, Any] = {}
         for section in dataclasses.fields(self):
-            flat.update(dataclasses.asdict(getattr(self, section.name)))
+            own = getattr(self, section.name)
+            flat.update(own.as_given() if isinstance(own, LoraConfig) else dataclasses.asdict(own))
         flat.update(flat.pop("options"))
         return flat
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from megatron_rmipo.checkpoint.adapter_source import with_adapter_said
 from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
@@ -100,6 +101,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     """
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
+    config = with_adapter_said(config)
     check_environment(tracker_packages(config.logging))
     look = rendezvous.look_once
     config = after_restarts(config, rendezvous.launch.restarts, launched_at(), look=look)

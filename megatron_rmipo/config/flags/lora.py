@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rmipo.config.options import described, option
 
@@ -73,10 +73,25 @@ class LoraConfig:
         "model's dtype.",
     )
 
+    # The fields of _SAID_BY_ADAPTER are filled in from the adapter in --load-adapter; they were not given.
+    is_filled_in: bool = dataclasses.field(default=False, metadata={"flag": False})
+
     @property
     def is_on(self) -> bool:
         """Whether an adapter is trained."""
         return self.lora_rank is not None or self.load_adapter is not None
+
+    def filled_in(self, **said: Any) -> LoraConfig:
+        """With what the adapter in ``--load-adapter`` says of itself, for whatever goes by the flags."""
+        assert set(said) <= set(_SAID_BY_ADAPTER)
+        return dataclasses.replace(self, **said, is_filled_in=True)
+
+    def as_given(self) -> dict[str, Any]:
+        """The flags by name, as they were given."""
+        flags = dataclasses.asdict(self)
+        if flags.pop("is_filled_in"):
+            flags.update({name: getattr(LoraConfig, name, None) for name in _SAID_BY_ADAPTER})
+        return flags
 
 
 def lora_problems(lora: LoraConfig) -> Iterator[str]:
@@ -86,7 +101,7 @@ def lora_problems(lora: LoraConfig) -> Iterator[str]:
             if getattr(lora, field.name) != field.default:
                 yield f"--{field.name.replace('_', '-')} does nothing without --lora-rank N or --load-adapter DIR"
         return
-    if lora.load_adapter is not None:
+    if lora.load_adapter is not None and not lora.is_filled_in:
         for name in _SAID_BY_ADAPTER:
             if getattr(lora, name) != getattr(LoraConfig, name, None):
                 yield f"--{name.replace('_', '-')} is what the adapter in --load-adapter says; leave it out"
