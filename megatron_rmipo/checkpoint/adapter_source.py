@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,13 @@ def _refuse_other_form(saved: AdapterPlan, asked: AdapterPlan, where: Path) -> N
 
 
 def save_adapter(
-    policy: Policy, source: AdapterSource, arch: ModelArchitecture, base: Path, save_dir: Path, groups: ProcessGroups
+    policy: Policy,
+    source: AdapterSource,
+    arch: ModelArchitecture,
+    base: Path,
+    save_dir: Path,
+    groups: ProcessGroups,
+    card: Callable[[], str | None],
 ) -> None:
     """Write the trained adapter as PEFT has it. All ranks call it together; the first one writes.
 
@@ -167,6 +173,7 @@ def save_adapter(
         base: directory of the frozen model, which the adapter's config names.
         save_dir: missing or empty.
         groups: the process groups of this rank.
+        card: on the first rank: the text of its model card.
 
     Raises:
         ConversionError: on every rank: it cannot be written.
@@ -175,6 +182,6 @@ def save_adapter(
 
     def write() -> None:
         assert values is not None
-        write_adapter(save_dir, form_of_plan(source.plan, arch, str(base)), values.factors, values.whole)
+        write_adapter(save_dir, form_of_plan(source.plan, arch, str(base)), values.factors, values.whole, card=card())
 
     on_first_rank(groups.world, write)

@@ -55,6 +55,7 @@ from megatron_rmipo.training.observers import (
 from megatron_rmipo.training.outputs import (
     RunCheckpoints,
     beside_weights,
+    card_of_run,
     check_outputs,
     own_save_directory,
     save_hf,
@@ -165,7 +166,8 @@ def _export(run: Run, plan: RunPlan) -> None:
     if run.config.checkpoint.save_hf_from == "best":
         step = run.checkpoints.load_best()
         run.reporter.say(f"the export is from step {step}, the best by {run.config.evaluation.keep_best}")
-    save_trained_adapter(run.config, plan.source, run.state, run.groups)
+    adapter_card = partial(card_of_run, plan, run.groups, step, of_adapter=True)
+    save_trained_adapter(run.config, plan.source, run.state, run.groups, adapter_card)
     save_hf(
         run.config, plan.source, run.state, run.progress, run.groups, run.stop, partial(beside_weights, plan, run.groups, step)
     )

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, new_directory
 from megatron_rmipo.errors import ConversionError
@@ -33,7 +34,12 @@ def file_name(form: AdapterForm, name: str, part: str) -> str:
 
 
 def write_adapter(
-    directory: Path, form: AdapterForm, factors: Mapping[str, Mapping[str, Tensor]], whole: Mapping[str, Tensor]
+    directory: Path,
+    form: AdapterForm,
+    factors: Mapping[str, Mapping[str, Tensor]],
+    whole: Mapping[str, Tensor],
+    *,
+    card: str | None = None,
 ) -> None:
     """Write an adapter, which appears when all of it is there. One process calls it.
 
@@ -44,6 +50,7 @@ def write_adapter(
             and, with DoRA, ``lora_magnitude_vector`` ``[out]``; of experts as
             :class:`megatron_rmipo.checkpoint.peft.factors.LowRankFactors` has them. Of any dtype, written as fp32.
         whole: tensors that are stored whole, by their names in the model.
+        card: the text of its model card; None writes none.
 
     Raises:
         ConversionError: the directory holds something, or the file system refuses.
@@ -62,6 +69,8 @@ def write_adapter(
             save_file(stored, partial / WEIGHTS_NAME, metadata={"format": "pt"})
             config = json.dumps(form.to_config(), indent=2, sort_keys=True)
             (partial / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
+            if card is not None:
+                (partial / CARD_NAME).write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConversionError(
             f"--save-adapter {directory} cannot be written: {error}. Free some space or name another directory."

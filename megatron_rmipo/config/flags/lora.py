@@ -117,5 +117,9 @@ def lora_problems(lora: LoraConfig) -> Iterator[str]:
     if lora.lora_plus_ratio is not None and not (math.isfinite(lora.lora_plus_ratio) and lora.lora_plus_ratio > 0):
         yield f"--lora-plus-ratio {lora.lora_plus_ratio}: must be greater than 0, e.g. 16"
     for name in ("lora_target_modules", "lora_modules_to_save"):
-        if getattr(lora, name) == []:
-            yield f"--{name.replace('_', '-')} names none; leave it out"
+        flag, named = f"--{name.replace('_', '-')}", getattr(lora, name)
+        if named == []:
+            yield f"{flag} names none; leave it out"
+        for text in named or []:
+            if "," in text:
+                yield f"{flag} {text}: names stand apart, without commas: {flag} {' '.join(filter(None, text.split(',')))}"
