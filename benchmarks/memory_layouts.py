@@ -217,7 +217,7 @@ def count_layouts(layouts: Sequence[MemoryLayout]) -> list[Counted]:
 def _count(layout: MemoryLayout) -> Counted:
     config, arch = layout.config, layout.architecture
     groups = start(config)
-    before = _live_bytes()
+    before = live_bytes()
     model = build_model(arch, config, groups)
     if config.lora.is_on:
         add_adapters(model, arch, {ADAPTER: plan_of_flags(arch, config.lora)}, groups, seed=0)
@@ -241,7 +241,7 @@ def _count(layout: MemoryLayout) -> Counted:
     dist.barrier()
     # Megatron's buffer for gathered tensors, which the pass has made, goes with the groups.
     parallel_state.destroy_model_parallel()
-    return Counted(stage, _live_bytes() - before, peak, PackSize.of_row(largest), len(batch.conditional))
+    return Counted(stage, live_bytes() - before, peak, PackSize.of_row(largest), len(batch.conditional))
 
 
 def start(config: Config) -> ProcessGroups:
@@ -249,7 +249,7 @@ def start(config: Config) -> ProcessGroups:
     return initialize_runtime(**config.parallel.runtime_arguments())
 
 
-def _live_bytes() -> int:
+def live_bytes() -> int:
     """Bytes of all tensors there are."""
     gc.collect()
     storages = {}

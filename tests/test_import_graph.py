@@ -86,7 +86,7 @@ INNER_ROOMS = {
         "lora": {"layers", "packed_model", "named_tensors"},
         "problems": {"attention", "hybrid", "layers", "lora", "transformer_engine"},
     },
-    "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
+    "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows", "without_adapters"}},
 }
 # So many files a room holds at most; these have one file each of something.
 MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}

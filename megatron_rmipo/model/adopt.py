@@ -194,7 +194,8 @@ def detach_model(model: Chunks) -> None:
     for inner in own:
         for module in inner.modules():
             for replacement in [value for value in vars(module).values() if isinstance(value, Replacement)]:
-                replacement.remove()
+                if not replacement.outlives_attach:
+                    replacement.remove()
 
 
 def _attach(model: Any, options: ScoringOptions, backend: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         perturbed_linear_logprobs,
         vocab_parallel_logprobs,
     )
+    from megatron_rmipo.model.lora.foreign import add_adapter
     from megatron_rmipo.plugin.batches import preference_batches
     from megatron_rmipo.plugin.dataset import PreferenceCollator, PreferenceDataset
     from megatron_rmipo.plugin.scores import PairScores, score, score_reference
@@ -32,6 +33,7 @@ _PUBLIC = {
     "PreferenceDataset": (f"{_OWN}.dataset", "PreferenceDataset"),
     "PreferenceStep": (f"{_OWN}.step", "PreferenceStep"),
     "ReferenceHead": (f"{_MODEL}.logprobs", "ReferenceHead"),
+    "add_adapter": (f"{_MODEL}.lora.foreign", "add_adapter"),
     "adapters_off": (f"{_OWN}.without_adapters", "adapters_off"),
     "attach": (f"{_MODEL}.adopt", "attach_model"),
     "detach": (f"{_MODEL}.adopt", "detach_model"),
@@ -50,6 +52,7 @@ __all__ = [
     "PreferenceStep",
     "ReferenceHead",
     "adapters_off",
+    "add_adapter",
     "attach",
     "detach",
     "linear_logprobs",

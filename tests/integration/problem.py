@@ -125,13 +125,13 @@ class DenseProblem:
     """Pairs under a policy and a reference, in float64 by transformers, one sequence at a time, nothing packed.
 
     Args:
-        hf_dir, reference_dir: the two models.
+        model, reference: the two, or their directories.
         pairs: the global batch; an empty response is one that the row does not have.
     """
 
-    def __init__(self, hf_dir: Path, reference_dir: Path, pairs: Sequence[TokenizedPair]) -> None:
+    def __init__(self, model: Any, reference: Any, pairs: Sequence[TokenizedPair]) -> None:
         self.pairs = list(pairs)
-        self.model, self.reference = (_dense_model(path) for path in (hf_dir, reference_dir))
+        self.model, self.reference = (dense_model(one) if isinstance(one, Path) else one for one in (model, reference))
         self.lengths = torch.tensor([[p.chosen.size, p.rejected.size] for p in pairs], dtype=torch.float64)
         self.conditional = self._table(self.model, pairs)
         self.columns = dict(
@@ -140,6 +140,14 @@ class DenseProblem:
 
     def answer(self, objective: Objective, state: State | None = None) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         """(loss, gradient by Hugging Face name, metrics)."""
+        loss, metrics = self.loss(objective, state)
+        self.model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        return float(loss.detach()), _as_stored(self.model, gradients), metrics
+
+    def loss(self, objective: Objective, state: State | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics)."""
         needs = objective.needs
         fields: dict[str, Any] = {
             "chosen_logps": self.conditional[:, 0],
@@ -159,11 +167,7 @@ class DenseProblem:
             )
             prepared = objective.prepare(whole, objective.initial_state() if state is None else state)
         output = output_of(objective, PairLogps(**fields, batch=prepared))
-        loss = output.losses.mean()
-        self.model.zero_grad()
-        loss.backward(retain_graph=True)
-        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        return float(loss.detach()), _as_stored(self.model, gradients), output.metrics
+        return output.losses.mean(), output.metrics
 
     def _further_fields(self, objective: Objective) -> dict[str, Tensor]:
         needs, fields = objective.needs, {}
@@ -217,7 +221,8 @@ def _as_stored(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def _dense_model(hf_dir: Path) -> Any:
+def dense_model(hf_dir: Path) -> Any:
+    """A Hugging Face model in float64."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(

@@ -197,7 +197,7 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     norm = float(state.optimizer.get_grad_norm())
     if case.distributed_optimizer:
         for chunk in state.model.chunks:
-            _gather_shares(chunk)
+            gather_shares(chunk)
     gradients = gather_gradients(state.policy, state.policy.architecture, Path(hf_dir), groups)
     num_packs = len(batch.conditional)
     if gradients is None:
@@ -211,7 +211,7 @@ def loss_and_gradients(case: Case, hf_dir: str, pairs: PairCollection, scores: R
     }
 
 
-def _gather_shares(chunk: DistributedDataParallel) -> None:
+def gather_shares(chunk: DistributedDataParallel) -> None:
     """Each rank has reduced its share of the gradients; give all of them all."""
     for same in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
         group = same.intra_distributed_optimizer_instance_group

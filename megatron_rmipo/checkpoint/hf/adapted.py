@@ -120,6 +120,11 @@ def _refuse_other_shape(
 ) -> None:
     if shape != held:
         found = f"has shape {list(held)}" if held is not None else "is none of its tensors"
+        if held is not None and len(held) == 3 and shape == (held[0], held[2], held[1]):
+            raise ConversionError(
+                f"{adapter.path}: the factors of {name} are of transposed weights {list(shape)}, as PEFT wrote those of experts "
+                f"before 0.19.1; the model's are {list(held)}. Merge it with that version (merge_and_unload) and save the model."
+            )
         raise ConversionError(
             f"{adapter.path}: it changes {name} {list(shape)}, which {found} in the model in {files.directory}. Name the model "
             "that it was trained on with --base-hf DIR; what else it holds (tied embeddings apart, for one) merge with PEFT."

@@ -142,7 +142,7 @@ def read_adapter(directory: Path) -> Adapter:
     for module, depths in found.items():
         for name, parts in zip(_names_of(module, depths, form, path), map(depths.get, sorted(depths, reverse=True)), strict=True):
             assert parts is not None
-            factors[name] = _factors_of(name, parts, form, path, of_experts=name != module)
+            factors[name] = _factors_of(name, parts, form, path, of_experts=name != module, is_early=_is_early(config))
     return Adapter(path, form, factors, whole)
 
 
@@ -165,7 +165,9 @@ def _names_of(module: str, depths: Mapping[int, object], form: AdapterForm, path
     return names
 
 
-def _factors_of(name: str, parts: Mapping[str, Tensor], form: AdapterForm, path: Path, *, of_experts: bool) -> LowRankFactors:
+def _factors_of(
+    name: str, parts: Mapping[str, Tensor], form: AdapterForm, path: Path, *, of_experts: bool, is_early: bool
+) -> LowRankFactors:
     a, b, magnitude = parts.get("lora_A"), parts.get("lora_B"), parts.get("lora_magnitude_vector")
     fit = a is not None and b is not None and a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
     if a is None or b is None or not fit or (magnitude is None) == form.use_dora or not _is_length(magnitude, b):
@@ -182,8 +184,19 @@ def _factors_of(name: str, parts: Mapping[str, Tensor], form: AdapterForm, path:
                 "Save the adapter again."
             )
         num_experts = a.shape[0] // rank
+        if a.shape[1] == b.shape[0] and is_early:
+            raise ConversionError(
+                f"{path}: PEFT before 0.19.1 wrote the factors of experts the other way round, which those of {name}, whose "
+                "weights are square, do not tell. Merge it with that version (merge_and_unload) and save the model."
+            )
     alpha, scale = form.alpha_of(name), form.scale_of(name, rank)
     return LowRankFactors(a, b, rank, alpha, scale, magnitude, num_experts, is_rounded=of_weight or of_experts)
+
+
+def _is_early(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter says that a version of PEFT wrote it that had the factors of experts otherwise."""
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version")))
+    return version is not None and tuple(map(int, version.groups())) < (0, 19, 1)
 
 
 def _is_length(magnitude: Tensor | None, b: Tensor) -> bool:

@@ -29,6 +29,8 @@ class AdaptedLinear(Replacement):
         switch: says which is active.
     """
 
+    outlives_attach = True
+
     def __init__(self, layer: Module, adapters: Mapping[str, LowRank], switch: Switch) -> None:
         super().__init__(layer)
         self.layer, self.adapters, self.switch = layer, dict(adapters), switch
@@ -56,6 +58,8 @@ class AdaptedExperts(Replacement):
         adapters: by name, of each expert.
         switch: says which is active.
     """
+
+    outlives_attach = True
 
     def __init__(self, layer: Module, adapters: Mapping[str, list[LowRank]], switch: Switch) -> None:
         super().__init__(layer)

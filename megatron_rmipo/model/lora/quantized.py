@@ -86,6 +86,8 @@ class QuantizedProduct(Replacement):
         layer: Megatron's, or one with its ``_forward_impl``; its weight is a :class:`QuantizedWeight`.
     """
 
+    outlives_attach = True
+
     def __init__(self, layer: Module) -> None:
         super().__init__(layer, "_forward_impl")
 

@@ -154,6 +154,28 @@ def test_what_is_not_merged_is_refused_by_name(
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "inner", "outer", "said"),
+    [
+        ({}, (48, 56), (48, 28), r"transposed weights \[10, 48, 56\]"),
+        ({"peft_version": "0.18.1"}, (56, 48), (48, 48), r"experts\.down_proj, whose weights are square"),
+        ({"peft_version": "0.19.1"}, (56, 48), (48, 48), r"\[10, 48, 48\], which has shape \[10, 48, 28\]"),
+        ({"r": 4}, (56, 48), (48, 28), "no multiple of the rank 4"),
+    ],
+)
+def test_factors_of_experts_as_early_versions_wrote_them_are_refused(
+    tmp_path: Path, config: dict[str, Any], inner: tuple[int, int], outer: tuple[int, int], said: str
+) -> None:
+    base = write_hf_model(tmp_path / "base", "qwen3_moe")
+    experts, tensors = "base_model.model.model.layers.1.mlp.experts", {}
+    for module, (rows, columns) in ((f"{experts}.base_layer", inner), (experts, outer)):
+        tensors[f"{module}.lora_A.weight"] = torch.ones(30, columns)
+        tensors[f"{module}.lora_B.weight"] = torch.ones(rows, 30)
+    config = {"base_model_name_or_path": str(base), "r": 3, "target_parameters": EXPERTS, **config}
+    with pytest.raises(ConversionError, match=said):
+        open_weights(written(tmp_path / "adapter", config, tensors), read_architecture(base))
+
+
 @pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
 def test_an_adapter_that_unties_embeddings_is_refused(tmp_path: Path, saved: str) -> None:
     base = write_hf_model(tmp_path / "base", "qwen2_tied")
