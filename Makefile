@@ -93,6 +93,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_checkpoint --csv "$(basename $(BENCH_CSV))_checkpoint.csv"
 	$(BIN)/python -m benchmarks.bench_start --csv "$(basename $(BENCH_CSV))_start.csv"
 	$(BIN)/python -m benchmarks.bench_memory --csv "$(basename $(BENCH_CSV))_memory.csv"
+	$(BIN)/python -m benchmarks.bench_lora --csv "$(basename $(BENCH_CSV))_lora.csv"
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --csv "$(BENCH_CSV)"
 	$(BIN)/python -m benchmarks.bench_step --lengths hh --csv "$(BENCH_CSV)"
 
@@ -102,6 +103,8 @@ bench-trl: $(STAMP)
 	@$(PIP) install --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m benchmarks.bench_step --lengths ultrafeedback --objective simpo --trl --csv "$(BENCH_CSV)"
 	$(BIN)/python -m benchmarks.bench_step --lengths hh --objective simpo --trl --csv "$(BENCH_CSV)"
+	$(BIN)/python -m benchmarks.bench_lora --trl --csv "$(basename $(BENCH_CSV))_lora.csv"
+	$(BIN)/python -m benchmarks.bench_lora --trl --bf16 --csv "$(basename $(BENCH_CSV))_lora.csv"
 
 bench-gpu: $(STAMP)
 	@mkdir -p "$(dir $(BENCH_CSV))"

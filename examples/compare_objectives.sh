@@ -36,7 +36,8 @@ GRID_ROWS=(rmipo simpo simper dpo ipo slic hinge cpo kto alpha_dpo beta_dpo epsi
     robust apo_zero apo_down nca_pair bco_pair exo_pair sppo_hard aot_pair sft)
 # Objective -> flags, where the default is another value than the one above.
 declare -A FLAGS=([alpha_dpo]="--gamma-beta-ratio 0.2")
-# The objectives that need the model as it was before; a row that goes on from its own checkpoint has no other way to find it.
+# The objectives that need the model as it was before; a row that goes on from its own checkpoint has no other way to find it. Adapters
+# stand on it.
 WITH_REFERENCE=" dpo ipo hinge kto alpha_dpo beta_dpo epsilon_dpo infopo robust apo_zero apo_down nca_pair bco_pair exo_pair"
 WITH_REFERENCE+=" sppo_hard aot_pair "
 
@@ -45,7 +46,7 @@ check_only "${GRID_ROWS[@]}"
 prepare_start
 for row in "${GRID_ROWS[@]}"; do
     flags_of "$row" "$row"
-    if [[ "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
+    if [[ -z "${LORA_RANK:-}" && "$WITH_REFERENCE" == *" $objective "* ]]; then flags+=(--reference-load "$START"); fi
     rate="LR_${row//[^A-Za-z0-9]/_}"
     train_row "$row" --lr "${!rate:-$LR}" "${flags[@]}" "$@"
 done

@@ -8,6 +8,7 @@
 #   SEEDS=3            train each row with so many seeds (of the order of the pairs), --seed and those after it; the tables show means
 #                      with standard errors over them. Further seeds are trained into NAME.seed-N
 #   STEPS or EPOCHS    length of every row (one epoch; the embedded example: 64 steps of 32 pairs)
+#   LORA_RANK          train adapters; what is written is called NAME-lora then, and START is a Hugging Face model (--reference-hf START)
 #   LR                 learning rate of every row         REMOVE_CHECKPOINTS=1   drop a row's checkpoints once it is complete, which at
 #                      8B are a hundred gigabytes a row; its logs and its Hugging Face model stay
 #
@@ -24,7 +25,7 @@ FAILED_ROWS=()
 
 # choose_grid NAME: the inputs and settings of a grid whose runs go to $WORK_DIR/NAME; with a real model, WORK_DIR is work/NAME.
 choose_grid() {
-    GRID=$1
+    GRID=$1${LORA_RANK:+-lora}
     check_numbers SEEDS
     if ((${SEEDS:-1} < 1)); then die "SEEDS=$SEEDS: at least 1 is needed"; fi
     # The tables show the first and the last evaluation.
@@ -125,7 +126,8 @@ train_seed() {
     local row="$GRID/$1" model="$WORK_DIR/$GRID-models/$1"
     train_stage "$row" "$START" "$model" "$SOURCES" --data-path "$WORK_DIR/data/train" "${HELD_OUT[@]}" "${LENGTH_ARGS[@]}" "${@:2}" ||
         FAILED_ROWS+=("$1")
-    if [[ -n "${REMOVE_CHECKPOINTS:-}" && -e "$model/config.json" ]] && ((NODE_RANK == 0)) && ! is_dry; then
+    if [[ -n "${REMOVE_CHECKPOINTS:-}" && (-e "$model/config.json" || -e "$model/adapter_config.json") ]] &&
+        ((NODE_RANK == 0)) && ! is_dry; then
         rm -rf "$WORK_DIR/$row"/iter_* "$WORK_DIR/$row/latest_checkpointed_iteration.txt"
     fi
 }

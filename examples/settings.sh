@@ -6,7 +6,11 @@
 # choose_inputs NAME LR [SHAPE]: settle the inputs, the machines and the settings; results go to work/NAME unless WORK_DIR is set. SHAPE:
 # of the embedded example's model (--shape of examples/embedded/make_inputs.py).
 choose_inputs() {
+    local name
     if [[ -n "${STEPS:-}" && -n "${EPOCHS:-}" ]]; then die "STEPS=$STEPS and EPOCHS=$EPOCHS: set one of them"; fi
+    for name in LORA_ALPHA MERGE; do
+        if [[ -n "${!name:-}" && -z "${LORA_RANK:-}" ]]; then die "$name=${!name} is of an adapter, which LORA_RANK=16 trains; set both, or neither"; fi
+    done
     if [[ -z "${HF_MODEL:-}" && -z "${DATA:-}" ]]; then
         use_embedded_example "${3:-}"
     elif [[ -z "${HF_MODEL:-}" || -z "${DATA:-}" ]]; then
@@ -19,13 +23,19 @@ choose_inputs() {
     SEQ_LENGTH=${SEQ_LENGTH:-2048}
     TOKENS_PER_MICROBATCH=${TOKENS_PER_MICROBATCH:-8192}
     GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-128}
-    LR=${LR:-$2}
+    LR=${LR:-$(learning_rate "$2")}
     EPOCHS=${EPOCHS:-1}
     SFT_LR=${SFT_LR:-2e-5}
     SFT_EPOCHS=${SFT_EPOCHS:-1}
     LOG_INTERVAL=${LOG_INTERVAL:-1}
     EVAL_INTERVAL=${EVAL_INTERVAL:-50}
     SAVE_INTERVAL=${SAVE_INTERVAL:-100}
+}
+
+# learning_rate LR: that of a training whose rate for all weights is LR. An adapter takes ten times as much, as in
+# the DPO recipes of Hugging Face's alignment handbook: 5e-7 for all weights, 5e-6 for an adapter.
+learning_rate() {
+    if [[ -n "${LORA_RANK:-}" ]]; then awk -v rate="$1" 'BEGIN { print 10 * rate }'; else echo "$1"; fi
 }
 
 # share_over N: over how many ranks of a node to share something that wants N: as many as there are, up to N; in the embedded example
@@ -61,6 +71,8 @@ set_arguments() {
         --clip-grad 1.0
         --seed 1234
     )
+    LORA_ARGS=()
+    if [[ -n "${LORA_RANK:-}" ]]; then LORA_ARGS=(--lora-rank "$LORA_RANK" --lora-alpha "${LORA_ALPHA:-$((2 * LORA_RANK))}"); fi
     SFT_ARGS=(
         --objective sft
         --lr "$SFT_LR"
@@ -106,7 +118,7 @@ use_embedded_example() {
     TOKENS_PER_MICROBATCH=${TOKENS_PER_MICROBATCH:-4096}
     GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}
     SFT_LR=${SFT_LR:-2e-3}
-    LR=${LR:-3e-4}
+    LR=${LR:-$(learning_rate 3e-4)}
     LOG_INTERVAL=${LOG_INTERVAL:-5}
     EVAL_INTERVAL=${EVAL_INTERVAL:-32}
 }

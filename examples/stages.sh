@@ -9,6 +9,8 @@
 #   SFT_DATA        fine-tune on these first (the Base setting of the paper): supervised rows (messages, or prompt and completion), or
 #                   preference data, of which the chosen responses count
 #   STEPS or EPOCHS length of the preference training (one epoch)
+#   LORA_RANK       train a LoRA adapter of this rank instead of all weights; LORA_ALPHA (twice the rank). Fine-tuning on SFT_DATA still trains
+#                   all weights, and the adapter is of that model. MERGE=1   also merge it into a Hugging Face model
 #   EMBEDDED_FLAGS  of examples/embedded/make_inputs.py, for the embedded example
 #   CHAT_TEMPLATE   built-in template or file, where the tokenizer has none of its own; the exported model carries it
 #   PUSH_TO_HUB     OWNER/NAME: show what of the model would go there on the Hugging Face Hub; PUSH_YES=1 sends it (token: HF_TOKEN)
@@ -129,25 +131,32 @@ has_checkpoint() {
 }
 
 # train_stage NAME FROM EXPORT UPSTREAM FLAGS...: train from the checkpoint FROM into $WORK_DIR/NAME; the trainer writes the Hugging Face
-# model to EXPORT when it has reached its last step, and not before. UPSTREAM: stages it starts from, in lines. Returns the trainer's
-# status where it failed, and ends the script where it was stopped.
+# model to EXPORT when it has reached its last step, and not before. With LORA_ARGS it trains an adapter of the Hugging Face model FROM, and
+# EXPORT is the adapter. UPSTREAM: stages it starts from, in lines. Returns the trainer's status where it failed, and ends the script
+# where it was stopped.
 train_stage() {
     local name="train $1" from=$2 export=$3 save="$WORK_DIR/$1" upstream made="" load status=0 MADE_FROM=()
+    local begin=(--load "$from" --finetune) base=() outputs=(--save-hf "$export") written="$export/config.json"
+    if ((${#LORA_ARGS[@]})); then
+        # Checkpoints hold the adapter alone: every start names the model beneath.
+        begin=() base=(--load-hf "$from") outputs=(--save-adapter "$export") written="$export/adapter_config.json"
+        MADE_FROM+=("--input=model=$from")
+    fi
     mapfile -t upstream <<<"$4"
     shift 4
     CURRENT_STAGE=$name
-    load=(--load "$from" --finetune)
+    load=("${begin[@]}")
     if ! is_dry; then
-        if [[ -e "$export/config.json" ]]; then made=$export; fi
+        if [[ -e "$written" ]]; then made=$export; fi
         if has_checkpoint "$save"; then
             made=$save
             load=(--load "$save")
         fi
         # Its latest checkpoint would be exported again if the export alone were removed.
-        what_trains "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@"
+        what_trains "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LORA_ARGS[@]}" "$@"
         made_from_stages "${upstream[@]}"
         check_record "$name" "$made" "rm -r $save $export" "${MADE_FROM[@]}"
-        if [[ -e "$export/config.json" ]]; then
+        if [[ -e "$written" ]]; then
             say "$name: already there ($export)"
             return
         fi
@@ -156,15 +165,15 @@ train_stage() {
     if [[ -n "$made" ]]; then say "$name: goes on from the latest checkpoint of $save"; else say "$name"; fi
     SAVED_IN=$save
     run python -m megatron_rmipo.launch "${DISTRIBUTED_ARGS[@]}" -m megatron_rmipo.train \
-        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LOGGING_ARGS[@]}" \
-        "${load[@]}" --save "$save" --save-hf "$export" "$@" || status=$?
+        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${LORA_ARGS[@]}" "${LOGGING_ARGS[@]}" \
+        "${base[@]}" "${load[@]}" --save "$save" "${outputs[@]}" "$@" || status=$?
     if ((status == EX_TEMPFAIL)); then stop_here "stopped before its end"; fi
     SAVED_IN=""
     return "$status"
 }
 
-# prepare_start: everything a preference training starts from. Sets START (checkpoint directory), SOURCES (the stages that made what it
-# reads, in lines) and HELD_OUT (flags).
+# prepare_start: everything a preference training starts from. Sets START (checkpoint directory; for an adapter, the Hugging Face model that
+# it is of), SOURCES (the stages that made what it reads, in lines) and HELD_OUT (flags).
 prepare_start() {
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     handle_signals
@@ -187,35 +196,60 @@ prepare_start() {
         valid=$'\npreprocess valid'
         HELD_OUT=(--valid-data-path "$WORK_DIR/data/valid")
     fi
+    if ((${#LORA_ARGS[@]})) && [[ -z "${SFT_DATA:-}" ]]; then
+        START=$HF_MODEL SOURCES="preprocess train$valid"
+        return
+    fi
     MADE_FROM=("--input=model=$HF_MODEL")
     stage "convert the model" "$START/latest_checkpointed_iteration.txt" "$START" \
         python "$ROOT/tools/convert_hf_to_megatron.py" --hf-model "$HF_MODEL" --save "$START"
     if [[ -n "${SFT_DATA:-}" ]]; then
         preprocess sft "$SFT_DATA" "${SFT_SPLIT:-}" "${SFT_FLAGS:-}"
-        train_stage sft "$START" "$WORK_DIR/sft-hf" "$sources"$'\n'"preprocess sft$valid" \
-            "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${HELD_OUT[@]}"
+        fine_tune "$sources"$'\n'"preprocess sft$valid"
         START="$WORK_DIR/sft" sources="train sft"
+        if ((${#LORA_ARGS[@]})); then START="$WORK_DIR/sft-hf"; fi
     fi
     SOURCES="$sources"$'\n'"preprocess train$valid"
 }
 
-# run_stages FLAGS...: everything; the flags go to the preference training.
+# fine_tune UPSTREAM: train all weights on the supervised data.
+fine_tune() {
+    local LORA_ARGS=()
+    train_stage sft "$START" "$WORK_DIR/sft-hf" "$1" "${SFT_ARGS[@]}" --data-path "$WORK_DIR/data/sft" "${HELD_OUT[@]}"
+}
+
+# merge_stage ADAPTER MODEL UPSTREAM: merge an adapter into the model that it is of.
+merge_stage() {
+    local MADE_FROM=("--input=adapter=$1" "--input=model=$START")
+    made_from_stages "$3"
+    stage "merge the adapter" "$2/config.json" "$2" \
+        python "$ROOT/tools/merge_adapter.py" --load-adapter "$1" --base-hf "$START" --save-hf "$2"
+}
+
+# run_stages FLAGS...: everything; the flags go to the preference training. An adapter's results stand beside those of the whole model.
 run_stages() {
     prepare_start
-    train_stage rmipo "$START" "$WORK_DIR/hf" "$SOURCES" "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${HELD_OUT[@]}" "$@"
+    local name=rmipo result="$WORK_DIR/hf" report="$WORK_DIR/report.html"
+    if ((${#LORA_ARGS[@]})); then name=rmipo-lora result="$WORK_DIR/adapter" report="$WORK_DIR/report-lora.html"; fi
+    train_stage "$name" "$START" "$result" "$SOURCES" "${RMIPO_ARGS[@]}" "${DATA_ARGS[@]}" "${HELD_OUT[@]}" "$@"
+    local published=$result
+    if [[ -n "${MERGE:-}" ]]; then
+        merge_stage "$result" "$WORK_DIR/merged-hf" "train $name"
+        result="$WORK_DIR/merged-hf"
+    fi
     if ((NODE_RANK == 0)); then
         CURRENT_STAGE="result"
         say "result"
         local rows=()
         if [[ -n "${EMBEDDED:-}" ]]; then rows=(--rows "$VALID_DATA"); fi
-        run python "$ROOT/tools/summarize_run.py" --log-dir "$WORK_DIR/rmipo/logs" --model "$WORK_DIR/hf" "${rows[@]}"
+        run python "$ROOT/tools/summarize_run.py" --log-dir "$WORK_DIR/$name/logs" --model "$result" "${rows[@]}"
         if [[ -n "${PUSH_TO_HUB:-}" ]]; then
             local yes=()
             if [[ -n "${PUSH_YES:-}" ]]; then yes=(--yes); fi
-            run python "$ROOT/tools/push_to_hub.py" "$WORK_DIR/hf" "$PUSH_TO_HUB" "${yes[@]}"
+            run python "$ROOT/tools/push_to_hub.py" "$published" "$PUSH_TO_HUB" "${yes[@]}"
         fi
         # Last, so that the last line says where it is.
-        run python "$ROOT/tools/report.py" "$WORK_DIR/rmipo" --output "$WORK_DIR/report.html"
+        run python "$ROOT/tools/report.py" "$WORK_DIR/$name" --output "$report"
     fi
 }
 
@@ -255,7 +289,8 @@ check_nodes() {
 set_layout() {
     local gpus given_rank=${NODE_RANK:-}
     check_numbers GPUS_PER_NODE NUM_NODES NODE_RANK MASTER_PORT MAX_RESTARTS TP PP EP WORKERS OMP_NUM_THREADS SEQ_LENGTH \
-        TOKENS_PER_MICROBATCH GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_PAIRS SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS
+        TOKENS_PER_MICROBATCH GLOBAL_BATCH_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_PAIRS SAVE_INTERVAL STEPS STAGE_TIMEOUT_MINUTES FAILURE_GRACE_SECONDS \
+        LORA_RANK LORA_ALPHA
     gpus=$(count_gpus)
     GPUS_PER_NODE=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}
     NUM_NODES=${NUM_NODES:-1}

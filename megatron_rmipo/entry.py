@@ -151,6 +151,7 @@ plan_layout = functools.partial(start, "megatron_rmipo.planning.cli")
 verify_checkpoint = functools.partial(start, "megatron_rmipo.checkpoint.verify_checkpoint_cli")
 convert_hf_to_megatron = functools.partial(start, "megatron_rmipo.checkpoint.hf_to_megatron_cli")
 convert_megatron_to_hf = functools.partial(start, "megatron_rmipo.checkpoint.megatron_to_hf_cli")
+merge_adapter = functools.partial(start, "megatron_rmipo.checkpoint.merging.cli")
 make_inputs = functools.partial(start, "megatron_rmipo.embedded.generate")
 summarize_run = functools.partial(start, "megatron_rmipo.reports.summary_cli")
 report = functools.partial(start, "megatron_rmipo.reports.page.cli")
@@ -183,6 +184,7 @@ SUBCOMMANDS = {
     "compare-runs": (compare_runs, "several runs beside each other"),
     "hf-to-megatron": (convert_hf_to_megatron, "a Hugging Face model -> a Megatron checkpoint"),
     "megatron-to-hf": (convert_megatron_to_hf, "a Megatron checkpoint -> a Hugging Face model"),
+    "merge-adapter": (merge_adapter, "a PEFT adapter and its base model -> one Hugging Face model"),
     "verify-conversion": (verify_conversion, "whether a model computes the same in both forms"),
     "verify-checkpoint": (verify_checkpoint, "whether the files of a checkpoint are what was written"),
     "push-to-hub": (push_to_hub, "send an exported model to the Hugging Face Hub"),

@@ -68,9 +68,11 @@ INNER_ROOMS = {
         "batches": {"store"},
     },
     "checkpoint": {
-        "hf": {"whole_directories", "raw_files"},
+        "peft": {"whole_directories"},
+        "hf": {"peft", "whole_directories", "raw_files"},
+        "merging": {"peft", "hf", "whole_directories", "flag_types"},
         "shares": set(),
-        "megatron": {"hf", "shares", "whole_directories", "raw_files"},
+        "megatron": {"hf", "peft", "shares", "whole_directories", "raw_files"},
     },
     "reports": {
         "pictures": {"held_out", "reporter", "summary", "comparison"},
@@ -84,7 +86,7 @@ INNER_ROOMS = {
         "lora": {"layers", "packed_model", "named_tensors"},
         "problems": {"attention", "hybrid", "layers", "lora", "transformer_engine"},
     },
-    "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows"}},
+    "plugin": {"adapters": {"batches", "step", "scores", "response_rows", "mismatched_rows", "without_adapters"}},
 }
 # So many files a room holds at most; these have one file each of something.
 MOST_FILES, A_FILE_EACH = 15, {"objectives", "families"}

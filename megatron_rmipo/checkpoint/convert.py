@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.adapter import model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, dtype_to_store, write_hf_directory
+from megatron_rmipo.checkpoint.megatron.bridge_adapter import holds_bridge_adapter, read_bridge_adapter
 from megatron_rmipo.checkpoint.megatron.commit import abandon_checkpoint, begin_checkpoint, commit_checkpoint
 from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
 from megatron_rmipo.checkpoint.megatron.digests import check_digests, damage
@@ -35,6 +35,9 @@ from megatron_rmipo.checkpoint.megatron.megatron_lm_args import common_of_model
 from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
+from megatron_rmipo.checkpoint.peft.forms import form_of_plan
+from megatron_rmipo.checkpoint.peft.reading import model_directory, refuse_idle_base
+from megatron_rmipo.checkpoint.peft.writing import write_adapter
 from megatron_rmipo.checkpoint.whole_directories import (
     INCOMPLETE_SUFFIX,
     REMOVED_SUFFIX,
@@ -110,10 +113,11 @@ def convert_megatron_to_hf(
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     verify: bool = True,
 ) -> Path:
-    """Write a checkpoint's model as a Hugging Face directory.
+    """Write a checkpoint's model as a Hugging Face directory; of an adapter that Megatron-Bridge trained as one of PEFT.
 
     Args:
-        load_dir: directory of checkpoints, of training at any layout, of :func:`convert_hf_to_megatron` or of Megatron-LM.
+        load_dir: directory of checkpoints, of training at any layout, of :func:`convert_hf_to_megatron`, of Megatron-LM, or of
+            Megatron-Bridge with an adapter alone.
         save_dir: missing or empty.
         iteration: which one; ``best`` for that of the best evaluation, None for the latest complete.
         dtype: dtype of the files; None keeps the checkpoint's.
@@ -137,6 +141,12 @@ def convert_megatron_to_hf(
     assets = Path(assets_dir) if assets_dir is not None else hf_assets_directory(Path(load_dir), found)
     arch = read_architecture(assets)
     reader = TorchDistReader(path)
+    if read_record(path) is None and holds_bridge_adapter(reader):
+        _refuse_idle(dtype, max_shard_bytes, path)
+        check_output_directory(Path(save_dir), "--save-hf")
+        adapter = read_bridge_adapter(reader, arch)
+        write_adapter(Path(save_dir), form_of_plan(adapter.plan, arch, str(assets)), adapter.factors, {})
+        return path
     locations = _locate(reader, arch)
     asked = _DTYPES[dtype] if dtype else None
     dtypes = {
@@ -154,6 +164,16 @@ def convert_megatron_to_hf(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
         ) from error
     return path
+
+
+def _refuse_idle(dtype: str | None, max_shard_bytes: float, path: Path) -> None:
+    """Refuse what does nothing for an adapter, which is one file of fp32."""
+    given = {"--dtype": dtype is not None, "--max-shard-size": max_shard_bytes != DEFAULT_SHARD_BYTES}
+    if any(given.values()):
+        idle = " and ".join(flag for flag, is_given in given.items() if is_given)
+        raise ConversionError(
+            f"{path} holds an adapter, which is written as one file in fp32: {idle} does nothing. Leave it out."
+        )
 
 
 def _refuse_damage(path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 
 from megatron_rmipo.checkpoint.bridge import ThroughBridge
-from megatron_rmipo.checkpoint.hf.adapter import model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.hf.weights import export_hf, load_hf_weights
 from megatron_rmipo.checkpoint.megatron.directory import hf_assets_directory
 from megatron_rmipo.checkpoint.megatron.record import Iteration
+from megatron_rmipo.checkpoint.peft.reading import model_directory, refuse_idle_base
 from megatron_rmipo.config.flag_problems import bridge_problems, refuse
 from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.schema import Config

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.checkpoint.adapter_source import AdapterSource, adapters_of_flags, adapters_of_record
-from megatron_rmipo.checkpoint.hf.adapter import CONFIG_NAME as ADAPTER_CONFIG
-from megatron_rmipo.checkpoint.hf.adapter import is_adapter
 from megatron_rmipo.checkpoint.makers import KNOWN_FAMILIES, KnownFamilies, Maker, maker_of
 from megatron_rmipo.checkpoint.megatron.digests import damage, gather_digests
 from megatron_rmipo.checkpoint.megatron.directory import (
@@ -24,6 +22,8 @@ from megatron_rmipo.checkpoint.megatron.directory import (
 )
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
+from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME as ADAPTER_CONFIG
+from megatron_rmipo.checkpoint.peft.reading import is_adapter
 from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
@@ -238,7 +238,7 @@ def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
         policy = load_model(
             dataclasses.replace(source.base, checked=source.checked and source.checkpoint is None), config, groups
         )
-        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed)
+        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=config.lora.quantize_base)
         return policy
     directory = source.hf_weights or source.assets
     return source.maker.build(directory, source.arch, config, groups, weights=source.hf_weights is not None)

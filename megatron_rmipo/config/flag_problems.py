@@ -15,7 +15,6 @@ from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.pipeline_split import split_flag_problems, split_flags
 from megatron_rmipo.config.precedence import exclusive_problems
 from megatron_rmipo.config.schema import (
-    CheckpointConfig,
     Config,
     DataConfig,
     ExpertsConfig,
@@ -54,7 +53,7 @@ def config_problems(config: Config) -> Iterator[str]:
     yield from _data_flags(config.data)
     yield from _optimizer_flags(config.optimizer, config.training)
     yield from _training_flags(config.training)
-    yield from _checkpoint_flags(config.checkpoint, config.model)
+    yield from _checkpoint_flags(config)
     yield from _evaluation_and_logging_flags(config)
     yield from _profiling_flags(config.profiling)
     yield from planning_problems(config.planning)
@@ -243,8 +242,9 @@ def _training_flags(training: TrainingConfig) -> Iterator[str]:
         yield f"--epochs {training.epochs}: must be greater than 0"
 
 
-def _checkpoint_flags(checkpoint: CheckpointConfig, model: ModelConfig) -> Iterator[str]:
-    if not checkpoint.load and not model.load_hf:
+def _checkpoint_flags(config: Config) -> Iterator[str]:
+    checkpoint, model = config.checkpoint, config.model
+    if not checkpoint.load and not model.load_hf and not config.lora.pretrained_checkpoint:
         yield "nothing to start from: give --load-hf DIR (Hugging Face) or --load DIR (a Megatron checkpoint)"
     yield from _at_least(1, checkpoint, "save_interval", "keep_last")
     if not checkpoint.save:
@@ -281,8 +281,9 @@ def _choice_flags(config: Config, *, has_main: bool) -> Iterator[str]:
     flags = config.evaluation
     faults = list(_message(functools.partial(parse_eval_data, flags.eval_data or [])))
     yield from faults
-    if config.checkpoint.save_hf_from == "best" and not (flags.keep_best and config.checkpoint.save_hf):
-        yield "--save-hf-from best needs --keep-best METRIC and --save-hf DIR"
+    exports = config.checkpoint.save_hf or config.lora.save_adapter
+    if config.checkpoint.save_hf_from == "best" and not (flags.keep_best and exports):
+        yield "--save-hf-from best needs --keep-best METRIC and --save-hf DIR, or --save-adapter DIR"
     if flags.keep_best and not config.checkpoint.save:
         yield "--keep-best needs --save DIR: it keeps a checkpoint"
     sets = [""] * has_main + ([] if faults else list(flags.sets))

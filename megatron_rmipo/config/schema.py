@@ -218,7 +218,7 @@ class CheckpointConfig:
     keep_last: int | None = option(None, "Keep only this many of the newest checkpoints; unset: all.")
     save_hf: str | None = option(None, "Directory to write the final model to in Hugging Face form; all hosts see it.", "DIR")
     save_hf_from: Literal["last", "best"] = option(
-        "last", "Which model --save-hf writes: that of the last step, or that of --keep-best."
+        "last", "Which model --save-hf and --save-adapter write: that of the last step, or that of --keep-best."
     )
     save_hf_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Dtype of --save-hf; unset: that of the model it came from."
@@ -293,7 +293,8 @@ class Config:
         """Every flag's name and value, the objective's options among them; plain types, as YAML and JSON hold them."""
         flat: dict[str, Any] = {}
         for section in dataclasses.fields(self):
-            flat.update(dataclasses.asdict(getattr(self, section.name)))
+            own = getattr(self, section.name)
+            flat.update(own.as_given() if isinstance(own, LoraConfig) else dataclasses.asdict(own))
         flat.update(flat.pop("options"))
         return flat
 

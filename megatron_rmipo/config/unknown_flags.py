@@ -52,12 +52,44 @@ _ANSWERS = {
     ),
     "use --distributed-timeout-minutes": "ddp_timeout",
     "use --distributed-backend": "ddp_backend",
-    "use --lora-rank N, which trains an adapter": "use_peft use_lora lora_r lora_dim train_type tuner_type finetuning_type peft",
+    # Hugging Face, Megatron-Bridge: adapters
+    "use --lora-rank N, which trains an adapter": (
+        "use_peft use_lora lora_r lora_dim train_type tuner_type finetuning_type peft peft_scheme peft_type"
+    ),
     "use --lora-target-modules": "lora_target target_modules",
-    "use --load-adapter DIR, or --load DIR to go on with a run": "adapter_name_or_path adapters adapter_load_dir lora_adapter",
-    "use --reference-adapter DIR": "ref_adapter_name ref_adapters ref_adapter_load",
+    "experts have adapters by --lora-target-modules all-linear, or by their names": "target_parameters lora_target_parameters",
+    "use --lora-target-regex, which a module's whole name has to match, such as '(?!.*down_proj).*'": (
+        "target_regex exclude_modules lora_exclude_modules layers_to_transform layers_pattern"
+    ),
+    "use --lora-modules-to-save": "modules_to_save additional_target",
+    "use --lora-plus-ratio": "lora_plus_lr_ratio loraplus_lr_ratio lorap_lr_ratio lora_lr_ratio",
     "use --use-rslora": "use_rs_lora lora_use_rslora",
-    "use --quantize-base nf4": "load_in_4bit quant_bits quantization_bit use_bnb_nested_quant bnb_4bit_quant_type",
+    "all projections get one rank and one alpha; the adapter of --load-adapter keeps its own": "rank_pattern alpha_pattern",
+    "A is drawn as PEFT draws it and B is zero, always": (
+        "init_lora_weights lora_init init_weights lora_A_init_method lora_B_init_method lora_A_init lora_B_init pissa_init "
+        "pissa_iter"
+    ),
+    "an adapter is of factors alone; no bias is trained": "lora_bias",
+    "an adapter is fp32, whatever the model is": "lora_dtype autocast_adapter_dtype",
+    "an adapter is that of a causal language model": "lora_task_type",
+    "only --lora-rank and --load-adapter freeze weights, all but the adapter's and --lora-modules-to-save": (
+        "freeze_parameters freeze_parameters_ratio trainable_parameters freeze_llm freeze_base_model"
+    ),
+    "use --save-adapter DIR for the adapter and --save-hf DIR for the model that it is merged into; or tools/merge_adapter.py": (
+        "merge_lora merge_adapter export_adapter"
+    ),
+    "use --load-hf DIR of the first adapter, which is merged, and --lora-rank N": "create_new_adapter",
+    "use --load-adapter DIR, or --load DIR to go on with a run": (
+        "adapter_name_or_path adapters adapter_load adapter_load_dir adapter_path lora_adapter lora_adapter_path lora_path"
+    ),
+    "use --reference-adapter DIR": "ref_adapter_name ref_adapters ref_adapter_load ref_model_adapters",
+    "there is one adapter that is trained, and its name is not asked for": "model_adapter_name adapter_name",
+    "the reference is the model without its adapter; another is named with --reference-hf or --reference-adapter": (
+        "force_use_ref_model"
+    ),
+    "use --quantize-base nf4": (
+        "load_in_4bit quant_bits quantization_bit use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_quant_storage use_qlora qlora"
+    ),
     "use --quantize-base int8": "load_in_8bit",
     "the reference's log-probs are computed once and kept, always": "precompute_ref_log_probs precompute_ref_batch_size",
     # Hugging Face: data, evaluation, logging
@@ -104,7 +136,7 @@ _ANSWERS = {
     "use --epochs or --train-iters": "train_samples",
     "use --lr-warmup-iters or --lr-warmup-fraction": "lr_warmup_samples",
     "the decay ends with the run": "lr_decay_iters lr_decay_samples",
-    "there is no dropout": "attention_dropout hidden_dropout disable_dropout",
+    "there is no dropout": "attention_dropout hidden_dropout disable_dropout dropout_position",
     "the reference stays as it is": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "longer pairs are dealt with by --overlong of tools/preprocess_preferences.py": "truncation_mode",
     "use --recompute-granularity selective": "recompute_activations",

@@ -20,6 +20,7 @@ _OPTIONAL = {
     "transformer-engine": ("fused layers and attention", "pip install 'megatron_rmipo[te]'"),
     "flash-attn": ("attention of Transformer Engine on some GPUs", "see its own page; it is not needed"),
     "matplotlib": ("pictures and reports", "pip install 'megatron_rmipo[plots]'"),
+    "bitsandbytes": ("--quantize-base", "pip install 'megatron_rmipo[quantize]'"),
     "wandb": ("--wandb-project", "pip install 'megatron_rmipo[wandb]'"),
 }
 _NEEDS_CUDA = ("transformer-engine", "flash-attn")

@@ -65,7 +65,7 @@ def layer_targets(arch: ModelArchitecture, targets: Targets) -> tuple[tuple[Rule
     return _layer_targets(arch, names, targets.lora_target_regex)
 
 
-def modules_to_save(arch: ModelArchitecture, targets: Targets) -> Iterator[tuple[Rule, Place]]:
+def modules_to_save(arch: ModelArchitecture, targets: Targets) -> tuple[tuple[Rule, Place], ...]:
     """The Megatron weights that are trained whole beside an adapter, in the order of a checkpoint.
 
     PEFT takes any end of a name for a match, ``norm`` for ``input_layernorm`` too; here it has to begin at a dot.
@@ -78,17 +78,21 @@ def modules_to_save(arch: ModelArchitecture, targets: Targets) -> Iterator[tuple
         ConfigError: a name matches nothing, or a module that is not one weight of its own, has an adapter, or is tied.
     """
     names = tuple(targets.lora_modules_to_save or ())
-    if not names:
-        return
-    _check_family(arch)
-    with_adapter = {(rule, layer) for rule, layer, _ in layer_targets(arch, targets)}
+    return _modules_to_save(arch, names, layer_targets(arch, targets)) if names else ()
+
+
+@functools.lru_cache(maxsize=64)
+def _modules_to_save(
+    arch: ModelArchitecture, names: tuple[str, ...], adapted: tuple[tuple[Rule, int, tuple[int, ...]], ...]
+) -> tuple[tuple[Rule, Place], ...]:
+    with_adapter = {(rule, layer) for rule, layer, _ in adapted}
     tensors = [(rule, place, _modules(rule, place)) for rule, place in tensors_of(arch) if not rule.per_expert]
     for name in names:
         found = [(rule, place) for rule, place, modules in tensors if any(_ends(module, name) for module in modules)]
         _check_saved(arch, name, found, with_adapter)
-    for rule, place, modules in tensors:
-        if any(_ends(module, name) for module in modules for name in names):
-            yield rule, place
+    return tuple(
+        (rule, place) for rule, place, modules in tensors if any(_ends(module, name) for module in modules for name in names)
+    )
 
 
 def _check_saved(
@@ -133,7 +137,7 @@ def _layer_targets(
 ) -> tuple[tuple[Rule, int, tuple[int, ...]], ...]:
     _check_family(arch)
     matches_regex = _regex_matcher(regex)
-    linear = [rule for rule in rules_of(arch) if _is_linear(rule, arch)]
+    linear = [rule for rule in rules_of(arch) if is_linear(rule, arch)]
     for name in names:
         _check_name(arch, name, linear)
     found = []
@@ -220,7 +224,7 @@ def _regex_matcher(regex: str | None) -> Callable[[str], bool]:
     return lambda module: pattern.fullmatch(module) is not None
 
 
-def _is_linear(rule: Rule, arch: ModelArchitecture) -> bool:
+def is_linear(rule: Rule, arch: ModelArchitecture) -> bool:
     """Whether it is a matrix of attention or of an MLP; no router, table of the vocabulary, or gate of shared experts."""
     return rule.per_layer and rule.layout not in _NOT_LINEAR and not rule.is_bias and len(source_shapes(rule, arch)[0]) == 2
 

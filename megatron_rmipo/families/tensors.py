@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_rmipo.families.architecture import ModelArchitecture
@@ -149,13 +150,13 @@ def active_parameters(arch: ModelArchitecture) -> int:
     return num_parameters(arch) - sum(idle * layer_parameters(arch, layer).expert for layer in arch.expert_layers)
 
 
-def layer_parameters(arch: ModelArchitecture, layer: int) -> Parameters:
-    """Numbers in the weights of ``layer`` (counted from 0); of a model of no family here, about."""
+def layer_parameters(arch: ModelArchitecture, layer: int, counts: Callable[[Rule], bool] = lambda _rule: True) -> Parameters:
+    """Numbers in the weights of ``layer`` (counted from 0), those that ``counts``; of a model of no family here, about."""
     if isinstance(arch, ForeignArchitecture):
         return Parameters(arch.layer_matrices, arch.layer_vectors)
     cut = whole = expert = 0
     for rule in rules_of(arch):
-        if not (rule.per_layer and arch.has(rule.only_with, layer)):
+        if not (rule.per_layer and arch.has(rule.only_with, layer) and counts(rule)):
             continue
         count = math.prod(megatron_shape(rule, arch))
         if rule.per_expert:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,11 +11,13 @@ from typing import Any, Literal
 
 from megatron_rmipo.config.flag_problems import config_problems
 from megatron_rmipo.config.schema import Config
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.estimate import PackMemory, pack_memory
 from megatron_rmipo.memory.pack import PackSize
 from megatron_rmipo.memory.shares import data_parallel_size
 from megatron_rmipo.memory.standing import standing_memory
+from megatron_rmipo.model.lora.plan import plan_of_flags
 from megatron_rmipo.model.problems.layout import layout_problems, machine_problems
 
 # Packs of other sizes leave gaps between them: of what is free, this much is taken as usable.
@@ -25,6 +28,8 @@ ROUND_TOKENS = 64
 # A measure that makes packs possible that are larger by less is not worth naming.
 WORTHWHILE = 1.1
 MAX_SUGGESTIONS = 3
+# Of the adapter that is suggested in the place of training all weights.
+SUGGESTED_RANK = 16
 # Of the work that failed: it has none, it has one, or it has one of which a checkpoint holds the state, in the form of its kind.
 Optimizer = Literal["none", "unsaved", "saved"]
 
@@ -60,6 +65,9 @@ class Shortage:
         return stage
 
 
+_SECTIONS = ("model", "parallel", "memory", "lora")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Measure:
     """Flags that make what a pack needs smaller, or what stands beside it; nothing: those of the run."""
@@ -68,16 +76,20 @@ class _Measure:
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parallel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def trains_less(self) -> bool:
+        """Whether it changes what is trained."""
+        return bool(self.lora)
 
     def __add__(self, other: _Measure) -> _Measure:
         flags = f"{self.flags} {other.flags}".strip()
-        sections = ({**getattr(self, name), **getattr(other, name)} for name in ("model", "parallel", "memory"))
+        sections = ({**getattr(self, name), **getattr(other, name)} for name in _SECTIONS)
         return _Measure(flags, *sections)
 
     def apply(self, config: Config) -> Config:
-        changed: dict[str, Any] = {
-            name: dataclasses.replace(getattr(config, name), **getattr(self, name)) for name in ("model", "parallel", "memory")
-        }
+        changed: dict[str, Any] = {name: dataclasses.replace(getattr(config, name), **getattr(self, name)) for name in _SECTIONS}
         return dataclasses.replace(config, **changed)
 
 
@@ -103,7 +115,9 @@ def suggestions(arch: ModelArchitecture, config: Config, world_size: int, shorta
     measures = list(
         _measures(arch, config, world_size, shortage.optimizer, backward=shortage.backward, head=has_head, packs=True)
     )
-    for measure in [*measures, *_together(arch, config, world_size, measures)]:
+    others = [measure for measure in measures if not measure.trains_less]
+    last = [measure for measure in measures if measure.trains_less]
+    for measure in [*others, *_together(arch, config, world_size, others), *last]:
         tokens = largest(measure)
         if tokens >= min(max(least_tokens, WORTHWHILE * own), now):
             lines.append(measure.flags + (f" {_tokens_flag(tokens, least_tokens)}" if tokens < now else ""))
@@ -175,6 +189,9 @@ def _measures(
     if optimizer != "none":
         # Whatever a checkpoint's state was kept in, they go on with it.
         yield from filter(accepted, _smaller_states(config))
+    if optimizer == "unsaved" and not config.lora.is_on:
+        # It trains something else: after all that do not.
+        yield from filter(accepted, _adapter(arch))
     if optimizer == "saved":
         yield from (dataclasses.replace(one, flags=f"{one.flags} --no-load-optim") for one in shards if accepted(one))
 
@@ -222,6 +239,14 @@ def _smaller_states(config: Config) -> Iterator[_Measure]:
         # It needs the other's code.
         flags = "--optimizer-cpu-offload" if precise else "--use-precision-aware-optimizer --optimizer-cpu-offload"
         yield _Measure(flags, memory={"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True})
+
+
+def _adapter(arch: ModelArchitecture) -> Iterator[_Measure]:
+    """An adapter in the place of all weights, where the model can have one."""
+    measure = _Measure(f"--lora-rank {SUGGESTED_RANK}", lora={"lora_rank": SUGGESTED_RANK})
+    with contextlib.suppress(ConfigError):
+        plan_of_flags(arch, measure.apply(Config()).lora)
+        yield measure
 
 
 def _is_accepted(arch: ModelArchitecture, config: Config, world_size: int, measure: _Measure) -> bool:

@@ -8,18 +8,23 @@ figure. How far it is from what torch allocates: ``benchmarks/bench_memory.py``.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Sequence
 
 from megatron_rmipo.config.pipeline_split import stage_layers
 from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.base import Family
+from megatron_rmipo.families.targets import is_linear
+from megatron_rmipo.families.tensors import rules_of
 from megatron_rmipo.memory.attention import AttentionMemory, attention_memory
 from megatron_rmipo.memory.head import head_bytes
 from megatron_rmipo.memory.in_flight import packs_in_flight
 from megatron_rmipo.memory.layers import Layer, backward_elements, forward_elements, scoring_elements
 from megatron_rmipo.memory.pack import PackSize
-from megatron_rmipo.memory.shares import Shares
+from megatron_rmipo.memory.shares import Shares, trains_table
+from megatron_rmipo.model.lora.numbers import Trained, trained_matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ class _LayerMemory:
 
 
 def _layer_memory(layer: Layer, attention: AttentionMemory, window: int | None, tokens: float, *, backward: bool) -> _LayerMemory:
-    each = tokens * layer.shares.element_bytes
+    each, copies = tokens * layer.shares.element_bytes, layer.adapter_copies() * layer.shares.element_bytes
     scores, recomputed = attention.kept[window], layer.recomputes("core_attn")
     if backward:
         # By the time that attention runs backward, what the MLP kept is gone.
@@ -78,11 +83,19 @@ def _layer_memory(layer: Layer, attention: AttentionMemory, window: int | None, 
         # Scores, what becomes of them, and their softmax.
         running = max(each * forward_elements(layer), each * scoring_elements(layer) + 3 * attention.piece + attention.gathered)
     return _LayerMemory(
-        kept=each * layer.kept() + (0.0 if recomputed else scores),
-        anew=each * sum(part.elements for part in layer.parts()) + scores,
-        running=running,
+        kept=each * layer.kept() + (0.0 if recomputed else scores) + copies,
+        anew=each * sum(part.elements for part in layer.parts()) + scores + copies,
+        running=running + _restored(layer) * layer.shares.element_bytes,
         host=each * layer.offloaded(),
     )
+
+
+def _restored(layer: Layer) -> float:
+    """Elements of the largest matrix, where frozen ones are kept in fewer bits and made anew for each product."""
+    arch = layer.arch
+    if layer.config.lora.quantize_base is None:
+        return 0.0
+    return max(math.prod(layer.shares.matrix(arch, rule)) for rule in rules_of(arch) if is_linear(rule, arch))
 
 
 def pack_memory(
@@ -112,13 +125,14 @@ def pack_memory(
     stages, shares = parallel.pipeline_model_parallel_size, Shares.of(arch, config)
     tokens = pack.num_tokens / shares.context
     attention = attention_memory(arch, config, pack, fused=fused)
-    kinds: dict[tuple[bool, int | None], _LayerMemory] = {}
+    kinds: dict[tuple[bool, int | None, frozenset[Trained] | None], _LayerMemory] = {}
     chunks, sparse_layers = [], arch.expert_layers
+    trained = trained_matrices(arch, config.lora) if config.lora.is_on else (None,) * arch.num_layers
     for chunk in stage_layers(arch.num_layers, parallel)[stage]:
-        of_chunk = [(layer in sparse_layers, arch.kind_of(layer).window) for layer in chunk]
-        for sparse, window in set(of_chunk) - kinds.keys():
-            layer = Layer(arch, config, fused, sparse, attention.makes_scores)
-            kinds[sparse, window] = _layer_memory(layer, attention, window, tokens, backward=backward)
+        of_chunk = [(layer in sparse_layers, arch.kind_of(layer).window, trained[layer]) for layer in chunk]
+        for sparse, window, some in set(of_chunk) - kinds.keys():
+            layer = Layer(arch, config, fused, sparse, attention.makes_scores, some)
+            kinds[sparse, window, some] = _layer_memory(layer, attention, window, tokens, backward=backward)
         chunks.append([kinds[kind] for kind in of_chunk])
     last = stage == stages - 1
     # Under sequence parallelism hidden states are gathered into a buffer that stays.
@@ -140,7 +154,8 @@ def pack_memory(
         key=lambda counts: sum(map(operator.mul, counts, kept)),
     )
     # The gradient of the embedding is a table; by then the first chunk of its pack keeps nothing more.
-    table = shares.vocabulary * arch.hidden_size * shares.element_bytes - kept[0] if stage == 0 else 0.0
+    embeds = stage == 0 and trains_table(arch, config, Family.embedding)
+    table = shares.vocabulary * arch.hidden_size * shares.element_bytes - kept[0] if embeds else 0.0
     return PackMemory(
         beside + sum(map(operator.mul, held, kept)),
         attention.masks,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.families.base import Family
 from megatron_rmipo.memory.pack import PackSize
-from megatron_rmipo.memory.shares import FP32_BYTES, Shares
+from megatron_rmipo.memory.shares import FP32_BYTES, Shares, trains_table
 
 
 def head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, backward: bool, mixed: bool, fused: bool) -> float:
@@ -38,5 +39,6 @@ def head_bytes(arch: ModelArchitecture, config: Config, pack: PackSize, *, backw
     states += 3 * num_tokens * arch.hidden_size * element + num_scored * arch.hidden_size * FP32_BYTES
     chunk = logits * (FP32_BYTES + (element if half else 0))
     # In bf16 what is added to fp32 gradients, of the hidden states or of the weight, is a tensor of its own.
-    product = max(num_scored, rows) * arch.hidden_size * (FP32_BYTES + rounded) if half else 0
+    most = max(num_scored, rows) if trains_table(arch, config, Family.head) else num_scored
+    product = most * arch.hidden_size * (FP32_BYTES + rounded) if half else 0
     return max(forward, states + chunk + product)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.memory.shares import FP32_BYTES, Shares
+from megatron_rmipo.model.lora.numbers import Trained
 
 
 class Part(NamedTuple):
@@ -41,6 +42,7 @@ class Layer:
         fused: norms, SwiGLU and attention in fused kernels, as on a GPU.
         sparse: it has experts in the place of the MLP.
         makes_scores: its attention's scores are made outside of kernels.
+        trained: matrices that have an adapter, or are trained beside one; None where there is none, and all are.
     """
 
     arch: ModelArchitecture
@@ -48,6 +50,24 @@ class Layer:
     fused: bool
     sparse: bool
     makes_scores: bool = False
+    trained: frozenset[Trained] | None = None
+
+    def keeps_input(self, *names: str) -> bool:
+        """Whether one of the matrices, called by Megatron's names behind ``layers.``, needs its input in the backward pass."""
+        return self.trained is None or any(
+            one.rule.megatron == f"decoder.layers.{name}.weight" for one in self.trained for name in names
+        )
+
+    @property
+    def norm_inside(self) -> float:
+        """What torch's norm in parts keeps for each of its channels, in fp32; of a frozen one nothing for its weight."""
+        if self.fused:
+            return 0.0
+        return ((1.5 if self.trained is None else 1.0) if self.config.model.bf16 else float(self.trained is None)) * self.fp32
+
+    def adapter_copies(self) -> float:
+        """Elements, of no token, in what adapters multiply with: A and B in the dtype that is computed in, B with its zeros."""
+        return sum(_adapter_elements(self, one) for one in self.trained or ())
 
     @functools.cached_property
     def shares(self) -> Shares:
@@ -83,7 +103,8 @@ class Layer:
         # Where scores are kept, so are copies of what they are made of; both are counted by what attends to what.
         if not self.makes_scores or self.recomputes("core_attn"):
             yield from _core_parts(self)
-        yield Part(self.arch.context_size / self.shares.tensor, offloaded_with="attn_proj")
+        if self.keeps_input("self_attention.linear_proj"):
+            yield Part(self.arch.context_size / self.shares.tensor, offloaded_with="attn_proj")
         yield from self._mlp_parts()
 
     def mlp_kept(self) -> float:
@@ -114,20 +135,37 @@ class Layer:
         return memory.fine_grained_activation_offloading and part.offloaded_with in (memory.offload_modules or [])
 
 
+# What multiplies the normed hidden states.
+_ATTENTION_INPUTS = tuple(f"self_attention.linear_{name}" for name in ("qkv", "q_proj", "q_down_proj", "kv_down_proj"))
+_MLP_INPUTS = ("mlp.linear_fc1", "mlp.shared_experts.linear_fc1")
+
+
+def _adapter_elements(layer: Layer, one: Trained) -> float:
+    arch, shares = layer.arch, layer.shares
+    each = one.num_parts * (layer.config.lora.lora_rank or 0) * sum(shares.matrix(arch, one.rule))
+    return (
+        each * arch.experts.num_experts * shares.expert_tensor / shares.experts if one.rule.per_expert and arch.experts else each
+    )
+
+
 def _hidden_parts(layer: Layer) -> Iterator[Part]:
     """The residual stream, norms."""
     arch, shares = layer.arch, layer.shares
     hidden = arch.hidden_size / shares.sequence
     yield Part(hidden, offloaded_with="attn_norm")
     yield Part(hidden, offloaded_with="mlp_norm")
-    # What torch's norm in parts keeps, in fp32; two norms, each half of it.
-    inside = 0.0 if layer.fused else (3 if layer.config.model.bf16 else 2) / 2 * hidden * layer.fp32
+    inside = hidden * layer.norm_inside
     if arch.pre_norm:
-        yield Part(hidden + inside, ("layernorm",), "qkv_linear")
+        yield Part(hidden * layer.keeps_input(*_ATTENTION_INPUTS) + inside, ("layernorm",), "qkv_linear")
         # Of a layer that is computed anew from its MLP on, this is what it is computed from.
-        yield Part(hidden + inside, ("layernorm",))
+        yield Part(hidden * layer.keeps_input(*_MLP_INPUTS) + inside, ("layernorm",))
     if arch.post_norm:
         yield Part(2 * (hidden + inside))
+    for one in layer.trained or ():
+        # A x, of all tokens where the rank has some rows of B, or of its own tokens.
+        part = 1 if one.rule.is_cut and not one.rule.cuts_columns else shares.sequence
+        times = arch.experts.per_token if one.rule.per_expert and arch.experts else 1
+        yield Part(times * one.num_parts * (layer.config.lora.lora_rank or 0) / part)
 
 
 def _projection_parts(layer: Layer) -> Iterator[Part]:
@@ -141,9 +179,8 @@ def _latent_parts(layer: Layer) -> Iterator[Part]:
     """Latents, before their norms and after, on every rank; cosines and sines."""
     latent = layer.arch.latent
     assert latent is not None
-    inside = 0.0 if layer.fused else (3 if layer.config.model.bf16 else 2) / 2 * layer.fp32
-    for size in (latent.q_lora_rank or 0, latent.key_value_down_size):
-        yield Part((2 + inside) * size)
+    for name, size in (("q", latent.q_lora_rank or 0), ("kv", latent.key_value_down_size)):
+        yield Part((1 + layer.keeps_input(f"self_attention.linear_{name}_up_proj") + layer.norm_inside) * size)
     yield Part(4 * latent.qk_rope_head_dim)
 
 
@@ -182,7 +219,8 @@ def _query_key_norm_elements(layer: Layer) -> float:
 
 
 def _dense_parts(layer: Layer) -> Iterator[Part]:
-    yield Part(_gated_width(layer) * layer.arch.ffn_hidden_size / layer.shares.tensor, ("mlp",))
+    width = _gated_width(layer) - (not layer.keeps_input("mlp.linear_fc2"))
+    yield Part(width * layer.arch.ffn_hidden_size / layer.shares.tensor, ("mlp",))
 
 
 def _gated_width(layer: Layer) -> int:
@@ -200,12 +238,15 @@ def _sparse_parts(layer: Layer) -> Iterator[Part]:
     each = _gated_width(layer)
     channels = experts.per_token * experts.ffn_hidden_size / shares.tensor
     # The product is weighted, in parts one tensor more.
-    yield Part(sent_elements(layer), ("moe",), "expert_fc1")
+    if layer.keeps_input("mlp.experts.experts.linear_fc1"):
+        yield Part(sent_elements(layer), ("moe",), "expert_fc1")
     yield Part(2 * channels, ("moe",), "moe_act")
-    yield Part((each - 2 + (0 if layer.fused else 1)) * channels, ("moe", "moe_act"))
+    of_act = each - 2 + (0 if layer.fused else 1) - (not layer.keeps_input("mlp.experts.experts.linear_fc2"))
+    yield Part(of_act * channels, ("moe", "moe_act"))
     # Routers keep tables of the experts, in fp32.
     yield Part(4 * experts.num_experts * layer.fp32 / shares.sequence, ("moe",))
-    yield Part(each * experts.shared_ffn_hidden_size / shares.tensor, ("moe", "shared_experts"))
+    of_shared = each - (not layer.keeps_input("mlp.shared_experts.linear_fc2"))
+    yield Part(of_shared * experts.shared_ffn_hidden_size / shares.tensor, ("moe", "shared_experts"))
 
 
 def sent_elements(layer: Layer) -> float:

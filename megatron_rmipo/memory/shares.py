@@ -6,6 +6,9 @@ import dataclasses
 
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.families.architecture import ModelArchitecture, padded_vocab_size
+from megatron_rmipo.families.base import Rule
+from megatron_rmipo.families.targets import modules_to_save
+from megatron_rmipo.families.tensors import megatron_shape
 from megatron_rmipo.model.problems.experts import expert_tensor_size
 
 FP32_BYTES = 4
@@ -53,6 +56,19 @@ class Shares:
             vocabulary=padded_vocab_size(arch.vocab_size, config.model.make_vocab_size_divisible_by, tensor) // tensor,
             element_bytes=2 if config.model.bf16 else FP32_BYTES,
         )
+
+    def matrix(self, arch: ModelArchitecture, rule: Rule) -> tuple[float, float]:
+        """Rows and columns that a rank has of a matrix."""
+        rows, columns = megatron_shape(rule, arch)
+        ranks = self.expert_tensor if rule.per_expert else self.tensor
+        if not rule.is_cut:
+            return rows, columns
+        return (rows, columns / ranks) if rule.cuts_columns else (rows / ranks, columns)
+
+
+def trains_table(arch: ModelArchitecture, config: Config, megatron: str) -> bool:
+    """Whether a run changes the embedding, or the output layer, which the name is Megatron's of."""
+    return not config.lora.is_on or any(rule.megatron == megatron for rule, _ in modules_to_save(arch, config.lora))
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

@@ -88,13 +88,16 @@ def stage_memories(
         pack: a full pack, the whole row that context-parallel ranks share.
         scored_before: a pack of a forward-only pass, where it is of another size: of responses alone.
         num_microbatches: packs of a gradient pass on a rank; None: enough that the pipeline is full.
-        reference: the model that stands beside the policy, for objectives that mix its logits with the policy's.
+        reference: the model whose logits an objective mixes with the policy's, and which stands beside it; but the policy
+            without its adapter where it has one and the flags name no other.
         fused: kernels as on a GPU; False: as torch computes on the CPU.
         trains: False for forward-only passes alone, as for scoring.
     """
-    memories = []
+    memories, model = [], config.model
+    is_policy = config.lora.is_on and model.reference_hf is None and model.reference_load is None
+    beside = None if is_policy else reference
     for stage in range(config.parallel.pipeline_model_parallel_size):
-        standing = standing_memory(arch, config, world_size, stage, trains=trains, reference=reference)
+        standing = standing_memory(arch, config, world_size, stage, trains=trains, reference=beside)
         passes = [
             pack_memory(
                 arch,

@@ -28,6 +28,7 @@ from megatron_rmipo.model.attention.packed import PackedAttention, choose_backen
 from megatron_rmipo.model.attention.scores import ScoreRules
 from megatron_rmipo.model.hybrid import HybridModel
 from megatron_rmipo.model.layers.experts import PaddedRouter
+from megatron_rmipo.model.lora.bridge import bridge_adapter_problems, is_recompute_hook, take_any_row
 from megatron_rmipo.model.packed_model import Chunks, Replacement, ScoringOptions, chunks_of, enable_scoring, score_row, unwrapped
 from megatron_rmipo.model.transformer_engine import transformer_engine_available
 
@@ -149,6 +150,8 @@ class PackedCall(Replacement):
 def attach_model(model: Chunks, *, vocab_size: int, chunk_size: int = 4096, attention_backend: str = "auto") -> None:
     """Let a call of a model, wrapped or not, take a packed row, too. No communication.
 
+    A model that has adapters, ours or those of Megatron-Bridge, is scored with them as they are switched.
+
     The call is that of :class:`megatron_rmipo.model.policy.PolicyModel`, by keywords: ``model(token_ids=..., position_ids=...,
     segments=..., source=..., target=...)``. Any other call is the model's own. On the CPU and on a GPU, before wrapping or after.
 
@@ -191,7 +194,8 @@ def detach_model(model: Chunks) -> None:
     for inner in own:
         for module in inner.modules():
             for replacement in [value for value in vars(module).values() if isinstance(value, Replacement)]:
-                replacement.remove()
+                if not replacement.outlives_attach:
+                    replacement.remove()
 
 
 def _attach(model: Any, options: ScoringOptions, backend: str) -> None:
@@ -207,6 +211,7 @@ def _attach(model: Any, options: ScoringOptions, backend: str) -> None:
             UncountedTokens(module)
             ZLoss(module)
             LoadBalancingLoss(module)
+    take_any_row(model)
     enable_scoring(model)
     PackedCall(model, options)
 
@@ -263,6 +268,7 @@ def _problems(model: Any, vocab_size: int) -> Iterator[str]:
     yield from scoring_problems(model.config)
     yield from _part_problems(model)
     yield from _dropout_problems(model)
+    yield from bridge_adapter_problems(model)
     if foreign := _foreign(model.decoder):
         yield f"decoder: {foreign}"
     for number, layer in enumerate(model.decoder.layers):
@@ -272,7 +278,7 @@ def _problems(model: Any, vocab_size: int) -> Iterator[str]:
 
 def _foreign(module: Any, method: str = "forward") -> str | None:
     """What a method is that is not Megatron's own: it may compute anything."""
-    if method in vars(module):
+    if method in vars(module) and not is_recompute_hook(vars(module)[method]):
         return f"{type(module).__name__}.{method} was replaced in this object, so that what it computes is not known"
     function = getattr(type(module), method, None)
     where = getattr(function, "__module__", "megatron.core")

@@ -1,21 +1,29 @@
 """Model floating point operations, as the cost model that batches are cut by, and what devices can do.
 
 Counted are the multiplications and additions of matrix products that the loss needs: layers for each token that stands in the
-packed row, attention for each (query, key) that is kept, the output layer for each scored token; backward twice the forward.
-Of experts those count that a token goes through.
+packed row, attention for each (query, key) that is kept, the output layer for each scored token. A backward is twice the forward:
+as much for the gradient of a weight, and for that of its input; beside an adapter frozen weights have no gradient. What an
+adapter's own products take counts as any matrix. Of experts those count that a token goes through.
 Recomputation (of activations, or of logits in the chunked head) is not counted: it is work done, not work needed. Norms, biases,
 rotary embeddings, softmax and the optimizer are left out as usual. Layers with a sliding window keep the scores within it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 
 import torch
 
-from megatron_rmipo.data.batches.sizes import CostModel
+from megatron_rmipo.config.flags.lora import LoraConfig
+from megatron_rmipo.data.batches.sizes import Backward, CostModel
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.foreign import ForeignArchitecture
+from megatron_rmipo.families.registry import FAMILIES
+from megatron_rmipo.families.targets import is_linear, modules_to_save
+from megatron_rmipo.families.tensors import megatron_shape
+from megatron_rmipo.model.lora.numbers import active_adapter_numbers
 
 # Dense peak FLOP/s by part of torch's device name: (bf16 tensor cores, fp32 without tensor cores), from the data sheets.
 _PEAK_FLOPS: dict[str, tuple[float, float]] = {
@@ -68,10 +76,14 @@ def _contains(words: list[str], part: list[str]) -> bool:
     return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
 
 
-def forward_cost_model(arch: ModelArchitecture) -> CostModel:
+def forward_cost_model(arch: ModelArchitecture, lora: LoraConfig | None = None) -> CostModel:
     """Forward FLOPs (a multiply-add counts two): layers per token, attention per kept score, output layer per scored token.
 
     Of a model of no family here they are estimated: all its layers have the same matrices, and see everything.
+
+    Args:
+        arch: the model.
+        lora: the flags of the adapter; None, or off, where all weights are trained.
     """
     per_area = 2.0 * (arch.query_size + arch.context_size)
     per_scored_token = 2.0 * arch.hidden_size * arch.vocab_size
@@ -85,12 +97,25 @@ def forward_cost_model(arch: ModelArchitecture) -> CostModel:
         router = experts.num_experts + experts.shared_gate
         mlps += len(arch.expert_layers) * arch.hidden_size * (3 * channels + router)
     windows = Counter(arch.kind_of(layer).window for layer in range(arch.num_layers))
-    return CostModel(
+    plain = CostModel(
         per_token=2.0 * (arch.num_layers * _projections(arch) + mlps),
         per_area=per_area * windows.pop(None, 0),
         per_windowed_area=tuple((window, per_area * layers) for window, layers in windows.items() if window is not None),
         per_scored_token=per_scored_token,
     )
+    return plain if lora is None or not lora.is_on else _with_adapter(plain, arch, lora)
+
+
+def _with_adapter(plain: CostModel, arch: ModelArchitecture, lora: LoraConfig) -> CostModel:
+    """A model whose weights are frozen, but for an adapter and the modules that are trained whole beside it."""
+    numbers = active_adapter_numbers(arch, lora)
+    head = FAMILIES[arch.family].head
+    whole = {rule.megatron for rule, _ in modules_to_save(arch, lora)}
+    trained = sum(math.prod(megatron_shape(rule, arch)) for rule, _ in modules_to_save(arch, lora) if is_linear(rule, arch))
+    per_token = plain.per_token + 2.0 * numbers
+    # Of frozen matrices the gradient of their input alone.
+    backward = Backward(tokens=(plain.per_token + 2.0 * (trained + 2 * numbers)) / per_token, scored_tokens=1.0 + (head in whole))
+    return dataclasses.replace(plain, per_token=per_token, backward=backward)
 
 
 def _projections(arch: ModelArchitecture) -> int:

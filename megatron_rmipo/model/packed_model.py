@@ -56,7 +56,10 @@ class Replacement:
 
     Attributes:
         behind: the method, as it was.
+        outlives_attach: whether it stays when a model that others built takes packed rows no more.
     """
+
+    outlives_attach = False
 
     def __init__(self, module: Module, name: str = "forward") -> None:
         self.behind: Any = getattr(module, name)

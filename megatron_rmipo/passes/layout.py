@@ -24,7 +24,7 @@ def conditional_layout(config: Config, arch: ModelArchitecture, *, dp_rank: int,
         dp_rank=dp_rank,
         dp_size=dp_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
-        cost=forward_cost_model(arch),
+        cost=forward_cost_model(arch, config.lora),
         share_prompts=config.model.share_prompts,
         equal_packs=arch.experts is not None and experts_cross_replicas(parallel),
         multiple_of=parallel.context_parallel_size

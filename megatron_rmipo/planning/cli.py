@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rmipo.command import add_debug_flag, run_command
+from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
 from megatron_rmipo.config.flags.planning import PlanningConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_rmipo.config.values import field_types
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.lora.numbers import describe_trained
 from megatron_rmipo.objectives.arguments import add_objective_arguments, objective_of_arguments
 from megatron_rmipo.planning.hardware import GPUS, read_cluster
 from megatron_rmipo.planning.lengths import PairLengths, equal_lengths, read_lengths
@@ -60,10 +63,34 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         field = next(field for field in dataclasses.fields(section) if field.name == name)
         text = f"{field.metadata['help']} (default: {field.default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=field.default, help=text)
+    _add_adapter_flags(parser)
     parser.add_argument("--show", type=int, default=5, metavar="N", help="other layouts that are told of (default: %(default)s)")
     add_debug_flag(parser)
     add_objective_arguments(parser, argv)
     return parser
+
+
+# Of an adapter what says how large it is and what a run with it does; the others need files, or change neither memory nor time.
+_ADAPTER_FLAGS = (
+    *("lora_rank", "lora_target_modules", "lora_target_regex", "use_dora", "lora_modules_to_save", "lora_experts"),
+    "quantize_base",
+)
+
+
+def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group((LoraConfig.__doc__ or "").splitlines()[0].rstrip("."))
+    kinds = field_types(LoraConfig)
+    for field in dataclasses.fields(LoraConfig):
+        if field.name not in _ADAPTER_FLAGS:
+            continue
+        kind, settings = kinds[field.name], dict[str, Any]()
+        if kind.base is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": kind.base, "choices": kind.choices or None, "metavar": field.metadata["metavar"]}
+            settings |= {"nargs": "+"} if kind.is_list else {}
+        text = field.metadata["help"].replace("%", "%%")
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,10 +119,14 @@ def find_plan(arguments: Sequence[str]) -> tuple[Plan, str, int]:
         model=ModelConfig(bf16=True),
         data=DataConfig(seq_length=values["seq_length"]),
         training=TrainingConfig(global_batch_size=values["global_batch_size"]),
+        lora=LoraConfig(**{name: values[name] for name in _ADAPTER_FLAGS}),
     )
+    if problems := list(lora_problems(base.lora)):
+        raise ConfigError("\n".join(problems))
     lengths = _lengths(values).shortened(values["seq_length"])
     plan = make_plan(Planner(arch, base, Workloads(arch, objective.needs, lengths)), cluster, num_others=values["show"])
-    return plan, f"{values['hf_model']}, {values['objective']}, {lengths}", lengths.num_pairs
+    trained = f"\n{describe_trained(arch, base.lora)}" if base.lora.is_on else ""
+    return plan, f"{values['hf_model']}, {values['objective']}, {lengths}{trained}", lengths.num_pairs
 
 
 def _lengths(values: dict[str, Any]) -> PairLengths:

@@ -134,9 +134,10 @@ def replica_seconds(config: Config, sizes: Sizes, cluster: Cluster, dense: float
         config: the flags.
         sizes: of the layout.
         cluster: the machines.
-        dense, expert: numbers in a rank's shard of the weights, in experts and beside them.
+        dense, expert: numbers that a rank trains, beside experts and in them.
     """
-    element = HALF_BYTES if config.model.bf16 else FP32_BYTES
+    # Adapters are in fp32.
+    element = HALF_BYTES if config.model.bf16 and not config.lora.is_on else FP32_BYTES
     groups = (
         (group(cluster, sizes.replicas, sizes.tp), dense),
         (group(cluster, sizes.expert_replicas, sizes.ep * sizes.etp), expert),

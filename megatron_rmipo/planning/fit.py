@@ -30,7 +30,7 @@ def rank_memory(
         gpus: all of them.
         num_scored: scored tokens of a full pack.
         num_packs: of a gradient pass on a rank.
-        mixed: a reference stands beside the policy, and its logits are mixed with the policy's.
+        mixed: a reference's logits are mixed with the policy's; it stands beside, where it is not the policy without its adapter.
         passes_before: responses alone are scored in packs of their own, which hold more tokens.
     """
     capacity = config.data.tokens_per_microbatch

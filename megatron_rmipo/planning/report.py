@@ -13,7 +13,7 @@ from megatron_rmipo.planning.short_numbers import figure
 
 ESTIMATED = "Estimated from lengths, sizes and data sheets; nothing was run."
 # What the command of a run says by itself.
-_SECTIONS = ("parallel", "model", "memory", "experts", "data", "training")
+_SECTIONS = ("parallel", "model", "lora", "memory", "experts", "data", "training")
 _LINE = 110
 
 
@@ -59,7 +59,7 @@ def describe_layout(one: Estimate, num_pairs: int, unit: str = "epoch") -> list[
 
 
 def layout_flags(config: Config) -> list[str]:
-    """The flags of a configuration that are not at their defaults: those of layout, memory, packs and batch."""
+    """The flags of a configuration that are not at their defaults: those of layout, adapter, memory, packs and batch."""
     flags = []
     for name in _SECTIONS:
         section, defaults = getattr(config, name), getattr(Config(), name)

@@ -14,9 +14,9 @@ import numpy as np
 
 from megatron_rmipo.config.pipeline_split import stage_layers, stage_shares
 from megatron_rmipo.config.schema import Config
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, PassCosts, Stages, least_length, simulated_length
+from megatron_rmipo.data.batches.pipeline_bubble import PassCosts, Stages, least_length, simulated_length
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.memory.standing import stage_parameters
+from megatron_rmipo.memory.standing import stage_parameters, trained_parameters
 from megatron_rmipo.model.flops import forward_cost_model
 from megatron_rmipo.planning.communication import handover_seconds, pack_seconds, replica_seconds
 from megatron_rmipo.planning.hardware import Cluster
@@ -27,6 +27,8 @@ from megatron_rmipo.planning.workload import Workload
 DENSE_SHARE, EXPERT_SHARE = 0.61, 0.195
 # Bytes that a pack moves for each weight of a rank besides its products: it is read twice and its fp32 gradient is added to.
 WEIGHT_BYTES = 12.0
+# Of them those of a backward for a frozen weight, which is read.
+FROZEN_BYTES = 2.0
 # Bytes that Adam moves for each number that it updates: gradient, weight and two moments in fp32, back again, a bf16 weight.
 UPDATE_BYTES = 30.0
 
@@ -69,21 +71,20 @@ def step_seconds(
         simulated: False says of how long stages wait the least that it can be, and is soon done.
     """
     sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
-    dense, expert = shard_parameters(arch, config)
     parts: dict[str, float] = {}
     passes = []
     for one, tokens in zip(load.passes, load.tokens, strict=True):
-        seconds = _pass_seconds(arch, config, cluster, one, tokens, dense + expert, tensor_overlapped=tensor_overlapped)
+        seconds = _pass_seconds(arch, config, cluster, one, tokens, tensor_overlapped=tensor_overlapped)
         for name, of_packs in seconds.items():
             parts[name] = parts.get(name, 0.0) + float(of_packs.sum()) / sizes.pp
         layers = np.asarray(sum(of_packs for name, of_packs in seconds.items() if name != "output layer"))
-        # What a backward takes beyond twice the forward is spread over both.
-        factor = 1.0 + BACKWARD * one.backward
-        passes.append(PassCosts(layers / factor, seconds["output layer"] / factor, one.backward))
+        # What a backward takes beyond its products is spread over both.
+        back, head_back = one.back_over_forward, one.head_back_over_forward
+        passes.append(PassCosts.scaled(layers / (1 + back), seconds["output layer"] / (1 + head_back), back, head_back))
     stages = Stages(stage_shares(arch.num_layers, config.parallel))
     length = simulated_length if simulated else least_length
     parts["waiting"] = length(passes, stages) - sum(parts.values())
-    parts.update(_update_seconds(config, cluster, sizes, passes[-1], dense, expert))
+    parts.update(_update_seconds(config, cluster, sizes, passes[-1], *trained_shard(arch, config)))
     total = sum(parts.values())
     return StepSeconds({name: each for name, each in parts.items() if each > 1e-4 * total}, load.flops / total / cluster.gpus)
 
@@ -94,19 +95,17 @@ def _pass_seconds(
     cluster: Cluster,
     one: PassCosts,
     tokens: float,
-    shard: float,
     *,
     tensor_overlapped: bool,
 ) -> dict[str, np.ndarray]:
     """Seconds of each pack of a pass, forward and backward, all stages together, float64 ``[M]`` by name.
 
-    ``tokens`` are of all packs, ``shard`` the numbers in a rank's weights.
+    ``tokens`` are of all packs.
     """
     sizes = Sizes.of(config.parallel, arch.num_layers, cluster.gpus)
     # Tokens of each pack, about: the layers cost by them.
     of_packs = tokens * one.layers / max(float(one.layers.sum()), 1e-9)
     mean = tokens / len(one.layers)
-    rounds = 1.0 + BACKWARD * one.backward
     rate = cluster.gpu.peak * DENSE_SHARE
     shards = sizes.tp * sizes.cp
     per_token = expert_flops(arch)
@@ -116,11 +115,14 @@ def _pass_seconds(
     even = of_packs / max(mean, 1e-9)
     again = one.backward * recomputed_share(arch, config)
     exchanges = 1.0 + one.backward + again
-    weights = WEIGHT_BYTES / 3.0 * shard * sizes.pp / cluster.gpu.memory_rate
+    shard, trained = sum(shard_parameters(arch, config)), sum(trained_shard(arch, config))
+    moved = WEIGHT_BYTES / 3.0 * shard
+    if one.backward:
+        moved += WEIGHT_BYTES * 2.0 / 3.0 * trained + FROZEN_BYTES * max(0.0, shard - trained)
     handover = handover_seconds(arch, config, cluster, mean) * sizes.pp * sizes.chunks * (1.0 + one.backward)
     return {
-        "compute": forward * rounds + weights * rounds,
-        "output layer": one.head / shards / rate * rounds,
+        "compute": forward * (1.0 + one.layers_back / np.maximum(one.layers, 1e-9)) + moved * sizes.pp / cluster.gpu.memory_rate,
+        "output layer": (one.head + one.head_back) / shards / rate,
         "recomputation": forward * again + one.backward * _modules_again(arch, config, one.layers, of_packs) / shards / rate,
         "tensor parallel": (0.0 if tensor_overlapped else messages.tensor * exchanges) * even,
         # A backward gathers keys once more, and scatters their gradients.
@@ -154,7 +156,7 @@ def _modules_again(arch: ModelArchitecture, config: Config, layers: np.ndarray, 
         modules.add("core_attn")
     if not modules:
         return np.zeros_like(layers)
-    attention = layers - forward_cost_model(arch).per_token * tokens
+    attention = layers - forward_cost_model(arch, config.lora).per_token * tokens
     dense = 6.0 * arch.hidden_size * arch.ffn_hidden_size * len(arch.dense_layers) * tokens
     shared_size = arch.experts.shared_ffn_hidden_size if arch.experts else 0
     shared = 6.0 * arch.hidden_size * shared_size * len(arch.expert_layers) * tokens
@@ -183,6 +185,13 @@ def shard_parameters(arch: ModelArchitecture, config: Config) -> tuple[float, fl
     return float(dense), float(expert)
 
 
+def trained_shard(arch: ModelArchitecture, config: Config) -> tuple[float, float]:
+    """Of a rank's numbers, mean over the stages, those that are trained: without experts, in experts."""
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    dense, expert = np.mean([np.sum(trained_parameters(arch, config, stage), axis=0) for stage in stages], axis=0)
+    return float(dense), float(expert)
+
+
 def _update_seconds(
     config: Config, cluster: Cluster, sizes: Sizes, gradient: PassCosts, dense: float, expert: float
 ) -> dict[str, float]:
@@ -190,7 +199,7 @@ def _update_seconds(
     sent = replica_seconds(config, sizes, cluster, dense, expert)
     forward = float(gradient.layers.mean()) / sizes.pp
     hidden = (
-        BACKWARD * forward if config.parallel.overlap_grad_reduce else 0.0,
+        gradient.back_over_forward * forward if config.parallel.overlap_grad_reduce else 0.0,
         forward if config.parallel.overlap_param_gather else 0.0,
     )
     sharded = config.parallel.use_distributed_optimizer

@@ -82,8 +82,8 @@ class Workloads:
     def head_share(self, config: Config) -> float:
         """Work of the output layer over that of all layers, in the gradient pass of all pairs."""
         sizes = self.layout(config, 1).gradient_sizes(self.pairs.lengths)
-        head = float(sizes.head_costs.sum())
-        return head / max(1.0, float(sizes.costs.sum()) - head)
+        head = float((sizes.head_costs + sizes.head_backward_costs).sum())
+        return head / max(1.0, float((sizes.costs + sizes.backward_costs).sum()) - head)
 
     def of(self, config: Config, dp_size: int) -> Workload:
         """The first global batch under some flags."""
@@ -132,9 +132,13 @@ def equal_sequences(arch: ModelArchitecture, length: int, packs: int, sequences:
     """
     cost = forward_cost_model(arch)
     area = sum(per_area * _seen(length, window) for window, per_area in cost.per_windowed_area)
-    layers = cost.per_token * length + cost.per_area * _seen(length, None) + area
-    head = cost.per_scored_token * length
-    one = PassCosts(np.full(packs, sequences * layers), np.full(packs, sequences * head), backward=True)
+    attention = cost.per_area * _seen(length, None) + area
+    layers, head, backward = cost.per_token * length, cost.per_scored_token * length, cost.backward
+    costs = (
+        *(layers + attention, head),
+        *(backward.tokens * layers + backward.area * attention, backward.scored_tokens * head),
+    )
+    one = PassCosts(*(np.full(packs, sequences * each) for each in costs))
     tokens = float(packs * sequences * length)
     return Workload((one,), (tokens,), one.work * replicas, packs * sequences * replicas, tokens * replicas)
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
         perturbed_linear_logprobs,
         vocab_parallel_logprobs,
     )
+    from megatron_rmipo.model.lora.foreign import add_adapter
     from megatron_rmipo.plugin.batches import preference_batches
     from megatron_rmipo.plugin.dataset import PreferenceCollator, PreferenceDataset
     from megatron_rmipo.plugin.scores import PairScores, score, score_reference
     from megatron_rmipo.plugin.step import PreferenceStep
+    from megatron_rmipo.plugin.without_adapters import adapters_off
 
 _MODEL, _OWN = "megatron_rmipo.model", "megatron_rmipo.plugin"
 # Name -> (module, its name there).
@@ -31,6 +33,8 @@ _PUBLIC = {
     "PreferenceDataset": (f"{_OWN}.dataset", "PreferenceDataset"),
     "PreferenceStep": (f"{_OWN}.step", "PreferenceStep"),
     "ReferenceHead": (f"{_MODEL}.logprobs", "ReferenceHead"),
+    "add_adapter": (f"{_MODEL}.lora.foreign", "add_adapter"),
+    "adapters_off": (f"{_OWN}.without_adapters", "adapters_off"),
     "attach": (f"{_MODEL}.adopt", "attach_model"),
     "detach": (f"{_MODEL}.adopt", "detach_model"),
     "linear_logprobs": (f"{_MODEL}.logprobs", "linear_logprobs"),
@@ -47,6 +51,8 @@ __all__ = [
     "PreferenceDataset",
     "PreferenceStep",
     "ReferenceHead",
+    "adapters_off",
+    "add_adapter",
     "attach",
     "detach",
     "linear_logprobs",

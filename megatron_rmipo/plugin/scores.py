@@ -7,6 +7,7 @@ Shape letter: P pairs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_rmipo.objectives.contract import check_objective
 from megatron_rmipo.passes.row_problems import check_rows
 from megatron_rmipo.passes.rows import scores_everywhere
 from megatron_rmipo.plugin.context import ContextTokenId, context_token
+from megatron_rmipo.plugin.without_adapters import adapters_off, has_adapters
 from megatron_rmipo.runtime.evaluation_mode import evaluating
 from megatron_rmipo.runtime.groups import ProcessGroups
 
@@ -135,6 +137,8 @@ def score_reference(
 ) -> None:
     """Give pairs what an objective reads of its reference: the log-probs of the model as it is now. Before training, then.
 
+    Of a model that has adapters it is the model with them off, whether they are trained already or not.
+
     Afterwards :func:`megatron_rmipo.plugin.batches.preference_batches` takes the pairs for the objective.
 
     Args:
@@ -144,7 +148,8 @@ def score_reference(
         objective: what is going to be trained.
 
     Raises:
-        ConfigError: as there; the objective reads none, or ``pairs`` is nothing that could keep them.
+        ConfigError: as there; the objective reads none, ``pairs`` is nothing that could keep them, or the model is trained
+            beside adapters of Megatron-Bridge.
         DataError: a log-prob is not finite, or all prompts of a data set are the same.
     """
     check_objective(objective)
@@ -162,19 +167,16 @@ def score_reference(
         )
     if needs.mismatched and pairs.mismatched is None:
         pairs.match_anew()
-    for _, part in pairs.read_under_reference(matched=needs.reference):
-        once = part.distinct()
-        part.reference_scores = _by_store(
-            once,
-            reference_logps(
-                model,
-                once,
-                tokens_per_microbatch=tokens_per_microbatch,
-                share_prompts=share_prompts,
-                multiple_of=multiple_of,
-                groups=groups,
-            ),
-        )
+    options = {
+        "tokens_per_microbatch": tokens_per_microbatch,
+        "share_prompts": share_prompts,
+        "multiple_of": multiple_of,
+        "groups": groups,
+    }
+    with adapters_off(model) if has_adapters(model) else contextlib.nullcontext():
+        for _, part in pairs.read_under_reference(matched=needs.reference):
+            once = part.distinct()
+            part.reference_scores = _by_store(once, reference_logps(model, once, **options))
 
 
 def reference_logps(model: Chunks, pairs: PairCollection, **options: Any) -> Scores:

@@ -14,6 +14,7 @@ from torch.nn import Module
 from megatron_rmipo.data.batches.batch_builder import RankBatch
 from megatron_rmipo.data.batches.padding import Row
 from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.model.lora.switch import AdapterView
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.objectives.base import Objective, State
 from megatron_rmipo.objectives.contract import check_objective, check_state
@@ -24,6 +25,7 @@ from megatron_rmipo.passes.step_passes import PairMetrics, gather_pair_metrics, 
 from megatron_rmipo.plugin.batches import Microbatch
 from megatron_rmipo.plugin.dataset import given_rows, read_of_whole_batch
 from megatron_rmipo.plugin.loop_checks import check_auxiliary_losses, check_loop, refuse_different_batches
+from megatron_rmipo.plugin.without_adapters import has_adapters, is_same_model
 from megatron_rmipo.runtime.evaluation_mode import evaluating
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.runtime.transfers import to_device
@@ -42,7 +44,8 @@ class PreferenceStep:
 
     Args:
         objective: what is trained.
-        reference: of objectives that keep one in memory: an attached model on this rank, frozen, or its chunks.
+        reference: of objectives that keep one in memory: an attached model on this rank, frozen, or its chunks. The model that is
+            trained is one where it has adapters: what it is with them off.
         groups: the process groups of this rank; None: Megatron's.
 
     Attributes:
@@ -114,7 +117,7 @@ class PreferenceStep:
 
         Raises:
             ConfigError: on every rank: their batches differ, or the loop has not run all micro-batches of the batch before. Or on
-                this rank: the model cannot take its rows.
+                this rank: the model cannot take its rows, or is its own reference and has no adapters.
         """
         self._begin(model, batch, (self.groups.dp, self.groups.mp))
 
@@ -130,10 +133,21 @@ class PreferenceStep:
             self.after_step()
         with evaluating(model) as trains:
             check_lengths(model, batch.conditional, messages_of_megatron=trains)
-            prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self.reference)
+            prepared = prepare_batch(model, batch, self.objective, self.state, self.groups, self._reference_beside(model))
         self._current, self._prepared, self._advances = batch, prepared, trains
         self._known, self._tokens = KnownPairs.of(batch, prepared), _tokens_of_pairs(model, batch)
         self._reports, self._seen = [], set()
+
+    def _reference_beside(self, model: Chunks) -> Chunks | AdapterView | None:
+        """The reference; the model itself is one with its adapters off."""
+        if self.reference is None or not is_same_model(self.reference, model):
+            return self.reference
+        if not has_adapters(model):
+            raise ConfigError(
+                f"objective {self.objective.name}: the reference is the model that is trained, which has no adapters that could "
+                "be off: they would never differ. Give PreferenceStep a second model with the reference's weights."
+            )
+        return AdapterView(self.reference, None)
 
     def after_step(self, *, updated: bool = True) -> PairMetrics:
         """Metrics of the batch that was run, and what the objective carries on from it. All ranks call it together.
@@ -228,7 +242,8 @@ def _check_reference(objective: Objective, reference: Chunks | None) -> None:
     if keeps and reference is None:
         raise ConfigError(
             f"objective {objective.name} mixes logits with those of a reference in memory: PreferenceStep(objective, "
-            "reference=model), a second model with the reference's weights, attached and in the same layout of ranks."
+            "reference=model), a second model with the reference's weights, attached and in the same layout of ranks; or the "
+            "model that is trained, where it has adapters."
         )
     if reference is not None and not keeps:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The model card of a trained model: what it was made from, how, and what that did to held-out pairs.
+"""The model card of a trained model or adapter: what it was made from, how, and what that did to held-out pairs.
 
 Form: the Hugging Face Hub's model cards, Markdown behind YAML that the Hub reads (``base_model``, ``datasets``, ``tags`` and the
 like). Paths of the machine that trained are left out: what they end in names them.
@@ -35,8 +35,10 @@ _FIGURES = {
 }
 _TRAINING = (
     *("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "seed", "bf16"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "seed", "bf16", "lora_plus_ratio", "quantize_base"),
 )
+# Of an adapter, by their names in PEFT's config.
+_ADAPTER = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "modules_to_save")
 
 
 def model_card(
@@ -48,8 +50,10 @@ def model_card(
     step: int,
     consumed_pairs: int,
     layout: str,
+    adapter: Mapping[str, Any] | None = None,
+    is_merged: bool = True,
 ) -> str:
-    """The card of a run's model.
+    """The card of a run's model, or of its adapter.
 
     Args:
         config: the run's.
@@ -59,21 +63,31 @@ def model_card(
             is no table.
         step, consumed_pairs: how far it is.
         layout: the ranks, in words.
+        adapter: where one was trained, its ``adapter_config.json``.
+        is_merged: whether the card is of the model that it is merged into, and not of the adapter alone.
     """
-    name = Path(config.checkpoint.save_hf or config.checkpoint.save or "model").name
-    objective = config.objective.objective
+    is_alone = adapter is not None and not is_merged
+    saved = config.lora.save_adapter if is_alone else config.checkpoint.save_hf
+    name = Path(saved or config.checkpoint.save or "model").name
+    base_name, objective = hub_name(base), config.objective.objective
+    by = f"trained on preferences with `{objective}` by megatron_rmipo on Megatron-Core"
+    made = f"{base_name or base.name}, {by}{'' if adapter is None else '; what was trained is a LoRA adapter, merged into it'}."
+    if is_alone:
+        made = f"A LoRA adapter of {base_name or base.name}, {by}."
     flags = config.to_flat_dict()
     settings = {"steps": step, "pairs": consumed_pairs, **{key: flags[key] for key in _TRAINING if flags.get(key) is not None}}
     parts = [
-        _front_matter(base, data.values(), objective),
+        _front_matter(base_name, data.values(), objective, has_adapter=adapter is not None, is_alone=is_alone),
         f"# {name}",
-        f"{hub_name(base) or base.name}, trained on preferences with `{objective}` by megatron_rmipo on Megatron-Core.",
+        made,
+        *(_use(base_name or f"path/to/{base.name}") if is_alone else ()),
         "## Data",
         _table(("data set", "from", "rows", "tokens", "chat template"), [_data_row(*one) for one in data.items()]),
         "## Objective",
         _table(("option", "value"), [("objective", objective), *config.objective.options.items()]),
         "## Training",
         _table(("setting", "value"), [*settings.items(), ("layout", layout)]),
+        *(_adapter(adapter) if adapter is not None else ()),
         *_held_out(records),
         "## Versions",
         _table(("package", "version"), [("megatron_rmipo", megatron_rmipo.__version__), *map(_version, _PACKAGES)]),
@@ -90,13 +104,28 @@ def hub_name(path: Path | str) -> str | None:
     return text if _ON_THE_HUB.fullmatch(text) and not text.startswith(".") and not Path(text).exists() else None
 
 
-def _front_matter(base: Path, manifests: Iterable[Manifest], objective: str) -> str:
+def _use(base: str) -> list[str]:
+    code = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    code += [f'base = AutoModelForCausalLM.from_pretrained("{base}")', 'model = PeftModel.from_pretrained(base, "path/to/this")']
+    return ["## Use", "\n".join(("```python", *code, "```"))]
+
+
+def _adapter(config: Mapping[str, Any]) -> list[str]:
+    told = {name: config[name] for name in _ADAPTER if name in config}
+    rows = [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in told.items()]
+    return ["## Adapter", _table(("field", "value"), rows)]
+
+
+def _front_matter(
+    base_name: str | None, manifests: Iterable[Manifest], objective: str, *, has_adapter: bool, is_alone: bool
+) -> str:
     names = [hub_name(source["name"]) for manifest in manifests for source in manifest.sources if source.get("bytes") is None]
     datasets = list(dict.fromkeys(name for name in names if name is not None))
     tags = ["megatron-rmipo", "megatron-core", "preference-optimization", objective]
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base_name := hub_name(base):
-        fields |= {"base_model": base_name, "base_model_relation": "finetune"}
+    tags += ["lora"] if has_adapter else []
+    fields: dict[str, Any] = {"library_name": "peft" if is_alone else "transformers", "pipeline_tag": "text-generation"}
+    if base_name is not None:
+        fields |= {"base_model": base_name, "base_model_relation": "adapter" if is_alone else "finetune"}
     if datasets:
         fields["datasets"] = datasets
     fields["tags"] = tags + ([f"arxiv:{_ARXIV_OF_RMIPO}"] if objective == "rmipo" else [])

@@ -1,4 +1,4 @@
-"""Command line of ``tools/push_to_hub.py``: an exported model to the Hugging Face Hub."""
+"""Command line of ``tools/push_to_hub.py``: an exported model or adapter to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.publishing.exported import Exported, read_export
 
 _DESCRIPTION = """\
-Send a model that --save-hf or convert_megatron_to_hf.py wrote to the Hugging Face Hub. Without --yes it says what would be
-sent, and sends nothing. The token is read from HF_TOKEN."""
+Send a model that --save-hf or convert_megatron_to_hf.py wrote, or an adapter that --save-adapter wrote, to the Hugging Face
+Hub. Without --yes it says what would be sent, and sends nothing. The token is read from HF_TOKEN."""
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN_LINES = 60
 
@@ -23,7 +23,7 @@ _SHOWN_LINES = 60
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(prog="push_to_hub.py", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the exported model, with its card README.md")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the exported model or adapter, with its card README.md")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub; made where it is missing")
     parser.add_argument("--yes", action="store_true", help="send it")
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
@@ -47,7 +47,8 @@ def push(flags: argparse.Namespace, api: Any = None) -> None:
         api: what stands for :class:`huggingface_hub.HfApi`.
 
     Raises:
-        ConfigError: the directory is no whole model, the repository has no such name, there is no token, or the Hub refuses.
+        ConfigError: the directory is no whole model or adapter, the repository has no such name, there is no token, or the Hub
+            refuses.
     """
     if not _REPO.fullmatch(flags.repo):
         raise ConfigError(f"{flags.repo}: not the name of a repository. Name it as OWNER/NAME, such as my-name/llama3-8b-rmipo.")

@@ -132,9 +132,14 @@ def _refuse_idle_flags(config: Config, needs: LogpNeeds) -> None:
     kept = needs.reference or needs.mismatched
     resident = needs.perturbation is not None
     reason = "keeps no log-probs of its reference" if resident else "has no reference"
-    for name, is_used in (("reference_hf", kept or resident), ("reference_load", kept or resident), ("reference_cache", kept)):
-        if getattr(config.model, name) is not None and not is_used:
-            flag = "--" + name.replace("_", "-")
+    given = {
+        "--reference-hf": (config.model.reference_hf, kept or resident),
+        "--reference-load": (config.model.reference_load, kept or resident),
+        "--reference-adapter": (config.lora.reference_adapter, kept or resident),
+        "--reference-cache": (config.model.reference_cache, kept),
+    }
+    for flag, (value, is_used) in given.items():
+        if value is not None and not is_used:
             raise ConfigError(f"{flag} does nothing: --objective {config.objective.objective} {reason}. Leave it out.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_rmipo.checkpoint.adapter_source import with_adapter_said
 from megatron_rmipo.checkpoint.source import find_model
 from megatron_rmipo.command import DONE
 from megatron_rmipo.config.flag_problems import planning_problems, refuse
@@ -30,6 +31,7 @@ def dry_run(config: Config, rendezvous: Rendezvous) -> int:
         RmipoError: a fault the user can mend.
         OutOfMemoryError: the layout does not fit.
     """
+    config = with_adapter_said(config)
     planning, launch = config.planning, rendezvous.launch
     refuse(list(planning_problems(planning)))
     gpus = planning.gpus or launch.world_size

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from megatron_rmipo.checkpoint.adapter_source import with_adapter_said
 from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.makers import maker_of
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
@@ -54,9 +55,11 @@ from megatron_rmipo.training.observers import (
 from megatron_rmipo.training.outputs import (
     RunCheckpoints,
     beside_weights,
+    card_of_run,
     check_outputs,
     own_save_directory,
     save_hf,
+    save_trained_adapter,
     where_it_stands,
 )
 from megatron_rmipo.training.plan import RunPlan, plan_run
@@ -98,6 +101,7 @@ def run_training(config: Config, rendezvous: Rendezvous) -> None:
     """
     rendezvous.timeout_minutes = config.parallel.distributed_timeout_minutes
     rendezvous.compare(told_facts(config.to_flat_dict(), rendezvous.launch.local_rank))
+    config = with_adapter_said(config)
     check_environment(tracker_packages(config.logging))
     look = rendezvous.look_once
     config = after_restarts(config, rendezvous.launch.restarts, launched_at(), look=look)
@@ -156,12 +160,14 @@ def _train_by_plan(
 
 
 def _export(run: Run, plan: RunPlan) -> None:
-    """The trained model, or that of the best evaluation, where ``--save-hf`` names a place."""
+    """The trained model and adapter, or those of the best evaluation, where ``--save-hf`` and ``--save-adapter`` name a place."""
     run.heartbeat.doing("export")
     step = run.progress.step
     if run.config.checkpoint.save_hf_from == "best":
         step = run.checkpoints.load_best()
-        run.reporter.say(f"--save-hf is from step {step}, the best by {run.config.evaluation.keep_best}")
+        run.reporter.say(f"the export is from step {step}, the best by {run.config.evaluation.keep_best}")
+    adapter_card = partial(card_of_run, plan, run.groups, step, of_adapter=True)
+    save_trained_adapter(run.config, plan.source, run.state, run.groups, adapter_card)
     save_hf(
         run.config, plan.source, run.state, run.progress, run.groups, run.stop, partial(beside_weights, plan, run.groups, step)
     )

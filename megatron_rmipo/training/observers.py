@@ -16,6 +16,7 @@ from megatron_rmipo.families.foreign import ForeignArchitecture
 from megatron_rmipo.families.tensors import active_parameters, num_parameters
 from megatron_rmipo.model.attention.packed import choose_backend
 from megatron_rmipo.model.flops import peak_flops
+from megatron_rmipo.model.lora.numbers import describe_trained
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.model.problems.experts import expert_tensor_size
 from megatron_rmipo.reports.held_out import FEWEST_PAIRS
@@ -58,6 +59,8 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     config, progress, say = run.config, run.progress, run.reporter.say
     say(f"model: {_size(source.arch)} ({source.arch.family}), {_where_it_starts(source, progress)}")
     say(f"data: {len(run.pairs.pairs):,} pairs to train on, {_held_out(run)}")
+    if config.lora.is_on:
+        say(f"trained: {describe_trained(source.arch, config.lora)}")
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
     weighted = ", losses times each pair's weight" if config.objective.pair_weight else ""
     say(f"objective: {config.objective.objective}" + (f" ({options})" if options else "") + weighted)

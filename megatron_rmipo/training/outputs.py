@@ -9,12 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_rmipo.checkpoint.adapter_source import save_adapter
 from megatron_rmipo.checkpoint.hf.for_inference import NOTHING_ELSE, Beside
 from megatron_rmipo.checkpoint.megatron.commit import prune_checkpoints, write_best
 from megatron_rmipo.checkpoint.megatron.directory import best_iteration, checkpoint_path, iterations_of
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.owner import DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.store import CheckpointSaver
+from megatron_rmipo.checkpoint.peft.forms import form_of_plan
 from megatron_rmipo.checkpoint.source import ModelSource, checkpoint_to_go_on_from, holds_checkpoints, saved_flags
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory
 from megatron_rmipo.config.schema import Config
@@ -39,10 +41,12 @@ def check_outputs(config: Config, source: ModelSource) -> None:
 
     Raises:
         ConfigError: ``--save`` is a file, or holds checkpoints of a run that this one does not go on with, or of another program.
-        ConversionError: ``--save-hf`` holds something.
+        ConversionError: ``--save-hf`` or ``--save-adapter`` holds something.
     """
     if config.checkpoint.save_hf is not None:
         check_output_directory(Path(config.checkpoint.save_hf), "--save-hf")
+    if config.lora.save_adapter is not None:
+        check_output_directory(Path(config.lora.save_adapter), "--save-adapter")
     if config.checkpoint.save is None:
         return
     save = Path(config.checkpoint.save)
@@ -233,6 +237,34 @@ class RunCheckpoints:
         self._saver.wait()
 
 
+def save_trained_adapter(
+    config: Config, source: ModelSource, state: TrainingState, groups: ProcessGroups, card: Callable[[], str | None]
+) -> None:
+    """Write the trained adapter as PEFT has it, where ``--save-adapter`` names a directory. All ranks call it together.
+
+    Args:
+        config: the run's.
+        source: the adapted model.
+        state: that trained it.
+        groups: the process groups of this rank.
+        card: on the first rank: the text of its model card.
+
+    Raises:
+        ConversionError: it cannot be written.
+    """
+    if config.lora.save_adapter is None:
+        return
+    assert source.adapters is not None
+    state.gather_parameters()
+    save_adapter(state.policy, source.adapters, source.arch, _base_of(source), Path(config.lora.save_adapter), groups, card)
+
+
+def _base_of(source: ModelSource) -> Path:
+    """The directory of the frozen model that an adapter's config names."""
+    assert source.base is not None
+    return source.base.assets if source.base.hf_weights is None else source.base.hf_weights
+
+
 def save_hf(
     config: Config,
     source: ModelSource,
@@ -289,20 +321,27 @@ def beside_weights(plan: RunPlan, groups: ProcessGroups, step: int | None = None
         groups: the process groups of this rank.
         step: after which the weights are those of the model; None: as it is now.
     """
-    config, progress = plan.config, plan.start.progress
+    return Beside(plan.data.chat.form, card_of_run(plan, groups, step))
+
+
+def card_of_run(plan: RunPlan, groups: ProcessGroups, step: int | None = None, *, of_adapter: bool = False) -> str:
+    """The card of a run's model, or of its adapter; as :func:`beside_weights`."""
+    config, progress, source = plan.config, plan.start.progress, plan.source
     step = progress.step if step is None else step
     metrics = config.log_directory / METRICS_FILE
     records = [record for record in read_records(metrics) if record["step"] <= step] if metrics.is_file() else []
-    card = model_card(
+    adapters = source.adapters
+    return model_card(
         config,
-        Path(config.model.load_hf or saved_flags(plan.source).get("load_hf") or plan.source.directory),
+        Path(config.model.load_hf or saved_flags(source).get("load_hf") or source.directory),
         plan.data.manifests,
         records,
         step=step,
         consumed_pairs=next((one["consumed_pairs"] for one in reversed(records) if one["step"] == step), progress.consumed_pairs),
         layout=f"TP {groups.tp_size} x PP {groups.pp_size} x CP {groups.cp_size} x DP {groups.dp_size}",
+        adapter=None if adapters is None else form_of_plan(adapters.plan, source.arch, str(_base_of(source))).to_config(),
+        is_merged=not of_adapter,
     )
-    return Beside(plan.data.chat.form, card)
 
 
 def where_it_stands(config: Config, progress: Progress) -> str:

@@ -107,7 +107,9 @@ def starting_point(
     # Checkpoints of before these were saved hold neither.
     state = saved.pop("objective_state", {})
     progress = _known_progress(saved, source)
-    differences = _differences(progress, now, objective)
+    # Quantized otherwise, frozen weights would be others, and so would what the adapter is trained to change.
+    frozen = (flag_of("quantize_base"), flags.get("quantize_base"), config.lora.quantize_base)
+    differences = [*_differences(progress, now, objective), frozen]
     changed = [f"{title} was {was}, is {is_now}" for title, was, is_now in differences if was != is_now]
     if changed:
         raise ConfigError(

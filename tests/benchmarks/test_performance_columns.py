@@ -20,6 +20,7 @@ from benchmarks import (
     bench_flops,
     bench_gpu,
     bench_logprobs,
+    bench_lora,
     bench_memory,
     bench_order,
     bench_pipeline,
@@ -41,6 +42,7 @@ from benchmarks.report import read_rows, report
 from benchmarks.scale_world import Measured
 from tests.benchmarks import test_bench_start
 from tests.benchmarks.test_bench_checkpoint import FOUND
+from tests.benchmarks.test_bench_lora import COSTS
 from tests.benchmarks.test_bench_memory import LAYOUT, counted
 
 SPREAD = Spread(1.0, 2.0, 3.0)
@@ -117,6 +119,11 @@ def write_memory(path: Path, patch: pytest.MonkeyPatch) -> None:
     assert bench_memory.main(["--csv", str(path)]) == 0
 
 
+def write_lora(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench_lora, "measure", lambda *_: COSTS)
+    assert bench_lora.main(["--csv", str(path)]) == 0
+
+
 def write_order(path: Path, patch: pytest.MonkeyPatch) -> None:
     parts = {
         "start_": ("cpu_seconds", "peak_megabytes"),
@@ -162,6 +169,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "results_checkpoint.csv": write_checkpoint,
     "results_start.csv": write_start,
     "results_memory.csv": write_memory,
+    "results_lora.csv": write_lora,
     "results_order.csv": write_order,
     "results_gpu.csv": write_gpu,
 }

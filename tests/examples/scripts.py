@@ -14,6 +14,7 @@ from megatron_rmipo.objectives.arguments import parse_arguments
 ROOT = Path(__file__).parent.parent.parent
 LAPTOP = "run_rmipo_smollm2.sh"
 LLAMA = "run_rmipo_llama3_8b.sh"
+LORA = "run_rmipo_llama3_8b_lora.sh"
 TWO_NODES = {"NUM_NODES": "2", "MASTER_ADDR": "first"}
 # A stand-in notes how it was called and writes what the real command writes last.
 STAND_IN = """#!/usr/bin/env bash
@@ -31,7 +32,10 @@ while (($#)); do
         --output) mkdir -p "$2/model" && echo "{}" >"$2/model/config.json" ;;
         --output-prefix) mkdir -p "$(dirname "$2")" && echo "{}" >"$2.json" ;;
         --save) mkdir -p "$2" && echo "${STEP:-release}" >"$2/latest_checkpointed_iteration.txt" ;;
-        --save-hf) if [[ -n "${INTERRUPTED:-}" ]]; then exit 75; fi; mkdir -p "$2" && echo "{}" >"$2/config.json" ;;
+        --save-hf | --save-adapter)
+            if [[ -n "${INTERRUPTED:-}" ]]; then exit 75; fi
+            mkdir -p "$2" && echo "{}" >"$2/$([[ "$1" == *adapter ]] && echo adapter_)config.json"
+            ;;
     esac
     shift
 done

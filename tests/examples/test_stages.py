@@ -9,6 +9,7 @@ import pytest
 
 from tests.examples.scripts import (
     LLAMA,
+    LORA,
     TWO_NODES,
     calls,
     commands,
@@ -239,3 +240,42 @@ def test_the_result_goes_to_the_hub_where_that_is_asked_for(tmp_path: Path, yes:
     assert command[1].endswith("tools/push_to_hub.py")
     assert report[1].endswith("tools/report.py")
     assert command[3:] == last
+
+
+def test_an_adapter_stands_on_the_fine_tuned_model_beside_the_results_of_all_weights(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    variables = environment(tmp_path)
+    run_script(LLAMA, variables)
+    calls(tmp_path)
+    output = run_script(LORA, variables | {"MERGE": "1"})
+    assert output.count("already there") == 6, "what both start from is made once"
+    training, merging, summary, report = calls(tmp_path)
+    for words in (
+        "--lora-rank 16 --lora-alpha 32 --log-interval 5",
+        f"--load-hf {work}/sft-hf --save {work}/rmipo-lora --save-adapter {work}/adapter --objective rmipo",
+        "--lr 0.003",
+    ):
+        assert words in training
+    assert merging.endswith(f"merge_adapter.py --load-adapter {work}/adapter --base-hf {work}/sft-hf --save-hf {work}/merged-hf")
+    assert f"--model {work}/merged-hf" in summary
+    assert report.endswith(f"{work}/rmipo-lora --output {work}/report-lora.html")
+    run_script(LORA, variables | {"MERGE": "1"})
+    assert [*map(program_of, calls(tmp_path))] == ["tools/summarize_run.py", "tools/report.py"]
+    # Another adapter is another result.
+    message = run_script(LORA, variables | {"LORA_RANK": "8"}, expect=1)
+    assert f"rm -r {work}/rmipo-lora {work}/adapter" in message
+    assert "--lora-rank 8" in message
+
+
+def test_an_adapter_of_any_script_goes_on_from_its_checkpoint_and_its_model(tmp_path: Path) -> None:
+    variables = environment(tmp_path, **own_inputs(tmp_path), LORA_RANK="4")
+    run_script(LLAMA, variables | {"INTERRUPTED": "1", "STEP": "40"}, expect=75)
+    model, work = tmp_path / "model", tmp_path / "work"
+    # Nothing is converted: it is read as it is.
+    first = calls(tmp_path)
+    assert [*map(program_of, first)] == ["tools/preprocess_preferences.py", "megatron_rmipo.launch"]
+    assert f"--load-hf {model} --save" in first[-1]
+    run_script(LLAMA, variables)
+    assert f"--load-hf {model} --load {work}/rmipo-lora --save {work}/rmipo-lora" in calls(tmp_path)[0]
+    for alone in ({"LORA_ALPHA": "8"}, {"MERGE": "1"}):
+        assert "LORA_RANK=16" in run_script(LLAMA, environment(tmp_path, **own_inputs(tmp_path), **alone), expect=1)

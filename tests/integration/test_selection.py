@@ -44,7 +44,7 @@ def test_a_run_stops_early_and_exports_its_best_and_so_does_one_that_was_interru
     assert code == 0, said
     assert "data: 48 pairs to train on, 8 held out; 18 held out as odd" in said
     assert said.count("early stop: nll/chosen was best at step 2 (") == 1
-    assert "--save-hf is from step 2, the best by odd:rewards/accuracies" in said
+    assert "the export is from step 2, the best by odd:rewards/accuracies" in said
     assert list(evaluations(whole, "eval")) == list(evaluations(whole, "eval/odd")) == [0, 2, 4, 6, 8]
     assert list(losses(whole)) == list(range(1, 9))
     # The newest, and the best, which no --save-interval asked for.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import Config, DataConfig, ModelConfig
@@ -90,7 +91,10 @@ def test_where_no_pair_fits_other_flags_are_named_and_those_that_do_not_help_eno
     lines = suggestions(ARCH, flags, 2, shortage(free), least_tokens=4096)
     assert lines[0] == FULL
     assert not any(line.startswith("--tokens-per-microbatch") or "selective" in line for line in lines)
-    assert suggestions(ARCH, flags, 2, shortage(0.01), least_tokens=4096) == []
+    # What stands is what does not fit.
+    assert suggestions(ARCH, flags, 2, shortage(0.01), least_tokens=4096) == ["--lora-rank 16"]
+    adapter = dataclasses.replace(flags, lora=LoraConfig(lora_rank=8))
+    assert suggestions(ARCH, adapter, 2, shortage(0.01), least_tokens=4096) == []
 
 
 def test_what_a_measure_frees_beside_the_pack_counts() -> None:
@@ -177,12 +181,22 @@ def test_for_the_update_what_stands_is_made_smaller() -> None:
     assert [line.partition(" (")[0] for line in lines] == [
         "--use-distributed-optimizer",
         "--tensor-model-parallel-size 4 --sequence-parallel",
+        "--lora-rank 16",
     ]
     # Of 18 bytes a parameter, half of the parameters on a rank: 12 of 18 are shared by 4 ranks.
     assert [float(number) for number in re.findall(r"[\d.]+(?= of| GiB)", lines[0])] == pytest.approx(
         [9 * 8.03e9 / 2 / GIB, 18 * 8.03e9 / 2 / GIB], abs=0.02
     )
-    assert update_suggestions(ARCH, config(parallel={"use_distributed_optimizer": True}), 2) == []
+    sharded = config(parallel={"use_distributed_optimizer": True})
+    # Nothing is left but to train less: weights in two bytes, 16 for each of the adapter's numbers, of half the model.
+    (line,) = update_suggestions(ARCH, sharded, 2)
+    left = standing_memory(ARCH, dataclasses.replace(sharded, lora=LoraConfig(lora_rank=16)), 2, 0).total / GIB
+    assert line.startswith("--lora-rank 16 (")
+    assert float(line.partition("(")[2].partition(" ")[0]) == pytest.approx(left, abs=0.01)
+    # Not where a checkpoint holds weights that it would not go on with, nor of experts that can have none.
+    assert update_suggestions(ARCH, sharded, 2, optimizer="saved") == []
+    stacked = dataclasses.replace(ARCH, family="gpt_oss", experts=Experts(6, 2, 14336))
+    assert not any("lora" in line for line in update_suggestions(stacked, sharded, 2))
 
 
 def test_experts_are_spread_further_where_ranks_allow() -> None:
@@ -203,14 +217,15 @@ def test_later_resorts_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.partition(" (")[0] for line in lines] == [
         precise,
         "--use-precision-aware-optimizer --optimizer-cpu-offload",
+        "--lora-rank 16",
     ]
     # Of 18 bytes a parameter 12 are the optimizer's, and 6 of these are left; or none.
     share = 8.03e9 / 2 / GIB
-    for line, left in zip(lines, (12, 6), strict=True):
+    for line, left in zip(lines[:2], (12, 6), strict=True):
         assert [float(number) for number in re.findall(r"[\d.]+(?= of| GiB)", line)] == pytest.approx(
             [left * share, 18 * share], abs=0.02
         )
-    assert update_suggestions(ARCH, flags, 2, optimizer="saved") == lines
+    assert update_suggestions(ARCH, flags, 2, optimizer="saved") == lines[:2]
     assert update_suggestions(ARCH, flags, 2, optimizer="none") == []
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.bench_memory import MOST_ERROR, make_row
 from benchmarks.memory_layouts import LAYOUTS, count_layouts
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config, ModelConfig
@@ -22,10 +23,25 @@ PARAMETERS = 8_030_261_248
 PACK = PackSize(num_tokens=8192, num_scored=4096)
 # Of those of the benchmark, which has the others.
 SAMPLE = ("TP 2, sequence parallel", "PP 2", "DP 2, distributed optimizer, bf16", "EP 2, TP 2, sequence parallel, bf16")
+SAMPLE_OF_ADAPTERS = (
+    *("LoRA, one rank", "LoRA of some modules, others whole, bf16", "LoRA, the reference without it"),
+    *("LoRA, TP 2, sequence parallel, bf16", "LoRA, EP 2, experts, distributed optimizer"),
+)
+# Numbers in a rank-16 adapter of every matrix: of column-parallel ones B is cut and A is whole, of row-parallel ones the other.
+ADAPTER_CUT = 32 * 16 * ((4096 + 2 * 1024) + 4096 + 2 * 14336 + 14336)
+ADAPTER_WHOLE = 32 * 16 * (3 * 4096 + 4096 + 2 * 4096 + 4096)
+ADAPTER = ADAPTER_CUT + ADAPTER_WHOLE
 
 
-def config(*, model: dict[str, Any] | None = None, memory: dict[str, Any] | None = None, **parallel: Any) -> Config:
+def config(
+    *,
+    model: dict[str, Any] | None = None,
+    memory: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
+    **parallel: Any,
+) -> Config:
     return Config(
+        lora=LoraConfig(**(lora or {})),
         parallel=ParallelConfig(**parallel),
         model=ModelConfig(bf16=True, **(model or {})),
         memory=MemoryConfig(**(memory or {})),
@@ -44,6 +60,86 @@ def test_ranks_of_a_layout_allocate_what_is_estimated() -> None:
         for counted in ranks:
             row = make_row(layout, counted)
             assert row["error"] < MOST_ERROR, row
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_with_adapters_allocate_what_is_estimated(size: int) -> None:
+    sample = [layout for layout in LAYOUTS if layout.name in SAMPLE_OF_ADAPTERS and layout.ranks == size]
+    assert len(sample) == {1: 3, 2: 2}[size]
+    for layout, *ranks in zip(sample, *run_distributed(count_layouts, size, sample), strict=True):
+        for counted in ranks:
+            row = make_row(layout, counted)
+            assert row["error"] < MOST_ERROR, row
+
+
+def test_frozen_weights_have_no_gradients_and_no_state() -> None:
+    found = one(config(lora={"lora_rank": 16})).standing
+    assert found.weights == 2 * PARAMETERS + 4 * ADAPTER
+    # An adapter is in fp32, and is what is updated.
+    assert (found.gradients, found.master_weights, found.moments) == (4 * ADAPTER, 0, 8 * ADAPTER)
+    assert found.reference == 0
+    shared = one(config(lora={"lora_rank": 16}, tensor_model_parallel_size=2), world_size=2).standing
+    assert shared.gradients == 4 * (ADAPTER_CUT / 2 + ADAPTER_WHOLE)
+    sharded = one(config(lora={"lora_rank": 16}, use_distributed_optimizer=True), world_size=8).standing
+    assert (sharded.gradients, sharded.moments) == (4 * ADAPTER, 8 * ADAPTER / 8)
+    staged = stage_memories(LLAMA, config(lora={"lora_rank": 16}, pipeline_model_parallel_size=4), world_size=4, pack=PACK)
+    assert [stage.standing.gradients for stage in staged] == [ADAPTER] * 4
+    scoring = one(config(lora={"lora_rank": 16}), trains=False).standing
+    assert (scoring.total, scoring.weights) == (found.weights, found.weights)
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it() -> None:
+    lora: dict[str, Any] = {"lora_rank": 16}
+    mixed = one(config(lora=lora), reference=LLAMA, num_microbatches=3)
+    assert mixed.standing.reference == 0
+    assert mixed.pack.activations - one(config(lora=lora), num_microbatches=3).pack.activations == 3 * 4096 * 4096 * 2
+    another = one(config(lora=lora | {"reference_adapter": "DIR"}), reference=LLAMA).standing
+    assert another.reference == 4 * ADAPTER
+    named = one(config(lora=lora, model={"reference_hf": "DIR"}), reference=LLAMA).standing
+    assert named.reference == 2 * PARAMETERS
+
+
+def test_modules_that_are_trained_whole_stand_twice() -> None:
+    lora = {"lora_rank": 16, "lora_target_modules": ["linear_qkv"], "lora_modules_to_save": ["lm_head", "o_proj", "norm"]}
+    outer, inner, norm = 128256 * 4096, 32 * 4096 * 4096, 4096
+    adapter = 32 * 16 * (6144 + 3 * 4096)
+    found = one(config(lora=lora)).standing
+    assert found.reference == 2 * (outer + inner + norm)
+    assert found.gradients == 4 * (outer + inner + norm + adapter)
+    assert found.master_weights == 4 * (outer + inner + norm)
+    assert found.moments == 8 * (outer + inner + norm + adapter)
+    staged = stage_memories(LLAMA, config(lora=lora, pipeline_model_parallel_size=2), world_size=2, pack=PACK)
+    assert [stage.standing.reference for stage in staged] == [inner, inner + 2 * (outer + norm)]
+    shared = one(config(lora=lora, tensor_model_parallel_size=2), world_size=2).standing
+    assert shared.reference == outer + inner + 2 * norm
+
+
+def test_frozen_matrices_in_fewer_bits() -> None:
+    matrices = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    plain = one(config(lora={"lora_rank": 16}))
+    for kind, saved in (("int8", 1.0), ("nf4", 2 - 4.5 / 8)):
+        found = one(config(lora={"lora_rank": 16, "quantize_base": kind}))
+        assert plain.standing.weights - found.standing.weights == saved * matrices
+        # The largest one is made anew for each product.
+        assert found.pack.layer - plain.pack.layer == 2 * 4096 * 2 * 14336
+
+
+def test_inputs_are_kept_where_an_adapter_needs_them() -> None:
+    def activations(*names: str) -> float:
+        lora = {"lora_rank": 16, "lora_target_modules": list(names)}
+        return one(config(lora=lora)).pack.activations / 32 / 2
+
+    every, some = activations("all-linear"), activations("o_proj", "up_proj")
+    # Normed hidden states before the attention, the product before the last matrix; what the adapters of the others multiply.
+    projections = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "gate": (4096, 28672), "down": (14336, 4096)}
+    inputs = 8192 * (4096 + 14336)
+    narrow = 8192 * 16 * len(projections)
+    # A one below the other; B as high as the layer's output each, zeros among it.
+    columns = 16 * sum(columns for columns, _ in projections.values())
+    rows = 16 * (3 * 6144 + 28672 + 4096)
+    assert every - some == inputs + narrow + columns + rows
+    assert every < one(config()).pack.activations / 32 / 2 * 1.02
 
 
 def test_parts_add_up_to_the_peak() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.store.pair_store import TokenizedPair
@@ -38,7 +39,7 @@ ARCH = ModelArchitecture(
 class PlainModel(torch.nn.Module):
     """Matrix products alone: what a count of model FLOPs is made of."""
 
-    def __init__(self, arch: ModelArchitecture) -> None:
+    def __init__(self, arch: ModelArchitecture, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.arch = arch
         heads, groups, size, hidden = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels, arch.hidden_size
@@ -57,18 +58,34 @@ class PlainModel(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.ParameterDict(layer) for layer in layers)
         self.embedding = torch.nn.Parameter(torch.randn(arch.vocab_size, hidden))
         self.head = torch.nn.Parameter(torch.randn(hidden, arch.vocab_size))
+        if lora is not None:
+            self.add_adapters(lora)
+
+    def add_adapters(self, lora: LoraConfig) -> None:
+        """Freeze all weights but those of modules to save, and give those that are targeted their A and B."""
+        assert lora.lora_rank is not None
+        self.requires_grad_(False)
+        for layer in self.layers:
+            for name, weight in list(layer.items()):
+                if f"{name}_proj" in (lora.lora_target_modules or []):
+                    layer[f"{name}_A"] = torch.nn.Parameter(torch.randn(weight.shape[0], lora.lora_rank))
+                    layer[f"{name}_B"] = torch.nn.Parameter(torch.randn(lora.lora_rank, weight.shape[1]))
+                weight.requires_grad_(f"{name}_proj" in (lora.lora_modules_to_save or []))
+        self.head.requires_grad_("lm_head" in (lora.lora_modules_to_save or []))
 
     def forward(self, tokens: Tensor, visible: list[list[int]], sources: list[int]) -> Tensor:
         x = self.embedding[tokens]
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()
         for number, layer in enumerate(self.layers):
             window = self.arch.kind_of(number).window
             x = x + self.attention(x, layer, [keys if window is None else keys[-window:] for keys in visible])
-            x = x + torch.mm(torch.mm(x, layer["gate"]) * torch.mm(x, layer["up"]), layer["down"])
+            x = x + product(product(x, layer, "gate") * product(x, layer, "up"), layer, "down")
         return torch.mm(x[sources], self.head)
 
     def attention(self, x: Tensor, layer: torch.nn.ParameterDict, visible: list[list[int]]) -> Tensor:
         size, share = self.arch.kv_channels, self.arch.num_attention_heads // self.arch.num_query_groups
-        q, k, v = torch.mm(x, layer["q"]), torch.mm(x, layer["k"]), torch.mm(x, layer["v"])
+        q, k, v = (product(x, layer, name) for name in "qkv")
         rows = []
         for query, keys in enumerate(visible):
             outputs = []
@@ -77,7 +94,12 @@ class PlainModel(torch.nn.Module):
                 scores = torch.mm(q[query : query + 1, head * size : (head + 1) * size], k[keys, columns].T)
                 outputs.append(torch.mm(scores.softmax(-1), v[keys, columns]))
             rows.append(torch.cat(outputs, 1))
-        return torch.mm(torch.cat(rows), layer["o"])
+        return product(torch.cat(rows), layer, "o")
+
+
+def product(x: Tensor, layer: torch.nn.ParameterDict, name: str) -> Tensor:
+    plain = torch.mm(x, layer[name])
+    return plain + torch.mm(torch.mm(x, layer[f"{name}_A"]), layer[f"{name}_B"]) if f"{name}_A" in layer else plain
 
 
 def row(prompt: int, responses: list[int], *, share: bool) -> tuple[list[list[int]], list[int]]:
@@ -107,11 +129,14 @@ def counted(model: PlainModel, visible: list[list[int]], sources: list[int], *, 
     return counter.get_total_flops()
 
 
-def pair_flops(lengths: tuple[int, int, int], *, arch: ModelArchitecture = ARCH, **layout: Any) -> float:
+def pair_flops(
+    lengths: tuple[int, int, int], *, arch: ModelArchitecture = ARCH, lora: LoraConfig | None = None, **layout: Any
+) -> float:
     """What a batch of one pair says that it costs."""
     pair = TokenizedPair(*(np.arange(length) + 3 for length in lengths))
     settings = {"tokens_per_microbatch": 100, "bos_token_id": 1, **layout}
-    builder = BatchBuilder(collection([pair]), BatchLayout(dp_rank=0, dp_size=1, cost=forward_cost_model(arch), **settings))
+    cost = forward_cost_model(arch, lora)
+    builder = BatchBuilder(collection([pair]), BatchLayout(dp_rank=0, dp_size=1, cost=cost, **settings))
     return builder.build(np.array([0])).cost
 
 
@@ -129,6 +154,35 @@ def test_gradient_pass(lengths: tuple[int, int, int], share: bool) -> None:
     assert flops == counted(model, visible, sources, backward=True)
     forward = counted(model, visible, sources, backward=False)
     assert pair_flops(lengths, share_prompts=share, forward_passes=2) == flops + 2 * forward
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(lora_rank=3, lora_target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]),
+        LoraConfig(lora_rank=2, lora_target_modules=["q_proj", "up_proj"]),
+        LoraConfig(lora_rank=5, lora_target_modules=["v_proj"], lora_modules_to_save=["o_proj", "lm_head"]),
+    ],
+    ids=["all", "some", "whole ones beside"],
+)
+def test_frozen_weights_have_no_gradient(lengths: tuple[int, int, int], lora: LoraConfig) -> None:
+    model = PlainModel(ARCH, lora)
+    visible, sources = row(lengths[0], list(lengths[1:]), share=True)
+    flops = pair_flops(lengths, lora=lora)
+    assert flops == pytest.approx(counted(model, visible, sources, backward=True), rel=1e-12)
+    assert flops < pair_flops(lengths)
+    # An adapter that is off is none.
+    assert pair_flops(lengths, lora=LoraConfig()) == pair_flops(lengths)
+
+
+def test_a_token_goes_through_the_adapters_of_its_experts() -> None:
+    arch = dataclasses.replace(ARCH, family="qwen3_moe", experts=Experts(6, 2, 14))
+    for form in ("each", "shared"):
+        lora = LoraConfig(lora_rank=3, lora_target_modules=["gate_up_proj", "down_proj"], lora_experts=form)
+        more = forward_cost_model(arch, lora).per_token - forward_cost_model(arch).per_token
+        # Gate and up share their A.
+        assert more == 2 * 2 * 2 * 3 * ((20 + 2 * 14) + (14 + 20))
 
 
 @pytest.mark.parametrize("window", [1, 3, 6, 50])

@@ -17,8 +17,10 @@ from megatron_rmipo.data.batches.batch_builder import BatchBuilder
 from megatron_rmipo.data.batches.spread import spread_evenly
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
+from megatron_rmipo.memory.standing import standing_memory
 from megatron_rmipo.objectives.arguments import objective_of, parse_arguments
 from megatron_rmipo.planning import cli, workload
+from megatron_rmipo.planning.fit import rank_memory
 from megatron_rmipo.planning.hardware import Cluster, read_cluster
 from megatron_rmipo.planning.layouts import layouts, pack_sizes, problems
 from megatron_rmipo.planning.lengths import PairLengths
@@ -227,6 +229,48 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--gpus 6" in capsys.readouterr().err
     assert cli.main([*arguments, "--num-pairs", "0"]) == 1
     assert "--num-pairs 0" in capsys.readouterr().err
+
+
+def test_an_adapter_needs_less_and_takes_less() -> None:
+    whole, adapted = (planner(DENSE, 24, *flags).candidates(cluster(2)) for flags in ((), ("--lora-rank", "16")))
+    before, after = ({found.config.parallel: found for found in some if found.fits} for some in (whole, adapted))
+    assert before.keys() <= after.keys()
+    for parallel in before:
+        less, more = after[parallel].memory.standing, before[parallel].memory.standing
+        assert less.total < more.total / 2
+        assert less.weights == pytest.approx(more.weights, rel=0.03)
+    one = planner(DENSE, 24, "--lora-rank", "16")
+    best, full = make_plan(one, cluster(2)).best, make_plan(planner(DENSE), cluster(2)).best
+    assert best.seconds < 0.8 * full.seconds
+    # A backward is as dear as a forward, but that of attention and of the adapter; responses alone have none.
+    ratio = best.load.flops / full.load.flops
+    assert 2 / 3 < ratio < 3 / 4
+
+
+def test_of_an_objective_that_mixes_logits_no_second_model_stands() -> None:
+    flags = ("--objective", "epsilon_dpo")
+    config, adapted = base(24, *flags), base(24, *flags, "--lora-rank", "16")
+    found = [rank_memory(DENSE, one, 2, num_scored=400, num_packs=2, mixed=True).standing.reference for one in (config, adapted)]
+    assert found == [standing_memory(DENSE, config, 2, 0).weights, 0.0]
+
+
+def test_the_tool_takes_the_flags_of_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--hf-model", "llama3-8b", "--lengths", "300,200,200", "--gpus", "1", "--global-batch-size", "16", "--show", "1"]
+    assert cli.main(asked) == 1
+    assert "no layout fits" in capsys.readouterr().err
+    flags = ["--lora-rank", "16", "--lora-target-modules", "q_proj", "v_proj", "--quantize-base", "nf4"]
+    assert cli.main([*asked, *flags]) == 0
+    told = capsys.readouterr().out
+    assert "adapter of rank 16 over q_proj, v_proj: 6.82 M of 8.03 B numbers are trained (0.085 %)" in told
+    assert "--lora-rank 16" in told
+    assert "--lora-target-modules q_proj v_proj" in told
+    for wrong, message in (
+        (["--lora-rank", "0"], "--lora-rank 0: must be 1 or more"),
+        (["--quantize-base", "int8"], "--quantize-base does nothing without --lora-rank"),
+        (["--lora-rank", "4", "--lora-target-modules", "qkv"], "--lora-target-modules qkv matches no module"),
+    ):
+        assert cli.main([*asked, *wrong]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_numbers_are_short() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling_page import our_step, published_rows
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.flags.planning import PlanningConfig
@@ -28,7 +29,15 @@ from megatron_rmipo.planning.communication import (
 from megatron_rmipo.planning.hardware import read_cluster
 from megatron_rmipo.planning.shapes import read_shape
 from megatron_rmipo.planning.sizes import Sizes, group
-from megatron_rmipo.planning.step_time import DENSE_SHARE, UPDATE_BYTES, WEIGHT_BYTES, shard_parameters, step_seconds
+from megatron_rmipo.planning.step_time import (
+    DENSE_SHARE,
+    FROZEN_BYTES,
+    UPDATE_BYTES,
+    WEIGHT_BYTES,
+    shard_parameters,
+    step_seconds,
+    trained_shard,
+)
 from megatron_rmipo.planning.workload import Workload, equal_sequences
 
 DENSE, SPARSE = read_shape("llama3-8b"), read_shape("qwen3-30b-a3b")
@@ -105,6 +114,22 @@ def test_a_step_on_one_gpu_by_hand() -> None:
     assert found.flops_per_gpu == pytest.approx(flops / found.total)
 
 
+def test_a_step_of_an_adapter_by_hand() -> None:
+    cluster = read_cluster(PlanningConfig(), 1)
+    config = dataclasses.replace(config_of(), lora=LoraConfig(lora_rank=16))
+    cost = forward_cost_model(DENSE, config.lora)
+    one = PassCosts.scaled(np.full(3, 1024 * cost.per_token), np.full(3, 1024 * cost.per_scored_token), cost.backward.tokens, 1.0)
+    found = step_seconds(DENSE, config, cluster, Workload((one,), (3 * 1024.0,), one.work, 3, 3 * 1024.0))
+    numbers, trained = 8.03e9, 41943040
+    assert trained_shard(DENSE, config) == (trained, 0.0)
+    # Weights are read twice, and of no more than the adapter is a gradient added to or anything updated.
+    moved = (4 + FROZEN_BYTES) * numbers + WEIGHT_BYTES * trained
+    assert cost.backward.tokens == pytest.approx(1 + trained / 7e9, rel=1e-3)
+    computed = one.work / (DENSE_SHARE * 989.4e12) + (3 * moved + UPDATE_BYTES * trained) / 3.35e12
+    assert found.total == pytest.approx(computed, rel=1e-2)
+    assert found.flops_per_gpu == pytest.approx(one.work / found.total)
+
+
 def test_recomputation_costs_a_forward() -> None:
     cluster, load = read_cluster(PlanningConfig(), 2), equal_sequences(DENSE, 1024, packs=3)
     full = ModelConfig(bf16=True, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -165,7 +190,7 @@ def test_gradients_travel_beside_the_last_backward() -> None:
 
 
 def test_the_bubble_of_even_stages_and_chunks() -> None:
-    even = [PassCosts(np.full(8, 4.0), np.zeros(8), backward=True)]
+    even = [PassCosts.scaled(np.full(8, 4.0), np.zeros(8), 2.0, 2.0)]
     of = lambda **flags: simulated_length(even, Stages(stage_shares(16, ParallelConfig(**flags))))  # noqa: E731
     # Eight packs of 3 x 1 on each of four stages, and three more to fill and drain.
     assert of(pipeline_model_parallel_size=1) == pytest.approx(96)
@@ -175,7 +200,7 @@ def test_the_bubble_of_even_stages_and_chunks() -> None:
 
 def test_stages_without_a_layer_for_the_output_layer() -> None:
     # The output layer costs as much as a layer.
-    costs = [PassCosts(np.full(64, 15.0), np.full(64, 1.0), backward=True)]
+    costs = [PassCosts.scaled(np.full(64, 15.0), np.full(64, 1.0), 2.0, 2.0)]
     uneven = ParallelConfig(pipeline_model_parallel_size=4, account_for_loss_in_pipeline_split=True)
     work = 64 * 3 * 4.0
     assert work < simulated_length(costs, Stages(stage_shares(15, uneven))) < 1.05 * work

@@ -47,6 +47,28 @@ def test_the_card_says_what_the_hub_and_its_readers_ask_for(tmp_path: Path) -> N
     assert "base_model" not in alone
 
 
+def test_the_card_of_an_adapter_and_of_what_it_is_merged_into(tmp_path: Path) -> None:
+    made = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "/secret/model"}
+    config = parse_arguments(["--objective", "dpo", "--save-hf", "/secret/whole", "--save-adapter", "/secret/small"])
+    of = {"step": 1, "consumed_pairs": 8, "layout": "TP 1", "adapter": made}
+    _, front, text = model_card(config, SNAPSHOT, {}, [], **of, is_merged=False).split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert (fields["library_name"], fields["base_model_relation"]) == ("peft", "adapter")
+    assert fields["base_model"] == "meta-llama/Llama-3-8B"
+    assert "lora" in fields["tags"]
+    said = ("# small\n", "A LoRA adapter of meta-llama/Llama-3-8B", "| r | 8 |", "| target_modules | q_proj, v_proj |")
+    used = 'base = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3-8B")'
+    assert [words for words in (*said, used, "PeftModel.from_pretrained(base") if words not in text] == []
+    assert "secret" not in text
+    private = model_card(config, tmp_path, {}, [], **of, is_merged=False)
+    assert "base_model" not in private
+    assert str(tmp_path) not in private
+    whole = model_card(config, SNAPSHOT, {}, [], **of)
+    assert "base_model_relation: finetune" in whole
+    assert [words for words in ("# whole\n", "merged into it", "| r | 8 |") if words not in whole] == []
+    assert "PeftModel" not in whole
+
+
 def test_names_on_the_hub(tmp_path: Path) -> None:
     assert hub_name(SNAPSHOT) == "meta-llama/Llama-3-8B"
     assert hub_name("owner/name.v1") == "owner/name.v1"

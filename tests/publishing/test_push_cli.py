@@ -72,6 +72,21 @@ def test_the_model_and_nothing_else_is_sent(made: Path, hub: Hub) -> None:
     inspect.signature(UPLOAD_FOLDER).bind(None, **upload)
 
 
+def test_an_adapter_is_sent_without_a_model(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.pkl"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "README.md").write_text(CARD)
+    assert push_cli.main([str(tmp_path), "me/it"]) == 0
+    assert hub.calls == []
+    assert "adapter_model.safetensors" in capsys.readouterr().out
+    assert push_cli.main([str(tmp_path), "me/it", "--yes"]) == 0
+    _, (_, upload) = hub.calls
+    assert upload["allow_patterns"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert push_cli.main([str(tmp_path), "me/it"]) == 1
+    assert "lacks adapter_model.safetensors: it is not whole" in capsys.readouterr().err
+
+
 def test_what_cannot_be_sent_is_refused(
     made: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,14 @@ def test_other_data_of_as_many_pairs_are_refused_then_and_now(scene: Scene, tmp_
     assert "training data was" in scene.refusal(), "under the same name, too"
 
 
+def test_a_run_goes_on_with_its_frozen_weights_in_the_form_they_had(scene: Scene) -> None:
+    scene.save(scene.start())
+    scene.flags = {"quantize_base": "nf4"}
+    assert "--quantize-base was nf4, is None" in scene.refusal()
+    scene.flags = {"quantize_base": None}
+    assert scene.start().resumes
+
+
 def test_a_token_changed_in_place_is_seen(scene: Scene) -> None:
     scene.save(scene.start())
     path = Path(f"{scene.a}.bin")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_rmipo.checkpoint.hf.adapted import apply_adapter
 from megatron_rmipo.checkpoint.hf.expected_tensors import check_keys
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
+from megatron_rmipo.checkpoint.peft.reading import is_adapter, model_directory, read_adapter
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.registry import FAMILIES
@@ -20,18 +22,21 @@ def open_weights(hf_dir: Path, arch: ModelArchitecture, base: Path | None = None
     Args:
         hf_dir: the directory.
         arch: the model.
-        base: as of :class:`WeightFiles`.
+        base: the base model of an adapter; None: the directory that it names.
 
     Raises:
-        ConversionError: weights are missing, truncated or of other shapes, or a tensor is not mapped or not used.
+        ConversionError: weights are missing, truncated or of other shapes, a tensor is not mapped or not used, or an adapter
+            cannot be merged.
     """
-    files = WeightFiles(hf_dir, base)
+    files = WeightFiles(model_directory(hf_dir, base))
     _split_joined(files, arch)
-    check_keys(files.tensors, arch, str(hf_dir))
+    check_keys(files.tensors, arch, str(files.directory))
     for name, (_, shape) in stored_tensors(arch).items():
         files.expect(name, shape)
     if arch.tied_embeddings:
         _check_tied_head(files, arch)
+    if is_adapter(hf_dir):
+        apply_adapter(files, arch, read_adapter(hf_dir))
     return files
 
 

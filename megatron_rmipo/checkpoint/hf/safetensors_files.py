@@ -11,13 +11,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.adapter import Adapter, LowRankChange, is_adapter, model_directory, read_adapter
+from megatron_rmipo.checkpoint.peft.factors import LowRankFactors
 from megatron_rmipo.checkpoint.raw_files import read_into
 from megatron_rmipo.errors import ConversionError
 
@@ -44,25 +44,31 @@ class StoredTensor:
     is_part: bool = False
 
 
+class Change(NamedTuple):
+    """What an adapter adds to a stored tensor: to the rows from ``first`` on of the weight that its factors are of."""
+
+    factors: LowRankFactors
+    first: int
+
+
 class WeightFiles:
-    """The weights of a Hugging Face directory, one file or many with an index; of an adapter the base model's as it changes them.
+    """The weights of a Hugging Face directory, one file or many with an index.
 
     Args:
-        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names; or an adapter.
-        base: the base model of an adapter; None: the directory that it names.
+        directory: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
 
     Raises:
-        ConversionError: no weights, a file the index names is missing or truncated, index and files disagree, or an adapter
-            cannot be merged.
+        ConversionError: no weights, a file the index names is missing or truncated, or index and files disagree.
     """
 
-    def __init__(self, directory: Path, base: Path | None = None) -> None:
-        self.directory = model_directory(Path(directory), base)
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
         self.tensors: dict[str, StoredTensor] = {}
-        self._changes: dict[str, LowRankChange] = {}
+        self._changes: dict[str, Change] = {}
+        self._replaced: dict[str, StoredTensor] = {}
         weight_map = _read_index(self.directory)
         for path in _weight_paths(self.directory, weight_map):
-            for name, stored in _read_header(path).items():
+            for name, stored in read_header(path).items():
                 if weight_map is None or weight_map.get(name) == path.name:
                     self.tensors[name] = stored
         if weight_map is not None and (lost := sorted(set(weight_map) - set(self.tensors))):
@@ -70,26 +76,23 @@ class WeightFiles:
                 f"{self.directory / INDEX_NAME}: {len(lost)} tensors are not in the files it names for them, "
                 f"the first is {lost[0]} in {weight_map[lost[0]]}. Download the checkpoint again."
             )
-        if is_adapter(Path(directory)):
-            self._take(read_adapter(Path(directory)))
 
-    def _take(self, adapter: Adapter) -> None:
-        """Read what an adapter changes as it makes it."""
-        for name, change in adapter.changes.items():
-            self._refuse_other_shape(name, change.shape, adapter.path)
-            self._changes[name] = change
-        stored = _read_header(adapter.path)
-        for name, saved in adapter.whole.items():
-            self._refuse_other_shape(name, stored[saved].shape, adapter.path)
-            self.tensors[name] = dataclasses.replace(stored[saved], is_part=True)
+    def change(self, name: str, factors: LowRankFactors, first: int) -> None:
+        """Read a matrix, or the matrices of all experts ``[E, C, R]``, from now on as an adapter makes it.
 
-    def _refuse_other_shape(self, name: str, shape: tuple[int, ...], path: Path) -> None:
-        if name not in self or self.tensors[name].shape != shape:
-            held = f"has shape {list(self.tensors[name].shape)}" if name in self else "is none of its tensors"
-            raise ConversionError(
-                f"{path}: it changes {name} {list(shape)}, which {held} in the model in {self.directory}. Name the model that it "
-                "was trained on with --base-hf DIR; what else it holds (tied embeddings apart, for one) merge with PEFT."
-            )
+        Numbers are those of PEFT's merge of a model that was loaded in the wider dtype of the file's and of what is read into.
+
+        Args:
+            name: the tensor.
+            factors: the adapter, of a weight, or of all experts, of which the tensor holds all rows or some.
+            first: which of the weight's rows the tensor begins with.
+        """
+        self._changes[name] = Change(factors, first)
+
+    def replace(self, name: str, stored: StoredTensor) -> None:
+        """Read another tensor of the same shape, of whatever dtype, in the place of one; its dtype counts as the former's."""
+        assert stored.shape == self.tensors[name].shape
+        self._replaced[name] = stored
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -105,14 +108,11 @@ class WeightFiles:
 
     def split(self, joined: str, parts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         """Take the parts of a tensor, by name and shape, which fill it one after another, for tensors in its place."""
-        stored, change, row = self.tensors.pop(joined), self._changes.pop(joined, None), 0
+        stored = self.tensors.pop(joined)
         position = stored.position
         for name, shape in parts:
             self.tensors[name] = StoredTensor(stored.path, position, shape, stored.dtype, is_part=True)
             position += math.prod(shape) * stored.dtype.itemsize
-            if change is not None:
-                self._changes[name] = change.part(row, row + shape[0])
-                row += shape[0]
         assert position - stored.position == math.prod(stored.shape) * stored.dtype.itemsize
 
     def read(self, name: str, start: int, rows: Tensor, columns: slice = slice(None)) -> None:
@@ -131,13 +131,19 @@ class WeightFiles:
         if change is None:
             self._read_stored(name, start, rows, columns)
             return
-        # Summed in fp32 and rounded once, whatever the dtype of the files.
-        merged = torch.empty(rows.shape, dtype=torch.float32)
-        self._read_stored(name, start, merged, columns)
-        rows.copy_(merged.add_(change.of_rows(start, start + rows.shape[0], columns)))
+        # Lengths are given to whole rows.
+        is_wide = change.factors.magnitude is not None
+        shape = (rows.shape[0], self.tensors[name].shape[1]) if is_wide else rows.shape
+        weight = torch.empty(shape, dtype=self._dtype_of_sum(name, rows))
+        self._read_stored(name, start, weight, slice(None) if is_wide else columns)
+        merged = change.factors.merge(weight, change.first + start, slice(None) if is_wide else columns)
+        rows.copy_(merged[:, columns] if is_wide else merged)
+
+    def _dtype_of_sum(self, name: str, target: Tensor) -> torch.dtype:
+        return torch.promote_types(self.tensors[name].dtype, target.dtype)
 
     def _read_stored(self, name: str, start: int, rows: Tensor, columns: slice) -> None:
-        stored = self.tensors[name]
+        stored = self._replaced.get(name, self.tensors[name])
         whole = rows.shape[1:] == stored.shape[1:]
         direct = whole and rows.is_cpu and rows.dtype == stored.dtype and rows.is_contiguous()
         try:
@@ -155,16 +161,25 @@ class WeightFiles:
             rows.copy_(data)
 
     def read_lines(self, name: str, start: int, lines: Tensor) -> None:
-        """Fill ``lines [L, D]``, on the CPU and of the tensor's dtype, with those from ``start`` on of a tensor ``[..., D]``.
+        """Fill ``lines [L, D]``, on the CPU, of any dtype, with those from ``start`` on of a tensor ``[..., D]``.
+
+        Of the matrices of all experts they are one expert's.
 
         Raises:
             ConversionError: the file cannot be read.
         """
-        stored = self.tensors[name]
+        stored, change = self._replaced.get(name, self.tensors[name]), self._changes.get(name)
+        data = lines if lines.dtype == stored.dtype else torch.empty(lines.shape, dtype=stored.dtype)
         try:
-            read_into(lines, stored.path, stored.position + start * stored.shape[-1] * stored.dtype.itemsize)
+            read_into(data, stored.path, stored.position + start * stored.shape[-1] * stored.dtype.itemsize)
         except OSError as error:
             raise ConversionError(f"{stored.path} cannot be read: {error}") from error
+        if change is not None:
+            expert, first = divmod(start, stored.shape[1])
+            columns = slice(first, first + lines.shape[0])
+            data = change.factors.of_expert(expert).merge(data.to(self._dtype_of_sum(name, lines)).T, 0, columns).T
+        if data is not lines:
+            lines.copy_(data)
 
 
 def row_pieces(shape: Sequence[int], dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
@@ -205,7 +220,12 @@ def _weight_paths(directory: Path, weight_map: dict[str, str] | None) -> list[Pa
     return [directory / name for name in names]
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        ConversionError: it is none, or is truncated, or a tensor has a dtype that is not read.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")

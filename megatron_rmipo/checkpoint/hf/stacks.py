@@ -39,7 +39,7 @@ def fill_from_stack(
     assert place.expert is not None
     first = columns.start or 0
     for low, high in row_pieces((num_columns, num_rows), stored.dtype, first, first + target.shape[1]):
-        piece = torch.empty((high - low, num_rows), dtype=stored.dtype)
+        piece = torch.empty((high - low, num_rows), dtype=torch.promote_types(stored.dtype, rows.dtype))
         files.read_lines(name, place.expert * num_columns + low, piece)
         position = 0
         for segment in segments:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rmipo.config.options import described, option
 
 # Which weights an adapter changes where nothing else is said.
 ALL_LINEAR = "all-linear"
+# What an adapter that is loaded says of itself.
+_SAID_BY_ADAPTER = (
+    *("lora_rank", "lora_alpha", "lora_target_modules", "lora_target_regex", "use_rslora", "use_dora", "lora_modules_to_save"),
+    "lora_experts",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +69,29 @@ class LoraConfig:
     )
     quantize_base: Literal["nf4", "int8"] | None = option(
         None,
-        "Keep the frozen linear layers' weights in 4 bits (nf4, needs bitsandbytes) or 8 (int8, needs torchao); products are "
-        "computed in the model's dtype.",
+        "Keep the frozen linear layers' weights in 4 bits (nf4) or 8 (int8), by bitsandbytes; products are computed in the "
+        "model's dtype.",
     )
+
+    # The fields of _SAID_BY_ADAPTER are filled in from the adapter in --load-adapter; they were not given.
+    is_filled_in: bool = dataclasses.field(default=False, metadata={"flag": False})
 
     @property
     def is_on(self) -> bool:
         """Whether an adapter is trained."""
         return self.lora_rank is not None or self.load_adapter is not None
+
+    def filled_in(self, **said: Any) -> LoraConfig:
+        """With what the adapter in ``--load-adapter`` says of itself, for whatever goes by the flags."""
+        assert set(said) <= set(_SAID_BY_ADAPTER)
+        return dataclasses.replace(self, **said, is_filled_in=True)
+
+    def as_given(self) -> dict[str, Any]:
+        """The flags by name, as they were given."""
+        flags = dataclasses.asdict(self)
+        if flags.pop("is_filled_in"):
+            flags.update({name: getattr(LoraConfig, name, None) for name in _SAID_BY_ADAPTER})
+        return flags
 
 
 def lora_problems(lora: LoraConfig) -> Iterator[str]:
@@ -81,6 +101,10 @@ def lora_problems(lora: LoraConfig) -> Iterator[str]:
             if getattr(lora, field.name) != field.default:
                 yield f"--{field.name.replace('_', '-')} does nothing without --lora-rank N or --load-adapter DIR"
         return
+    if lora.load_adapter is not None and not lora.is_filled_in:
+        for name in _SAID_BY_ADAPTER:
+            if getattr(lora, name) != getattr(LoraConfig, name, None):
+                yield f"--{name.replace('_', '-')} is what the adapter in --load-adapter says; leave it out"
     if lora.lora_rank is not None and lora.lora_rank < 1:
         yield f"--lora-rank {lora.lora_rank}: must be 1 or more"
     if lora.lora_alpha is not None and not (math.isfinite(lora.lora_alpha) and lora.lora_alpha > 0):
@@ -93,5 +117,9 @@ def lora_problems(lora: LoraConfig) -> Iterator[str]:
     if lora.lora_plus_ratio is not None and not (math.isfinite(lora.lora_plus_ratio) and lora.lora_plus_ratio > 0):
         yield f"--lora-plus-ratio {lora.lora_plus_ratio}: must be greater than 0, e.g. 16"
     for name in ("lora_target_modules", "lora_modules_to_save"):
-        if getattr(lora, name) == []:
-            yield f"--{name.replace('_', '-')} names none; leave it out"
+        flag, named = f"--{name.replace('_', '-')}", getattr(lora, name)
+        if named == []:
+            yield f"{flag} names none; leave it out"
+        for text in named or []:
+            if "," in text:
+                yield f"{flag} {text}: names stand apart, without commas: {flag} {' '.join(filter(None, text.split(',')))}"

@@ -152,13 +152,18 @@ class BatchBuilder:
         found = []
         for number, (one, packs) in enumerate(zip(passes, cuts, strict=True)):
             together = list(packs.values()) if self.layout.equal_packs else [packs[rank]]
-            layers, head = (
+            sizes = one.sizes
+            layers, head, layers_back, head_back = (
                 np.array([[values[one.positions(pack)].sum() for pack in own] for own in together]).max(axis=0)
-                for values in (one.sizes.costs - one.sizes.head_costs, one.sizes.head_costs)
+                for values in (
+                    *(sizes.costs - sizes.head_costs, sizes.head_costs),
+                    *(sizes.backward_costs - sizes.head_backward_costs, sizes.head_backward_costs),
+                )
             )
-            found.append(PassCosts(layers, head, backward=number == 0))
+            has_backward = number == 0
+            found.append(PassCosts(layers, head, layers_back * has_backward, head_back * has_backward))
         gradient, *beside = found
-        forward_only = [dataclasses.replace(gradient, backward=False)] * self.layout.forward_passes
+        forward_only = [gradient.forward_only] * self.layout.forward_passes
         return [*beside, *forward_only, gradient]
 
     def _cut(self, passes: Sequence[Pass], costs: np.ndarray, ranks: Sequence[int]) -> list[dict[int, list[list[int]]]]:

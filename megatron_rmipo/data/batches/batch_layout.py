@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from megatron_rmipo.data.batches.pipeline_bubble import BACKWARD, Stages, fastest_packs
+from megatron_rmipo.data.batches.pipeline_bubble import Stages, fastest_packs
 from megatron_rmipo.data.batches.sizes import (
     CostModel,
     PairSizes,
@@ -111,8 +111,7 @@ class BatchLayout:
         sizes = self.conditional_sizes(lengths)
         if not self.has_responses_alone:
             return sizes
-        alone = self.unconditional_sizes(lengths)
-        return PairSizes(sizes.tokens + alone.tokens, sizes.costs + alone.costs, sizes.head_costs + alone.head_costs)
+        return sizes + self.unconditional_sizes(lengths)
 
     def conditional_sizes(self, lengths: np.ndarray) -> PairSizes:
         """Sizes of pairs (int ``[P, 3]`` lengths) with their prompts."""
@@ -139,5 +138,5 @@ class BatchLayout:
 
     def step_costs(self, gradient: PairSizes, *forward_only: PairSizes) -> np.ndarray:
         """What each pair costs in a step, float64 ``[P]``, from its sizes in the gradient pass and in those beside it."""
-        costs = gradient.costs * (1.0 + BACKWARD + self.forward_passes)
+        costs = gradient.costs * (1.0 + self.forward_passes) + gradient.backward_costs
         return np.asarray(sum((sizes.costs for sizes in forward_only), start=costs))

@@ -20,8 +20,6 @@ Work = tuple[bool, int, int]
 # What stages hand to each other: (number of the pass, whether it is a gradient, number of the pack, the chunk that sends it,
 # counted in the order in which a pack goes through all chunks).
 Message = tuple[int, bool, int, int]
-# Backward costs twice the forward.
-BACKWARD = 2.0
 # What a pack costs beside its tokens, as so many tokens more. By an H100's data sheet 300: in the time in which its memory reads
 # a weight twice and adds to its fp32 gradient, 12 bytes, half of its peak computes 6 FLOPs a token. The rest stands for kernel
 # launches and for what stages say to each other before each pack. Assumed, not measured on a GPU.
@@ -61,43 +59,72 @@ class Stages:
 
 @dataclasses.dataclass(frozen=True)
 class PassCosts:
-    """What one data-parallel rank's packs cost in one pass, forward, in the units of the cost model.
+    """What one data-parallel rank's packs cost in one pass, in the units of the cost model.
 
     Attributes:
-        layers: float64 ``[M]``, of all stages together. The embedding looks rows up, and counts as nothing.
-        head: float64 ``[M]``, of the output layer, which the last stage has as well.
-        backward: whether each pack's backward follows.
+        layers: float64 ``[M]``, forward, of all stages together. The embedding looks rows up, and counts as nothing.
+        head: float64 ``[M]``, forward, of the output layer, which the last stage has as well.
+        layers_back, head_back: float64 ``[M]``, of each pack's backward; zeros where none follows.
     """
 
     layers: np.ndarray
     head: np.ndarray
-    backward: bool
+    layers_back: np.ndarray
+    head_back: np.ndarray
+
+    @classmethod
+    def scaled(cls, layers: np.ndarray, head: np.ndarray, layers_factor: float, head_factor: float) -> PassCosts:
+        """Packs whose backward is a multiple of their forward."""
+        return cls(layers, head, layers_factor * layers, head_factor * head)
+
+    @property
+    def backward(self) -> bool:
+        """Whether each pack's backward follows."""
+        return bool(self.layers_back.any())
+
+    @property
+    def forward_only(self) -> PassCosts:
+        """The same packs without a backward."""
+        return PassCosts.scaled(self.layers, self.head, 0.0, 0.0)
+
+    @property
+    def back_over_forward(self) -> float:
+        """What the layers' backward costs over their forward, of all packs."""
+        return float(self.layers_back.sum()) / max(float(self.layers.sum()), 1e-9)
+
+    @property
+    def head_back_over_forward(self) -> float:
+        """The same of the output layer."""
+        return float(self.head_back.sum()) / max(float(self.head.sum()), 1e-9)
 
     @property
     def work(self) -> float:
         """Of all stages, forward and backward."""
-        return float((self.layers + self.head).sum()) * (1.0 + BACKWARD * self.backward)
+        return float((self.layers + self.layers_back).sum()) + self.head_work
 
     @property
     def head_work(self) -> float:
         """Of the output layer, forward and backward."""
-        return float(self.head.sum()) * (1.0 + BACKWARD * self.backward)
+        return float((self.head + self.head_back).sum())
 
     def with_overhead(self, cost_per_token: float) -> PassCosts:
         """The same packs with what each costs beside its tokens."""
-        return dataclasses.replace(self, layers=self.layers + PACK_TOKENS * cost_per_token)
+        more = PACK_TOKENS * cost_per_token
+        more_back = more * self.back_over_forward
+        return dataclasses.replace(self, layers=self.layers + more, layers_back=self.layers_back + more_back)
 
-    def on_chunk(self, stages: Stages, stage: int, chunk: int) -> np.ndarray:
+    def on_chunk(self, stages: Stages, stage: int, chunk: int, *, back: bool = False) -> np.ndarray:
         """The part of a chunk of a stage, float64 ``[M]``: its share of the layers, and the output layer behind the last."""
-        own = self.layers * stages.shares[stage][chunk]
+        layers, head = (self.layers_back, self.head_back) if back else (self.layers, self.head)
+        own = layers * stages.shares[stage][chunk]
         is_last = (stage, chunk) == (stages.num_stages - 1, stages.num_chunks - 1)
-        return own + self.head if is_last else own
+        return own + head if is_last else own
 
     def stage_work(self, stages: Stages) -> list[float]:
         """Forward and backward of each stage."""
-        chunks = range(stages.num_chunks)
+        ways = [(chunk, back) for chunk in range(stages.num_chunks) for back in (False, True)]
         return [
-            float(sum(self.on_chunk(stages, stage, chunk).sum() for chunk in chunks)) * (1.0 + BACKWARD * self.backward)
+            float(sum(self.on_chunk(stages, stage, chunk, back=back).sum() for chunk, back in ways))
             for stage in range(stages.num_stages)
         ]
 
@@ -163,7 +190,7 @@ def least_length(passes: Sequence[PassCosts], stages: Stages) -> float:
     for stage in range(stages.num_stages):
         longest = max(longest, way + sum(one.stage_work(stages)[stage] for one in passes))
         way += float(first.on_chunk(stages, stage, 0).min())
-        way += BACKWARD * last.backward * float(last.on_chunk(stages, stage, 0).min())
+        way += float(last.on_chunk(stages, stage, 0, back=True).min())
     return longest
 
 
@@ -210,7 +237,7 @@ def _program(passes: Sequence[PassCosts], stage: int, stages: Stages) -> _Progra
     program: _Program = []
     receiver = -1  # of what was made last; none at first, and beyond either end
     for number, one in enumerate(passes):
-        costs = one.on_chunk(stages, stage, 0).tolist()
+        costs, back = (one.on_chunk(stages, stage, 0, back=back).tolist() for back in (False, True))
         for is_backward, pack, _ in stage_order(stage, stages, len(costs), backward=one.backward):
             direction = -1 if is_backward else 1
             sender = stage - direction
@@ -223,7 +250,7 @@ def _program(passes: Sequence[PassCosts], stage: int, stages: Stages) -> _Progra
                     program.append((0.0, [message]))
             receiver = stage + direction
             sent: list[Message] = [(number, is_backward, pack, stage)] if 0 <= receiver < stages.num_stages else []
-            program.append((costs[pack] * (BACKWARD if is_backward else 1.0), sent))
+            program.append(((back if is_backward else costs)[pack], sent))
     return program
 
 
@@ -233,15 +260,17 @@ def _interleaved_program(passes: Sequence[PassCosts], stage: int, stages: Stages
     for number, one in enumerate(passes):
         # Fillers, which the schedule needs, are rows like the first.
         fillers = -len(one.layers) % stages.num_stages
-        filled = dataclasses.replace(
-            one, layers=np.append(one.layers, [one.layers[0]] * fillers), head=np.append(one.head, [one.head[0]] * fillers)
+        filled = PassCosts(
+            *(np.append(costs, [costs[0]] * fillers) for costs in (one.layers, one.head, one.layers_back, one.head_back))
         )
         program += _interleaved_pass(filled, number, stage, stages)
     return program
 
 
 def _interleaved_pass(one: PassCosts, number: int, stage: int, stages: Stages) -> _Program:
-    costs = [one.on_chunk(stages, stage, chunk).tolist() for chunk in range(stages.num_chunks)]
+    costs, costs_back = (
+        [one.on_chunk(stages, stage, chunk, back=back).tolist() for chunk in range(stages.num_chunks)] for back in (False, True)
+    )
     forwards, backwards, ahead = _orders(stage, stages, len(one.layers), backward=one.backward)
     size, last = stages.num_stages, stages.num_stages * stages.num_chunks - 1
 
@@ -273,7 +302,7 @@ def _interleaved_pass(one: PassCosts, number: int, stage: int, stages: Stages) -
         program.append((costs[chunk][pack], messages))
     for index in range(steady):
         forward, back = forwards[ahead + index], backwards[index]
-        cost = costs[forward[2]][forward[1]] + BACKWARD * costs[back[2]][back[1]]
+        cost = costs[forward[2]][forward[1]] + costs_back[back[2]][back[1]]
         arriving = (taken(forwards, ahead + index) if index < steady - 1 else []) + taken(backwards, index)
         program.append((cost, [*sent(forward), *sent(back), *arriving]))
     if one.backward and not steady:
@@ -281,5 +310,5 @@ def _interleaved_pass(one: PassCosts, number: int, stage: int, stages: Stages) -
     for index in range(steady, len(backwards)):
         _, pack, chunk = backwards[index]
         arriving = taken(backwards, index) if index < len(backwards) - 1 else []
-        program.append((BACKWARD * costs[chunk][pack], [*sent(backwards[index]), *arriving]))
+        program.append((costs_back[chunk][pack], [*sent(backwards[index]), *arriving]))
     return program

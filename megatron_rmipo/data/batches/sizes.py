@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_rmipo.errors import ConfigError
+
+
+class Backward(NamedTuple):
+    """What the backward of a part costs, in units of its forward: a weight's gradient as much, and that of its input.
+
+    Attributes:
+        tokens: of what is linear in tokens.
+        area: of attention.
+        scored_tokens: of the output layer.
+    """
+
+    tokens: float = 2.0
+    area: float = 2.0
+    scored_tokens: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +34,14 @@ class CostModel:
         per_area: attention, for each (query, key) that is kept.
         per_scored_token: the output layer, for each token that is scored.
         per_windowed_area: as ``per_area``, in layers where a token sees so many others: (tokens, cost), a window each.
+        backward: of each part.
     """
 
     per_token: float
     per_area: float
     per_scored_token: float
     per_windowed_area: tuple[tuple[int, float], ...] = ()
+    backward: Backward = Backward()  # noqa: RUF009
 
 
 # Balance by tokens, where nothing is known of the model.
@@ -37,13 +54,21 @@ class PairSizes:
 
     Attributes:
         tokens: int64, tokens that stand in the row.
-        costs: float64, by the cost model.
+        costs: float64, of a forward by the cost model.
         head_costs: float64, of these in the output layer.
+        backward_costs, head_backward_costs: float64, the same of a backward.
     """
 
     tokens: np.ndarray
     costs: np.ndarray
     head_costs: np.ndarray
+    backward_costs: np.ndarray
+    head_backward_costs: np.ndarray
+
+    def __add__(self, other: PairSizes) -> PairSizes:
+        """The same pairs laid out in both ways."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return PairSizes(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def conditional_sizes(lengths: np.ndarray, cost: CostModel, *, share_prompts: bool, with_rejected: bool) -> PairSizes:
@@ -110,8 +135,15 @@ def _area(length: np.ndarray, window: int | None) -> np.ndarray:
 
 def _sizes(tokens: np.ndarray, area: Callable[[int | None], np.ndarray], scored: np.ndarray, cost: CostModel) -> PairSizes:
     attention = cost.per_area * area(None) + sum(per_area * area(window) for window, per_area in cost.per_windowed_area)
-    head = cost.per_scored_token * scored
-    return PairSizes(tokens, cost.per_token * tokens + attention + head, head)
+    layers, head, backward = cost.per_token * tokens, cost.per_scored_token * scored, cost.backward
+    head_backward = backward.scored_tokens * head
+    return PairSizes(
+        tokens,
+        layers + attention + head,
+        head,
+        backward.tokens * layers + backward.area * attention + head_backward,
+        head_backward,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

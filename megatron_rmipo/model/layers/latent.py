@@ -180,4 +180,8 @@ class WholeLinear(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """``[..., output]`` of ``[..., input]``, and no bias, as Megatron's projections answer."""
-        return F.linear(hidden, self.weight), None
+        return self._forward_impl(hidden, self.weight), None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor) -> Tensor:
+        # Apart, as in Megatron's layers, for weights that are kept in another form.
+        return F.linear(input, weight)

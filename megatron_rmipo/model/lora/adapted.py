@@ -6,6 +6,7 @@ Shape letters: T tokens of the row, C columns of the weight, R its rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_rmipo.model.lora.low_rank import LowRank
+from megatron_rmipo.model.lora.quantized import frozen_weight
 from megatron_rmipo.model.lora.switch import Switch
 from megatron_rmipo.model.packed_model import Replacement
 
@@ -27,6 +29,8 @@ class AdaptedLinear(Replacement):
         switch: says which is active.
     """
 
+    outlives_attach = True
+
     def __init__(self, layer: Module, adapters: Mapping[str, LowRank], switch: Switch) -> None:
         super().__init__(layer)
         self.layer, self.adapters, self.switch = layer, dict(adapters), switch
@@ -38,17 +42,12 @@ class AdaptedLinear(Replacement):
         if adapter is None:
             return output, bias
         added = self._bias() if bias is None else None
-        return adapter.adapt(_normed(self.layer, x), output, added, self._weight), bias
+        return adapter.adapt(_normed(self.layer, x), output, added, partial(frozen_weight, self.layer)), bias
 
     def _bias(self) -> Tensor | None:
         """What the output has of a bias."""
         bias: Tensor | None = getattr(self.layer, "bias", None)
         return bias if bias is not None and bias.numel() else None
-
-    def _weight(self) -> Tensor:
-        weight: Any = self.layer.weight
-        frozen: Tensor = weight.detach()
-        return frozen
 
 
 class AdaptedExperts(Replacement):
@@ -59,6 +58,8 @@ class AdaptedExperts(Replacement):
         adapters: by name, of each expert.
         switch: says which is active.
     """
+
+    outlives_attach = True
 
     def __init__(self, layer: Module, adapters: Mapping[str, list[LowRank]], switch: Switch) -> None:
         super().__init__(layer)

@@ -66,11 +66,16 @@ def held_factors(model: Chunks, name: str = ADAPTER) -> Iterator[HeldFactor]:
         name: of the adapter.
     """
     for full_name, _, adapter in low_ranks(model, name):
-        for part in adapter.parts:
-            inside = f".adapter_{part.projection.part}" if part.projection.part is not None else ""
-            for kind, factor in _factors(part).items():
-                own = f"{inside}.{_NAMES[kind]}.weight"
-                yield _held(adapter, part, kind, factor, full_name + own, adapter.key + own)
+        yield from held_of(adapter, full_name)
+
+
+def held_of(adapter: LowRank, full_name: str) -> Iterator[HeldFactor]:
+    """The factors that this rank holds of one layer's adapter, which has this name in its chunk."""
+    for part in adapter.parts:
+        inside = f".adapter_{part.projection.part}" if part.projection.part is not None else ""
+        for kind, factor in _factors(part).items():
+            own = f"{inside}.{_NAMES[kind]}.weight"
+            yield _held(adapter, part, kind, factor, full_name + own, adapter.key + own)
 
 
 def _factors(part: Part) -> dict[FactorKind, Factor]:

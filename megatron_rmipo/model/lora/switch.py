@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron_rmipo.model.lora.bridge import bridge_adapters_off, has_bridge_adapters
 from megatron_rmipo.model.named_tensors import ADAPTER
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 
@@ -60,17 +61,23 @@ def computing_with(model: Chunks, active: str | None) -> Iterator[None]:
 
     Args:
         model: this rank's part of an adapted model, or its chunks.
-        active: name of the adapter; None for none: the model without one.
+        active: name of the adapter; None for none: the model without one, those of Megatron-Bridge off, too.
+
+    Raises:
+        ConfigError: as of :func:`megatron_rmipo.model.lora.bridge.bridge_adapters_off`.
     """
-    switches = [switch_of(chunk) for chunk in chunks_of(model)]
+    switches = [switch_of(chunk) for chunk in chunks_of(model)] if is_adapted(model) else []
     before = [switch.active for switch in switches]
-    for switch in switches:
-        switch.turn(active)
-    try:
-        yield
-    finally:
-        for switch, one in zip(switches, before, strict=True):
-            switch.turn(one)
+    with contextlib.ExitStack() as stack:
+        if active is None and has_bridge_adapters(model):
+            stack.enter_context(bridge_adapters_off(model))
+        for switch in switches:
+            switch.turn(active)
+        try:
+            yield
+        finally:
+            for switch, one in zip(switches, before, strict=True):
+                switch.turn(one)
 
 
 class AdapterView(NamedTuple):

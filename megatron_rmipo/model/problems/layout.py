@@ -20,6 +20,7 @@ from megatron_rmipo.model.hybrid import NO_HYBRID_MODEL, HybridModel
 from megatron_rmipo.model.layers.activation_offloading import offload_module_problems
 from megatron_rmipo.model.layers.recomputation import recompute_module_problems
 from megatron_rmipo.model.problems.experts import expert_kernel_problems, expert_layout_problems, expert_tensor_size
+from megatron_rmipo.model.problems.quantization import quantization_machine_problems, quantization_width_problems
 from megatron_rmipo.model.transformer_engine import (
     fp8_width_problems,
     memory_machine_problems,
@@ -55,6 +56,7 @@ def machine_problems(config: Config) -> Iterator[str]:
     yield from transformer_engine_problems(config.model)
     yield from expert_kernel_problems(config.experts, config.model)
     yield from memory_machine_problems(config)
+    yield from quantization_machine_problems(config)
     if config.parallel.num_distributed_optimizer_instances > 1 and importlib.util.find_spec("einops") is None:
         yield "--num-distributed-optimizer-instances: einops is not installed, which Megatron-Core needs. pip install einops"
     if config.model.model_class == "hybrid" and HybridModel is None:
@@ -114,6 +116,7 @@ def layout_problems(config: Config, arch: ModelArchitecture, world_size: int) ->
         yield from _context_problems(config, arch)
     if tensor in works:
         yield from fp8_width_problems(config.model, arch, tensor)
+        yield from quantization_width_problems(config, arch)
     yield from expert_layout_problems(config, arch, world_size)
     yield from recompute_module_problems(config, arch)
     yield from offload_module_problems(config, arch)

@@ -24,14 +24,17 @@ from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError
 from megatron_rmipo.model.adopt import attach_model
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.contract import check_state
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.plugin.adapters.held_out import HeldOutBatches, pairs_of_evaluation
 from megatron_rmipo.plugin.adapters.megatron_bridge_problems import problems_of, transformer_of
-from megatron_rmipo.plugin.adapters.reference_cache import attach_cached_scores
+from megatron_rmipo.plugin.adapters.reference_cache import attach_cached_scores, has_cached_scores
 from megatron_rmipo.plugin.batches import Microbatch, PreferenceBatches, preference_batches
+from megatron_rmipo.plugin.scores import score_reference
 from megatron_rmipo.plugin.step import PreferenceStep
+from megatron_rmipo.plugin.without_adapters import has_adapters
 from megatron_rmipo.runtime.agreement import on_every_rank, on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.whole_files import replace_file
@@ -59,7 +62,8 @@ class PreferenceData(DatasetProvider):
         objective, objective_options: as of :func:`megatron_rmipo.objectives.registry.build_objective`.
         data_path: ``PREFIX`` of prepared data, one or more.
         valid_data_path: the same, held out: the first ``validation.eval_iters`` batches are evaluated each time.
-        reference_cache: where ``tools/score_pairs.py`` put log-probs of the reference; None: beside the data.
+        reference_cache: where ``tools/score_pairs.py`` put log-probs of the reference; None: beside the data, or where there are
+            none of a model with adapters: those of the model with them off, found out before training.
         context_token_id: as of :func:`megatron_rmipo.plugin.batches.preference_batches`.
         tokens_per_microbatch: most tokens of a row; None: as many as come together.
         share_prompts: a prompt is computed once for both of its responses.
@@ -154,11 +158,13 @@ class PreferenceFinetune(Callback):
             attention_backend=data.attention_backend,
         )
         groups = ProcessGroups.of_megatron()
-        self.step = PreferenceStep(self.objective, groups=groups)
+        # A reference in memory is the model itself, its adapters off.
+        reference = model if self.objective.needs.perturbation is not None else None
+        self.step = PreferenceStep(self.objective, reference=reference, groups=groups)
         if train_state.step > 0 and self.step.state:
             path = _iteration_directory(config.checkpoint, train_state.step) / STATE_FILE
             self.step.state = on_first_rank(groups.world, partial(_read_state, path, self.objective))
-        self._train, self._held_out = data.iterators = _open(config, self.objective, train_state, groups)
+        self._train, self._held_out = data.iterators = _open(config, self.objective, model, train_state, groups)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """What the objective must know of the batch that comes next."""
@@ -214,13 +220,13 @@ def use_preferences(config: Any, data: PreferenceData) -> Any:
 
 
 def _open(
-    config: Any, objective: Objective, train_state: Any, groups: ProcessGroups
+    config: Any, objective: Objective, model: Module, train_state: Any, groups: ProcessGroups
 ) -> tuple[PreferenceBatches, HeldOutBatches | None]:
     """Batches for training, from where the run stands, and for evaluation."""
     data, train, validation = config.dataset, config.train, config.validation
     batches = partial(_batches, data, objective, transformer_of(config), groups)
     training = batches(
-        _pairs_of(data.data_path, data, objective, groups),
+        _pairs_of(data.data_path, data, objective, model, groups),
         train.global_batch_size,
         train.micro_batch_size,
         total_pairs=train.train_samples or train.train_iters * train.global_batch_size,
@@ -229,7 +235,7 @@ def _open(
     )
     if not data.valid_data_path or not validation.eval_iters:
         return training, None
-    held_out = _pairs_of(data.valid_data_path, data, objective, groups)
+    held_out = _pairs_of(data.valid_data_path, data, objective, model, groups)
     size, mean = validation.eval_global_batch_size, validation.eval_micro_batch_size
     named = ("validation.eval_iters", "eval_global_batch_size", f"valid_data_path {' '.join(data.valid_data_path)}")
     wanted = pairs_of_evaluation(held_out, validation.eval_iters, size, named=named)
@@ -263,12 +269,21 @@ def _batches(
     )
 
 
-def _pairs_of(prefixes: list[str], data: PreferenceData, objective: Objective, groups: ProcessGroups) -> PairCollection:
+def _pairs_of(
+    prefixes: list[str], data: PreferenceData, objective: Objective, model: Module, groups: ProcessGroups
+) -> PairCollection:
     """Data sets with what the objective reads beside the pairs. All ranks call it together."""
     pairs = on_every_rank(groups.world, lambda: PairCollection([PairStore(prefix) for prefix in prefixes]))
     if objective.needs.mismatched:
         on_every_rank(groups.world, pairs.match_anew)
-    attach_cached_scores(pairs, objective, data.reference_cache, groups)
+    reads = objective.needs.reference or objective.needs.mismatched
+    cached = data.reference_cache is not None or on_first_rank(groups.world, partial(has_cached_scores, pairs))
+    if reads and not cached and has_adapters(model):
+        # Rows of two sequences of the longest that the model has positions for: each pair fits.
+        tokens = data.tokens_per_microbatch or 2 * unwrapped(model).max_sequence_length
+        score_reference(model, pairs, objective, tokens_per_microbatch=tokens, share_prompts=data.share_prompts, groups=groups)
+    else:
+        attach_cached_scores(pairs, objective, data.reference_cache, groups)
     return pairs
 
 

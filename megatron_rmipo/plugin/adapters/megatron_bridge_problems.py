@@ -52,8 +52,11 @@ def _layout_problems(config: Any) -> Iterator[str]:
 
 
 def _objective_problems(config: Any, objective: Objective) -> Iterator[str]:
-    if objective.needs.perturbation is not None:
-        yield f"objective {objective.name} keeps its reference in memory, which this adapter has no place for; take another"
+    if objective.needs.perturbation is not None and config.peft is None:
+        yield (
+            f"objective {objective.name} keeps its reference in memory, and in a model with adapters alone there is one; give a "
+            "peft, or take another objective"
+        )
     if objective.initial_state() and config.checkpoint.async_save:
         yield (
             f"checkpoint.async_save: what objective {objective.name} carries from step to step would be that of a later step; "

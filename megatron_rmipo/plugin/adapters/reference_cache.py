@@ -36,6 +36,11 @@ def attach_cached_scores(pairs: PairCollection, objective: Objective, cache: str
         part.reference_scores = on_every_rank(groups.world, partial(_open_all, part, places))
 
 
+def has_cached_scores(pairs: PairCollection) -> bool:
+    """Whether log-probs of any reference lie beside one of the data sets. No communication."""
+    return any(next(Path(f"{store.prefix}.reference").glob(f"*/{PROGRESS_FILE}"), None) for store in pairs.stores)
+
+
 def _find_all(pairs: PairCollection, kind: Kind, objective: str, cache: str | None) -> list[tuple[Path, ScoreKey]]:
     """Of each data set; refuses scores that are not there of a pair."""
     places = [_find(store.prefix, kind, objective, cache) for store in pairs.stores]

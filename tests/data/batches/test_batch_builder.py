@@ -21,7 +21,7 @@ from megatron_rmipo.data.batches.batch_layout import BatchLayout
 from megatron_rmipo.data.batches.order import PairOrder
 from megatron_rmipo.data.batches.pipeline_bubble import Stages, fastest_packs
 from megatron_rmipo.data.batches.read_ahead import _read_ahead, iterate_batches
-from megatron_rmipo.data.batches.sizes import CostModel
+from megatron_rmipo.data.batches.sizes import Backward, CostModel
 from megatron_rmipo.data.store.chunks import ROWS_AT_A_TIME
 from megatron_rmipo.data.store.collection import PairCollection, Span
 from tests.data.orphans import count_files, workers_left_by
@@ -133,6 +133,15 @@ def test_what_a_rank_runs_is_costed_pass_by_pass() -> None:
     assert gradient.head.sum() == alone.head.sum() == lengths[:, 1:].sum(), "each token of a response is scored"
     assert again.layers.tolist() == gradient.layers.tolist()
     assert sum(one.work for one in batch.passes) == pytest.approx(batch.cost)
+    # Whatever a backward costs over its forward.
+    frozen = dataclasses.replace(COST, backward=Backward(1.25, 2.0, 1.0))
+    batch = BatchBuilder(pairs, layout(forward_passes=1, cost=frozen)).build(indices)
+    assert sum(one.work for one in batch.passes) == pytest.approx(batch.cost)
+    assert batch.passes[-1].head_back.tolist() == batch.passes[-1].head.tolist()
+    tokens = batch.gradient_tokens.sum()
+    assert batch.passes[-1].layers_back.sum() == pytest.approx(
+        2 * batch.passes[-1].layers.sum() - 0.75 * frozen.per_token * tokens
+    )
     # Ranks that meet in layers run their packs at one time: the costliest sets each.
     apart = [BatchBuilder(pairs, layout(rank, 2)).build(indices).passes[1] for rank in range(2)]
     together = [BatchBuilder(pairs, layout(rank, 2, equal_packs=True)).build(indices).passes[1] for rank in range(2)]

@@ -35,7 +35,8 @@ STAGES = 4
 
 
 def costs(*layers: float, head: float = 0.0, backward: bool = True) -> PassCosts:
-    return PassCosts(np.array(layers), np.full(len(layers), head), backward)
+    factor = 2.0 * backward
+    return PassCosts.scaled(np.array(layers), np.full(len(layers), head), factor, factor)
 
 
 @pytest.mark.parametrize(("num_stages", "num_packs"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 7, 16))])
@@ -56,6 +57,12 @@ def test_two_stages_by_hand() -> None:
     assert simulated_length([costs(2.0, 6.0)], Stages.even(2)) == 19
     # Stage 0 as before, but B0 from 10 on, B1 from 25 on. Stage 1: F0 1 to 4, B0 4 to 10, F1 10 to 15, B1 15 to 25.
     assert simulated_length([costs(2.0, 6.0, head=2.0)], Stages.even(2)) == 31
+    # Of frozen weights a backward is as long as the forward. Stage 0: F0 to 1, F1 to 4, B0 8 to 9, B1 18 to 21.
+    # Stage 1: F0 1 to 4, B0 4 to 8 with a head of 2 + 1 in it, F1 8 to 13, B1 13 to 18.
+    frozen = PassCosts(np.array([2.0, 6.0]), np.full(2, 2.0), np.array([2.0, 6.0]), np.array([3.0, 2.0]))
+    assert simulated_length([frozen], Stages.even(2)) == 21
+    assert least_length([frozen], Stages.even(2)) == 1 + frozen.stage_work(Stages.even(2))[1] + 1
+    assert (frozen.work, frozen.head_work) == (25.0, 9.0)
 
 
 def test_a_pass_begins_while_the_one_before_drains() -> None:

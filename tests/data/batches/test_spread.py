@@ -12,7 +12,8 @@ from megatron_rmipo.data.batches.spread import cheapest_at_both_ends, cut_into_p
 
 
 def sizes_of(tokens: np.ndarray, costs: np.ndarray) -> PairSizes:
-    return PairSizes(tokens, costs, head_costs=np.zeros(len(tokens)))
+    zeros = np.zeros(len(tokens))
+    return PairSizes(tokens, costs, head_costs=zeros, backward_costs=2 * costs, head_backward_costs=zeros)
 
 
 def loads_of(costs: np.ndarray, shares: list[list[int]]) -> list[float]:

@@ -77,6 +77,7 @@ def configuration(data: Any, **train: Any) -> Any:
         ddp=SimpleNamespace(average_in_collective=True),
         dist=SimpleNamespace(use_decentralized_pg=False, use_megatron_fsdp=False, use_torch_fsdp2=False),
         inprocess_restart=None,
+        peft=None,
         train=SimpleNamespace(
             **{
                 "train_iters": 1,

@@ -8,15 +8,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
 from megatron_rmipo.errors import CheckpointError, ConfigError, RmipoError
 from megatron_rmipo.families.hf_config import read_architecture
+from megatron_rmipo.model.packed_model import unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime
 from tests.integration.worlds import Case, run_at_layouts
 from tests.plugin.adapters.first_step import FirstStep
 from tests.plugin.adapters.stand_in_finetune import configuration, finetune, install_stand_in
+from tests.plugin.bridge_wrappers import wrap_linears
 from tests.plugin.foreign import build_llama
 
 
@@ -74,6 +77,31 @@ def goes_on(folder: str) -> dict[str, Any]:
     ):
         finetune(config, PreferenceFinetune(), [PreferenceFinetune()], models, dp=groups.dp, start=2)
     return {"reports": whole, "state": state}
+
+
+def adapted(folder: str) -> dict[str, float]:
+    """The first loss of models with fresh adapters, whose reference is the model itself, by objective."""
+    install_stand_in()
+    from megatron_rmipo.plugin.adapters.megatron_bridge import PreferenceFinetune
+
+    groups, losses = initialize_runtime(tensor_model_parallel_size=2), {}
+    alone = Path(folder) / "alone"
+    if groups.rank == 0:
+        alone.mkdir()
+        for path in Path(folder).glob("pairs.*"):
+            if path.is_file():
+                (alone / path.name).symlink_to(path)
+    dist.barrier()
+    for name in ("dpo", "kto", "epsilon_dpo"):
+        config, (model,) = prepare(Case(name, tp=2, objective=name), Path(folder), groups)
+        inner = unwrapped(model)
+        wrap_linears(inner, "LoRA", dim=4, alpha=6.0)
+        wrapped = DistributedDataParallel(inner.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), inner)
+        config.dataset.data_path, config.peft = [str(alone / "pairs")], "LoRA"
+        step = PreferenceFinetune()
+        report = finetune(config, step, [step], [wrapped], dp=groups.dp)
+        losses[name] = report[1]["loss"].item()
+    return losses
 
 
 def refusals(folder: str) -> dict[str, str]:

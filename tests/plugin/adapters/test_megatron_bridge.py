@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_a_run_goes_on_with_its_state_and_evaluates_the_same_pairs(written: tupl
     evaluations = [[report["rewards/margins"].item() for report in whole["valid", number]] for number in (1, 2, 3, 4)]
     assert evaluations == [evaluations[0]] * 4
     assert len(set(evaluations[0])) == 2
+
+
+@pytest.mark.dist
+def test_the_reference_of_a_model_with_adapters_is_itself(written: tuple[Path, dict[str, Any]]) -> None:
+    for losses in run_distributed(stand_in_runs.adapted, 2, str(written[0])):
+        # B is zero.
+        assert losses == {"dpo": pytest.approx(math.log(2), abs=1e-6), "kto": losses["kto"], "epsilon_dpo": losses["dpo"]}
+        assert losses["kto"] == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.dist

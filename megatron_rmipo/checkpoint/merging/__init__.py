@@ -1,0 +1,1 @@
+"""Adapters merged into the models that they belong to."""
