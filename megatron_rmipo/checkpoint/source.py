@@ -24,7 +24,8 @@ from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME as ADAPTER_CONFIG
 from megatron_rmipo.checkpoint.peft.reading import is_adapter
-from megatron_rmipo.config.flags.lora import LoraConfig
+from megatron_rmipo.config.flag_problems import adapter_problems, refuse
+from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError, RmipoError
@@ -110,10 +111,12 @@ def find_model(config: Config) -> ModelSource:
     """``--load`` where it holds checkpoints, else ``--load-hf``.
 
     Raises:
-        ConfigError: neither is given, or ``--bridge`` is, which is not installed or does not go with other flags.
+        ConfigError: neither is given, or ``--bridge`` is, which is not installed or does not go with other flags; or flags of
+            adapters, by which the model is found, do not go together.
         CheckpointError: ``--load`` holds checkpoints of which none is complete, or none at all and ``--load-hf`` is not given.
         ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
     """
+    refuse([*lora_problems(config.lora), *adapter_problems(config)])
     load, load_hf, maker = config.checkpoint.load, config.model.load_hf, maker_of(config)
     pretrained = config.lora.pretrained_checkpoint
     if load is not None and ((load_hf or pretrained) is None or holds_checkpoints(Path(load))):
@@ -131,8 +134,10 @@ def _check_adapted(source: ModelSource, config: Config) -> None:
     """That a checkpoint to go on from holds an adapter where one is trained, and none elsewhere."""
     holds_adapter = source.record is not None and source.record.adapter is not None
     if config.lora.is_on and not holds_adapter:
+        # With these flags it would be the model beneath a new adapter.
+        assert source.base is not None
         raise CheckpointError(
-            f"--load {source.directory}: {source.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
+            f"--load {source.directory}: {source.base.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
             "to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter out."
         )
 

@@ -81,9 +81,9 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group((LoraConfig.__doc__ or "").splitlines()[0].rstrip("."))
     kinds = field_types(LoraConfig)
     for field in dataclasses.fields(LoraConfig):
-        kind, settings = kinds[field.name], dict[str, Any]()
         if field.name not in _ADAPTER_FLAGS:
             continue
+        kind, settings = kinds[field.name], dict[str, Any]()
         if kind.base is bool:
             settings["action"] = "store_true"
         else:

@@ -76,6 +76,8 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     outputs = config.checkpoint
     every = f" every {outputs.save_interval} steps" if outputs.save_interval else " at the end"
     final = outputs.save_hf or "none (--save-hf)"
+    if source.adapters is not None:
+        final += f"; adapter: {config.lora.save_adapter or 'none (--save-adapter)'}"
     say(f"checkpoints: {outputs.save + every if outputs.save else 'none (--save)'}; final model: {final}")
     say(f"logs, and the whole configuration as config.yaml: {config.log_directory}")
     for line in costs_of_missing_kernels():

@@ -140,7 +140,7 @@ def load(hf: str, saved: str) -> dict[str, Tensor]:
 
 @pytest.mark.dist
 def test_adapters_of_models_that_others_built_are_pefts_at_any_layout(tmp_path: Path) -> None:
-    hf = write_hf_model(tmp_path / "hf", "llama, untied", **SMALL)
+    hf = write_hf_model(tmp_path / "hf", "llama2", **SMALL)
     on, off, gradients = dense(hf)
     for tp_size in (1, 2):
         saved = tmp_path / f"checkpoint{tp_size}"
@@ -160,8 +160,8 @@ def test_adapters_of_models_that_others_built_are_pefts_at_any_layout(tmp_path: 
 
 @pytest.mark.dist
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    hf = write_hf_model(tmp_path / "hf", "llama, untied", **SMALL)
-    other = write_hf_model(tmp_path / "other", "llama, untied", **SMALL, intermediate_size=48)
+    hf = write_hf_model(tmp_path / "hf", "llama2", **SMALL)
+    other = write_hf_model(tmp_path / "other", "llama2", **SMALL, intermediate_size=48)
     run_distributed(misfits, 1, str(hf), str(other))
 
 
