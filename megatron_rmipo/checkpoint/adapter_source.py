@@ -23,6 +23,7 @@ from megatron_rmipo.model.lora.plan import AdapterPlan, plan_of_flags
 from megatron_rmipo.model.lora.quantized import QuantizedKind
 from megatron_rmipo.model.lora.quantized_base import quantize_base
 from megatron_rmipo.model.named_tensors import ADAPTER, REFERENCE_ADAPTER
+from megatron_rmipo.model.packed_model import Chunks
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -47,7 +48,7 @@ class AdapterSource:
 
     def add_to(
         self,
-        policy: Policy,
+        policy: Chunks,
         arch: ModelArchitecture,
         groups: ProcessGroups,
         *,

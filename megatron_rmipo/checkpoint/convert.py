@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
-from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
+from megatron_rmipo.checkpoint.hf.for_inference import Beside
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, dtype_to_store, write_hf_directory
@@ -35,7 +35,7 @@ from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
 from megatron_rmipo.checkpoint.peft.forms import form_of_plan
-from megatron_rmipo.checkpoint.peft.reading import model_directory, refuse_idle_base
+from megatron_rmipo.checkpoint.peft.reading import CARD_NAME, model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.peft.writing import write_adapter
 from megatron_rmipo.checkpoint.saved_adapters.bridge_adapter import holds_bridge_adapter, read_bridge_adapter
 from megatron_rmipo.checkpoint.saved_adapters.own_adapter import base_of_record, plan_of_record, read_own_adapter

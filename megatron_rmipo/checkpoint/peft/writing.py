@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME
-from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from megatron_rmipo.checkpoint.peft.reading import CARD_NAME, CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, new_directory
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.adapters import AdapterForm
