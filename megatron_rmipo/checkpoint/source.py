@@ -134,8 +134,10 @@ def _check_adapted(source: ModelSource, config: Config) -> None:
     """That a checkpoint to go on from holds an adapter where one is trained, and none elsewhere."""
     holds_adapter = source.record is not None and source.record.adapter is not None
     if config.lora.is_on and not holds_adapter:
+        # With these flags it would be the model beneath a new adapter.
+        assert source.base is not None
         raise CheckpointError(
-            f"--load {source.directory}: {source.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
+            f"--load {source.directory}: {source.base.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
             "to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter out."
         )
 

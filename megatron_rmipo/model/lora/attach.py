@@ -146,7 +146,15 @@ class _Maker:
         if is_shared:
             # Other ranks' experts have it, too: it is held and reduced as what is no expert's.
             projections = tuple(dataclasses.replace(projection, expert=None) for projection in projections)
-            linear = Linear("nothing", self.groups.tp, self.sequence_parallel, in_expert=False)
+            # Ranks that share no expert see tokens of their own.
+            is_cut = group.size() > 1
+            linear = Linear(
+                _cut(rule) if is_cut else "nothing",
+                group,
+                self.sequence_parallel and not is_cut,
+                in_expert=True,
+                is_shared=True,
+            )
         else:
             linear = Linear(_cut(rule), group, self.sequence_parallel and not rule.per_expert, in_expert=rule.per_expert)
         parts = [self._part(projection, one.tensor, use_dora=plan.use_dora) for projection in projections]

@@ -97,4 +97,6 @@ def _held(adapter: LowRank, part: Part, kind: FactorKind, factor: Factor, full_n
         shape = (num_rows, *width)
         boxes = tuple(((start, *(0 for _ in width)), (stop - start, *width)) for start, stop in projection.rows)
         is_cut = linear.cut == "columns of the output" and not part.is_whole
-    return HeldFactor(full_name, key, kind, projection, factor.weight, shape, boxes, is_cut, linear.in_expert)
+    return HeldFactor(
+        full_name, key, kind, projection, factor.weight, shape, boxes, is_cut, linear.in_expert and not linear.is_shared
+    )
