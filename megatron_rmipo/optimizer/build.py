@@ -44,7 +44,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config, g
 
 
 def _count_experts_once(optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
-    """Have the norm count what each rank of an expert holds whole by that expert's ranks: Megatron goes by those of all layers."""
+    """Have the norm count what each rank of an expert holds whole by the expert's ranks: Megatron goes by other layers'."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if any(group["is_expert_parallel"] for group in part.param_groups):
             part.tp_group = groups.expert_tp
