@@ -137,8 +137,9 @@ def _check_adapted(source: ModelSource, config: Config) -> None:
         # With these flags it would be the model beneath a new adapter.
         assert source.base is not None
         raise CheckpointError(
-            f"--load {source.directory}: {source.base.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
-            "to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter out."
+            f"--load {source.directory}: {source.base.checkpoint_path.name} holds a whole model. Name it with "
+            "--pretrained-checkpoint to train an adapter on it, and leave --load out, or "
+            "leave --lora-rank and --load-adapter out."
         )
 
 
