@@ -123,6 +123,8 @@ def find_model(config: Config) -> ModelSource:
         source = checkpoint_source(Path(load), maker=maker)
         _check_adapted(source, config)
         return source
+    if pretrained is not None and not config.lora.is_on:
+        raise ConfigError(f"--pretrained-checkpoint {pretrained}: no adapter stands on it. Name a whole model with --load.")
     if pretrained is not None:
         return checkpoint_source(Path(pretrained), maker=maker)
     if load_hf is None:
@@ -138,9 +140,17 @@ def _check_adapted(source: ModelSource, config: Config) -> None:
         assert source.base is not None
         raise CheckpointError(
             f"--load {source.directory}: {source.base.checkpoint_path.name} holds a whole model. Name it with "
-            "--pretrained-checkpoint to train an adapter on it, and leave --load out, or "
-            "leave --lora-rank and --load-adapter out."
+            "--pretrained-checkpoint to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter "
+            "out."
         )
+    pretrained = config.lora.pretrained_checkpoint
+    if pretrained is not None and not holds_adapter:
+        raise ConfigError(
+            f"--pretrained-checkpoint {pretrained} would be the base of an adapter, but {source.checkpoint_path} holds a whole "
+            "model. Leave it out."
+        )
+    if pretrained is not None and config.model.load_hf is not None:
+        raise ConfigError("--load-hf and --pretrained-checkpoint both name the frozen model; leave one out.")
 
 
 def checkpoint_source(directory: Path, iteration: AskedIteration | None = None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
@@ -192,10 +202,11 @@ def _with_adapters(found: ModelSource, maker: KnownFamilies) -> ModelSource:
         return dataclasses.replace(
             found, hf_weights=None, checkpoint=None, iteration=None, base=base, adapters=adapters_of_flags(found.arch, maker.lora)
         )
-    named = maker.named_base or maker.lora.pretrained_checkpoint
+    pretrained = maker.lora.pretrained_checkpoint
+    named = pretrained or maker.named_base
     where, iteration = (named, None) if named is not None else (record["base"], record["base_iteration"])
     try:
-        if maker.lora.pretrained_checkpoint is not None or iteration is not None:
+        if pretrained is not None or iteration is not None:
             base = checkpoint_source(Path(where), iteration, maker=plain)
         else:
             base = hf_source(Path(where), maker=plain)
@@ -274,6 +285,18 @@ def adapter_record(source: ModelSource, groups: ProcessGroups) -> dict[str, Any]
     if source.base is None:
         return None
     assert source.adapters is not None
+    fingerprint = _base_fingerprint(source, groups)
+    return {
+        "plan": source.adapters.plan.as_record(),
+        "base": str(source.base.directory.resolve()),
+        "base_iteration": source.base.iteration,
+        "base_fingerprint": fingerprint,
+    }
+
+
+def _base_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
+    """That of the frozen model beneath adapters, which has to be the one that a checkpoint's adapter was trained on."""
+    assert source.base is not None
     fingerprint = weights_fingerprint(source.base, groups)
     saved = source.record.adapter if source.record is not None else None
     if saved is not None and saved["base_fingerprint"] != fingerprint:
@@ -282,12 +305,7 @@ def adapter_record(source: ModelSource, groups: ProcessGroups) -> dict[str, Any]
             f"{source.base.directory} ({fingerprint[:12]}), or of the same in another form: Hugging Face and Megatron count as "
             f"two. It was trained on {saved['base']}; name that with --load-hf or --pretrained-checkpoint."
         )
-    return {
-        "plan": source.adapters.plan.as_record(),
-        "base": str(source.base.directory.resolve()),
-        "base_iteration": source.base.iteration,
-        "base_fingerprint": fingerprint,
-    }
+    return fingerprint
 
 
 def saved_train_state(source: ModelSource) -> dict[str, Any]:
@@ -320,7 +338,7 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     were checked is not read again; of one whose digests were not, every file is, and compared with its digest.
 
     Raises:
-        CheckpointError: a file of the checkpoint is damaged.
+        CheckpointError: a file of the checkpoint is damaged, or its adapter was trained on another model than is found.
     """
     if source.base is not None and source.checkpoint is None:
         return weights_fingerprint(source.base, groups)
@@ -337,7 +355,7 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     content: dict[str, Any] = {"architecture": dataclasses.asdict(source.arch), "files": [digests[name] for name in names]}
     if source.base is not None:
         # An adapter that has not begun to learn is the same on any model.
-        content["base"] = weights_fingerprint(source.base, groups)
+        content["base"] = _base_fingerprint(source, groups)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
