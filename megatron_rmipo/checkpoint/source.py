@@ -88,6 +88,8 @@ class ModelSource:
     @property
     def place(self) -> tuple[str, Iteration | None]:
         """The directory that was named, and which of its checkpoints; None for a Hugging Face model. For :func:`source_at`."""
+        if self.base is not None and self.checkpoint is None:
+            return self.base.place
         return str(self.directory), self.iteration
 
     @property

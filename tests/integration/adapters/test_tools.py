@@ -34,7 +34,8 @@ def score_at_layouts(folder: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"lora_rank": 3, "lora_modules_to_save": "norm", "lr": 3e-2, "train_iters": 2, "objective": "dpo"}
     settings |= {"load_hf": None, "pretrained_checkpoint": base, "save_hf": merged, "save_adapter": where / "adapter"}
     arguments = [*flags(where / "pairs", run, lr_warmup_iters=None, **settings), *TP_2]
-    assert output_of(trainer.main, arguments)[0] == 0
+    code, text = output_of(trainer.main, arguments)
+    assert code == 0, text
     scored(where, "TP 2", "--load", run, *TP_2)
     scored(where, "PP 2", "--load", run, *PP_2)
     scored(where, "merged", "--load-hf", merged, *TP_2)
