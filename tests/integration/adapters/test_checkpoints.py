@@ -180,7 +180,8 @@ def _by_rank(sharded: Sharded, held: HeldFactor, key: str, *rest: Any) -> Any:
     return sharded(held, f"{key}.{dist.get_rank()}" if held.is_cut else key, *rest)
 
 
-FAULTS = {"": None, "swapped": _swapped, "keyed by rank": _by_rank, "left fresh": None}
+FAULTS = {"": None, "swapped": _swapped, "left fresh": None}
+INCOMPLETE = {"dropped": _dropped, "keyed by rank": _by_rank}
 
 
 def save_and_load_with_faults(folder: str) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def save_and_load_with_faults(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-def test_a_shard_that_is_swapped_left_fresh_or_keyed_by_rank_shows(tmp_path: Path) -> None:
+def test_a_shard_that_is_swapped_or_left_fresh_shows(tmp_path: Path) -> None:
     factors = prepare(tmp_path, "llama")
     ranks = run_distributed(save_and_load_with_faults, 2, str(tmp_path))
 
@@ -223,19 +224,18 @@ def test_a_shard_that_is_swapped_left_fresh_or_keyed_by_rank_shows(tmp_path: Pat
     assert wrong("") == []
     assert len(wrong("left fresh")) == len(ranks[1]["left fresh"])
     assert {name.kind for name in wrong("swapped")} == {"A", "B"}
-    for rank in ranks:
-        assert "linear_qkv.adapter.adapter_q.linear_out.weight is missing" in rank["keyed by rank"]
 
 
-def save_without_a_shard(folder: str) -> None:
+def save_incomplete(folder: str, fault: str) -> None:
     groups = initialize_runtime(tensor_model_parallel_size=2)
     state = build_adapted(Case("TP 2", model="llama", tp=2), Path(folder), groups)
-    with mock.patch.object(adapter_state, "sharded_factor", functools.partial(_dropped, adapter_state.sharded_factor)):
+    with mock.patch.object(adapter_state, "sharded_factor", functools.partial(INCOMPLETE[fault], adapter_state.sharded_factor)):
         save(state, Path(folder) / "saved", groups)
 
 
 @pytest.mark.dist
-def test_a_shard_that_is_dropped_is_not_saved_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", INCOMPLETE)
+def test_a_shard_that_is_dropped_or_keyed_by_rank_is_not_saved(tmp_path: Path, fault: str) -> None:
     prepare(tmp_path, "llama")
-    with pytest.raises(AssertionError, match=r"linear_proj.adapter.linear_in.weight invalid fill tensor-volume"):
-        run_distributed(save_without_a_shard, 2, str(tmp_path))
+    with pytest.raises(AssertionError, match=r"linear_proj.adapter.linear_in.weight(\.\d)? invalid fill tensor-volume"):
+        run_distributed(save_incomplete, 2, str(tmp_path), fault)
