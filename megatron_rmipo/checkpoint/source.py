@@ -135,7 +135,7 @@ def find_model(config: Config) -> ModelSource:
 
 
 def _check_adapted(source: ModelSource, config: Config) -> None:
-    """That a checkpoint to go on from holds an adapter where one is trained, and none elsewhere."""
+    """That a checkpoint to go on from holds an adapter where one is trained."""
     holds_adapter = source.record is not None and source.record.adapter is not None
     if config.lora.is_on and not holds_adapter:
         # With these flags it would be the model beneath a new adapter.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.peft.reading import CARD_NAME, CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, new_directory
 from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.adapters import AdapterForm
@@ -71,7 +71,7 @@ def write_adapter(
             config = json.dumps(form.to_config(), indent=2, sort_keys=True)
             (partial / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
             if card is not None:
-                (partial / CARD_NAME).write_text(card, encoding="utf-8")
+                (partial / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConversionError(
             f"{flag} {directory} cannot be written: {error}. Free some space or name another directory."

@@ -36,6 +36,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "module": ({"lora_modules_to_save": "lm_head"}, "adapter", ["(--lora-modules-to-save)", "another than the flags say"]),
     "base": ({"load_hf": "other"}, "adapter", ["iter_0000001 holds an adapter of another model", "--load-hf"]),
     "missing factor": ({}, "incomplete", [f"{MISSING} is missing"]),
+    "no flags": ({"lora_rank": None, "lora_alpha": None}, "adapter", ["hold an adapter alone (rank 3)", "--lora-rank"]),
     "whole model": ({}, "whole", ["holds a whole model", "--pretrained-checkpoint", "--lora-rank"]),
 }
 
