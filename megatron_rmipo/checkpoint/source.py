@@ -255,7 +255,9 @@ def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
         policy = load_model(
             dataclasses.replace(source.base, checked=source.checked and source.checkpoint is None), config, groups
         )
-        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=config.lora.quantize_base)
+        # An adapter belongs to the weights as they were beside it; tools have no flag for that.
+        quantize_as = config.lora.quantize_base or saved_flags(source).get("quantize_base")
+        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=quantize_as)
         return policy
     directory = source.hf_weights or source.assets
     return source.maker.build(directory, source.arch, config, groups, weights=source.hf_weights is not None)
