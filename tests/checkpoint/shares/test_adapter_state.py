@@ -26,15 +26,18 @@ CASES = [Case("TP 1", model="phi3"), Case("PP 2", model="phi3", pp=2)]
 
 
 def save_or_load(case: Case, folder: str, _pairs: PairCollection, groups: ProcessGroups) -> list[Any]:
-    """The one norm that is trained, on the ranks that hold it; the first layout saves it, the other has it from there."""
+    """The one norm that is trained, on the ranks that hold it; the first layout trains it, the other has it from there."""
     config = dataclasses.replace(case.config(), lora=LORA)
     state = build_adapted(case, Path(folder), groups, config)
     trained = [one for one in state.policy.parameters() if one.requires_grad and one.dim() == 1]
     if case.pp == 1:
-        trained[0].data.add_(torch.arange(trained[0].numel()))
+        trained[0].main_grad.copy_(torch.arange(trained[0].numel()))  # type: ignore[attr-defined]
+        state.optimizer.step()
         save(state, Path(folder) / "saved", groups)
     else:
         load(state, Path(folder) / "saved", groups)
+        moments = state.optimizer.optimizer.state  # type: ignore[attr-defined]
+        assert all(float(moments[one]["exp_avg"].norm()) > 0 for one in trained)
     return [one.detach().clone() for one in trained]
 
 
@@ -45,6 +48,7 @@ def test_a_module_that_is_trained_whole_in_one_layer_is_kept_by_its_layer(tmp_pa
         functools.partial(run_at_layouts, save_or_load), 2, CASES, str(tmp_path), collection(make_pairs(2))
     )
     stored = read(tmp_path / "saved")[NORM]
+    assert f"optimizer.state.exp_avg.{NORM}" in read(tmp_path / "saved")
     assert [len(results) for results in (*first, *second)] == [1, 0, 1, 1]
     for found in (*first[0], *second[0], *second[1]):
         assert torch.equal(found, stored)
