@@ -41,15 +41,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config, g
             use_gloo_process_groups=False,
             pg_collection=groups.megatron_collection(),
         )
-    _count_experts_once(optimizer, groups)
     return optimizer
-
-
-def _count_experts_once(optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
-    """Have the norm count what each rank of an expert holds whole by the expert's ranks: Megatron goes by other layers'."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if any(group["is_expert_parallel"] for group in part.param_groups):
-            part.tp_group = groups.expert_tp
 
 
 def _settings(config: Config) -> MegatronOptimizerConfig:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_rmipo.model.lora.held import held_factors
 from megatron_rmipo.model.lora.sharded import sharded_factor
@@ -23,10 +26,26 @@ def adapter_state(chunk: Any, groups: ProcessGroups, metadata: dict[str, Any]) -
     own = chunk.sharded_state_dict(metadata=metadata)
     factors = list(held_factors(chunk))
     names = {held.full_name for held in factors}
-    state = {name: item for name, item in own.items() if id(getattr(item, "data", None)) in trained and name not in names}
+    whole = {name: item for name, item in own.items() if id(getattr(item, "data", None)) in trained and name not in names}
+    state: dict[str, Any] = {name: _by_layer(item) for name, item in whole.items()}
     num_experts = getattr(chunk.config, "num_moe_experts", None) or 0
     for held in factors:
         expert = held.projection.expert
         stacked = [] if expert is None else [(expert, num_experts)]
         state[held.full_name] = sharded_factor(held, held.key, stacked, groups)
     return state
+
+
+def _by_layer(item: ShardedTensor) -> ShardedTensor:
+    """A tensor that Megatron stacks over all layers as one of its layer."""
+    if not item.prepend_axis_num:
+        return item
+    assert item.prepend_axis_num == 1, item.key
+    return dataclasses.replace(
+        item,
+        key=item.key.replace("layers.", f"layers.{item.global_offset[0]}.", 1),
+        global_shape=item.global_shape[1:],
+        global_offset=item.global_offset[1:],
+        axis_fragmentations=item.axis_fragmentations[1:] if item.axis_fragmentations is not None else None,
+        prepend_axis_num=0,
+    )

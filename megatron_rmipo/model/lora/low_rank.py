@@ -288,9 +288,12 @@ class LowRank(Module):
             for factor, cut in is_cut.items():
                 parameter: Any = factor.weight
                 parameter.requires_grad_(trains)
-                set_tensor_model_parallel_attributes(parameter, cut, 1 if factor is part.linear_in else 0, 1)
+                # The norm takes what is not marked once of a tensor-parallel group, whose ranks may hold different experts.
+                is_an_experts = linear.in_expert and not linear.is_shared
+                counts = cut or (is_an_experts and linear.group.rank() == 0)
+                set_tensor_model_parallel_attributes(parameter, counts, 1 if factor is part.linear_in else 0, 1)
                 parameter.is_adapter_output = factor is part.linear_out
-                if linear.in_expert and not linear.is_shared:
+                if is_an_experts:
                     parameter.allreduce = False
                 elif linear.sequence_parallel and not cut and self._sees_part_of_tokens(factor, part):
                     # Each rank sees its part of the row, and Megatron sums the gradients over the group.

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from megatron_rmipo.model.lora.attach import low_ranks
-from megatron_rmipo.model.packed_model import Chunks
+from megatron_rmipo.model.lora.adapted import AdaptedExperts, AdaptedLinear
+from megatron_rmipo.model.named_tensors import ADAPTER
+from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 
 
 @torch.no_grad()
@@ -19,9 +20,14 @@ def merge_adapter(model: Chunks) -> None:
     Args:
         model: this rank's part of an adapted model, or its chunks.
     """
-    for full_name, layer, adapter in low_ranks(model):
-        number = full_name.rpartition(".")[2]
-        # One layer has the weights of all experts of a rank in Transformer Engine.
-        name = f"weight{number}" if number.isdecimal() else "weight"
-        weight: Any = getattr(layer, name)
-        weight.copy_(adapter.merged(weight))
+    for chunk in chunks_of(model):
+        for layer in unwrapped(chunk).modules():
+            # By the calls and not by the children: of experts that share an adapter one alone has it as its child.
+            call: Any = vars(layer).get("forward")
+            weights: Any = layer
+            if isinstance(call, AdaptedLinear) and ADAPTER in call.adapters:
+                weights.weight.copy_(call.adapters[ADAPTER].merged(weights.weight))
+            elif isinstance(call, AdaptedExperts):
+                for number, adapter in enumerate(call.adapters.get(ADAPTER, [])):
+                    weight = getattr(weights, f"weight{number}")
+                    weight.copy_(adapter.merged(weight))
