@@ -123,7 +123,7 @@ def goals(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> lis
     if not {**GOAL_MODEL, **GOAL_PAIRS}.items() <= vars(options).items():
         return []
     (row,) = (row for row in rows if row["side"] == "lora")
-    title = "adapter of rank 16 over the whole model, 34M parameters"
+    title = "adapter of rank 16 over the whole model, 32M parameters"
     return [
         Goal(f"{title}: memory that stays", MOST_STANDING, row["standing_over_full"]),
         Goal(f"{title}: CPU time of a step", MOST_CPU, row["cpu_over_full"]),

@@ -305,6 +305,8 @@ TABLES = {
             "model": "H {hidden_size}, L {num_layers}, V {vocab_size}",
             "rank": "{rank}",
             "pairs": "{pairs}",
+            "micro-batch, ours / theirs": "{tokens_per_microbatch} tokens / {pairs_per_microbatch} pairs",
+            "rounds": "{repeats}",
         },
         (
             Figure("trained", "trained_share", form=".2%"),

@@ -118,7 +118,9 @@ use_embedded_example() {
     TOKENS_PER_MICROBATCH=${TOKENS_PER_MICROBATCH:-4096}
     GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}
     SFT_LR=${SFT_LR:-2e-3}
-    LR=${LR:-$(learning_rate 3e-4)}
+    # Of rates for an adapter the one at which the chosen responses stay as likely as with all weights (docs/lora.md).
+    if [[ -n "${LORA_RANK:-}" ]]; then LR=${LR:-1e-3}; fi
+    LR=${LR:-3e-4}
     LOG_INTERVAL=${LOG_INTERVAL:-5}
     EVAL_INTERVAL=${EVAL_INTERVAL:-32}
 }

@@ -72,6 +72,7 @@ INNER_ROOMS = {
         "hf": {"peft", "whole_directories", "raw_files"},
         "merging": {"peft", "hf", "whole_directories", "flag_types"},
         "shares": set(),
+        "saved_adapters": {"megatron", "peft"},
         "megatron": {"hf", "peft", "shares", "whole_directories", "raw_files"},
     },
     "reports": {

@@ -45,6 +45,8 @@ FOREIGN_FLAGS = {
     *("--no-build-isolation", "--nproc-per-node", "--max-restarts"),
     # Of sbatch, docker and what copies from object stores.
     *("--nodes", "--file", "--tag", "--recursive"),
+    # Of vLLM.
+    *("--enable-lora", "--max-lora-rank", "--lora-modules"),
     # Of Megatron's, told why they are not here.
     *("--use-megatron-fsdp", "--use-torch-optimizer-for-cpu-offload"),
 }

@@ -11,17 +11,19 @@ from megatron_rmipo.checkpoint.peft.forms import form_of_plan, plan_of_adapter
 from megatron_rmipo.checkpoint.peft.reading import read_adapter
 from megatron_rmipo.checkpoint.peft.values import gather_values, load_values
 from megatron_rmipo.checkpoint.peft.writing import write_adapter
+from megatron_rmipo.checkpoint.saved_adapters.own_adapter import plan_of_record
 from megatron_rmipo.config.flag_problems import refuse
 from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.errors import CheckpointError, ConfigError
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.lora.attach import add_adapters
 from megatron_rmipo.model.lora.plan import AdapterPlan, plan_of_flags
 from megatron_rmipo.model.lora.quantized import QuantizedKind
 from megatron_rmipo.model.lora.quantized_base import quantize_base
 from megatron_rmipo.model.named_tensors import ADAPTER, REFERENCE_ADAPTER
+from megatron_rmipo.model.packed_model import Chunks
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.runtime.agreement import on_first_rank
 from megatron_rmipo.runtime.groups import ProcessGroups
@@ -46,7 +48,7 @@ class AdapterSource:
 
     def add_to(
         self,
-        policy: Policy,
+        policy: Chunks,
         arch: ModelArchitecture,
         groups: ProcessGroups,
         *,
@@ -123,12 +125,7 @@ def adapters_of_record(arch: ModelArchitecture, record: Mapping[str, Any], lora:
         ConfigError: they say something else.
         CheckpointError: the record cannot be read.
     """
-    try:
-        plan = AdapterPlan.of_record(record["plan"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{where}: what it says of its adapter cannot be read ({error!r}). Name another checkpoint."
-        ) from error
+    plan = plan_of_record(record, where)
     if not lora.is_on:
         return AdapterSource({ADAPTER: plan})
     asked = adapters_of_flags(arch, lora)

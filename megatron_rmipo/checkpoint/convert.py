@@ -15,11 +15,10 @@ from torch import Tensor
 
 from megatron_rmipo.checkpoint.hf.assets import copy_hf_assets, set_config_dtype
 from megatron_rmipo.checkpoint.hf.checked_weights import open_weights
-from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME, Beside
+from megatron_rmipo.checkpoint.hf.for_inference import Beside
 from megatron_rmipo.checkpoint.hf.safetensors_files import WeightFiles, row_pieces
 from megatron_rmipo.checkpoint.hf.shards import fill_rows
 from megatron_rmipo.checkpoint.hf.writer import DEFAULT_SHARD_BYTES, MegatronTensor, dtype_to_store, write_hf_directory
-from megatron_rmipo.checkpoint.megatron.bridge_adapter import holds_bridge_adapter, read_bridge_adapter
 from megatron_rmipo.checkpoint.megatron.commit import abandon_checkpoint, begin_checkpoint, commit_checkpoint
 from megatron_rmipo.checkpoint.megatron.common_state import CONTENT
 from megatron_rmipo.checkpoint.megatron.digests import check_digests, damage
@@ -36,8 +35,11 @@ from megatron_rmipo.checkpoint.megatron.owner import OWNER_NAME, DirectoryOwner
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, read_record
 from megatron_rmipo.checkpoint.megatron.torch_dist import Entry, Piece, TorchDistReader, write_torch_dist
 from megatron_rmipo.checkpoint.peft.forms import form_of_plan
-from megatron_rmipo.checkpoint.peft.reading import model_directory, refuse_idle_base
+from megatron_rmipo.checkpoint.peft.reading import CARD_NAME, model_directory, refuse_idle_base
 from megatron_rmipo.checkpoint.peft.writing import write_adapter
+from megatron_rmipo.checkpoint.saved_adapters.bridge_adapter import holds_bridge_adapter, read_bridge_adapter
+from megatron_rmipo.checkpoint.saved_adapters.own_adapter import base_of_record, plan_of_record, read_own_adapter
+from megatron_rmipo.checkpoint.saved_adapters.saved_adapter import SavedAdapter
 from megatron_rmipo.checkpoint.whole_directories import (
     INCOMPLETE_SUFFIX,
     REMOVED_SUFFIX,
@@ -113,11 +115,11 @@ def convert_megatron_to_hf(
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     verify: bool = True,
 ) -> Path:
-    """Write a checkpoint's model as a Hugging Face directory; of an adapter that Megatron-Bridge trained as one of PEFT.
+    """Write a checkpoint's model as a Hugging Face directory; where it holds an adapter alone, that as one of PEFT.
 
     Args:
         load_dir: directory of checkpoints, of training at any layout, of :func:`convert_hf_to_megatron`, of Megatron-LM, or of
-            Megatron-Bridge with an adapter alone.
+            Megatron-Bridge's adapters.
         save_dir: missing or empty.
         iteration: which one; ``best`` for that of the best evaluation, None for the latest complete.
         dtype: dtype of the files; None keeps the checkpoint's.
@@ -141,11 +143,14 @@ def convert_megatron_to_hf(
     assets = Path(assets_dir) if assets_dir is not None else hf_assets_directory(Path(load_dir), found)
     arch = read_architecture(assets)
     reader = TorchDistReader(path)
-    if read_record(path) is None and holds_bridge_adapter(reader):
+    card = assets / CARD_NAME
+    # A run writes its card beside the tokenizer; one in a directory that was named is of another model.
+    text = card.read_text(encoding="utf-8") if assets_dir is None and card.is_file() else None
+    adapter, base = _saved_adapter(reader, arch)
+    if adapter is not None:
         _refuse_idle(dtype, max_shard_bytes, path)
-        check_output_directory(Path(save_dir), "--save-hf")
-        adapter = read_bridge_adapter(reader, arch)
-        write_adapter(Path(save_dir), form_of_plan(adapter.plan, arch, str(assets)), adapter.factors, {})
+        form = form_of_plan(adapter.plan, arch, str(assets if assets_dir is not None or base is None else base))
+        write_adapter(Path(save_dir), form, adapter.factors, adapter.whole, card=text, flag="--save-hf")
         return path
     locations = _locate(reader, arch)
     asked = _DTYPES[dtype] if dtype else None
@@ -154,16 +159,23 @@ def convert_megatron_to_hf(
         for rule, place in tensors_of(arch)
     }
     read = partial(_read_tensor, reader, locations)
-    card = assets / CARD_NAME
-    # A run writes its card beside the tokenizer; one in a directory that was named is of another model.
-    beside = Beside(card=card.read_text(encoding="utf-8") if assets_dir is None and card.is_file() else None)
     try:
-        write_hf_directory(Path(save_dir), assets, arch, read, dtypes, max_shard_bytes=max_shard_bytes, beside=beside)
+        write_hf_directory(Path(save_dir), assets, arch, read, dtypes, max_shard_bytes=max_shard_bytes, beside=Beside(card=text))
     except OSError as error:
         raise ConversionError(
             f"--save-hf {save_dir} cannot be written: {error}. Free some space or name another directory."
         ) from error
     return path
+
+
+def _saved_adapter(reader: TorchDistReader, arch: ModelArchitecture) -> tuple[SavedAdapter | None, Path | None]:
+    """The adapter that a checkpoint holds alone, None of a whole model; and its base model's directory where it says that."""
+    record = read_record(reader.directory)
+    if record is None:
+        return (read_bridge_adapter(reader, arch) if holds_bridge_adapter(reader) else None), None
+    if record.adapter is None:
+        return None, None
+    return read_own_adapter(reader, plan_of_record(record.adapter, reader.directory), arch), base_of_record(record.adapter)
 
 
 def _refuse_idle(dtype: str | None, max_shard_bytes: float, path: Path) -> None:

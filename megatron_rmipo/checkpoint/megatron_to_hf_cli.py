@@ -12,8 +12,9 @@ from megatron_rmipo.checkpoint.flag_types import DTYPE_NAMES, iteration_argument
 from megatron_rmipo.command import add_debug_flag, run_command
 
 _DESCRIPTION = """\
-Convert a Megatron checkpoint (torch_dist), trained at any layout, to a Hugging Face model directory, or one of an adapter that
-Megatron-Bridge trained to one of PEFT. One process, no GPU."""
+Convert a Megatron checkpoint (torch_dist), trained at any layout, to a Hugging Face model directory. One that holds an adapter
+alone, of a run with --lora-rank or of Megatron-Bridge, becomes an adapter of PEFT, which merge_adapter.py merges into its model.
+One process, no GPU."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", re.IGNORECASE)
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 

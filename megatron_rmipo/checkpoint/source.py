@@ -24,7 +24,8 @@ from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
 from megatron_rmipo.checkpoint.megatron.record import AskedIteration, CheckpointRecord, Iteration, read_record
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME as ADAPTER_CONFIG
 from megatron_rmipo.checkpoint.peft.reading import is_adapter
-from megatron_rmipo.config.flags.lora import LoraConfig
+from megatron_rmipo.config.flag_problems import adapter_problems, refuse
+from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
 from megatron_rmipo.config.schema import CheckpointConfig, Config
 from megatron_rmipo.data.store.pair_store import PairStore
 from megatron_rmipo.errors import CheckpointError, ConfigError, DataError, RmipoError
@@ -87,6 +88,8 @@ class ModelSource:
     @property
     def place(self) -> tuple[str, Iteration | None]:
         """The directory that was named, and which of its checkpoints; None for a Hugging Face model. For :func:`source_at`."""
+        if self.base is not None and self.checkpoint is None:
+            return self.base.place
         return str(self.directory), self.iteration
 
     @property
@@ -110,16 +113,20 @@ def find_model(config: Config) -> ModelSource:
     """``--load`` where it holds checkpoints, else ``--load-hf``.
 
     Raises:
-        ConfigError: neither is given, or ``--bridge`` is, which is not installed or does not go with other flags.
+        ConfigError: neither is given, or ``--bridge`` is, which is not installed or does not go with other flags; or flags of
+            adapters, by which the model is found, do not go together.
         CheckpointError: ``--load`` holds checkpoints of which none is complete, or none at all and ``--load-hf`` is not given.
         ConversionError: the Hugging Face model is of an unknown kind, or its weights are missing or damaged.
     """
+    refuse([*lora_problems(config.lora), *adapter_problems(config)])
     load, load_hf, maker = config.checkpoint.load, config.model.load_hf, maker_of(config)
     pretrained = config.lora.pretrained_checkpoint
     if load is not None and ((load_hf or pretrained) is None or holds_checkpoints(Path(load))):
         source = checkpoint_source(Path(load), maker=maker)
         _check_adapted(source, config)
         return source
+    if pretrained is not None and not config.lora.is_on:
+        raise ConfigError(f"--pretrained-checkpoint {pretrained}: no adapter stands on it. Name a whole model with --load.")
     if pretrained is not None:
         return checkpoint_source(Path(pretrained), maker=maker)
     if load_hf is None:
@@ -128,13 +135,24 @@ def find_model(config: Config) -> ModelSource:
 
 
 def _check_adapted(source: ModelSource, config: Config) -> None:
-    """That a checkpoint to go on from holds an adapter where one is trained, and none elsewhere."""
+    """That a checkpoint to go on from holds an adapter where one is trained."""
     holds_adapter = source.record is not None and source.record.adapter is not None
     if config.lora.is_on and not holds_adapter:
+        # With these flags it would be the model beneath a new adapter.
+        assert source.base is not None
         raise CheckpointError(
-            f"--load {source.directory}: {source.checkpoint_path.name} holds a whole model. Name it with --pretrained-checkpoint "
-            "to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter out."
+            f"--load {source.directory}: {source.base.checkpoint_path.name} holds a whole model. Name it with "
+            "--pretrained-checkpoint to train an adapter on it, and leave --load out, or leave --lora-rank and --load-adapter "
+            "out."
         )
+    pretrained = config.lora.pretrained_checkpoint
+    if pretrained is not None and not holds_adapter:
+        raise ConfigError(
+            f"--pretrained-checkpoint {pretrained} would be the base of an adapter, but {source.checkpoint_path} holds a whole "
+            "model. Leave it out."
+        )
+    if pretrained is not None and config.model.load_hf is not None:
+        raise ConfigError("--load-hf and --pretrained-checkpoint both name the frozen model; leave one out.")
 
 
 def checkpoint_source(directory: Path, iteration: AskedIteration | None = None, *, maker: Maker = KNOWN_FAMILIES) -> ModelSource:
@@ -186,10 +204,11 @@ def _with_adapters(found: ModelSource, maker: KnownFamilies) -> ModelSource:
         return dataclasses.replace(
             found, hf_weights=None, checkpoint=None, iteration=None, base=base, adapters=adapters_of_flags(found.arch, maker.lora)
         )
-    named = maker.named_base or maker.lora.pretrained_checkpoint
+    pretrained = maker.lora.pretrained_checkpoint
+    named = pretrained or maker.named_base
     where, iteration = (named, None) if named is not None else (record["base"], record["base_iteration"])
     try:
-        if maker.lora.pretrained_checkpoint is not None or iteration is not None:
+        if pretrained is not None or iteration is not None:
             base = checkpoint_source(Path(where), iteration, maker=plain)
         else:
             base = hf_source(Path(where), maker=plain)
@@ -236,7 +255,9 @@ def build_from(source: ModelSource, config: Config, groups: ProcessGroups) -> Po
         policy = load_model(
             dataclasses.replace(source.base, checked=source.checked and source.checkpoint is None), config, groups
         )
-        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=config.lora.quantize_base)
+        # An adapter belongs to the weights as they were beside it; tools have no flag for that.
+        quantize_as = config.lora.quantize_base or saved_flags(source).get("quantize_base")
+        source.adapters.add_to(policy, source.arch, groups, seed=config.training.seed, quantize_as=quantize_as)
         return policy
     directory = source.hf_weights or source.assets
     return source.maker.build(directory, source.arch, config, groups, weights=source.hf_weights is not None)
@@ -268,6 +289,18 @@ def adapter_record(source: ModelSource, groups: ProcessGroups) -> dict[str, Any]
     if source.base is None:
         return None
     assert source.adapters is not None
+    fingerprint = _base_fingerprint(source, groups)
+    return {
+        "plan": source.adapters.plan.as_record(),
+        "base": str(source.base.directory.resolve()),
+        "base_iteration": source.base.iteration,
+        "base_fingerprint": fingerprint,
+    }
+
+
+def _base_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
+    """That of the frozen model beneath adapters, which has to be the one that a checkpoint's adapter was trained on."""
+    assert source.base is not None
     fingerprint = weights_fingerprint(source.base, groups)
     saved = source.record.adapter if source.record is not None else None
     if saved is not None and saved["base_fingerprint"] != fingerprint:
@@ -276,12 +309,7 @@ def adapter_record(source: ModelSource, groups: ProcessGroups) -> dict[str, Any]
             f"{source.base.directory} ({fingerprint[:12]}), or of the same in another form: Hugging Face and Megatron count as "
             f"two. It was trained on {saved['base']}; name that with --load-hf or --pretrained-checkpoint."
         )
-    return {
-        "plan": source.adapters.plan.as_record(),
-        "base": str(source.base.directory.resolve()),
-        "base_iteration": source.base.iteration,
-        "base_fingerprint": fingerprint,
-    }
+    return fingerprint
 
 
 def saved_train_state(source: ModelSource) -> dict[str, Any]:
@@ -314,7 +342,7 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     were checked is not read again; of one whose digests were not, every file is, and compared with its digest.
 
     Raises:
-        CheckpointError: a file of the checkpoint is damaged.
+        CheckpointError: a file of the checkpoint is damaged, or its adapter was trained on another model than is found.
     """
     if source.base is not None and source.checkpoint is None:
         return weights_fingerprint(source.base, groups)
@@ -331,7 +359,7 @@ def weights_fingerprint(source: ModelSource, groups: ProcessGroups) -> str:
     content: dict[str, Any] = {"architecture": dataclasses.asdict(source.arch), "files": [digests[name] for name in names]}
     if source.base is not None:
         # An adapter that has not begun to learn is the same on any model.
-        content["base"] = weights_fingerprint(source.base, groups)
+        content["base"] = _base_fingerprint(source, groups)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

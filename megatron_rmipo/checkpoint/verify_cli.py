@@ -16,7 +16,10 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.facts import told_facts
 from megatron_rmipo.checkpoint.flag_types import iteration_argument
 from megatron_rmipo.checkpoint.hf.weights import load_hf_weights
+from megatron_rmipo.checkpoint.megatron.directory import find_checkpoint
 from megatron_rmipo.checkpoint.megatron.loading import load_checkpoint
+from megatron_rmipo.checkpoint.megatron.record import AskedIteration, Iteration, read_record
+from megatron_rmipo.checkpoint.source import adapter_record, source_at
 from megatron_rmipo.checkpoint.verify import Agreement, compare_with_transformers
 from megatron_rmipo.command import add_debug_flag, run_command
 from megatron_rmipo.config.flags.parallel import ParallelConfig
@@ -28,14 +31,16 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.model.build import build_chunks
 from megatron_rmipo.model.megatron_config import transformer_config
+from megatron_rmipo.model.packed_model import Chunks
 from megatron_rmipo.model.problems.layout import latent_problems, tensor_sizes
-from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
+from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from megatron_rmipo.runtime.rendezvous import Rendezvous
 from megatron_rmipo.torchrun import Launch, read_launch
 
 _DESCRIPTION = """\
 Compare the logits of a Megatron model with those transformers computes from the Hugging Face model, on text, at a tensor,
-pipeline and expert parallel size. Exit code 1 where they differ by more than --tolerance."""
+pipeline and expert parallel size. A checkpoint that holds an adapter alone is compared with its base beneath it. Exit code
+1 where they differ by more than --tolerance."""
 _TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome. What is the capital of Portugal?",
     "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
@@ -57,7 +62,13 @@ _SPLIT_FLAGS = (
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(prog="verify_conversion.py", description=_DESCRIPTION)
-    parser.add_argument("--hf-model", required=True, type=Path, metavar="DIR", help="what transformers loads")
+    parser.add_argument(
+        "--hf-model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="what transformers loads; of an adapter's checkpoint the merged model",
+    )
     parser.add_argument(
         "--load",
         type=Path,
@@ -122,18 +133,36 @@ def _verify(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tens
         if flags.load is None:
             load_hf_weights(policy, flags.hf_model, arch, groups=groups)
         else:
-            load_checkpoint(
-                flags.load,
-                model=policy,
-                optimizer=None,
-                scheduler=None,
-                load_rng=False,
-                groups=groups,
-                iteration=flags.iteration,
-            )
+            _load_checkpoint(policy, flags.load, flags.iteration, arch, groups)
         return compare_with_transformers(policy, flags.hf_model, texts, groups, dtype)
     finally:
         shutdown_runtime()
+
+
+def _load_checkpoint(
+    policy: Chunks, directory: Path, iteration: AskedIteration | None, arch: ModelArchitecture, groups: ProcessGroups
+) -> None:
+    """Load a checkpoint; where it holds an adapter alone, its base model before."""
+    path, found = find_checkpoint(directory, iteration)
+    record = read_record(path)
+    if record is not None and record.adapter is not None:
+        source = source_at(directory, found)
+        assert source.base is not None
+        assert source.adapters is not None
+        # Refuses another base than the adapter was trained on.
+        adapter_record(source, groups)
+        base = source.base
+        if base.hf_weights is not None:
+            load_hf_weights(policy, base.hf_weights, arch, groups=groups)
+        else:
+            assert base.checkpoint is not None
+            _load_weights(policy, base.checkpoint, base.iteration, groups)
+        source.adapters.add_to(policy, arch, groups, seed=0)
+    _load_weights(policy, directory, found, groups)
+
+
+def _load_weights(policy: Chunks, directory: Path, iteration: Iteration | None, groups: ProcessGroups) -> None:
+    load_checkpoint(directory, model=policy, optimizer=None, scheduler=None, load_rng=False, groups=groups, iteration=iteration)
 
 
 def _verify_on_ranks(flags: argparse.Namespace, arch: ModelArchitecture, texts: list[Tensor], world_size: int) -> Agreement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module, ModuleList
@@ -13,7 +13,9 @@ from megatron_rmipo.families.base import Place
 from megatron_rmipo.families.parameter_names import TensorId, canonical_names
 from megatron_rmipo.families.registry import FAMILIES
 from megatron_rmipo.families.tensors import tensors_of
-from megatron_rmipo.runtime.groups import ProcessGroups
+
+if TYPE_CHECKING:
+    from megatron_rmipo.runtime.groups import ProcessGroups
 
 # What adapters add to the modules of a model; no checkpoint of the model itself holds it.
 ADAPTER, REFERENCE_ADAPTER = "adapter", "reference_adapter"

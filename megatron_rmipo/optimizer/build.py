@@ -31,7 +31,9 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config, g
         overrides = get_standard_config_overrides(settings)
         if (ratio := config.lora.lora_plus_ratio) is not None:
             # LoRA+ (arXiv:2402.12354); the schedule goes from and to as many times the rates of the others.
-            overrides[ParamKey(attr="is_adapter_output")] = {"max_lr": ratio * settings.lr, "min_lr": ratio * settings.min_lr}
+            rates = {"max_lr": ratio * settings.lr, "min_lr": ratio * settings.min_lr}
+            # By such marks alone are the groups of a checkpoint told apart.
+            overrides[ParamKey(attr="is_adapter_output")] = {**rates, "is_decoupled_lr": True}
         optimizer: MegatronOptimizer = get_megatron_optimizer(
             settings,
             list(chunks),
@@ -39,7 +41,15 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config, g
             use_gloo_process_groups=False,
             pg_collection=groups.megatron_collection(),
         )
+    _count_experts_once(optimizer, groups)
     return optimizer
+
+
+def _count_experts_once(optimizer: MegatronOptimizer, groups: ProcessGroups) -> None:
+    """Have the norm count what each rank of an expert holds whole by the expert's ranks: Megatron goes by other layers'."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if any(group["is_expert_parallel"] for group in part.param_groups):
+            part.tp_group = groups.expert_tp
 
 
 def _settings(config: Config) -> MegatronOptimizerConfig:

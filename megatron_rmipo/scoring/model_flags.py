@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rmipo.config.flags.lora import LoraConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
 from megatron_rmipo.config.schema import CheckpointConfig, Config, DataConfig, ExpertsConfig, LoggingConfig, ModelConfig
 
@@ -24,6 +25,8 @@ MODEL_FLAGS: Mapping[type, tuple[str, ...]] = {
         "share_prompts",
         "logprob_chunk_size",
     ),
+    # Of a checkpoint that holds an adapter alone, whose base has moved.
+    LoraConfig: ("pretrained_checkpoint",),
     ExpertsConfig: (
         "moe_router_dtype",
         "moe_token_dispatcher_type",
@@ -58,6 +61,7 @@ def config_of(sections: Mapping[type, Any]) -> Config:
     return Config(
         checkpoint=sections[CheckpointConfig],
         model=sections[ModelConfig],
+        lora=sections[LoraConfig],
         experts=sections[ExpertsConfig],
         data=sections[DataConfig],
         parallel=sections[ParallelConfig],

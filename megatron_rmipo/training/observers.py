@@ -64,6 +64,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     options = ", ".join(f"{name} {value}" for name, value in config.objective.options.items())
     weighted = ", losses times each pair's weight" if config.objective.pair_weight else ""
     say(f"objective: {config.objective.objective}" + (f" ({options})" if options else "") + weighted)
+    _say_reference(run, source)
     _say_context(run.objective.needs.unconditional, context, run.reporter)
     epochs = run.total_pairs / len(run.pairs.pairs)
     say(f"length: {run.train_iters:,} steps of {config.training.global_batch_size:,} pairs, {epochs:.3g} epochs")
@@ -76,6 +77,8 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     outputs = config.checkpoint
     every = f" every {outputs.save_interval} steps" if outputs.save_interval else " at the end"
     final = outputs.save_hf or "none (--save-hf)"
+    if source.adapters is not None:
+        final += f"; adapter: {config.lora.save_adapter or 'none (--save-adapter)'}"
     say(f"checkpoints: {outputs.save + every if outputs.save else 'none (--save)'}; final model: {final}")
     say(f"logs, and the whole configuration as config.yaml: {config.log_directory}")
     for line in costs_of_missing_kernels():
@@ -101,6 +104,18 @@ def _tell_unread_columns(run: Run) -> None:
         if column not in run.objective.needs.columns:
             flag = f"--pair-{column}" + ("" if column == "weight" else " of --objective dpo or simpo")
             run.reporter.say(f"note: the data have a {column} beside their pairs, which is not read; {flag} reads it")
+
+
+def _say_reference(run: Run, source: ModelSource) -> None:
+    """Which reference an adapter that goes on from another one has, for that it is not the model that the run starts from."""
+    needs, flags = run.objective.needs, run.config
+    if not (needs.reference or needs.mismatched or needs.perturbation is not None) or source.base is None:
+        return
+    if flags.model.reference_hf is None and flags.model.reference_load is None:
+        if flags.lora.reference_adapter is not None:
+            run.reporter.say(f"reference: {source.base.directory} with the adapter in {flags.lora.reference_adapter}")
+        elif flags.lora.load_adapter is not None:
+            run.reporter.say(f"reference: {source.base.directory} without an adapter (--reference-adapter names one)")
 
 
 def _say_context(unconditional: str | None, context: ContextToken, reporter: Reporter) -> None:

@@ -262,7 +262,8 @@ def save_trained_adapter(
 def _base_of(source: ModelSource) -> Path:
     """The directory of the frozen model that an adapter's config names."""
     assert source.base is not None
-    return source.base.assets if source.base.hf_weights is None else source.base.hf_weights
+    # As checkpoints have it, from which the same adapter can be written.
+    return (source.base.assets if source.base.hf_weights is None else source.base.hf_weights).resolve()
 
 
 def save_hf(

@@ -7,6 +7,7 @@ import dataclasses
 from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.data.batches.batch_layout import BatchLayout
+from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.objectives.arguments import objective_of
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.passes.layout import batch_layout
@@ -60,6 +61,7 @@ def plan_run(
         RmipoError: a fault the user can mend.
     """
     validate(config, source.arch, world_size)
+    _refuse_unasked_adapter(config, source)
     objective = objective_of(config)
     data = data or open_data(config, source, objective.needs)
     start = starting_point(config, source, data, objective, look=look)
@@ -69,6 +71,15 @@ def plan_run(
     reference = choose_reference(config, source, objective.needs, world_size, resumes=start.resumes, recorded=recorded, look=look)
     data.check_rows_fit(_layout(config, source, objective, data, dp_rank=0, dp_size=1))
     return RunPlan(config, source, objective, data, start, reference, total_pairs, train_iters)
+
+
+def _refuse_unasked_adapter(config: Config, source: ModelSource) -> None:
+    if source.adapters is not None and not config.lora.is_on:
+        ranks = sorted({shape.rank for shape in source.adapters.plan.projections.values()})
+        raise ConfigError(
+            f"--load {source.directory}: its checkpoints hold an adapter alone (rank {', '.join(map(str, ranks))}). Give "
+            "--lora-rank and what else made it, as in the run that saved them."
+        )
 
 
 def _layout(

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_rmipo.checkpoint.peft.reading import CARD_NAME
 from megatron_rmipo.data.store.chat_form import ChatForm
 from megatron_rmipo.errors import ConversionError
 
-CARD_NAME = "README.md"
 _TEMPLATE_FILE = "chat_template.jinja"
 _OTHER_TEMPLATES = "additional_chat_templates"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

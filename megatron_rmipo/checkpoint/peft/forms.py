@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME, Adapter
 from megatron_rmipo.errors import ConversionError
@@ -15,8 +15,10 @@ from megatron_rmipo.families.parameter_names import TensorId
 from megatron_rmipo.families.targets import is_linear
 from megatron_rmipo.families.tensors import source_shapes, tensors_of
 from megatron_rmipo.model.lora.plan import AdapterPlan
-from megatron_rmipo.model.lora.projections import LowRankShape, projection_names
+from megatron_rmipo.model.lora.projections import FactorKind, LowRankShape, projection_names
 
+# What PEFT calls the tensors of a projection's adapter.
+PEFT_NAMES: Mapping[FactorKind, str] = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}
 _OF_EACH_EXPERT = re.compile(r".*\.experts\.\d+\.\w+")
 
 

@@ -24,6 +24,8 @@ from megatron_rmipo.errors import ConversionError
 from megatron_rmipo.families.adapters import EXPERT_PARAMETERS, AdapterForm
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+# Of a model's or an adapter's card, as the hub knows it.
+CARD_NAME = "README.md"
 # What the names in an adapter's file begin with.
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<which>A\.weight|B\.weight|magnitude_vector)")

@@ -13,20 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rmipo.checkpoint.peft.factors import LowRankFactors, stack_experts
+from megatron_rmipo.checkpoint.peft.forms import PEFT_NAMES
 from megatron_rmipo.checkpoint.peft.reading import Adapter
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Rule
 from megatron_rmipo.families.segments import rank_columns, rank_rows
 from megatron_rmipo.families.tensors import megatron_shape, rules_of, source_shapes, tensors_of
-from megatron_rmipo.model.lora.held import FactorKind, HeldFactor, held_factors
+from megatron_rmipo.model.lora.held import HeldFactor, held_factors
 from megatron_rmipo.model.lora.plan import AdapterPlan
-from megatron_rmipo.model.lora.projections import projection_names
+from megatron_rmipo.model.lora.projections import FactorKind, projection_names
 from megatron_rmipo.model.lora.switch import switch_of
 from megatron_rmipo.model.named_tensors import ADAPTER, named_tensors
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
 from megatron_rmipo.runtime.groups import ProcessGroups, current_device
-
-_KINDS: dict[FactorKind, str] = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def gather_values(model: Chunks, plan: AdapterPlan, arch: ModelArchitecture, gro
             for kind, whole in shapes.items()
         }
         if groups.rank == 0:
-            factors[name] = {_KINDS[kind]: tensor[0] for kind, tensor in own.items()}
+            factors[name] = {PEFT_NAMES[kind]: tensor[0] for kind, tensor in own.items()}
             if num_experts is not None:
                 pairs = list(zip(own["A"], own["B"], strict=True))
                 factors[name]["lora_A"], factors[name]["lora_B"] = stack_experts(pairs)

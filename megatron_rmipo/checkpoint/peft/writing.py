@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rmipo.checkpoint.hf.for_inference import CARD_NAME
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from megatron_rmipo.checkpoint.whole_directories import check_output_directory, new_directory
 from megatron_rmipo.errors import ConversionError
@@ -40,6 +39,7 @@ def write_adapter(
     whole: Mapping[str, Tensor],
     *,
     card: str | None = None,
+    flag: str = "--save-adapter",
 ) -> None:
     """Write an adapter, which appears when all of it is there. One process calls it.
 
@@ -51,6 +51,7 @@ def write_adapter(
             :class:`megatron_rmipo.checkpoint.peft.factors.LowRankFactors` has them. Of any dtype, written as fp32.
         whole: tensors that are stored whole, by their names in the model.
         card: the text of its model card; None writes none.
+        flag: that names the directory, for messages.
 
     Raises:
         ConversionError: the directory holds something, or the file system refuses.
@@ -63,15 +64,15 @@ def write_adapter(
         tensors.update({file_name(form, name, part): tensor for part, tensor in parts.items()})
     tensors.update({PREFIX + name: tensor for name, tensor in whole.items()})
     stored = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    check_output_directory(directory, "--save-adapter")
+    check_output_directory(directory, flag)
     try:
         with new_directory(directory) as partial:
             save_file(stored, partial / WEIGHTS_NAME, metadata={"format": "pt"})
             config = json.dumps(form.to_config(), indent=2, sort_keys=True)
             (partial / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
             if card is not None:
-                (partial / CARD_NAME).write_text(card, encoding="utf-8")
+                (partial / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConversionError(
-            f"--save-adapter {directory} cannot be written: {error}. Free some space or name another directory."
+            f"{flag} {directory} cannot be written: {error}. Free some space or name another directory."
         ) from error

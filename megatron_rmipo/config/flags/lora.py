@@ -98,7 +98,8 @@ def lora_problems(lora: LoraConfig) -> Iterator[str]:
     """Faults of the flags of adapters among themselves."""
     if not lora.is_on:
         for field in dataclasses.fields(LoraConfig):
-            if getattr(lora, field.name) != field.default:
+            # A checkpoint may hold the adapter of which --pretrained-checkpoint is the base; that is seen when it is found.
+            if field.name != "pretrained_checkpoint" and getattr(lora, field.name) != field.default:
                 yield f"--{field.name.replace('_', '-')} does nothing without --lora-rank N or --load-adapter DIR"
         return
     if lora.load_adapter is not None and not lora.is_filled_in:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from megatron_rmipo.families.architecture import ModelArchitecture
-from megatron_rmipo.families.base import Place, Rule
+from megatron_rmipo.families.base import Rule
 from megatron_rmipo.families.tensors import rules_of
 from megatron_rmipo.model.lora.adapted import AdaptedExperts, AdaptedLinear
 from megatron_rmipo.model.lora.low_rank import Cut, Linear, LowRank, Part
 from megatron_rmipo.model.lora.plan import AdapterPlan
-from megatron_rmipo.model.lora.projections import Projection, projections_of
+from megatron_rmipo.model.lora.projections import Projection, adapter_key, projections_of
 from megatron_rmipo.model.lora.switch import Switch, switch_of
 from megatron_rmipo.model.named_tensors import ADAPTER, NamedTensor, named_tensors
 from megatron_rmipo.model.packed_model import Chunks, chunks_of, unwrapped
@@ -146,12 +146,20 @@ class _Maker:
         if is_shared:
             # Other ranks' experts have it, too: it is held and reduced as what is no expert's.
             projections = tuple(dataclasses.replace(projection, expert=None) for projection in projections)
-            linear = Linear("nothing", self.groups.tp, self.sequence_parallel, in_expert=False)
+            # Ranks that share no expert see tokens of their own.
+            is_cut = group.size() > 1
+            linear = Linear(
+                _cut(rule) if is_cut else "nothing",
+                group,
+                self.sequence_parallel and not is_cut,
+                in_expert=True,
+                is_shared=True,
+            )
         else:
             linear = Linear(_cut(rule), group, self.sequence_parallel and not rule.per_expert, in_expert=rule.per_expert)
         parts = [self._part(projection, one.tensor, use_dora=plan.use_dora) for projection in projections]
         adapter = LowRank(linear, one.tensor.shape[0], parts, trains=name == ADAPTER)
-        adapter.key = _key(megatron, place)
+        adapter.key = adapter_key(megatron, place)
         if plan.use_dora:
             adapter.set_lengths(adapter.row_lengths(one.tensor.detach()))
         if is_shared:
@@ -176,9 +184,3 @@ def _cut(rule: Rule) -> Cut:
     if not rule.is_cut:
         return "nothing"
     return "columns of the input" if rule.cuts_columns else "columns of the output"
-
-
-def _key(megatron: str, place: Place) -> str:
-    """What a checkpoint calls an adapter: by its layer's number, and without an expert's."""
-    name = megatron if place.layer is None else megatron.replace("layers.", f"layers.{place.layer}.", 1)
-    return f"{name.removesuffix('.weight')}.{ADAPTER}"

@@ -6,19 +6,17 @@ Shape letters: R rows of a projection, C its columns, r the adapter's rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_rmipo.model.lora.attach import low_ranks
 from megatron_rmipo.model.lora.low_rank import Factor, LowRank, Part
-from megatron_rmipo.model.lora.projections import Projection
+from megatron_rmipo.model.lora.projections import FactorKind, Projection, factor_name
 from megatron_rmipo.model.named_tensors import ADAPTER
 from megatron_rmipo.model.packed_model import Chunks
 
-FactorKind = Literal["A", "B", "magnitude"]
-_NAMES: dict[FactorKind, str] = {"A": "linear_in", "B": "linear_out", "magnitude": "magnitude"}
 # Where a stretch of a tensor's rows stands in the whole: offsets and sizes.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -72,9 +70,8 @@ def held_factors(model: Chunks, name: str = ADAPTER) -> Iterator[HeldFactor]:
 def held_of(adapter: LowRank, full_name: str) -> Iterator[HeldFactor]:
     """The factors that this rank holds of one layer's adapter, which has this name in its chunk."""
     for part in adapter.parts:
-        inside = f".adapter_{part.projection.part}" if part.projection.part is not None else ""
         for kind, factor in _factors(part).items():
-            own = f"{inside}.{_NAMES[kind]}.weight"
+            own = factor_name(part.projection.part, kind)
             yield _held(adapter, part, kind, factor, full_name + own, adapter.key + own)
 
 
@@ -97,4 +94,6 @@ def _held(adapter: LowRank, part: Part, kind: FactorKind, factor: Factor, full_n
         shape = (num_rows, *width)
         boxes = tuple(((start, *(0 for _ in width)), (stop - start, *width)) for start, stop in projection.rows)
         is_cut = linear.cut == "columns of the output" and not part.is_whole
-    return HeldFactor(full_name, key, kind, projection, factor.weight, shape, boxes, is_cut, linear.in_expert)
+    return HeldFactor(
+        full_name, key, kind, projection, factor.weight, shape, boxes, is_cut, linear.in_expert and not linear.is_shared
+    )

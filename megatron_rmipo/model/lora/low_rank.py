@@ -46,12 +46,14 @@ class Linear:
         group: of the ranks that hold its parts.
         sequence_parallel: tokens are dealt over the group where the layer's channels are not.
         in_expert: it is one expert's; what its group has to exchange, the dispatcher of tokens does.
+        is_shared: other experts have the same adapter, and its gradients are summed with those of what is no expert's.
     """
 
     cut: Cut
     group: dist.ProcessGroup
     sequence_parallel: bool
     in_expert: bool
+    is_shared: bool = False
 
 
 class Factor(Module):
@@ -290,7 +292,7 @@ class LowRank(Module):
                 counts = cut or (linear.in_expert and linear.group.rank() == 0)
                 set_tensor_model_parallel_attributes(parameter, counts, 1 if factor is part.linear_in else 0, 1)
                 parameter.is_adapter_output = factor is part.linear_out
-                if linear.in_expert:
+                if linear.in_expert and not linear.is_shared:
                     parameter.allreduce = False
                 elif linear.sequence_parallel and not cut and self._sees_part_of_tokens(factor, part):
                     # Each rank sees its part of the row, and Megatron sums the gradients over the group.

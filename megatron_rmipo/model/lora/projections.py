@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
 from megatron_rmipo.families.segments import rank_columns, rank_rows, segments_in, segments_of
 from megatron_rmipo.families.tensors import megatron_shape, source_shapes
+from megatron_rmipo.model.named_tensors import ADAPTER
 
 # What Megatron-Bridge calls the parts of a fused matrix.
 _PARTS = {Layout.QKV: ("q", "k", "v"), Layout.GATE_UP: ("gate", "up")}
+FactorKind = Literal["A", "B", "magnitude"]
+_NAMES: dict[FactorKind, str] = {"A": "linear_in", "B": "linear_out", "magnitude": "magnitude"}
 
 
 class LowRankShape(NamedTuple):
@@ -100,7 +103,7 @@ def projections_of(
             Projection(
                 name,
                 place.expert,
-                _PARTS[rule.layout][sources[0]] if len(named) > 1 else None,
+                part_of(rule, place, sources),
                 (stop - start, num_columns),
                 adapted[name],
                 # Ranks that share a key/value head hold stretches of the projections that are no even parts of them.
@@ -120,6 +123,22 @@ def projection_names(rule: Rule, place: Place) -> Iterator[tuple[str, tuple[int,
         return
     for number, name in enumerate(rule.source_names(place)):
         yield name.removesuffix(".weight"), (number,)
+
+
+def part_of(rule: Rule, place: Place, sources: tuple[int, ...]) -> str | None:
+    """What a projection is called in a matrix of several, such as ``q``; None where it is all of it."""
+    return _PARTS[rule.layout][sources[0]] if len(list(projection_names(rule, place))) > 1 else None
+
+
+def adapter_key(megatron: str, place: Place) -> str:
+    """What a checkpoint calls the adapter of a matrix: by its layer's number, and without an expert's."""
+    name = megatron if place.layer is None else megatron.replace("layers.", f"layers.{place.layer}.", 1)
+    return f"{name.removesuffix('.weight')}.{ADAPTER}"
+
+
+def factor_name(part: str | None, kind: FactorKind) -> str:
+    """What a factor is called behind its adapter's name."""
+    return (f".adapter_{part}" if part is not None else "") + f".{_NAMES[kind]}.weight"
 
 
 def _held_runs(

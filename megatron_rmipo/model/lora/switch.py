@@ -100,8 +100,3 @@ def viewed(reference: Chunks | AdapterView) -> Iterator[Chunks]:
         return
     with computing_with(reference.model, reference.active):
         yield reference.model
-
-
-def adapters_off(model: Chunks) -> contextlib.AbstractContextManager[None]:
-    """While it is entered, a model is the one that it was before it got adapters: as :func:`computing_with` none."""
-    return computing_with(model, None)

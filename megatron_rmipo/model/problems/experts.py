@@ -54,6 +54,11 @@ def expert_layout_problems(config: Config, arch: ModelArchitecture, world_size: 
             f"--expert-tensor-parallel-size {named} cuts an expert's {experts.ffn_hidden_size} channels into {shards}; would "
             f"work: {_divisors(experts.ffn_hidden_size)}"
         )
+    if config.lora.lora_experts == "shared" and shards not in (1, tensor):
+        yield (
+            f"--lora-experts shared: the one adapter of all experts cannot be cut over {shards} ranks of an expert and {tensor} "
+            f"of other layers; would work: --expert-tensor-parallel-size {' or '.join(map(str, sorted({1, tensor})))}"
+        )
     ranks, pipeline = size * shards, parallel.pipeline_model_parallel_size
     replica = tensor * parallel.context_parallel_size
     if pipeline >= 1 and replica >= 1 and world_size % (replica * pipeline) == 0 and (world_size // pipeline) % ranks:

@@ -13,6 +13,7 @@ import torch
 from megatron_rmipo.checkpoint.shares import adapter_state
 from megatron_rmipo.command import STOPPED
 from megatron_rmipo.model.lora.held import HeldFactor, held_factors
+from megatron_rmipo.runtime.groups import shutdown_runtime
 from megatron_rmipo.training import main as trainer
 from tests.harness import run_distributed
 from tests.integration.adapters.test_checkpoints import read
@@ -35,12 +36,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "module": ({"lora_modules_to_save": "lm_head"}, "adapter", ["(--lora-modules-to-save)", "another than the flags say"]),
     "base": ({"load_hf": "other"}, "adapter", ["iter_0000001 holds an adapter of another model", "--load-hf"]),
     "missing factor": ({}, "incomplete", [f"{MISSING} is missing"]),
+    "no flags": ({"lora_rank": None, "lora_alpha": None}, "adapter", ["hold an adapter alone (rank 3)", "--lora-rank"]),
     "whole model": ({}, "whole", ["holds a whole model", "--pretrained-checkpoint", "--lora-rank"]),
 }
 
 
-def _without_one(*args: Any) -> Iterator[HeldFactor]:
-    return (held for held in held_factors(*args) if held.key != MISSING)
+def _one_renamed(*args: Any) -> Iterator[HeldFactor]:
+    return (held._replace(key="other") if held.key == MISSING else held for held in held_factors(*args))
 
 
 def refusals(folder: str) -> dict[str, str]:
@@ -54,11 +56,12 @@ def refusals(folder: str) -> dict[str, str]:
     once = {"train_iters": 3, "exit_interval": 1}
     assert trainer.main(of("adapter", **LORA, **once)) == STOPPED
     assert trainer.main(of("whole", **once)) == STOPPED
-    with mock.patch.object(adapter_state, "held_factors", _without_one):
+    with mock.patch.object(adapter_state, "held_factors", _one_renamed):
         assert trainer.main(of("incomplete", **LORA, **once)) == STOPPED
     for case, (changes, of_name, _) in REFUSED.items():
         changes = {name: where / "other" if name == "load_hf" else value for name, value in changes.items()}
         found[case] = told(of(f"refused {case}", **{**LORA, **changes, "load": where / of_name, "train_iters": 3}))
+        shutdown_runtime()
     return found
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_rmipo.config.schema import OptimizerConfig
 from megatron_rmipo.data.store.collection import PairCollection
-from megatron_rmipo.model.lora.switch import adapters_off
 from megatron_rmipo.objectives.registry import build_objective
+from megatron_rmipo.plugin import adapters_off
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.step import train_step
 from tests.harness import run_distributed

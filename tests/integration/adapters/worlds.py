@@ -20,11 +20,12 @@ from megatron_rmipo.model.build import build_model
 from megatron_rmipo.model.lora.attach import add_adapters
 from megatron_rmipo.model.lora.held import Box, HeldFactor, held_factors
 from megatron_rmipo.model.lora.plan import plan_of_flags
-from megatron_rmipo.model.lora.switch import AdapterView, adapters_off
+from megatron_rmipo.model.lora.switch import AdapterView
 from megatron_rmipo.model.named_tensors import ADAPTER
 from megatron_rmipo.model.policy import Policy
 from megatron_rmipo.objectives.registry import build_objective
 from megatron_rmipo.passes.step_passes import evaluation_pass, gradient_pass, prepare_batch
+from megatron_rmipo.plugin import adapters_off
 from megatron_rmipo.runtime.groups import ProcessGroups
 from megatron_rmipo.training.setup import TrainingState, build_training_state
 from tests.integration.adapters.dense import FORMS, Answer, FactorName, Factors

@@ -21,10 +21,10 @@ from megatron_rmipo.model.lora.attach import add_adapters, low_ranks
 from megatron_rmipo.model.lora.plan import plan_of_flags
 from megatron_rmipo.model.lora.quantized import QuantizedKind, QuantizedWeight, frozen_weight
 from megatron_rmipo.model.lora.quantized_base import quantize_base
-from megatron_rmipo.model.lora.switch import adapters_off
 from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.named_tensors import ADAPTER
 from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.plugin import adapters_off
 from megatron_rmipo.runtime.groups import ProcessGroups, initialize_runtime, shutdown_runtime
 from tests.checkpoint.models import write_hf_model
 from tests.harness import run_distributed

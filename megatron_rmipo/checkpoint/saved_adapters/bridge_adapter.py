@@ -10,7 +10,7 @@ Shape letters: R rows of a Megatron matrix, C its columns, r the adapter's rank,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_rmipo.checkpoint.megatron.keys import Location, location_of
 from megatron_rmipo.checkpoint.megatron.torch_dist import TorchDistReader
 from megatron_rmipo.checkpoint.peft.factors import stack_experts
+from megatron_rmipo.checkpoint.saved_adapters.saved_adapter import SavedAdapter
 from megatron_rmipo.errors import CheckpointError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout, Place, Rule
@@ -36,20 +37,6 @@ _KINDS = ("LoRA", "VLMLoRA", "CanonicalLoRA", "DoRA")
 # The parts of a matrix of several, in its order, where each has an adapter of its own.
 _PARTS = {Layout.QKV: ("adapter_q", "adapter_k", "adapter_v"), Layout.GATE_UP: ("adapter_gate", "adapter_up")}
 _IN, _OUT, _LENGTHS = "linear_in.weight", "linear_out.weight", "weight_magnitude"
-
-
-@dataclasses.dataclass(frozen=True)
-class BridgeAdapter:
-    """An adapter of Megatron-Bridge as one of each Hugging Face projection.
-
-    Attributes:
-        plan: what it changes.
-        factors: projection -> ``lora_A``, ``lora_B`` and with DoRA ``lora_magnitude_vector``, fp32, as
-            :func:`megatron_rmipo.checkpoint.peft.writing.write_adapter` takes them.
-    """
-
-    plan: AdapterPlan
-    factors: Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +68,7 @@ def holds_bridge_adapter(reader: TorchDistReader) -> bool:
     return all(_ADAPTER in key for key in _of_model(reader)) and any(key.endswith((_IN, _OUT)) for key in _of_model(reader))
 
 
-def read_bridge_adapter(reader: TorchDistReader, arch: ModelArchitecture) -> BridgeAdapter:
+def read_bridge_adapter(reader: TorchDistReader, arch: ModelArchitecture) -> SavedAdapter:
     """The adapter of a checkpoint, un-merged to one of each projection.
 
     What Megatron-Bridge put in another order at several ranks is put right, by the number of ranks in its ``run_config.yaml``.
@@ -112,7 +99,7 @@ def read_bridge_adapter(reader: TorchDistReader, arch: ModelArchitecture) -> Bri
                 # Products side by side are one of as many times the rank, and keep their scale.
                 shapes[name] = LowRankShape(sum(part.a.shape[0] for part in inside), run.alpha * len(inside))
     _refuse_unused(reader, used)
-    return BridgeAdapter(
+    return SavedAdapter(
         AdapterPlan(shapes, use_dora=run.kind == "DoRA"), {name: _named(experts) for name, experts in found.items()}
     )
 
