@@ -288,9 +288,7 @@ class LowRank(Module):
             for factor, cut in is_cut.items():
                 parameter: Any = factor.weight
                 parameter.requires_grad_(trains)
-                # The norm takes what is not marked once of a tensor-parallel group, whose ranks may hold different experts.
-                counts = cut or (linear.in_expert and linear.group.rank() == 0)
-                set_tensor_model_parallel_attributes(parameter, counts, 1 if factor is part.linear_in else 0, 1)
+                set_tensor_model_parallel_attributes(parameter, cut, 1 if factor is part.linear_in else 0, 1)
                 parameter.is_adapter_output = factor is part.linear_out
                 if linear.in_expert and not linear.is_shared:
                     parameter.allreduce = False
