@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,12 +53,14 @@ class ReferenceChoice:
         recorded: fingerprint of the weights that the run had as its reference before; None for a new run.
         within: whether it is the frozen model beneath the run's own adapter, without one or with ``adapter``.
         adapter: PEFT adapter that makes that model the reference; None for none.
+        quantized_as: how that model's frozen weights are kept, which log-probs depend on; None: as they are.
     """
 
     source: ModelSource | None
     recorded: str | None
     within: bool = False
     adapter: Path | None = None
+    quantized_as: str | None = None
 
     @property
     def active(self) -> str | None:
@@ -101,7 +104,7 @@ def choose_reference(
         chosen = _named("--reference-load", model.reference_load, checkpoint_source, KNOWN_FAMILIES, look)
     elif source.base is not None:
         adapter = source.adapters.directories.get(REFERENCE_ADAPTER) if source.adapters is not None else None
-        return ReferenceChoice(source.base, recorded, within=True, adapter=adapter)
+        return ReferenceChoice(source.base, recorded, within=True, adapter=adapter, quantized_as=config.lora.quantize_base)
     elif not resumes:
         chosen = source
     elif needs.perturbation is not None and model.load_hf is not None:
@@ -164,6 +167,8 @@ def identify_reference(choice: ReferenceChoice, groups: ProcessGroups) -> str:
     found = weights_fingerprint(choice.source, groups)
     if choice.adapter is not None:
         found = adapted_fingerprint(found, choice.adapter, groups)
+    if choice.quantized_as is not None:
+        found = hashlib.sha256(f"{found} {choice.quantized_as}".encode()).hexdigest()
     if choice.recorded is not None and found != choice.recorded:
         raise ConfigError(
             f"{choice.source.directory} holds other weights ({found[:12]}) than the reference this run had before "

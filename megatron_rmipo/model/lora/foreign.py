@@ -79,14 +79,7 @@ def add_adapter(
 def _other_flags(lora: LoraConfig) -> Iterator[str]:
     if lora.lora_rank is None:
         yield "lora_rank is missing"
-    for name in (
-        "load_adapter",
-        "save_adapter",
-        "reference_adapter",
-        "pretrained_checkpoint",
-        "quantize_base",
-        "lora_plus_ratio",
-    ):
+    for name in _OF_THE_TRAINER:
         if getattr(lora, name) is not None:
             yield f"{name} is the trainer's; a loop of your own loads, saves and optimizes what it likes"
 

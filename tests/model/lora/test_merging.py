@@ -10,7 +10,6 @@ import torch
 
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.model.lora.merging import merge_adapter
-from megatron_rmipo.plugin import adapters_off
 from megatron_rmipo.runtime.groups import ProcessGroups
 from tests.harness import run_distributed
 from tests.integration.adapters.dense import FORMS, PeftModel, write_model
@@ -28,7 +27,7 @@ def merged_and_not(case: Case, folder: str, pairs: PairCollection, groups: Proce
     fill(state, case, where, torch.load(where / case.model / "factors.pt", weights_only=False), groups)
     losses = functools.partial(losses_of, case, state, pairs, groups, "rmipo", None)
     found = [losses()]
-    with adapters_off(state.policy):
+    with computing_with(state.policy, None):
         found.append(losses())
         merge_adapter(state.policy)
         found.append(losses())
