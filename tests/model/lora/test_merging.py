@@ -10,6 +10,7 @@ import torch
 
 from megatron_rmipo.data.store.collection import PairCollection
 from megatron_rmipo.model.lora.merging import merge_adapter
+from megatron_rmipo.model.lora.switch import computing_with
 from megatron_rmipo.runtime.groups import ProcessGroups
 from tests.harness import run_distributed
 from tests.integration.adapters.dense import FORMS, PeftModel, write_model
