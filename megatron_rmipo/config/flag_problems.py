@@ -167,6 +167,11 @@ def adapter_problems(config: Config) -> Iterator[str]:
         yield "--fp8-format is not built with adapters, whose frozen weights would be kept beside their fp8 copies; leave it out"
     if config.memory.use_precision_aware_optimizer:
         yield "--use-precision-aware-optimizer is not for adapters, whose optimizer's state is small; leave it out"
+    if lora.lora_modules_to_save and model.bf16 and config.parallel.overlap_param_gather:
+        yield (
+            "--overlap-param-gather with --lora-modules-to-save and --bf16: Megatron-Core gathers weights of one dtype after the "
+            "other, and modules in bf16 do not stand behind the adapter in fp32; leave --overlap-param-gather out"
+        )
     if lora.quantize_base is not None and checkpoint.save_hf is not None:
         yield (
             f"--save-hf would merge the adapter into weights of {lora.quantize_base}; write it with --save-adapter, and merge it "

@@ -25,7 +25,7 @@ NORM = "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
 CASES = [Case("TP 1", model="phi3"), Case("PP 2", model="phi3", pp=2)]
 
 
-def save_or_load(case: Case, folder: str, _pairs: PairCollection, groups: ProcessGroups) -> list[Any]:
+def save_or_load(case: Case, folder: str, _pairs: PairCollection, groups: ProcessGroups) -> Any:
     """The one norm that is trained, on the ranks that hold it; the first layout trains it, the other has it from there."""
     config = dataclasses.replace(case.config(), lora=LORA)
     state = build_adapted(case, Path(folder), groups, config)
@@ -36,7 +36,7 @@ def save_or_load(case: Case, folder: str, _pairs: PairCollection, groups: Proces
         save(state, Path(folder) / "saved", groups)
     else:
         load(state, Path(folder) / "saved", groups)
-        moments = state.optimizer.optimizer.state  # type: ignore[attr-defined]
+        moments = state.optimizer.optimizer.state
         assert all(float(moments[one]["exp_avg"].norm()) > 0 for one in trained)
     return [one.detach().clone() for one in trained]
 

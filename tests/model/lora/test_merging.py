@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.integration.worlds import Case, run_at_layouts
 CASES = [Case(name, model=name, tokens_per_microbatch=150) for name in ("shared", "experts", "dora", "phi3")]
 
 
-def merged_and_not(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> list[torch.Tensor]:
+def merged_and_not(case: Case, folder: str, pairs: PairCollection, groups: ProcessGroups) -> Any:
     """Losses with the adapter, without it, and without it after it was merged."""
     where = Path(folder)
     state = build_adapted(case, where, groups)
