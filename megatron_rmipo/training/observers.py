@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from megatron_rmipo.checkpoint.peft.reading import dropout_of
 from megatron_rmipo.checkpoint.source import ModelSource
 from megatron_rmipo.config.flags.memory import MemoryConfig
 from megatron_rmipo.config.flags.parallel import ParallelConfig
@@ -85,6 +87,10 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
         say(line)
     if start.warning:
         run.reporter.warn(start.warning)
+    if config.lora.load_adapter is not None and run.groups.rank == 0 and (share := dropout_of(Path(config.lora.load_adapter))):
+        run.reporter.warn(
+            f"--load-adapter {config.lora.load_adapter} was trained with a dropout of {share:g}; here there is none."
+        )
     if config.training.global_batch_size > len(run.pairs.pairs):
         run.reporter.warn(
             f"--global-batch-size {config.training.global_batch_size} is more than the {len(run.pairs.pairs)} pairs to train on: "

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rmipo.checkpoint.megatron.directory import checkpoint_path, iterations_of
 from megatron_rmipo.checkpoint.source import Look, ModelSource, look_alone, saved_flags, saved_train_state
-from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig, OptimizerConfig
+from megatron_rmipo.config.schema import Config, DataConfig, ObjectiveConfig
 from megatron_rmipo.config.unknown_flags import flag_of
 from megatron_rmipo.data.batches.order_names import NEW_ORDER, check_order
 from megatron_rmipo.errors import ConfigError
@@ -116,7 +116,7 @@ def starting_point(
             f"--load {source.directory}: this would not be the same run, nor the pairs that are left of it: "
             f"{'; '.join(changed)}. Give them as they were, or start a new run from these weights with --finetune."
         )
-    warning = " ".join(_other_than_before(progress, now, _other_settings(flags, config.optimizer)))
+    warning = " ".join(_other_than_before(progress, now, _other_settings(flags, config)))
     are_now = {name: getattr(now, name) for name in ("data", "data_flags", "held_out", "eval_data")}
     progress = dataclasses.replace(progress, **are_now)
     return StartingPoint(progress, state or objective.initial_state(), resumes=True, warning=warning)
@@ -167,9 +167,9 @@ def _known_progress(saved: Mapping[str, Any], source: ModelSource) -> Progress:
     return progress
 
 
-def _other_settings(then: Mapping[str, Any], now: OptimizerConfig) -> list[str]:
+def _other_settings(then: Mapping[str, Any], now: Config) -> list[str]:
     """What a run may change, and has: by a flag, or because a default is another than that of the version that saved it."""
-    values = dataclasses.asdict(now)
+    values = {**dataclasses.asdict(now.optimizer), "lora_plus_ratio": now.lora.lora_plus_ratio}
     return [f"{flag_of(name)} was {then[name]}, is {value}" for name, value in values.items() if then.get(name, value) != value]
 
 

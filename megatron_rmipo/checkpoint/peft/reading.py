@@ -148,6 +148,16 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(path, form, factors, whole)
 
 
+def dropout_of(directory: Path) -> float:
+    """The dropout that an adapter was trained with.
+
+    Raises:
+        ConversionError: its config cannot be read.
+    """
+    share = _read_config(directory).get("lora_dropout")
+    return float(share) if isinstance(share, int | float) else 0.0
+
+
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
