@@ -89,7 +89,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
         run.reporter.warn(start.warning)
     if config.lora.load_adapter is not None and run.groups.rank == 0 and (share := dropout_of(Path(config.lora.load_adapter))):
         run.reporter.warn(
-            f"--load-adapter {config.lora.load_adapter} was trained with a dropout of {share:g}; here there is none."
+            f"--load-adapter {config.lora.load_adapter} was trained with dropout {share:g}; here there is none."
         )
     if config.training.global_batch_size > len(run.pairs.pairs):
         run.reporter.warn(
