@@ -88,9 +88,7 @@ def say_what_runs(run: Run, source: ModelSource, start: StartingPoint, context: 
     if start.warning:
         run.reporter.warn(start.warning)
     if config.lora.load_adapter is not None and run.groups.rank == 0 and (share := dropout_of(Path(config.lora.load_adapter))):
-        run.reporter.warn(
-            f"--load-adapter {config.lora.load_adapter} was trained with dropout {share:g}; here there is none."
-        )
+        run.reporter.warn(f"--load-adapter {config.lora.load_adapter} was trained with dropout {share:g}; here there is none.")
     if config.training.global_batch_size > len(run.pairs.pairs):
         run.reporter.warn(
             f"--global-batch-size {config.training.global_batch_size} is more than the {len(run.pairs.pairs)} pairs to train on: "

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from megatron_rmipo.config.options import described, option
 
-# Which weights an adapter changes where nothing else is said.
-ALL_LINEAR = "all-linear"
 # What an adapter that is loaded says of itself.
 _SAID_BY_ADAPTER = (
     *("lora_rank", "lora_alpha", "lora_target_modules", "lora_target_regex", "use_rslora", "use_dora", "lora_modules_to_save"),

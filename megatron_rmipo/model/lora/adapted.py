@@ -75,6 +75,11 @@ class AdaptedExperts(Replacement):
         return output + torch.cat(added), bias
 
 
+def is_grouped(layer: Module) -> bool:
+    """Whether it is one linear layer of all experts of a rank, of Transformer Engine's."""
+    return "Grouped" in type(layer).__name__
+
+
 def _normed(layer: Any, x: Tensor) -> Tensor:
     """The input of the weight: Transformer Engine has the norm before a layer inside of it."""
     weight: Tensor | None = getattr(layer, "layer_norm_weight", None)

@@ -19,7 +19,7 @@ from torch.nn import Module, ModuleList, Parameter
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Rule
 from megatron_rmipo.families.tensors import rules_of
-from megatron_rmipo.model.lora.adapted import AdaptedExperts, AdaptedLinear
+from megatron_rmipo.model.lora.adapted import AdaptedExperts, AdaptedLinear, is_grouped
 from megatron_rmipo.model.lora.low_rank import Cut, Linear, LowRank, Part
 from megatron_rmipo.model.lora.plan import AdapterPlan
 from megatron_rmipo.model.lora.projections import Projection, adapter_key, projections_of
@@ -90,7 +90,7 @@ def _matrices(tensors: list[NamedTensor]) -> Iterator[tuple[Module, list[NamedTe
 def _add(module: Module, made: Mapping[str, list[LowRank]], switch: Switch) -> None:
     if not made:
         return
-    if "Grouped" in type(module).__name__:
+    if is_grouped(module):
         for name, adapters in made.items():
             module.add_module(name, ModuleList(adapters))
         AdaptedExperts(module, made, switch)

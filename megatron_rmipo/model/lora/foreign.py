@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.nn import Module
-
 from megatron_rmipo.config.flag_problems import refuse
 from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
 from megatron_rmipo.errors import ConfigError
@@ -14,6 +12,7 @@ from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.hf_config import read_architecture
 from megatron_rmipo.families.segments import rank_columns, rank_rows
 from megatron_rmipo.families.tensors import megatron_shape, rules_of
+from megatron_rmipo.model.lora.adapted import is_grouped
 from megatron_rmipo.model.lora.attach import add_adapters, low_ranks
 from megatron_rmipo.model.lora.bridge import has_bridge_adapters
 from megatron_rmipo.model.lora.plan import AdapterPlan, plan_of_flags
@@ -104,13 +103,9 @@ def _misfits(model: Chunks, arch: ModelArchitecture, plan: AdapterPlan, groups: 
         held = (held_rows, len(range(*rank_columns(rule, columns, group.rank(), group.size()).indices(columns))))
         if tuple(one.tensor.shape) != held:
             yield f"{one.full_name} is {list(one.tensor.shape)} on this rank, and should be {list(held)}"
-        if _is_grouped(module):
+        if is_grouped(module):
             yield f"{one.full_name}: experts in one grouped layer get no adapter here; name modules of attention alone"
     for layer in sorted(number for number in layers if number is not None):
         missing = {name for name in plan.projections if f"layers.{layer}." in name} - adapted
         if missing:
             yield f"layer {layer} has no {', '.join(sorted(missing)[:3])}"
-
-
-def _is_grouped(module: Module) -> bool:
-    return "Grouped" in type(module).__name__
