@@ -172,6 +172,11 @@ def adapter_problems(config: Config) -> Iterator[str]:
             "--overlap-param-gather with --lora-modules-to-save and --bf16: Megatron-Core gathers weights of one dtype after the "
             "other, and modules in bf16 do not stand behind the adapter in fp32; leave --overlap-param-gather out"
         )
+    if config.experts.moe_router_bias_update_rate:
+        yield (
+            "--moe-router-bias-update-rate moves score biases of the frozen model, which an adapter does not hold and its "
+            "reference would share; leave it out"
+        )
     if lora.quantize_base is not None and checkpoint.save_hf is not None:
         yield (
             f"--save-hf would merge the adapter into weights of {lora.quantize_base}; write it with --save-adapter, and merge it "
