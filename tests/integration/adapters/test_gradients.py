@@ -43,6 +43,7 @@ WORLDS: dict[int, list[Case]] = {
         Case("DP 2, bf16", model="llama", bf16=True, **SHARDED),
         *[Case(f"EP 2, {name}", model=name, **EP_2) for name in ("experts", "shared", "latent")],
         Case("EP 2, sharded optimizer", model="experts", ep=2, **SHARDED),
+        *[Case(f"TP 2 SP, each rank all {name} whole", model=name, etp=1, **SP_2) for name in ("experts", "shared")],
     ],
     4: [
         Case("TP 2 SP x PP 2", model="llama", pp=2, **SP_2),
@@ -51,7 +52,7 @@ WORLDS: dict[int, list[Case]] = {
         Case("TP 4 SP of 2 groups, lengths", model="dora", **{**SP_2, "tp": 4}),
         Case("EP 2 x TP 2 SP", model="experts", ep=2, etp=2, **SP_2),
         Case("EP 2 x TP 2 SP, shared", model="shared", ep=2, etp=2, **SP_2),
-        Case("EP 2, TP 2 SP, experts whole", model="latent", ep=2, etp=1, **SP_2),
+        *[Case(f"EP 2, TP 2 SP, {name} whole", model=name, ep=2, etp=1, **SP_2) for name in ("latent", "experts", "shared")],
     ],
 }
 
