@@ -253,7 +253,7 @@ def test_an_adapter_stands_on_the_fine_tuned_model_beside_the_results_of_all_wei
     for words in (
         "--lora-rank 16 --lora-alpha 32 --log-interval 5",
         f"--load-hf {work}/sft-hf --save {work}/rmipo-lora --save-adapter {work}/adapter --objective rmipo",
-        "--lr 0.003",
+        "--lr 1e-3",
     ):
         assert words in training
     assert merging.endswith(f"merge_adapter.py --load-adapter {work}/adapter --base-hf {work}/sft-hf --save-hf {work}/merged-hf")
