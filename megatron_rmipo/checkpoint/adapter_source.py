@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rmipo.checkpoint.peft.forms import form_of_plan, plan_of_adapter
-from megatron_rmipo.checkpoint.peft.reading import read_adapter
+from megatron_rmipo.checkpoint.peft.reading import Adapter, read_adapter
 from megatron_rmipo.checkpoint.peft.values import gather_values, load_values
 from megatron_rmipo.checkpoint.peft.writing import write_adapter
 from megatron_rmipo.checkpoint.saved_adapters.own_adapter import plan_of_record
@@ -16,7 +16,7 @@ from megatron_rmipo.config.flag_problems import refuse
 from megatron_rmipo.config.flags.lora import LoraConfig, lora_problems
 from megatron_rmipo.config.schema import Config
 from megatron_rmipo.config.unknown_flags import flag_of
-from megatron_rmipo.errors import ConfigError
+from megatron_rmipo.errors import ConfigError, ConversionError
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.model.lora.attach import add_adapters
 from megatron_rmipo.model.lora.plan import AdapterPlan, plan_of_flags
@@ -82,10 +82,18 @@ def adapters_of_flags(arch: ModelArchitecture, lora: LoraConfig) -> AdapterSourc
     for name, named in ((ADAPTER, lora.load_adapter), (REFERENCE_ADAPTER, lora.reference_adapter)):
         if named is not None:
             directories[name] = Path(named)
-            plans[name] = plan_of_adapter(read_adapter(Path(named)), arch)
+            flag = flag_of("load_adapter" if name == ADAPTER else "reference_adapter")
+            plans[name] = plan_of_adapter(_read_named(flag, Path(named)), arch)
     if ADAPTER not in plans:
         plans[ADAPTER] = plan_of_flags(arch, lora)
     return AdapterSource(plans, directories)
+
+
+def _read_named(flag: str, directory: Path) -> Adapter:
+    try:
+        return read_adapter(directory)
+    except ConversionError as error:
+        raise ConversionError(f"{flag}: {error}") from error
 
 
 def with_adapter_said(config: Config) -> Config:
@@ -99,7 +107,7 @@ def with_adapter_said(config: Config) -> Config:
     if lora.load_adapter is None:
         return config
     refuse(list(lora_problems(lora)))
-    adapter = read_adapter(Path(lora.load_adapter))
+    adapter = _read_named("--load-adapter", Path(lora.load_adapter))
     said = lora.filled_in(
         # The widest, where they differ.
         lora_rank=max(factors.rank for factors in adapter.factors.values()),

@@ -211,8 +211,7 @@ def test_mistakes_are_told_before_anything_is_computed(prefix: Path, tmp_path: P
         return str(output)
 
     assert "--reference-hf does nothing: --objective simpo has no reference" in refusal(objective="simpo", reference_hf=MODEL)
-    told = refusal(objective="simpo", lora_rank=2, reference_adapter="adapter")
-    assert "--reference-adapter does nothing: --objective simpo has no reference" in told
+    assert "--reference-adapter: nowhere/adapter_config.json cannot be read" in refusal(lora_rank=2, reference_adapter="nowhere")
     told = refusal(objective="epsilon_dpo", reference_cache=tmp_path)
     assert "--reference-cache does nothing: --objective epsilon_dpo keeps no log-probs" in told
     assert "both name the reference" in refusal(reference_hf=MODEL, reference_load=tmp_path)
