@@ -39,7 +39,7 @@ COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|
 ROOTS = ("", "megatron_rmipo", "megatron_rmipo/objectives", "megatron_rmipo/checkpoint", "benchmarks", "docs", "tools")
 # Names that stand for the reader's own, or for what a run makes.
 OUTPUTS = ("data/pairs", "SAVE/", "PREFIX", "work/", "runs/", "site/", ".venv", "DIR/", "iter_", "hf/", "/p")
-OUTPUT_FILES = {"config.yaml", "data/", "heartbeats/", "out_of_memory/", "additional_chat_templates/"}
+OUTPUT_FILES = {"config.yaml", "run_config.yaml", "data/", "heartbeats/", "out_of_memory/", "additional_chat_templates/"}
 # Flags of programs that are not ours.
 FOREIGN_FLAGS = {
     *("--no-build-isolation", "--nproc-per-node", "--max-restarts"),

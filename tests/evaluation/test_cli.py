@@ -21,7 +21,7 @@ from megatron_rmipo.evaluation import cli
 from megatron_rmipo.evaluation.cli import EvaluationConfig, plan_of
 from megatron_rmipo.objectives.base import Objective
 from megatron_rmipo.objectives.registry import build_objective
-from tests.checkpoint.hf.test_adapter import make_adapter
+from tests.checkpoint.adapters import loaded, make_adapter
 from tests.evaluation import miniatures
 from tests.evaluation.miniatures import write_lines, write_model
 from tests.harness import run_distributed
@@ -149,7 +149,8 @@ def test_every_criterion_is_what_transformers_computes_in_float64(folder: Path) 
 
 @pytest.mark.dist
 def test_adapters_kept_scores_other_objectives_and_comparisons(folder: Path) -> None:
-    adapter, merged = make_adapter(folder / "adapter", folder / "model")
+    adapter = make_adapter(folder / "adapter", folder / "model")
+    merged = loaded(folder / "model", adapter, torch.float32).merge_and_unload().state_dict()
     sets = flags_of(folder, "cache", f"rb={folder / 'rb.jsonl'}")
     first, again, kto = (folder / name for name in ("first.jsonl", "again.jsonl", "kto.jsonl"))
     mine = ["--load-hf", str(adapter), *sets[2:], "--objective", "rmipo", "--preset", "official"]

@@ -16,11 +16,11 @@ from megatron_rmipo.config.schema import Config, ModelConfig
 from megatron_rmipo.errors import ConfigError
 from megatron_rmipo.families.architecture import Experts, LayerKind, ModelArchitecture, Rope
 from megatron_rmipo.model import build as build_module
-from megatron_rmipo.model import layout_problems
 from megatron_rmipo.model.build import build_policy
 from megatron_rmipo.model.hybrid import HybridModel, layer_pattern
 from megatron_rmipo.model.megatron_config import transformer_config
 from megatron_rmipo.model.policy import PolicyModel
+from megatron_rmipo.model.problems import layout as layout_problems
 from megatron_rmipo.runtime.groups import initialize_runtime, shutdown_runtime
 from tests.harness import run_distributed
 

@@ -67,7 +67,7 @@ def first_words(
             total_pairs=896,
             reporter=reporter,
         )
-        source: Any = SimpleNamespace(arch=arch, directory=Path("run"))
+        source: Any = SimpleNamespace(arch=arch, directory=Path("run"), base=None, adapters=None)
         say_what_runs(run, source, StartingPoint(progress, {}, resumes=True, warning=warning), context)
     return stream.getvalue().splitlines()
 

@@ -19,7 +19,8 @@ def test_a_card_is_of_the_step_that_is_exported_and_the_template_that_of_the_dat
         model=ModelConfig(load_hf=str(tmp_path / "base")), checkpoint=CheckpointConfig(save=str(tmp_path), save_hf="mine")
     )
     data = SimpleNamespace(manifests={}, chat=CarriedForm(CHAT, []))
-    plan: Any = SimpleNamespace(config=config, data=data, start=SimpleNamespace(progress=Progress(step=8, consumed_pairs=45)))
+    start = SimpleNamespace(progress=Progress(step=8, consumed_pairs=45))
+    plan: Any = SimpleNamespace(config=config, data=data, start=start, source=SimpleNamespace(adapters=None))
     groups: Any = SimpleNamespace(tp_size=2, pp_size=1, cp_size=1, dp_size=3)
     assert "Held-out" not in (beside_weights(plan, groups).card or "Held-out")  # nothing is recorded yet
     (tmp_path / "logs").mkdir()
