@@ -55,7 +55,8 @@ def _show(arguments: argparse.Namespace) -> None:
             print(f"{'' if log_dir == log_dirs[0] else chr(10)}== {log_dir}\n")
         print(summarize_run(log_dir, arguments.rows))
     if arguments.model is not None:
-        print(f"The trained model, in Hugging Face form: {arguments.model}")
+        is_adapter = (arguments.model / "adapter_config.json").is_file()
+        print(f"The trained {'adapter, in the form of PEFT' if is_adapter else 'model, in Hugging Face form'}: {arguments.model}")
     if arguments.picture is not None:
         save(draw_schedule([_margin_run(log_dir) for log_dir in log_dirs], with_gaps=True), arguments.picture)
 

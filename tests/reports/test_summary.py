@@ -215,3 +215,6 @@ def test_the_tool_prints_where_the_model_lies(tmp_path: Path, capsys: pytest.Cap
     assert "out/hf" in capsys.readouterr().out
     assert main(["--log-dir", str(tmp_path / "absent")]) == 1
     assert "absent" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["--log-dir", str(tmp_path), "--model", str(tmp_path)]) == 0
+    assert f"The trained adapter, in the form of PEFT: {tmp_path}" in capsys.readouterr().out
