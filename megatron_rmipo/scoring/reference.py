@@ -155,8 +155,13 @@ def _check_vocabulary(reference: ModelSource, source: ModelSource) -> None:
         )
 
 
-def identify_reference(choice: ReferenceChoice, groups: ProcessGroups) -> str:
+def identify_reference(choice: ReferenceChoice, groups: ProcessGroups, base: str | None = None) -> str:
     """Fingerprint of the reference's weights. All ranks call it together.
+
+    Args:
+        choice: the reference.
+        groups: the process groups of this rank.
+        base: that of the model beneath the run's adapter, where it was taken: the files are not read again for it.
 
     Raises:
         ConfigError: the run had another reference before.
@@ -164,7 +169,7 @@ def identify_reference(choice: ReferenceChoice, groups: ProcessGroups) -> str:
     if choice.source is None:
         assert choice.recorded is not None
         return choice.recorded
-    found = weights_fingerprint(choice.source, groups)
+    found = base if choice.within and base is not None else weights_fingerprint(choice.source, groups)
     if choice.adapter is not None:
         found = adapted_fingerprint(found, choice.adapter, groups)
     if choice.quantized_as is not None:

@@ -143,7 +143,7 @@ def _train_by_plan(
     stop = StopRequest(groups)
     prompts = find_prompts(config, source, plan.data.chat.form, groups)
     adapter = adapter_record(source, groups)
-    state = _load(plan, groups, memory, stop)
+    state = _load(plan, groups, memory, stop, None if adapter is None else adapter["base_fingerprint"])
     with open_reporter(config, groups, plan.train_iters, plan.start.progress) as reporter:
         run = _assemble(plan, groups, state, reporter, memory, stop, owner, heartbeat, prompts, adapter)
         say_what_runs(run, source, plan.start, plan.data.context)
@@ -183,7 +183,7 @@ def _with_reference_settled(plan: RunPlan, groups: ProcessGroups, *, verify: boo
     return dataclasses.replace(plan, reference=dataclasses.replace(reference, source=settled))
 
 
-def _load(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest) -> TrainingState:
+def _load(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest, base: str | None) -> TrainingState:
     """The state that the run starts from, and the reference's log-probs: another model's before, while there is room for it."""
     is_within = plan.reference is not None and plan.reference.within
     if not is_within:
@@ -191,17 +191,22 @@ def _load(plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: Stop
     with memory.explaining("loading the model"):
         state = _load_state(plan, groups)
     if is_within:
-        _attach_reference_scores(plan, groups, memory, stop, state.policy)
+        _attach_reference_scores(plan, groups, memory, stop, state.policy, base)
     return state
 
 
 def _attach_reference_scores(
-    plan: RunPlan, groups: ProcessGroups, memory: MemoryReport, stop: StopRequest, policy: Policy | None = None
+    plan: RunPlan,
+    groups: ProcessGroups,
+    memory: MemoryReport,
+    stop: StopRequest,
+    policy: Policy | None = None,
+    base: str | None = None,
 ) -> None:
     if plan.reference is None:
         return
     data, progress = plan.data, plan.start.progress
-    fingerprint = progress.reference = identify_reference(plan.reference, groups)
+    fingerprint = progress.reference = identify_reference(plan.reference, groups, base)
     seen = [SeenPairs.in_order(data.train, _order(plan), progress.consumed_pairs, plan.total_pairs)]
     seen += [SeenPairs.first(one.pairs, one.num_pairs) for one in data.held_out_sets]
     with memory.explaining("loading the reference", trains=False):

@@ -31,6 +31,14 @@ def test_log_probs_of_a_quantized_base_are_not_taken_for_those_of_its_own_weight
         identify_reference(ReferenceChoice(source, found["nf4"], within=True), GROUPS)
 
 
+def test_the_model_beneath_an_adapter_is_read_once_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "weights_fingerprint", lambda *_: pytest.fail("its files are read again"))
+    source = ModelSource(read_architecture(MODEL), MODEL, MODEL, None)
+    assert identify_reference(ReferenceChoice(source, None, within=True), GROUPS, "weights") == "weights"
+    monkeypatch.setattr(reference, "weights_fingerprint", lambda *_: "another's")
+    assert identify_reference(ReferenceChoice(source, None), GROUPS, "weights") == "another's"
+
+
 def test_an_adapter_for_a_reference_that_there_is_not_is_refused() -> None:
     config = Config(lora=LoraConfig(lora_rank=2, reference_adapter="adapter"))
     source = ModelSource(read_architecture(MODEL), MODEL, MODEL, None)
