@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from megatron_rmipo.checkpoint.peft.reading import CONFIG_NAME, Adapter
 from megatron_rmipo.errors import ConversionError
-from megatron_rmipo.families.adapters import AdapterForm
+from megatron_rmipo.families.adapters import EXPERT_PARAMETERS, AdapterForm
 from megatron_rmipo.families.architecture import ModelArchitecture
 from megatron_rmipo.families.base import Layout
 from megatron_rmipo.families.parameter_names import TensorId
@@ -63,20 +63,33 @@ def form_of_plan(plan: AdapterPlan, arch: ModelArchitecture, base: str) -> Adapt
     rank, alpha = (
         Counter(values).most_common(1)[0][0] for values in zip(*((s.rank, s.alpha) for s in shapes.values()), strict=True)
     )
-    of_experts = {name for rule, place in tensors_of(arch) if rule.per_expert for name, _ in projection_names(rule, place)}
     known = _projections(arch)
+    parameters = {name: parameter for name in shapes if (parameter := _as_parameter(name, plan, arch)) is not None}
+    said = {name: parameters.get(name, name) for name in shapes}
     return AdapterForm(
         rank=rank,
         alpha=int(alpha) if alpha == int(alpha) else alpha,
-        rank_pattern={re.escape(name): shape.rank for name, shape in shapes.items() if shape.rank != rank},
-        alpha_pattern={re.escape(name): shape.alpha for name, shape in shapes.items() if shape.alpha != alpha},
+        rank_pattern={re.escape(said[name]): shape.rank for name, shape in shapes.items() if shape.rank != rank},
+        alpha_pattern={re.escape(said[name]): shape.alpha for name, shape in shapes.items() if shape.alpha != alpha},
         use_rslora=any(shape.is_stabilized for shape in shapes.values()),
         use_dora=plan.use_dora,
-        target_modules=_shortest([name for name in shapes if name not in of_experts], known, 1),
-        target_parameters=_shortest([name for name in shapes if name in of_experts], known, 2),
+        target_modules=_shortest([name for name in shapes if name not in parameters], known, 1),
+        target_parameters=_shortest(
+            list(parameters.values()), {parameter for name in known if (parameter := _as_parameter(name, plan, arch))}, 2
+        ),
         modules_to_save=tuple(_module(name) for name in _whole_names(plan, arch)),
         base_model_name_or_path=base,
     )
+
+
+def _as_parameter(name: str, plan: AdapterPlan, arch: ModelArchitecture) -> str | None:
+    """What ``target_parameters`` calls a projection; None for what is named as a module.
+
+    PEFT takes names of modules in MLPs of sparse models for those of experts, whichever they are. Its DoRA is of modules alone.
+    """
+    if arch.experts is None or ".self_attn." in name or plan.use_dora:
+        return None
+    return name if name.endswith(tuple(f".experts.{parameter}" for parameter in EXPERT_PARAMETERS)) else f"{name}.weight"
 
 
 def _projections(arch: ModelArchitecture) -> dict[str, tuple[int, int]]:

@@ -59,7 +59,8 @@ def write_adapter(
     assert form.bias == "none"
     tensors: dict[str, Tensor] = {}
     for name, parts in factors.items():
-        assert form.targets_parameter(name) or form.targets(name), f"{name} is no target of the form"
+        is_target = form.targets_parameter(name) or form.targets_parameter(f"{name}.weight") or form.targets(name)
+        assert is_target, f"{name} is no target of the form"
         assert set(parts) == {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if form.use_dora else set()), (name, set(parts))
         tensors.update({file_name(form, name, part): tensor for part, tensor in parts.items()})
     tensors.update({PREFIX + name: tensor for name, tensor in whole.items()})
